@@ -1,0 +1,53 @@
+"""Which array library an array belongs to: the only place that asks.
+
+Everything above this module is written once, for a namespace `xp` that is either ``numpy`` or ``cupy``.
+CuPy is never imported here: an array can only be a CuPy array if its owner has imported CuPy already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Array = Any  # numpy.ndarray | cupy.ndarray; CuPy has no type stubs
+Namespace = Any  # the module numpy or cupy
+
+
+def array_namespace(array: Array) -> Namespace:
+    """Return ``numpy`` or ``cupy``, whichever `array` belongs to; None for anything else."""
+    if isinstance(array, np.ndarray):
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return cupy
+    return None
+
+
+def is_host(xp: Namespace) -> bool:
+    """Tell whether arrays of `xp` live in host memory, where looking at values costs no synchronisation."""
+    return xp is np
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(xp: Namespace, device: int, build: Callable[..., Any], args: tuple[Any, ...]) -> Array:
+    del device  # only part of the key
+    constant = xp.asarray(build(*args))
+    if not is_host(xp):
+        # Other streams will read this array: it has to have arrived before anybody can find it.
+        xp.cuda.get_current_stream().synchronize()
+    return constant
+
+
+def constant(xp: Namespace, build: Callable[..., Any], *args: Any) -> Array:
+    """Return ``build(*args)``, a NumPy array, as an array of `xp`, built and copied once per device.
+
+    The array is shared by all callers and must not be written to.
+    """
+    device = 0 if is_host(xp) else xp.cuda.runtime.getDevice()
+    return _constant(xp, device, build, args)

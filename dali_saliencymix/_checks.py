@@ -1,0 +1,120 @@
+"""Argument checks. Each error names the argument, the rule and what was given.
+
+Values that live on a GPU are not looked at: reading one would stall the stream that the batch is computed on. What a
+function does with them instead is said in its docstring.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BOXES = ("fit", "clip")
+
+
+def check_array(array: Array, name: str) -> Namespace:
+    """Return the array library of `array`, which must be one of NumPy and CuPy."""
+    xp = array_namespace(array)
+    if xp is None:
+        msg = f"{name} must be a NumPy or CuPy array, got {type(array).__module__}.{type(array).__qualname__}"
+        raise TypeError(msg)
+    return xp
+
+
+def check_images(images: Array) -> Namespace:
+    """Require a batch (N, H, W, C) uint8 with C of 1 or 3 and nothing empty; return its array library."""
+    xp = check_array(images, "images")
+    if images.dtype != np.uint8:
+        msg = (
+            f"images must be uint8 with pixel values 0..255, got {images.dtype}: saliency is defined on 8-bit pixels, "
+            "and a detector that is handed normalised floats returns noise without complaint. Mix before normalising"
+        )
+        raise TypeError(msg)
+    if images.ndim != 4 or images.shape[3] not in (1, 3):
+        msg = f"images must have shape (N, H, W, C) with C of 1 or 3, got {images.shape}"
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            msg += ": that looks like channels first, (N, C, H, W)"
+        raise ValueError(msg)
+    if 0 in images.shape:
+        msg = f"images must not be empty, got shape {images.shape}"
+        raise ValueError(msg)
+    return xp
+
+
+def check_per_image(array: Array, name: str, count: int, kind: str, trailing: Sequence[int] = ()) -> None:
+    """Require shape (count, *trailing) and a dtype of `kind`: ``"iu"`` for integers, ``"f"`` for floats."""
+    check_array(array, name)
+    shape = (count, *trailing)
+    if array.shape != shape:
+        msg = f"{name} must have shape {shape}, one entry for each image, got {array.shape}"
+        raise ValueError(msg)
+    if array.dtype.kind not in kind:
+        msg = f"{name} must be of {'floating' if kind == 'f' else 'integer'} dtype, got {array.dtype}"
+        raise TypeError(msg)
+
+
+def check_range(array: Array, name: str, low: float, high: float, rule: str) -> None:
+    """Require low <= values <= high of an array in host memory; `rule` says so in words."""
+    if not is_host(array_namespace(array)) or array.size == 0:
+        return
+    wrong = ~((array >= low) & (array <= high))  # written so that NaN is wrong
+    if wrong.any():
+        position = np.unravel_index(int(wrong.argmax()), array.shape)
+        where = ", ".join(str(int(i)) for i in position)
+        msg = f"{name} must be {rule}, got {array[position]} at [{where}]"
+        raise ValueError(msg)
+
+
+def check_source_index(source_index: Array, count: int) -> None:
+    """Require (count,) integers in [0, count)."""
+    check_per_image(source_index, "source_index", count, "iu")
+    check_range(source_index, "source_index", 0, count - 1, f"in [0, {count}), the images of the batch")
+
+
+def check_lam(lam: Array, count: int) -> None:
+    """Require (count,) floats in [0, 1]."""
+    check_per_image(lam, "lam", count, "f")
+    check_range(lam, "lam", 0, 1, "in [0, 1]")
+
+
+def check_box(box: str) -> str:
+    """Require the name of a way to place a box."""
+    if box not in BOXES:
+        msg = f"box must be one of {', '.join(BOXES)}, got {box!r}"
+        raise ValueError(msg)
+    return box
+
+
+def check_alpha(alpha: float) -> float:
+    """Require a positive, finite number."""
+    if not _is_number(alpha) or not (0 < alpha < math.inf):
+        msg = f"alpha must be a positive number, got {alpha!r}"
+        raise ValueError(msg)
+    return float(alpha)
+
+
+def check_prob(prob: float) -> float:
+    """Require a number in [0, 1]."""
+    if not _is_number(prob) or not (0 <= prob <= 1):
+        msg = f"prob must be in [0, 1], got {prob!r}"
+        raise ValueError(msg)
+    return float(prob)
+
+
+def check_num_classes(num_classes: int) -> int:
+    """Require a positive integer."""
+    if not isinstance(num_classes, (int, np.integer)) or isinstance(num_classes, bool) or num_classes < 1:
+        msg = f"num_classes must be a positive integer, got {num_classes!r}"
+        raise ValueError(msg)
+    return int(num_classes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

@@ -1,0 +1,143 @@
+"""From saliency maps to boxes: integer geometry on whole batches.
+
+A peak is (y, x) in image pixels, a box (y0, x0, y1, x1), half-open, rows first; both are int32. `lam` is the weight of
+the receiving image, so a box covers 1 - lam of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._checks import check_array, check_box
+
+
+def saliency_peaks(saliency_map: Array, height: int, width: int) -> Array:
+    """Return the most salient pixel of each image.
+
+    Parameters
+    ----------
+    saliency_map : ndarray of shape (N, h, w), real
+        Larger is more salient. NaN is taken for the least salient of all.
+    height, width : int
+        Size of the images that the maps belong to.
+
+    Returns
+    -------
+    ndarray of shape (N, 2), int32
+        (y, x) in image pixels: the centre of the map's cell. Of several equal maxima it is the one nearest to the
+        centre of the image, and of several of those the first in reading order.
+
+    Notes
+    -----
+    The released code takes the first maximum in reading order, which draws the boxes to the top of the image.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> saliency_peaks(np.eye(4, dtype=np.float32)[None], 8, 8).tolist()
+    [[3, 3]]
+    """
+    xp = check_array(saliency_map, "saliency_map")
+    if saliency_map.ndim != 3 or 0 in saliency_map.shape:
+        msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
+        raise ValueError(msg)
+    if saliency_map.dtype.kind not in "biuf":
+        msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
+        raise TypeError(msg)
+    count, map_height, map_width = saliency_map.shape
+    if saliency_map.dtype.kind == "f":
+        saliency_map = xp.where(xp.isnan(saliency_map), -xp.inf, saliency_map)
+    top = saliency_map.max(axis=(1, 2), keepdims=True)
+    closeness = constant(xp, _closeness_to_centre, map_height, map_width, height, width)
+    peak = xp.where(saliency_map == top, closeness, 0).reshape(count, -1).argmax(axis=1)
+    y, x = peak // map_width, peak % map_width
+    return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
+        xp.int32
+    )
+
+
+def _closeness_to_centre(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
+    """Rank the cells of a map by their distance to the centre, the nearest highest: (h, w) int32, all different."""
+    y = (np.arange(map_height) + 0.5) / map_height * height - height / 2
+    x = (np.arange(map_width) + 0.5) / map_width * width - width / 2
+    distance = np.round(y[:, None] ** 2 + x**2, 6)  # cells placed symmetrically must tie in spite of rounding
+    order = np.argsort(distance, axis=None, kind="stable")
+    closeness = np.empty(order.size, np.int32)
+    closeness[order] = np.arange(order.size, 0, -1)
+    return closeness.reshape(distance.shape)
+
+
+def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "fit") -> Array:
+    """Return boxes of 1 - `lam` of the image around `peaks`.
+
+    Parameters
+    ----------
+    peaks : ndarray of shape (N, 2), int32
+        (y, x), inside the image.
+    lam : ndarray of shape (N,), floating
+        Share of the image to keep, in [0, 1].
+    height, width : int
+        Size of the images.
+    box : {"fit", "clip"}
+        ``"fit"`` moves a box that would stick out back inside the image and keeps its size, floor(H s) x floor(W s)
+        with s = sqrt(1 - lam), as the paper says. ``"clip"`` cuts off what sticks out, as the released code does;
+        sides are rounded down to even numbers there.
+
+    Returns
+    -------
+    ndarray of shape (N, 4), int32
+        (y0, x0, y1, x1). A side under one pixel (two with ``"clip"``) gives an empty box.
+
+    Notes
+    -----
+    Uddin et al., "SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization", ICLR 2021,
+    section 3.2; the side follows Yun et al., "CutMix", ICCV 2019, equation 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> peaks, lam = np.array([[0, 5]], np.int32), np.array([0.75], np.float32)
+    >>> boxes_at(peaks, lam, 8, 8).tolist()
+    [[0, 3, 4, 7]]
+    >>> boxes_at(peaks, lam, 8, 8, box="clip").tolist()
+    [[0, 3, 2, 7]]
+    """
+    check_box(box)
+    xp = array_namespace(peaks)
+    size = xp.stack([xp.full(len(lam), height), xp.full(len(lam), width)], axis=1)
+    # In float64 on every device: the floor must not depend on where it is computed.
+    side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
+    if box == "fit":
+        start = xp.clip(peaks - side // 2, 0, size - side)
+        stop = start + side
+    else:
+        start = xp.clip(peaks - side // 2, 0, size)
+        stop = xp.clip(peaks + side // 2, 0, size)
+    return xp.concatenate([start, stop], axis=1).astype(xp.int32)
+
+
+def kept_fraction(boxes: Array, height: int, width: int) -> Array:
+    """Return the share of each image outside its box: `lam` as it really came out.
+
+    Parameters
+    ----------
+    boxes : ndarray of shape (N, 4), int32
+        Boxes inside the image.
+    height, width : int
+        Size of the images.
+
+    Returns
+    -------
+    ndarray of shape (N,), float32
+        1 - area / (H * W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kept_fraction(np.array([[0, 3, 2, 7]]), 8, 8).tolist()
+    [0.875]
+    """
+    xp = array_namespace(boxes)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return (1 - area / (height * width)).astype(xp.float32)

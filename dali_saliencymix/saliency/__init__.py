@@ -1,0 +1,56 @@
+"""Saliency detectors: images (N, H, W, C) uint8 -> maps (N, h, w) float32, larger where more salient.
+
+h and w are the detector's own; they need not be those of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dali_saliencymix.saliency.contrast import fine_grained
+from dali_saliencymix.saliency.spectral import spectral_residual
+
+if TYPE_CHECKING:
+    from dali_saliencymix._array import Array
+
+Detector = Callable[["Array"], "Array"]
+
+DETECTORS: dict[str, Detector] = {
+    "spectral_residual": spectral_residual,
+    "fine_grained": fine_grained,
+}
+
+__all__ = ["DETECTORS", "Detector", "fine_grained", "get_detector", "spectral_residual"]
+
+
+def get_detector(saliency: str | Detector) -> Detector:
+    """Return the detector of a name, or `saliency` itself where it is callable.
+
+    Parameters
+    ----------
+    saliency : str or callable
+        A name in `DETECTORS`, or a function from images (N, H, W, C) uint8, which it must not modify, to maps
+        (N, h, w) of a real dtype in the same array library, on the same device and current stream.
+
+    Raises
+    ------
+    ValueError
+        If no detector has that name.
+    TypeError
+        If `saliency` is neither a string nor callable.
+
+    Examples
+    --------
+    >>> get_detector("fine_grained") is fine_grained
+    True
+    """
+    if callable(saliency):
+        return saliency
+    if not isinstance(saliency, str):
+        msg = f"saliency must be the name of a detector or a callable, got {saliency!r}"
+        raise TypeError(msg)
+    if saliency not in DETECTORS:
+        msg = f"saliency must be one of {', '.join(sorted(DETECTORS))}, or a callable, got {saliency!r}"
+        raise ValueError(msg)
+    return DETECTORS[saliency]

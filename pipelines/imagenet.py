@@ -1,0 +1,177 @@
+"""ImageNet-style pipelines: files -> decoded, resized, mixed, normalised batches.
+
+The images of a training batch are mixed as uint8, after the resize and before the normalisation. What is random is
+drawn by DALI, so a pipeline with the same seed gives the same batches, and a restored checkpoint goes on with the same.
+
+Both pipelines turn images by their EXIF orientation, which torchvision's ``ImageFolder`` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import DataNode, do_not_convert
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# What a mixing operator does: (images, labels) -> (images, labels, source_labels, lam).
+Mix = Callable[[DataNode, DataNode], tuple[DataNode, DataNode, DataNode, DataNode]]
+
+# The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
+_WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
+
+
+@pipeline_def(enable_checkpointing=True)
+def training_pipeline(
+    files: Sequence[str],
+    labels: Sequence[int],
+    *,
+    crop_size: int = 224,
+    min_crop_area: float = 0.08,
+    mix: Mix | None = None,
+    device: str = "cpu",
+    fp16: bool = False,
+    channels_last: bool = False,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    shuffle_seed: int = 0,
+    hw_decoder_load: float = 0.65,
+) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    """Decode a random crop, resize, mix, mirror at random, normalise.
+
+    Parameters
+    ----------
+    files, labels : sequence
+        Paths and labels of all images; each shard takes its share.
+    crop_size : int
+        Height and width of the images that come out.
+    min_crop_area : float
+        Least area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
+    mix : callable, optional
+        ``(images, labels) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`, with its
+        options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
+        labels.
+    device : {"cpu", "gpu"}
+        Where images are decoded and processed.
+    fp16 : bool
+        Images come out as float16, else as float32.
+    channels_last : bool
+        Images come out as HWC, else as CHW.
+    shard_id, num_shards : int
+        Which share of the files is read. All shards together cover the files once an epoch.
+    shuffle_seed : int
+        Seed of the order of the files; the same for all shards, which would overlap otherwise.
+    hw_decoder_load : float
+        Share of the images for the GPU's JPEG engine, where it has one.
+
+    Returns
+    -------
+    images, labels, source_labels, lam : DataNode
+        Normalised images; labels of shape (1,), int32; weights of `labels`, float32 scalars.
+
+    Notes
+    -----
+    The mirroring comes after the mixing, as part of the normalising operator: a patch is mirrored with its image.
+    """
+    encoded, label = fn.readers.file(
+        files=list(files),
+        labels=list(labels),
+        shard_id=shard_id,
+        num_shards=num_shards,
+        shuffle_after_epoch=True,
+        shuffle_after_epoch_seed=shuffle_seed,
+        pad_last_batch=True,
+        name="reader",
+    )
+    images = fn.decoders.image_random_crop(
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        random_area=[min_crop_area, 1.0],
+        random_aspect_ratio=[3 / 4, 4 / 3],
+        num_attempts=10,
+        hw_decoder_load=hw_decoder_load,
+        preallocate_width_hint=_WIDTH_HINT,
+        preallocate_height_hint=_HEIGHT_HINT,
+    )
+    images = fn.resize(images, size=(crop_size, crop_size))
+    if mix is None:
+        source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
+    else:
+        images, label, source_label, lam = mix(images, label)
+    images = _normalised(images, (crop_size, crop_size), fp16, channels_last, mirror=fn.random.coin_flip())
+    return tuple(_to(device, node) for node in (images, label, source_label, lam))
+
+
+@pipeline_def(enable_checkpointing=True)
+def validation_pipeline(
+    files: Sequence[str],
+    labels: Sequence[int],
+    *,
+    resize_size: int = 256,
+    crop_size: int = 224,
+    device: str = "cpu",
+    fp16: bool = False,
+    channels_last: bool = False,
+    shard_id: int = 0,
+    num_shards: int = 1,
+    hw_decoder_load: float = 0.65,
+) -> tuple[DataNode, DataNode]:
+    """Decode, resize the short side, crop the centre, normalise.
+
+    Parameters
+    ----------
+    resize_size : int
+        Length of the short side before the crop.
+    crop_size : int
+        Height and width of the crop, at most `resize_size`.
+    files, labels, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
+        As for `training_pipeline`. The last batch is filled up with its last image, for the iterator to cut off.
+
+    Returns
+    -------
+    images, labels : DataNode
+        Normalised images; labels of shape (1,), int32.
+    """
+    if crop_size > resize_size:
+        msg = f"crop_size must be at most resize_size, got {crop_size} and {resize_size}"
+        raise ValueError(msg)
+    encoded, label = fn.readers.file(
+        files=list(files),
+        labels=list(labels),
+        shard_id=shard_id,
+        num_shards=num_shards,
+        pad_last_batch=True,
+        name="reader",
+    )
+    images = fn.decoders.image(
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        hw_decoder_load=hw_decoder_load,
+        preallocate_width_hint=_WIDTH_HINT,
+        preallocate_height_hint=_HEIGHT_HINT,
+    )
+    images = fn.resize(images, resize_shorter=resize_size)
+    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
+    return _to(device, images), _to(device, label)
+
+
+@do_not_convert
+def _normalised(
+    images: DataNode, crop: tuple[int, int], fp16: bool, channels_last: bool, mirror: DataNode | int = 0
+) -> DataNode:
+    return fn.crop_mirror_normalize(
+        images,
+        crop=crop,
+        mirror=mirror,
+        mean=[255 * mean for mean in MEAN],
+        std=[255 * std for std in STD],
+        dtype=types.FLOAT16 if fp16 else types.FLOAT,
+        output_layout="HWC" if channels_last else "CHW",
+    )
+
+
+@do_not_convert
+def _to(device: str, node: DataNode) -> DataNode:
+    return node.gpu() if device == "gpu" else node
