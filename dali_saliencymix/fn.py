@@ -169,9 +169,9 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     See `dali_saliencymix.soft_labels` for the function on arrays that does the work.
     """
     make = functools.partial(_soft_labels, num_classes=check_num_classes(num_classes))
-    # One input for Python instead of three. float64 holds every class id that fits 53 bits.
-    packed = fn.stack(*(fn.reshape(_to(lam.device, fn.cast(node, dtype=types.FLOAT64)), shape=[])
-                        for node in (labels, source_labels, lam)))  # fmt: skip
+    # One input for Python instead of three; float64 holds all class ids of up to 2**53.
+    scalars = [fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[]) for node in (labels, source_labels, lam)]
+    packed = fn.stack(*(_to(lam.device, scalar) for scalar in scalars))
     return fn.python_function(packed, function=make, batch_processing=True, **_placed(lam.device))
 
 

@@ -75,6 +75,9 @@ def training_pipeline(
     -----
     The mirroring comes after the mixing, as part of the normalising operator: a patch is mirrored with its image.
     """
+    if not 0 < min_crop_area <= 1:
+        msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
+        raise ValueError(msg)
     encoded, label = fn.readers.file(
         files=list(files),
         labels=list(labels),

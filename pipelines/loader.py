@@ -149,13 +149,16 @@ def training_loader(
     Raises
     ------
     ValueError
-        If there are not enough images for one batch on each process.
+        If there are not enough images for one batch on each process, or `seed` is negative.
     """
     if len(folder) // world_size < batch_size:
         msg = (
             f"batch_size must be at most {len(folder) // world_size}, the share that each of {world_size} processes "
             f"has of the {len(folder)} images in {folder.root}, got {batch_size}"
         )
+        raise ValueError(msg)
+    if seed < 0:
+        msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
         raise ValueError(msg)
     pipeline = training_pipeline(
         folder.files,

@@ -1,0 +1,46 @@
+# make demo    train on data made here, and draw mixed samples
+# make test    lint, type check, tests
+#
+# VENV=folder  where the environment goes        CUDA=cuda12|cuda13  which set of packages (pyproject.toml says which)
+# PYTHON=...   the interpreter it is made with   DEMO=folder         where the demo writes
+
+VENV ?= .venv
+CUDA ?= cuda12
+PYTHON ?= python3
+DEMO ?= demo
+EPOCHS ?= 8
+
+python := $(VENV)/bin/python
+installed := $(VENV)/.installed-$(CUDA)
+
+.PHONY: help environment demo test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+environment: $(installed)
+
+$(installed): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check -e '.[$(CUDA),train,test]'
+	touch $@
+
+demo: $(installed)
+	rm -rf $(DEMO)
+	$(python) -m dali_saliencymix sample-data $(DEMO)/data
+	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --seed 1
+	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 2 --lr 0.05 --lr-warmup-epochs 1 \
+	  --train-crop-size 64 --val-resize-size 64 --val-crop-size 64 --min-crop-area 0.35 \
+	  --print-freq 10 --output-dir $(DEMO)/run
+	@echo "mixed samples: $(DEMO)/preview.png   log and checkpoints: $(DEMO)/run   (8 classes: chance is 12.5 %)"
+
+lint: $(installed)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+test: lint
+	$(python) -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,55 @@
+"""The command line: ``python -m dali_saliencymix sample-data | preview``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from dali_saliencymix._checks import BOXES
+from dali_saliencymix.saliency import DETECTORS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dali_saliencymix")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    sample = add_command("sample-data", help="make a small data set of real JPEG files")
+    sample.add_argument("root", type=Path, metavar="DATA", help="folder to write train/ and val/ into")
+    sample.add_argument("--train", type=int, default=200, help="training images per class")
+    sample.add_argument("--val", type=int, default=40, help="validation images per class")
+    sample.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+
+    preview = add_command("preview", help="draw mixed samples of a data set")
+    preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or of train/ with these")
+    preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="picture to write")
+    preview.add_argument("-n", "--count", type=int, default=8, help="number of samples")
+    preview.add_argument("--size", type=int, default=224, help="size of the images in pixels")
+    preview.add_argument("--alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
+    preview.add_argument("--saliency", choices=sorted(DETECTORS), default="spectral_residual", help="detector")
+    preview.add_argument("--box", choices=BOXES, default="fit", help="move or cut boxes that stick out")
+    preview.add_argument("--per-batch", action="store_true", help="one box for all samples")
+    preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    args = vars(parser.parse_args(arguments))
+
+    command = args.pop("command")
+    try:
+        if command == "sample-data":
+            from dali_saliencymix.sample_data import make_sample_data
+
+            make_sample_data(args.pop("root"), **args)
+        else:
+            from dali_saliencymix.preview import save_preview
+
+            save_preview(args.pop("root"), args.pop("output"), **args)
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"{parser.prog} {command}: error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

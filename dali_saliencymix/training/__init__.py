@@ -1,0 +1,1 @@
+"""What a training script needs around its loop: processes, metrics, schedule, checkpoints, logs."""

@@ -1,0 +1,60 @@
+"""Loss and accuracy of mixed batches.
+
+`labels` and `source_labels` are (N,) int64, `lam` is (N,) float, the weight of `labels`; logits are (N, K).
+Everything stays on its device: nothing here waits for a GPU, except where a number is asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from dali_saliencymix.training.distributed import sum_over_processes
+
+
+def mixed_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, source_labels: torch.Tensor, lam: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean over the batch of lam * CE(labels) + (1 - lam) * CE(source_labels)."""
+    own = functional.cross_entropy(logits, labels, reduction="none")
+    source = functional.cross_entropy(logits, source_labels, reduction="none")
+    return (lam * own + (1 - lam) * source).mean()
+
+
+def mixed_correct(
+    logits: torch.Tensor, labels: torch.Tensor, source_labels: torch.Tensor, lam: torch.Tensor
+) -> torch.Tensor:
+    """Return the lam-weighted number of right answers: lam for naming the label, 1 - lam for naming the source's."""
+    answer = logits.argmax(dim=1)
+    return (lam * (answer == labels) + (1 - lam) * (answer == source_labels)).sum()
+
+
+def correct_in_top(logits: torch.Tensor, labels: torch.Tensor, top: int) -> torch.Tensor:
+    """Return the number of samples whose label is among the `top` largest logits, or all of them if there are fewer."""
+    answers = logits.topk(min(top, logits.shape[1]), dim=1).indices
+    return (answers == labels[:, None]).any(dim=1).sum()
+
+
+class Totals:
+    """Sums over an epoch, kept on the device in float64 until they are asked for.
+
+    Parameters
+    ----------
+    *names : str
+        What is summed.
+    device : torch.device
+        Where the sums are kept.
+    """
+
+    def __init__(self, *names: str, device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+
+    def add(self, *values: torch.Tensor | float) -> None:
+        """Add one value for each name."""
+        parts = [value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in values]
+        self._sums += torch.stack([part.detach().to(self._sums, non_blocking=True) for part in parts])
+
+    def over_processes(self) -> dict[str, float]:
+        """Return the sums over all processes, all of which have to call this."""
+        return dict(zip(self._names, sum_over_processes(self._sums).tolist(), strict=True))
