@@ -48,9 +48,13 @@ def check_images(images: Array) -> Namespace:
     return xp
 
 
-def check_per_image(array: Array, name: str, count: int, kind: str, trailing: Sequence[int] = ()) -> None:
-    """Require shape (count, *trailing) and a dtype of `kind`: ``"iu"`` for integers, ``"f"`` for floats."""
-    check_array(array, name)
+def check_per_image(
+    array: Array, name: str, xp: Namespace, count: int, kind: str, trailing: Sequence[int] = ()
+) -> None:
+    """Require an array of `xp` with shape (count, *trailing) and a dtype of `kind`, ``"iu"`` or ``"f"``."""
+    if check_array(array, name) is not xp:
+        msg = f"{name} must be a {xp.__name__} array as the others are, got a {array_namespace(array).__name__} array"
+        raise TypeError(msg)
     shape = (count, *trailing)
     if array.shape != shape:
         msg = f"{name} must have shape {shape}, one entry for each image, got {array.shape}"
@@ -72,24 +76,37 @@ def check_range(array: Array, name: str, low: float, high: float, rule: str) -> 
         raise ValueError(msg)
 
 
-def check_source_index(source_index: Array, count: int) -> None:
+def check_source_index(source_index: Array, xp: Namespace, count: int) -> None:
     """Require (count,) integers in [0, count)."""
-    check_per_image(source_index, "source_index", count, "iu")
+    check_per_image(source_index, "source_index", xp, count, "iu")
     check_range(source_index, "source_index", 0, count - 1, f"in [0, {count}), the images of the batch")
 
 
-def check_lam(lam: Array, count: int) -> None:
+def check_lam(lam: Array, xp: Namespace, count: int) -> None:
     """Require (count,) floats in [0, 1]."""
-    check_per_image(lam, "lam", count, "f")
+    check_per_image(lam, "lam", xp, count, "f")
     check_range(lam, "lam", 0, 1, "in [0, 1]")
 
 
-def check_box(box: str) -> str:
+def check_points(points: Array, name: str, xp: Namespace, count: int, height: int, width: int) -> None:
+    """Require (count, 2) integers: points (y, x) inside an image."""
+    check_per_image(points, name, xp, count, "iu", trailing=(2,))
+    check_range(points[:, 0], f"{name}[:, 0]", 0, height - 1, f"in [0, {height}), the rows of the image")
+    check_range(points[:, 1], f"{name}[:, 1]", 0, width - 1, f"in [0, {width}), the columns of the image")
+
+
+def check_boxes(boxes: Array, xp: Namespace, count: int, height: int, width: int) -> None:
+    """Require (count, 4) integers: corners (y0, x0, y1, x1) of boxes inside an image."""
+    check_per_image(boxes, "boxes", xp, count, "iu", trailing=(4,))
+    check_range(boxes[:, ::2], "boxes[:, ::2]", 0, height, f"in [0, {height}], the edges of the image's rows")
+    check_range(boxes[:, 1::2], "boxes[:, 1::2]", 0, width, f"in [0, {width}], the edges of the image's columns")
+
+
+def check_box(box: str) -> None:
     """Require the name of a way to place a box."""
     if box not in BOXES:
         msg = f"box must be one of {', '.join(BOXES)}, got {box!r}"
         raise ValueError(msg)
-    return box
 
 
 def check_alpha(alpha: float) -> float:
@@ -108,12 +125,11 @@ def check_prob(prob: float) -> float:
     return float(prob)
 
 
-def check_num_classes(num_classes: int) -> int:
-    """Require a positive integer."""
-    if not isinstance(num_classes, (int, np.integer)) or isinstance(num_classes, bool) or num_classes < 1:
-        msg = f"num_classes must be a positive integer, got {num_classes!r}"
+def check_at_least(value: int, name: str, least: int) -> None:
+    """Require an integer of at least `least`."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        msg = f"{name} must be an integer of at least {least}, got {value!r}"
         raise ValueError(msg)
-    return int(num_classes)
 
 
 def _is_number(value: Any) -> bool:

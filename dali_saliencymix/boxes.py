@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace, constant
-from dali_saliencymix._checks import check_array, check_box
+from dali_saliencymix._array import Array, constant
+from dali_saliencymix._checks import check_array, check_box, check_boxes, check_lam, check_points
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int) -> Array:
@@ -104,7 +104,9 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     [[0, 3, 2, 7]]
     """
     check_box(box)
-    xp = array_namespace(peaks)
+    xp = check_array(peaks, "peaks")
+    check_points(peaks, "peaks", xp, len(peaks), height, width)
+    check_lam(lam, xp, len(peaks))
     size = xp.stack([xp.full(len(lam), height), xp.full(len(lam), width)], axis=1)
     # In float64 on every device: the floor must not depend on where it is computed.
     side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
@@ -138,6 +140,7 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
     >>> kept_fraction(np.array([[0, 3, 2, 7]]), 8, 8).tolist()
     [0.875]
     """
-    xp = array_namespace(boxes)
+    xp = check_array(boxes, "boxes")
+    check_boxes(boxes, xp, len(boxes), height, width)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (1 - area / (height * width)).astype(xp.float32)

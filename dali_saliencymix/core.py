@@ -96,7 +96,7 @@ def saliencymix(
     detector = get_detector(saliency)
     xp = check_images(images)
     count, height, width, _ = images.shape
-    check_source_index(source_index, count)
+    check_source_index(source_index, xp, count)
     if per_batch:
         peaks = saliency_peaks(_checked_map(detector, images[source_index[:1]]), height, width)
         peaks = xp.repeat(peaks, count, axis=0)
@@ -116,7 +116,7 @@ def cutmix(
     images, source_index, lam, per_batch
         As for `saliencymix`.
     centre : ndarray of shape (N, 2), floating
-        Centre of each box as fractions (y, x) of height and width, in [0, 1); drawn uniformly for CutMix.
+        Centre of each box as fractions (y, x) of height and width, in [0, 1]; drawn uniformly for CutMix.
     box : {"fit", "clip"}
         ``"clip"``, the default, is CutMix.
 
@@ -145,9 +145,9 @@ def cutmix(
     """
     xp = check_images(images)
     count, height, width, _ = images.shape
-    check_source_index(source_index, count)
-    check_per_image(centre, "centre", count, "f", trailing=(2,))
-    check_range(centre, "centre", 0, 1, "in [0, 1)")
+    check_source_index(source_index, xp, count)
+    check_per_image(centre, "centre", xp, count, "f", trailing=(2,))
+    check_range(centre, "centre", 0, 1, "in [0, 1]")
     size = xp.stack([xp.full(count, height), xp.full(count, width)], axis=1)
     peaks = xp.clip((centre * size).astype(xp.int32), 0, size - 1)
     return _mix_at(images, source_index, lam, peaks, box=box, per_batch=per_batch)
@@ -155,7 +155,7 @@ def cutmix(
 
 def _mix_at(images: Array, source_index: Array, lam: Array, peaks: Array, *, box: str, per_batch: bool) -> Mixed:
     count, height, width, _ = images.shape
-    check_lam(lam, count)
+    check_lam(lam, array_namespace(images), count)
     boxes = boxes_at(peaks, lam, height, width, box=box)
     if per_batch:
         boxes = boxes[:1].repeat(count, axis=0)

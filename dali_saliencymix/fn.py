@@ -15,7 +15,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from dali_saliencymix import _bridge, core, mixing
-from dali_saliencymix._checks import check_alpha, check_box, check_num_classes, check_prob
+from dali_saliencymix._checks import check_alpha, check_at_least, check_box, check_prob
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     Raises
     ------
     ValueError
-        While the pipeline is defined, if `num_classes` is no positive integer.
+        While the pipeline is defined, if `num_classes` is not an integer of at least 1.
     RuntimeError
         While the pipeline runs on the CPU, if a label lies outside [0, num_classes). On a GPU, which would have to
         be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
@@ -168,7 +168,8 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     -----
     See `dali_saliencymix.soft_labels` for the function on arrays that does the work.
     """
-    make = functools.partial(_soft_labels, num_classes=check_num_classes(num_classes))
+    check_at_least(num_classes, "num_classes", 1)
+    make = functools.partial(_soft_labels, num_classes=num_classes)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     scalars = [fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[]) for node in (labels, source_labels, lam)]
     packed = fn.stack(*(_to(lam.device, scalar) for scalar in scalars))

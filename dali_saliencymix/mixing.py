@@ -5,13 +5,15 @@ Nothing here modifies its arguments.
 
 from __future__ import annotations
 
-from dali_saliencymix._array import Array, is_host
+from dali_saliencymix._array import Array, array_namespace, is_host
 from dali_saliencymix._checks import (
     check_array,
+    check_at_least,
+    check_boxes,
     check_lam,
-    check_num_classes,
     check_per_image,
     check_range,
+    check_source_index,
 )
 
 
@@ -40,6 +42,8 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array) -> Array:
     [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
     """
     xp = check_array(images, "images")
+    check_source_index(source_index, xp, len(images))
+    check_boxes(boxes, xp, *images.shape[:3])
     return (_paste_by_slices if is_host(xp) else _paste_by_mask)(images, source_index, boxes)
 
 
@@ -53,7 +57,7 @@ def _paste_by_slices(images: Array, source_index: Array, boxes: Array) -> Array:
 
 def _paste_by_mask(images: Array, source_index: Array, boxes: Array) -> Array:
     """One selection over all pixels: what a GPU does best, without asking it where the boxes are."""
-    xp = check_array(images, "images")
+    xp = array_namespace(images)
     _, height, width, _ = images.shape
     y0, x0, y1, x1 = boxes.T[:, :, None]
     y, x = xp.arange(height), xp.arange(width)
@@ -90,12 +94,12 @@ def soft_labels(labels: Array, source_labels: Array, lam: Array, *, num_classes:
     >>> soft_labels(np.array([0]), np.array([2]), np.array([0.75], np.float32), num_classes=3).tolist()
     [[0.75, 0.0, 0.25]]
     """
-    num_classes = check_num_classes(num_classes)
+    check_at_least(num_classes, "num_classes", 1)
     xp = check_array(labels, "labels")
     for name, array in (("labels", labels), ("source_labels", source_labels)):
-        check_per_image(array, name, labels.size, "iu")
+        check_per_image(array, name, xp, labels.size, "iu")
         check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), as num_classes={num_classes} says")
-    check_lam(lam, labels.size)
+    check_lam(lam, xp, labels.size)
 
     lam = lam.astype(xp.float32)[:, None]
     classes = xp.arange(num_classes)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dali_saliencymix._checks import check_at_least
 from dali_saliencymix.boxes import saliency_peaks
 from dali_saliencymix.core import saliencymix
-from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.image_folder import list_image_folder, why_unreadable
 from dali_saliencymix.params import draw_params
 from dali_saliencymix.saliency import get_detector
 
@@ -122,11 +123,19 @@ def save_preview(
     ValueError
         If an option is wrong.
     """
+    check_at_least(count, "count", 1)
+    check_at_least(size, "size", 1)
+    check_at_least(seed, "seed", 0)
     root = Path(root)
     folder = list_image_folder(root / "train" if (root / "train").is_dir() else root)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(folder), size=count, replace=len(folder) < count)
-    images = _decoded([folder.files[i] for i in chosen], size, seed)
+    files = [folder.files[i] for i in chosen]
+    for file in files:
+        if why := why_unreadable(file):
+            msg = f"{file}: {why}"
+            raise ValueError(msg)
+    images = _decoded(files, size, seed)
     source_index, lam = draw_params(rng, count, alpha=alpha)
     figure = draw_mixed(
         images,

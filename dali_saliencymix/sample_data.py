@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dali_saliencymix._checks import check_at_least
+
 # Class name -> (outline of the shape as a radius for each of its corners, hue of the object in 0..1).
 _CLASSES: dict[str, tuple[list[float], float]] = {
     "blue_star": ([1.0, 0.4] * 5, 0.62),
@@ -53,10 +55,9 @@ def make_sample_data(root: str | Path, *, train: int = 200, val: int = 40, seed:
     ValueError
         If a count is not positive or the seed is negative.
     """
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("seed", seed, 0)):
-        if value < least:
-            msg = f"{name} must be at least {least}, got {value}"
-            raise ValueError(msg)
+    check_at_least(train, "train", 1)
+    check_at_least(val, "val", 1)
+    check_at_least(seed, "seed", 0)
     root = Path(root)
     jobs = []
     for split, count in (("train", train), ("val", val)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
+from dali_saliencymix._checks import check_images
 from dali_saliencymix.saliency.grey import luma
 
 # Half the side of the square surrounds, in pixels whatever the size of the image.
@@ -28,7 +29,12 @@ def fine_grained(images: Array) -> Array:
     Returns
     -------
     ndarray of shape (N, H, W), float32
-        Multiples of 1/255 in 0..1; the map of a constant image is all 0.
+        Multiples of 1/255 in 0..1; the map of a constant image of more than one pixel is all 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `images` is not such an array; images that are not uint8 are refused.
 
     Notes
     -----
@@ -44,10 +50,10 @@ def fine_grained(images: Array) -> Array:
     >>> images = np.zeros((1, 37, 23, 3), np.uint8)
     >>> images[0, 30, 5] = 255
     >>> saliency_map = fine_grained(images)
-    >>> [int(i) for i in np.unravel_index(saliency_map.argmax(), saliency_map.shape)]
-    [0, 30, 5]
+    >>> saliency_map.shape, float(saliency_map[0, 30, 5])
+    ((1, 37, 23), 1.0)
     """
-    xp = array_namespace(images)
+    xp = check_images(images)
     if not is_host(xp):
         return _fine_grained(images)
     # On a CPU the sums of one image fit the cache and those of a batch do not: one by one is several times as fast.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._checks import check_images
 from dali_saliencymix.saliency.grey import small_luma
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ def spectral_residual(images: Array) -> Array:
     ndarray of shape (N, min(64, H), min(64, W)), float32
         Each map has its maximum at 1; the map of an image that is reduced to one grey level is all 0.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If `images` is not such an array; images that are not uint8 are refused.
+
     Notes
     -----
     Hou and Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, in the form that OpenCV computes
@@ -52,7 +58,7 @@ def spectral_residual(images: Array) -> Array:
     >>> saliency_map.shape
     (1, 64, 64)
     """
-    xp = array_namespace(images)
+    xp = check_images(images)
     height, width = (min(_MAP_SIZE, size) for size in images.shape[1:3])
     grey = small_luma(images, height, width)
 

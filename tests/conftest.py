@@ -1,0 +1,107 @@
+"""What all tests share: the array libraries, read-only inputs and realistic pictures."""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import hypothesis
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+# The same examples in every run, and no time limit on one example: a busy machine is no failure.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+hypothesis.settings.load_profile("repeatable")
+
+
+@functools.cache
+def _why_no_gpu() -> str:
+    """Return the reason why CuPy cannot compute here; empty where it can."""
+    try:
+        import cupy
+    except ImportError:
+        return "needs a GPU: CuPy is not installed"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"needs a GPU: {error}"
+    return "" if count else "needs a GPU: CuPy sees none"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := _why_no_gpu()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Fixtures that serve hypothesis tests are of session scope: one array library serves all examples of a test.
+@pytest.fixture(scope="session", params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    """NumPy, then CuPy where there is a GPU."""
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture(scope="session")
+def put(xp):
+    """Return a function that makes a NumPy array an argument: of `xp`, and read-only where that exists."""
+
+    def to_library(array):
+        array = np.array(array)
+        array.setflags(write=False)
+        return array if xp is np else xp.asarray(array)
+
+    return to_library
+
+
+@pytest.fixture(scope="session")
+def fetch(xp):
+    """Return a function that brings a result of `xp` to NumPy and fails if it belongs to another library."""
+
+    def to_numpy(array):
+        assert isinstance(array, xp.ndarray)
+        return array if xp is np else xp.asnumpy(array)
+
+    return to_numpy
+
+
+@pytest.fixture(scope="session")
+def jpeg_images() -> list[np.ndarray]:
+    """Photo-like RGB images (H, W, 3) uint8, read-only, decoded from JPEG."""
+    rng = np.random.default_rng(20)
+    sizes = [(224, 224)] * 6 + [(180, 250), (333, 500), (97, 301), (64, 80)]
+    return [_through_jpeg(_picture(rng, height, width)) for height, width in sizes]
+
+
+def _picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Paint objects on a ground, both with the 1/f texture of natural images."""
+    ground, figure = (_texture(rng, height, width) + rng.uniform(60, 200, 3) for _ in range(2))
+    mask = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(mask)
+    for shape in (draw.ellipse, draw.rectangle)[: rng.integers(1, 3)]:
+        left, top = rng.uniform(0, 0.7, 2) * (width, height)
+        right, bottom = (left, top) + rng.uniform(0.1, 0.4, 2) * (width, height)
+        shape([left, top, right, bottom], fill=255)
+    picture = np.where(np.asarray(mask)[..., None] > 0, figure, ground)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Sum noise of many cell sizes, grey for the most part: (H, W, 3) of mean 0."""
+    texture = np.zeros((height, width, 3))
+    for cell in (1, 2, 4, 8, 16, 32, 64, 128):
+        shape = (height // cell + 2, width // cell + 2)
+        grey = rng.normal(size=shape)
+        for channel in range(3):
+            noise = Image.fromarray((grey + 0.4 * rng.normal(size=shape)).astype(np.float32))
+            texture[..., channel] += 4 * cell**0.4 * np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC))
+    return texture
+
+
+def _through_jpeg(picture: np.ndarray) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=85)
+    decoded = np.array(Image.open(file))
+    decoded.setflags(write=False)
+    return decoded

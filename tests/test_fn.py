@@ -1,0 +1,341 @@
+"""The operators inside real DALI pipelines, on files decoded by DALI."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.auto_aug import trivial_augment
+
+import dali_saliencymix.fn as dsfn
+from dali_saliencymix import core, cutmix, saliencymix, soft_labels
+from dali_saliencymix.saliency import spectral_residual
+from dali_saliencymix.sample_data import CLASSES, sample_jpeg
+
+FILES = 24
+HEIGHT, WIDTH = 40, 56
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Paths of real JPEG files; tests use the number of a file as its label, to tell who is who."""
+    folder = tmp_path_factory.mktemp("jpegs")
+    paths = []
+    for number in range(FILES):
+        path = folder / f"{number:02d}.jpg"
+        path.write_bytes(sample_jpeg("train", CLASSES[number % len(CLASSES)], number))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+def read(files, device="cpu", size=(HEIGHT, WIDTH)):
+    encoded, labels = fn.readers.file(files=files, labels=list(range(len(files))), name="reader")
+    images = fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu")
+    return (fn.resize(images, size=size) if size else images), labels
+
+
+def build(definition, *args, batch_size=8, device="cpu", seed=3, **options):
+    device_id = 0 if device == "gpu" else None
+    return definition(*args, batch_size=batch_size, num_threads=2, device_id=device_id, seed=seed, **options)
+
+
+def run(pipeline):
+    return [np.array(output.as_cpu().as_tensor()) for output in pipeline.run()]
+
+
+@pipeline_def
+def before_and_after(files, options, device="cpu", op=dsfn.saliencymix):
+    images, labels = read(files, device)
+    return images, *op(images, labels, **options)
+
+
+def on(device, array):
+    return pytest.importorskip("cupy").asarray(array) if device == "gpu" else array
+
+
+def in_numpy(array):
+    return array.get() if hasattr(array, "get") else array
+
+
+def draws_of(monkeypatch, name):
+    """Record what an array function is called with inside the pipeline; return the list of records."""
+    calls = []
+    function = getattr(core, name)
+
+    def recorded(images, *args, **kwargs):
+        mixed = function(images, *args, **kwargs)
+        calls.append(([np.array(in_numpy(array)) for array in args], kwargs))
+        return mixed
+
+    monkeypatch.setattr(core, name, recorded)
+    return calls
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prob": 0.5, "alpha": 0.3},
+        {"saliency": "fine_grained", "box": "clip"},
+        {"per_batch": True, "box": "clip"},
+        {"saliency": spectral_residual},
+    ],
+    ids=str,
+)
+def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options, batch_size):
+    calls = draws_of(monkeypatch, "saliencymix")
+    pipeline = build(before_and_after, files, options, device, batch_size=batch_size, device=device)
+    for batch in range(3):
+        images, mixed, labels, source_labels, lam = run(pipeline)
+        (source_index, drawn), kwargs = calls[batch]
+        # With the array library of that device: two FFTs round differently, which can move a peak.
+        expected = saliencymix(*(on(device, array) for array in (images, source_index, drawn)), **kwargs)
+        np.testing.assert_array_equal(mixed, in_numpy(expected.images))
+        np.testing.assert_array_equal(lam, in_numpy(expected.lam))
+        assert lam.shape == (batch_size,)
+        assert lam.dtype == np.float32
+        np.testing.assert_array_equal(source_labels, labels[source_index])
+        assert sorted(source_index) == list(range(batch_size))
+
+
+@pytest.mark.parametrize("options", [{}, {"prob": 0.5, "per_batch": True}, {"box": "fit"}], ids=str)
+def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
+    calls = draws_of(monkeypatch, "cutmix")
+    pipeline = build(before_and_after, files, options, device, dsfn.cutmix, device=device)
+    images, mixed, labels, source_labels, lam = run(pipeline)
+    (source_index, drawn, centre), kwargs = calls[0]
+    expected = cutmix(images, source_index, drawn, centre, **kwargs)
+    np.testing.assert_array_equal(mixed, expected.images)
+    np.testing.assert_array_equal(lam, expected.lam)
+    np.testing.assert_array_equal(source_labels, labels[source_index])
+    assert len(np.unique(centre)) == centre.size  # drawn for each sample and each axis
+
+
+def test_the_pipelines_seed_decides_everything(files):
+    first, second, other = (build(before_and_after, files, {"prob": 0.5}, seed=seed) for seed in (3, 3, 4))
+    differs = False
+    for _ in range(3):
+        outputs = [run(pipeline) for pipeline in (first, second, other)]
+        for ours, same, different in zip(*outputs, strict=True):
+            np.testing.assert_array_equal(ours, same)
+            differs |= not np.array_equal(ours, different)
+    assert differs
+
+
+def test_a_restored_checkpoint_goes_on_bit_for_bit(files):
+    def make(checkpoint=None):
+        options = {"prob": 0.7, "alpha": 0.5}
+        return build(before_and_after, files, options, enable_checkpointing=True, checkpoint=checkpoint)
+
+    pipeline = make()
+    for _ in range(2):
+        run(pipeline)
+    state = pipeline.checkpoint()
+    expected = [run(pipeline) for _ in range(3)]
+    restored = make(state)
+    for batch in expected:
+        for ours, theirs in zip(run(restored), batch, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_it_works_behind_conditionals_and_auto_augment(files):
+    @pipeline_def(enable_conditionals=True)
+    def augmented():
+        images, labels = read(files)
+        if fn.random.coin_flip(dtype=types.BOOL):
+            images = fn.flip(images)
+        images = trivial_augment.trivial_augment_wide(images, shape=(HEIGHT, WIDTH))
+        return images, *dsfn.saliencymix(images, labels)
+
+    pipeline = build(augmented)
+    for _ in range(2):
+        images, mixed, labels, source_labels, lam = run(pipeline)
+        source_index = np.array([list(labels.ravel()).index(source) for source in source_labels.ravel()])
+        own = (mixed == images).all(-1)
+        source = (mixed == images[source_index]).all(-1)
+        assert (own | source).all()
+        assert (own.mean((1, 2)) >= lam - 1e-6).all()
+
+
+def test_it_works_inside_a_conditional_on_the_samples_that_take_it(files):
+    @pipeline_def(enable_conditionals=True)
+    def sometimes():
+        images, labels = read(files)
+        taken = fn.random.coin_flip(dtype=types.BOOL)
+        if taken:
+            mixed, labels, source_labels, lam = dsfn.saliencymix(images, labels)
+        else:
+            mixed = images
+            source_labels = fn.copy(labels)
+            lam = fn.cast(1.0, dtype=types.FLOAT)
+        return taken, images, mixed, labels, source_labels, lam
+
+    pipeline = build(sometimes)
+    taken, images, mixed, labels, source_labels, lam = run(pipeline)
+    assert 0 < taken.sum() < len(taken)
+    np.testing.assert_array_equal(mixed[taken == 0], images[taken == 0])
+    np.testing.assert_array_equal(lam[taken == 0], 1)
+    # Those that are mixed find their partners among each other.
+    assert set(source_labels[taken == 1].ravel()) == set(labels[taken == 1].ravel())
+
+
+@pytest.mark.parametrize("executor", [{}, {"exec_dynamic": False}], ids=["default executor", "static executor"])
+def test_the_layout_survives_for_the_operators_behind_it(files, executor):
+    @pipeline_def
+    def normalised():
+        images, labels = read(files)
+        images, *rest = dsfn.saliencymix(images, labels)
+        return images, fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW"), *rest
+
+    pipeline = build(normalised, **executor)
+    outputs = pipeline.run()
+    assert outputs[0].layout() == "HWC"
+    images, chw = (np.array(output.as_tensor()) for output in outputs[:2])
+    np.testing.assert_array_equal(chw, images.transpose(0, 3, 1, 2).astype(np.float32))
+
+
+def test_labels_of_any_shape_and_dtype_are_passed_through_and_permuted(files):
+    @pipeline_def
+    def multi_label():
+        images, labels = read(files)
+        many_hot = fn.stack(fn.cast(labels, dtype=types.FLOAT), fn.cast(labels * labels, dtype=types.FLOAT))
+        return labels, *dsfn.saliencymix(images, many_hot)
+
+    ids, _, labels, source_labels, _ = run(build(multi_label))
+    np.testing.assert_array_equal(labels[..., 0], np.stack([ids, ids**2], 1)[..., 0])
+    assert source_labels.shape == labels.shape
+    np.testing.assert_array_equal(source_labels[:, 1], source_labels[:, 0] ** 2)
+
+
+def test_prob_0_changes_nothing_and_says_so(files):
+    images, mixed, _, _, lam = run(build(before_and_after, files, {"prob": 0.0}))
+    np.testing.assert_array_equal(mixed, images)
+    np.testing.assert_array_equal(lam, 1)
+
+
+def test_prob_and_alpha_shape_the_draws(monkeypatch, files):
+    calls = draws_of(monkeypatch, "cutmix")
+    pipeline = build(before_and_after, files, {"prob": 0.4, "alpha": 2.0}, "cpu", dsfn.cutmix, batch_size=50)
+    for _ in range(20):
+        run(pipeline)
+    lam = np.concatenate([args[1] for args, _ in calls])[:1000]
+    mixed = lam[lam < 1]
+    # Four standard errors: sqrt(0.4 * 0.6 / 1000) for the share, sqrt(0.05 / 400) for the mean of Beta(2, 2).
+    assert abs(len(mixed) / 1000 - 0.4) < 0.062
+    assert abs(mixed.mean() - 0.5) < 0.045
+    assert abs(mixed.var() - 0.05) < 0.012
+
+
+def test_one_batch_has_one_box_with_per_batch(files):
+    images, mixed, *_, lam = run(build(before_and_after, files, {"per_batch": True}))
+    assert len(np.unique(lam)) == 1
+    # Outside the one box no image changes.
+    changed = (mixed != images).any(-1).any(0)
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    assert area == round((1 - lam[0]) * HEIGHT * WIDTH)
+
+
+def test_soft_labels_in_a_pipeline_equal_the_array_function(files, device):
+    @pipeline_def
+    def softened():
+        images, labels = read(files, device)
+        _, labels, source_labels, lam = dsfn.saliencymix(images, labels)
+        return labels, source_labels, lam, dsfn.soft_labels(labels, source_labels, lam, num_classes=FILES)
+
+    labels, source_labels, lam, targets = run(build(softened, batch_size=5, device=device))
+    expected = soft_labels(labels.ravel(), source_labels.ravel(), lam, num_classes=FILES)
+    np.testing.assert_array_equal(targets, expected)
+    assert targets.dtype == np.float32
+
+
+@pytest.mark.parametrize("num_classes", [2, 1])
+def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classes):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], num_classes=num_classes)
+
+    message = rf"labels must be in \[0, {num_classes}\), as num_classes={num_classes} says, got {num_classes}"
+    with pytest.raises(RuntimeError, match=message):
+        run(build(softened))
+
+
+def wrong_images(kind, files):
+    images, labels = read(files, size=None if kind == "ragged" else (HEIGHT, WIDTH))
+    if kind == "float":
+        images = fn.cast(images, dtype=types.FLOAT)
+    if kind == "channels first":
+        images = fn.transpose(images, perm=[2, 0, 1])
+    return dsfn.saliencymix(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("ragged", r"all images of a batch must have one shape, got \d: .*; put fn\.resize in front"),
+        ("float", r"images must be uint8 with pixel values 0\.\.255, got float32: .* Mix before normalising"),
+        ("channels first", rf"\(N, H, W, C\) .* got \(8, 3, {HEIGHT}, {WIDTH}\): that looks like channels first"),
+    ],
+)
+def test_wrong_images_are_refused_while_the_pipeline_runs(files, kind, message):
+    @pipeline_def
+    def wrong():
+        return wrong_images(kind, files)
+
+    with pytest.raises(RuntimeError, match=message):
+        run(build(wrong))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 0}, ValueError, "alpha must be a positive number, got 0"),
+        ({"alpha": float("nan")}, ValueError, "alpha must be a positive number, got nan"),
+        ({"prob": 1.5}, ValueError, r"prob must be in \[0, 1\], got 1.5"),
+        ({"prob": -0.1}, ValueError, r"prob must be in \[0, 1\], got -0.1"),
+        ({"box": "move"}, ValueError, "box must be one of fit, clip, got 'move'"),
+        ({"saliency": "x"}, ValueError, "saliency must be one of fine_grained, spectral_residual, .* got 'x'"),
+        ({"saliency": None}, TypeError, "saliency must be the name of a detector or a callable, got None"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_while_the_pipeline_is_defined(files, options, error, message):
+    with pytest.raises(error, match=message):
+        build(before_and_after, files, options)
+
+
+@pytest.mark.parametrize("num_classes", [0, -3, 2.5, True, None])
+def test_wrong_numbers_of_classes_are_refused(files, num_classes):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], num_classes=num_classes)
+
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got "):
+        build(softened)
+
+
+def test_a_gpu_pipeline_without_cupy_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs CuPy, which is not installed: pip install"):
+        dsfn._placed("gpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_label_outside_num_classes_makes_its_row_nan(files):
+    @pipeline_def
+    def softened():
+        images, labels = read(files, "gpu")
+        _, labels, source_labels, lam = dsfn.saliencymix(images, labels)
+        return labels, source_labels, dsfn.soft_labels(labels, source_labels, lam, num_classes=3)
+
+    labels, source_labels, targets = run(build(softened, device="gpu"))
+    outside = (labels.ravel() > 2) | (source_labels.ravel() > 2)
+    np.testing.assert_array_equal(np.isnan(targets).all(1), outside)

@@ -1,0 +1,188 @@
+"""The loaders: tensors, epochs, shards, states, and what they say about broken files."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dali_saliencymix.fn import saliencymix
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.sample_data import make_sample_data
+from pipelines.loader import LoaderError, training_loader, validation_loader
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of 32 images whose labels are their numbers, to tell who is who."""
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=4, val=1)
+    listed = list_image_folder(root / "train")
+    return replace(listed, labels=list(range(len(listed))))
+
+
+def first(folder, count):
+    return replace(folder, files=folder.files[:count], labels=folder.labels[:count])
+
+
+def train(folder, *, batch_size=4, device=CPU, **options):
+    return training_loader(folder, batch_size=batch_size, num_threads=2, device=device, crop_size=24, **options)
+
+
+def validate(folder, *, batch_size=4, **options):
+    sizes = {"resize_size": 24, "crop_size": 24}
+    return validation_loader(folder, batch_size=batch_size, num_threads=2, device=CPU, **sizes, **options)
+
+
+def epoch(loader):
+    return [[tensor.clone() for tensor in batch] for batch in loader]
+
+
+def ids(batches):
+    return [label for _, labels, *_ in batches for label in labels.tolist()]
+
+
+def assert_equal_batches(ours, theirs):
+    assert len(ours) == len(theirs)
+    for our_batch, their_batch in zip(ours, theirs, strict=True):
+        for our_tensor, their_tensor in zip(our_batch, their_batch, strict=True):
+            assert torch.equal(our_tensor, their_tensor)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)], ids=str)
+def test_batches_are_tensors_as_a_model_wants_them(folder, device, channels_last):
+    images, labels, source_labels, lam = next(
+        iter(train(folder, device=device, mix=saliencymix, channels_last=channels_last))
+    )
+    assert images.shape == (4, 3, 24, 24)
+    assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert (images.dtype, labels.dtype, source_labels.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert labels.shape == source_labels.shape == lam.shape == (4,)
+    assert lam.dtype == torch.float32
+    assert {tensor.device for tensor in (images, labels, source_labels, lam)} == {device}
+
+
+def test_an_epoch_gives_each_image_once_and_the_next_one_another_order(folder):
+    loader = train(folder)
+    epochs = [ids(epoch(loader)) for _ in range(3)]
+    assert len(loader) == 8
+    assert all(sorted(order) == list(range(32)) for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "shards", "batch_size"), [(32, 2, 4), (31, 2, 5), (29, 4, 3), (17, 2, 8), (13, 3, 1)]
+)
+def test_shards_are_disjoint_and_of_equal_length_in_every_epoch(folder, images, shards, batch_size):
+    loaders = [
+        train(first(folder, images), batch_size=batch_size, rank=rank, world_size=shards) for rank in range(shards)
+    ]
+    for _ in range(4):
+        batches = [epoch(loader) for loader in loaders]
+        assert {len(shard) for shard in batches} == {len(loaders[0])} == {images // shards // batch_size}
+        seen = Counter(label for shard in batches for label in ids(shard))
+        assert set(seen.values()) == {1}
+        assert len(seen) == shards * len(loaders[0]) * batch_size
+
+
+@pytest.mark.parametrize(("images", "shards", "batch_size"), [(32, 1, 5), (31, 2, 5), (5, 4, 3), (21, 2, 10)])
+def test_validation_gives_each_image_exactly_once(folder, images, shards, batch_size):
+    loaders = [
+        validate(first(folder, images), batch_size=batch_size, rank=rank, world_size=shards) for rank in range(shards)
+    ]
+    for _ in range(2):
+        batches = [epoch(loader) for loader in loaders]
+        assert len({len(shard) for shard in batches}) == 1
+        assert sorted(label for shard in batches for label in ids(shard)) == list(range(images))
+
+
+def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
+    make = functools.partial(train, first(folder, 30), mix=functools.partial(saliencymix, prob=0.6), seed=5)
+    loader = make()
+    assert len(loader) == 7  # and two images that are left out
+    batches, states = [], []
+    for _ in range(3):
+        for batch in loader:
+            batches.append([tensor.clone() for tensor in batch])
+            states.append(loader.state())
+        states[-1] = loader.state()  # after the last batch: at the beginning of the next epoch
+    for position, state in enumerate(states[:-1], start=1):
+        restored = make(state=state)
+        rest = epoch(restored)
+        assert len(rest) == 7 - position % 7
+        while len(rest) < len(batches) - position:
+            rest += epoch(restored)
+        assert_equal_batches(rest, batches[position:])
+
+
+def test_the_seed_decides_the_batches_and_ranks_augment_differently(folder):
+    make = functools.partial(train, folder, mix=saliencymix, batch_size=32)
+    assert_equal_batches(epoch(make(seed=1)), epoch(make(seed=1)))
+    assert ids(epoch(make(seed=1))) != ids(epoch(make(seed=2)))
+    lams = [epoch(make(seed=1, batch_size=16, rank=rank, world_size=2))[0][3] for rank in (0, 1)]
+    assert not torch.equal(*lams)
+
+
+def damaged(folder, tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    return replace(folder, files=[*folder.files[:7], str(path)], labels=folder.labels[:8]), path
+
+
+@pytest.mark.parametrize("kind", [train, validate])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("truncated.jpg", lambda whole: whole[: len(whole) // 2], "truncated"),
+        ("text.jpg", lambda whole: b"not a picture at all\n" * 40, "not an image"),
+        ("header.jpg", lambda whole: whole[:24], "Truncated File Read|cannot identify image file"),
+        ("zero.jpg", lambda whole: b"", "empty file"),
+        ("gone.jpg", lambda whole: None, "No such file"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(folder, tmp_path, kind, name, content, message):
+    with open(folder.files[0], "rb") as stream:
+        listed, path = damaged(folder, tmp_path, name, content(stream.read()))
+    with pytest.raises(LoaderError) as raised:
+        epoch(kind(listed, batch_size=8))
+    assert str(raised.value).startswith(f"{path}: ")
+    assert re.search(message, str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_detector_raises_arrives_as_one_line(folder):
+    def broken(images):
+        msg = "no saliency\ntoday"
+        raise ValueError(msg)
+
+    with pytest.raises(LoaderError, match=r"^no saliency today$"):
+        epoch(train(folder, mix=functools.partial(saliencymix, saliency=broken)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: train(folder, batch_size=33), "batch_size must be at most 32, .* of 1 processes .* got 33"),
+        (lambda folder: train(folder, batch_size=17, world_size=2), "batch_size must be at most 16, .* got 17"),
+        (lambda folder: train(folder, seed=-1), "seed must not be negative, .* got -1"),
+        (lambda folder: validate(first(folder, 3), world_size=4), "3 images are too few for 4 processes"),
+        (lambda folder: train(folder, mix=functools.partial(saliencymix, alpha=-1)), "alpha must be .* got -1"),
+    ],
+)
+def test_wrong_arguments_are_named(folder, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(folder):
+    with pytest.raises(ValueError, match="device must be 'cpu' where no CUDA GPU is found, got 'cuda:0'"):
+        train(folder, device=torch.device("cuda", 0))

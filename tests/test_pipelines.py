@@ -1,0 +1,113 @@
+"""The ready-made pipelines against the same steps done with Pillow and NumPy."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dali_saliencymix.fn import saliencymix
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.sample_data import make_sample_data
+from pipelines.imagenet import MEAN, STD, training_pipeline, validation_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=4, val=1)
+    return list_image_folder(root / "train")
+
+
+def outputs(definition, folder, *, batch_size=8, seed=1, **options):
+    pipeline = definition(
+        folder.files, folder.labels, batch_size=batch_size, num_threads=2, device_id=None, seed=seed, **options
+    )
+    return [np.array(output.as_tensor()) for output in pipeline.run()]
+
+
+def denormalised(images):
+    return images * 255 * np.reshape(STD, (3, 1, 1)) + 255 * np.reshape(MEAN, (3, 1, 1))
+
+
+def test_validation_resizes_and_crops_as_pillow_does(tmp_path):
+    # Two slopes and a ring, smooth enough that only geometry counts: one pixel aside makes 1.5 grey levels.
+    sizes = [(150, 100), (97, 210), (128, 128), (333, 211)]
+    for number, (width, height) in enumerate(sizes):
+        y, x = np.mgrid[:height, :width] / max(height, width)
+        ring = 60 * np.cos(8 * np.hypot(y - 0.3, x - 0.4))
+        picture = np.stack([30 + 200 * x, 220 - 200 * y, 128 + ring], 2).clip(0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.jpg", quality=98, subsampling=0)
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    pipeline = validation_pipeline(
+        files, [5, 6, 7, 8], resize_size=72, crop_size=64, batch_size=4, num_threads=2, device_id=None
+    )
+    images, labels = (np.array(output.as_tensor()) for output in pipeline.run())
+    assert images.shape == (4, 3, 64, 64)
+    assert labels.ravel().tolist() == [5, 6, 7, 8]
+    for ours, file in zip(denormalised(images), files, strict=True):
+        with Image.open(file) as opened:
+            scale = 72 / min(opened.size)
+            picture = opened.resize([round(side * scale) for side in opened.size], Image.Resampling.BILINEAR)
+        left, top = (picture.width - 64) / 2, (picture.height - 64) / 2
+        expected = picture.crop((round(left), round(top), round(left) + 64, round(top) + 64))
+        assert np.abs(ours - np.asarray(expected).transpose(2, 0, 1)).mean() < 1
+
+
+@pytest.mark.parametrize("definition", [training_pipeline, validation_pipeline])
+def test_layouts_and_types_hold_the_same_values(folder, definition):
+    mix = {"mix": saliencymix} if definition is training_pipeline else {}
+    chw, *rest = outputs(definition, folder, **mix)
+    assert chw.shape == (8, 3, 224, 224)
+    assert chw.dtype == np.float32
+    hwc, *same = outputs(definition, folder, channels_last=True, fp16=True, **mix)
+    assert hwc.shape == (8, 224, 224, 3)
+    assert hwc.dtype == np.float16
+    np.testing.assert_allclose(hwc.transpose(0, 3, 1, 2), chw, atol=2e-3)
+    for ours, theirs in zip(rest, same, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_training_images_are_normalised(folder):
+    images, *_ = outputs(training_pipeline, folder, crop_size=32)
+    pixels = denormalised(images)
+    assert pixels.min() > -0.01
+    assert pixels.max() < 255.01
+    np.testing.assert_allclose(pixels, pixels.round(), atol=0.01)
+
+
+def test_training_without_mixing_says_lam_1_and_gives_the_label_twice(folder):
+    _, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=32)
+    np.testing.assert_array_equal(labels, source_labels)
+    np.testing.assert_array_equal(lam, np.ones(8, np.float32))
+
+
+def test_mixing_changes_the_images_by_the_share_that_it_says(folder):
+    plain, *_ = outputs(training_pipeline, folder, crop_size=40)
+    mixed, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=40, mix=saliencymix)
+    # The operators draw in the order of their making: the crops are the same, the mirroring is not.
+    own = np.maximum((mixed == plain).all(1).mean((1, 2)), (mixed[..., ::-1] == plain).all(1).mean((1, 2)))
+    assert (own >= lam - 1e-6).all()
+    assert (lam < 1).all()
+    assert sorted(source_labels.ravel()) == sorted(labels.ravel())
+
+
+def test_the_seed_decides_the_crops_and_the_shuffle_seed_the_order(folder):
+    options = {"crop_size": 32, "mix": functools.partial(saliencymix, prob=0.5)}
+    first = outputs(training_pipeline, folder, **options)
+    for ours, theirs in zip(first, outputs(training_pipeline, folder, **options), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    other_crops = outputs(training_pipeline, folder, seed=2, **options)
+    assert not np.array_equal(first[0], other_crops[0])
+    np.testing.assert_array_equal(first[1], other_crops[1])
+    other_order = outputs(training_pipeline, folder, batch_size=32, shuffle_seed=9, **options)
+    assert not np.array_equal(outputs(training_pipeline, folder, batch_size=32, **options)[1], other_order[1])
+
+
+def test_sizes_that_cannot_be_are_refused(folder):
+    with pytest.raises(ValueError, match=r"min_crop_area must be in \(0, 1\], got 0"):
+        outputs(training_pipeline, folder, min_crop_area=0)
+    with pytest.raises(ValueError, match="crop_size must be at most resize_size, got 224 and 100"):
+        outputs(validation_pipeline, folder, resize_size=100)

@@ -1,0 +1,58 @@
+"""The README's snippets run as they stand there, and what it refers to exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_saliencymix.sample_data import make_sample_data
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def snippet(containing):
+    (found,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in code)
+    return found
+
+
+def test_the_snippet_on_arrays_runs():
+    names: dict = {}
+    exec(snippet("draw_params"), names)
+    np.testing.assert_allclose(names["targets"].sum(1), 1, atol=1e-6)
+    assert names["mixed"].images.shape == names["images"].shape
+    assert (names["mixed"].images != names["images"]).any()
+
+
+def test_the_line_in_a_dali_job_runs(tmp_path):
+    make_sample_data(tmp_path, train=2, val=1)
+    names: dict = {}
+    source = snippet("pipeline_def").replace('device="mixed"', 'device="cpu"')
+    # A file of its own: DALI reads the source of a pipeline definition.
+    (tmp_path / "job.py").write_text(source)
+    exec(compile(source, tmp_path / "job.py", "exec"), names)
+    pipeline = names["training_pipeline"](str(tmp_path / "train"), batch_size=4, num_threads=2, device_id=None)
+    images, targets = (np.array(output.as_tensor()) for output in pipeline.run())
+    assert images.shape == (4, 3, 224, 224)
+    np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+
+
+def test_the_options_that_it_names_exist():
+    options = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - {"--nproc_per_node", "--nproc"}
+    shown = ""
+    for command in (["train.py"], ["-m", "dali_saliencymix", "preview"], ["benchmarks/bench_pipeline.py"]):
+        shown += subprocess.run(
+            [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    assert options
+    assert {option for option in options if option not in shown} == set()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_files_that_it_links_to_exist(target):
+    assert (ROOT / target).is_file()
