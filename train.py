@@ -45,6 +45,10 @@ def mix_operator(args: argparse.Namespace) -> Mix | None:
     return functools.partial(mix_fn.cutmix, **options) if args.mix == "cutmix" else None
 
 
+# What a checkpoint holds; Trainer.checkpoint says what each is.
+ENTRIES = ("model", "optimizer", "epoch", "best_top1", "config", "classes", "train_images", "loaders")
+
+
 class Trainer:
     """Everything that one process holds during a run."""
 
@@ -72,11 +76,11 @@ class Trainer:
             weight_decay=args.weight_decay,
         )
         self.epoch = 0
-        self.best_top1 = 0.0
+        self.best_top1 = -math.inf
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
-        checkpoint = checkpoints.load_checkpoint(path)
+        checkpoint = checkpoints.load_checkpoint(path, ENTRIES)
         if checkpoint["classes"] != self.train_folder.classes or checkpoint["config"]["arch"] != self.args.arch:
             msg = (
                 f"{path}: holds a {checkpoint['config']['arch']} for {len(checkpoint['classes'])} classes, "
@@ -246,16 +250,16 @@ def banner(trainer: Trainer, loader: Loader) -> str:
 
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Train, or only validate, in one process of the run."""
-    resume = checkpoints.find_checkpoint(args.resume, args.output_dir) if args.resume else None
     last = args.output_dir / checkpoints.LAST
-    if args.resume and resume is None:
-        if args.evaluate:
-            msg = f"{last}: no such checkpoint"
-            raise ValueError(msg)
-        logs.say(f"no {last} yet: starting anew", enabled=processes.is_main)
-    elif resume is None and last.exists():
+    resume = checkpoints.find_checkpoint(args.resume, args.output_dir) if args.resume else None
+    if args.evaluate and resume is None:
+        msg = f"{last}: no such checkpoint"
+        raise ValueError(msg)
+    if not args.evaluate and last.exists() and (resume is None or not last.samefile(resume)):
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
         raise ValueError(msg)
+    if args.resume and resume is None:
+        logs.say(f"no {last} yet: starting anew", enabled=processes.is_main)
     trainer = Trainer(args, processes)
     checkpoint = trainer.restore(resume) if resume else None
     val_loader = trainer.val_loader()
@@ -271,7 +275,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         network = nn.parallel.DistributedDataParallel(trainer.model)
     if processes.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-    log = logs.JsonLines(args.output_dir / "log.jsonl" if processes.is_main else None)
+    log = logs.JsonLines(args.output_dir / "log.jsonl" if processes.is_main else None, anew=resume is None)
     log.write("resume" if resume else "start", config=trainer.config, **logs.environment(processes.device))
     logs.say(banner(trainer, loader), enabled=processes.is_main)
 

@@ -70,7 +70,7 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     NotADirectoryError
         If `root` is a file.
     ValueError
-        If `root` has a class folder that is not in `classes`.
+        If `root` has a class folder that is not in `classes`, or the name of a file is not UTF-8, which DALI needs.
     """
     root = Path(root)
     if not root.exists():
@@ -111,6 +111,12 @@ def _images_below(folder: Path) -> list[str]:
     paths = []
     for directory, _, names in os.walk(folder, followlinks=True):
         paths += [os.path.join(directory, name) for name in names if _is_image_name(name)]
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            msg = f"{path!r}: this name is not UTF-8, which DALI needs; rename the file or its folder"
+            raise ValueError(msg) from error
     return sorted(paths)
 
 
@@ -142,7 +148,8 @@ def find_unreadable(files: Sequence[str], *, limit: int = 5, seconds: float = 12
 
     start = time.monotonic()
     found = []
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), unit="file", desc="looking for it", leave=False) as bar:
+    bar = tqdm(total=len(files), unit="file", desc="looking for it", leave=False, disable=None)  # on terminals only
+    with ThreadPoolExecutor() as pool, bar:
         for begin in range(0, len(files), 4096):
             chunk = files[begin : begin + 4096]
             found += [(file, why) for file, why in zip(chunk, pool.map(why_unreadable, chunk), strict=True) if why]

@@ -88,16 +88,13 @@ def training_pipeline(
         pad_last_batch=True,
         name="reader",
     )
-    images = fn.decoders.image_random_crop(
-        encoded,
-        device="mixed" if device == "gpu" else "cpu",
+    start, shape = fn.random_crop_generator(
+        fn.peek_image_shape(encoded),
         random_area=[min_crop_area, 1.0],
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
-        hw_decoder_load=hw_decoder_load,
-        preallocate_width_hint=_WIDTH_HINT,
-        preallocate_height_hint=_HEIGHT_HINT,
     )
+    images = _decoded(encoded, start, shape, device, hw_decoder_load)
     images = fn.resize(images, size=(crop_size, crop_size))
     if mix is None:
         source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
@@ -148,16 +145,30 @@ def validation_pipeline(
         pad_last_batch=True,
         name="reader",
     )
-    images = fn.decoders.image(
+    shape = fn.peek_image_shape(encoded)[:2]
+    images = _decoded(encoded, shape * 0, shape, device, hw_decoder_load)
+    images = fn.resize(images, resize_shorter=resize_size)
+    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
+    return _to(device, images), _to(device, label)
+
+
+@do_not_convert
+def _decoded(encoded: DataNode, start: DataNode, shape: DataNode, device: str, hw_decoder_load: float) -> DataNode:
+    """Decode the window of each image that begins at `start` and has `shape`, both (rows, columns).
+
+    The window has to come from the image's header (``fn.peek_image_shape``): a file that is no image then fails
+    there. In DALI 2.4's decoders it ends the batch while other threads still work on it, which can crash the process.
+    """
+    return fn.decoders.image_slice(
         encoded,
+        start,
+        shape,
+        axis_names="HW",
         device="mixed" if device == "gpu" else "cpu",
         hw_decoder_load=hw_decoder_load,
         preallocate_width_hint=_WIDTH_HINT,
         preallocate_height_hint=_HEIGHT_HINT,
     )
-    images = fn.resize(images, resize_shorter=resize_size)
-    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
-    return _to(device, images), _to(device, label)
 
 
 @do_not_convert

@@ -75,8 +75,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
         parser.error(f"--resume: {args.resume}: no such file")
-    if args.lr_warmup_epochs >= args.epochs:
-        parser.error(f"--lr-warmup-epochs must be less than --epochs {args.epochs}, got {args.lr_warmup_epochs}")
+    if not 0 <= args.lr_warmup_epochs < args.epochs:
+        parser.error(f"--lr-warmup-epochs must be in [0, --epochs {args.epochs}), got {args.lr_warmup_epochs:g}")
     known = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
     if args.arch not in known:
         parser.error(f"--arch must be one of {', '.join(known)}, got {args.arch!r}")

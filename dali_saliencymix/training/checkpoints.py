@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,40 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         Tensors, numbers, strings, bytes, and lists, tuples and dictionaries of these.
     path : path
         File to write; its folder has to exist.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; it names `path`.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    # First into memory: writing to a full disk, PyTorch would raise an error that says nothing of the disk.
+    serialised = io.BytesIO()
+    torch.save(checkpoint, serialised)
     try:
         with open(partial, "wb") as stream:
-            torch.save(checkpoint, stream)
+            stream.write(serialised.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running any code from it.
+
+    Parameters
+    ----------
+    path : path
+        File to read.
+    entries : sequence of str
+        What it has to hold.
 
     Raises
     ------
@@ -52,11 +71,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(msg)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        msg = f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})"
+    except Exception as error:  # there is no telling what unpickling a damaged file raises
+        # Its own message is not passed on: it advises to run the file's code.
+        msg = f"{path}: damaged, or not a checkpoint of tensors and plain values"
         raise ValueError(msg) from error
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        msg = f"{path}: not a checkpoint of this project, it has no entry 'model'"
+    missing = [entry for entry in entries if not isinstance(checkpoint, dict) or entry not in checkpoint]
+    if missing:
+        msg = f"{path}: not a checkpoint of this project, it has no entry {missing[0]!r}"
         raise ValueError(msg)
     return checkpoint
 

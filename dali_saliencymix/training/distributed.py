@@ -49,13 +49,14 @@ def start_processes(device: str = "auto") -> Processes:
     """
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cuda" and gpus <= local_rank:
-        msg = f"device must be 'cpu' where no CUDA GPU is left for process {local_rank}, got 'cuda' with {gpus} GPUs"
-        raise ValueError(msg)
+    asked = device
     if device == "auto":
-        device = "cuda" if gpus > local_rank else "cpu"
+        device = "cuda" if gpus else "cpu"
         if device == "cpu" and rank == 0:
             sys.stderr.write("no CUDA GPU found: everything runs on the CPU\n")
+    if device == "cuda" and gpus <= local_rank:
+        msg = f"device must be 'cpu' where no CUDA GPU is left for process {local_rank}, got {asked!r} with {gpus} GPUs"
+        raise ValueError(msg)
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(chosen)

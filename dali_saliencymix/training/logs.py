@@ -47,10 +47,14 @@ class JsonLines:
     ----------
     path : path or None
         File to append to; with None nothing is written, as in all processes but the main one.
+    anew : bool
+        Whether to begin an empty file, in the place of one that may be there.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, anew: bool = False) -> None:
         self._path = path
+        if anew and path is not None:
+            path.write_text("")
 
     def write(self, event: str, **values: Any) -> None:
         """Append a line."""

@@ -1,0 +1,99 @@
+"""Runs in two processes under ``torchrun`` for `test_distributed.py`: records what each of them gets, judges nothing.
+
+The first argument is the data set, the second the JSON file that the main process writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from dali_saliencymix import fn as mix_fn
+from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.training.arguments import parse_arguments
+from dali_saliencymix.training.distributed import gather_from_processes, start_processes, stop_processes
+from dali_saliencymix.training.metrics import mixed_cross_entropy
+from pipelines.loader import training_loader, validation_loader
+
+TRAINING = [(12, 3), (13, 3), (23, 4), (47, 5)]  # images and images of a batch
+VALIDATION = [(5, 3), (7, 3), (16, 4), (23, 5)]
+EPOCHS = 3
+
+
+def numbered(files: list[str], count: int) -> ImageFolder:
+    """Return a data set in which a label says which file it is."""
+    names = [f"{number:03d}" for number in range(count)]
+    return ImageFolder(Path(files[0]).parent, names, files[:count], list(range(count)))
+
+
+def loaded_labels(loader) -> list[list[list[int]]]:
+    """Return the labels of each batch of each epoch."""
+    return [[batch[1].tolist() for batch in loader] for _ in range(EPOCHS)]
+
+
+def gradients_of(network, model, images, *targets) -> torch.Tensor:
+    model.zero_grad()
+    mixed_cross_entropy(network(images), *targets).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def one_step(loader) -> dict:
+    """Compare the gradients of a step with those that the processes find alone, with the same weights."""
+    torch.manual_seed(7)
+    model = torchvision.models.resnet18(num_classes=100)
+    images, labels, source_labels, lam = next(iter(loader))
+    alone = copy.deepcopy(model)
+    local = gather_from_processes(gradients_of(alone, alone, images, labels, source_labels, lam))
+    network = DistributedDataParallel(model)
+    shared = gather_from_processes(gradients_of(network, model, images, labels, source_labels, lam))
+    mean = (local[0] + local[1]) / 2
+    return {
+        "lam": gather_from_processes(lam.tolist()),
+        "same": bool(torch.equal(shared[0], shared[1])),
+        "off_the_mean": ((shared[0] - mean).norm() / mean.norm()).item(),
+        "between_processes": ((local[0] - local[1]).norm() / mean.norm()).item(),
+    }
+
+
+def one_epoch(arguments: list[str], processes) -> dict:
+    """Train for an epoch with the trainer of train.py; report what must be the same in all processes."""
+    trainer = train.Trainer(parse_arguments(arguments), processes)
+    begin = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
+    trained = trainer.train_epoch(DistributedDataParallel(trainer.model), trainer.train_loader(None))
+    val = trainer.validate(trainer.val_loader())
+    state = [part.double().sum().item() for part in trainer.model.state_dict().values()]
+    sums = {name: trained[name] for name in ("loss", "mixed_top1", "images")}
+    return {"begin": gather_from_processes(begin), "both": gather_from_processes([state, sums, val])}
+
+
+def main() -> None:
+    data, output = Path(sys.argv[1]), Path(sys.argv[2])
+    processes = start_processes("cpu")
+    place = {"rank": processes.rank, "world_size": processes.world_size}
+    common = {"num_threads": 1, "device": processes.device, "crop_size": 32, **place}
+    files = list_image_folder(data / "train").files
+    report: dict = {"training": {}, "validation": {}}
+    for count, batch_size in TRAINING:
+        loader = training_loader(numbered(files, count), batch_size=batch_size, seed=5, **common)
+        report["training"][f"{count} {batch_size}"] = gather_from_processes(loaded_labels(loader))
+    for count, batch_size in VALIDATION:
+        loader = validation_loader(numbered(files, count), batch_size=batch_size, resize_size=32, **common)
+        report["validation"][f"{count} {batch_size}"] = gather_from_processes(loaded_labels(loader))
+    mix = functools.partial(mix_fn.saliencymix, alpha=1.0)
+    report["step"] = one_step(training_loader(numbered(files, 16), batch_size=6, seed=5, mix=mix, **common))
+    report["epoch"] = one_epoch([str(data), *sys.argv[3:]], processes)
+    if processes.is_main:
+        output.write_text(json.dumps(report))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Two processes on this machine, started by ``torchrun``: shards, gradients, whole runs of train.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import EPOCHS, TRAINING, VALIDATION
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, torchrun
+
+from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
+from dali_saliencymix.training.distributed import start_processes
+
+pytest_plugins = ["training_fixtures"]
+
+BATCH = 5  # divides nothing here
+TWO = (*TINY, "-b", str(BATCH), "-p", "2")
+STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 2 // BATCH
+VAL_IMAGES = VAL_PER_CLASS * CLASS_COUNT - 1
+
+# Runs train.py and keeps what a run that is killed in the second epoch leaves behind.
+COPIED = """
+import shutil, sys
+import train
+from dali_saliencymix.training import checkpoints
+save = checkpoints.save_checkpoint
+def save_and_copy(checkpoint, path):
+    save(checkpoint, path)
+    if checkpoint["epoch"] == 1 and path.name == checkpoints.LAST:
+        shutil.copytree(path.parent, path.parent.with_name("killed"))
+checkpoints.save_checkpoint = save_and_copy
+sys.exit(train.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def odd_data(data_folder, tmp_path_factory) -> Path:
+    """The data set with an odd number of validation images."""
+    root = shutil.copytree(data_folder, tmp_path_factory.mktemp("odd") / "data")
+    next((root / "val" / "red_square").iterdir()).unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(odd_data, tmp_path_factory) -> dict:
+    """What `distributed_worker.py` has recorded."""
+    output = tmp_path_factory.mktemp("worker") / "report.json"
+    torchrun(Path(__file__).with_name("distributed_worker.py"), odd_data, output, *TWO)
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def full_run(odd_data, tmp_path_factory):
+    """The output folder and the ended process of two epochs in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "copied.py").write_text(COPIED)
+    return folder / "run", torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [label for batch in batches for label in batch]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), TRAINING)
+def test_no_image_is_trained_on_twice_in_an_epoch_and_all_processes_take_as_many_steps(report, count, batch_size):
+    first, second = report["training"][f"{count} {batch_size}"]
+    seen = []
+    for epoch in range(EPOCHS):
+        steps = count // 2 // batch_size
+        assert [len(batch) for batch in first[epoch]] == [batch_size] * steps
+        assert [len(batch) for batch in second[epoch]] == [batch_size] * steps
+        images = flat(first[epoch]) + flat(second[epoch])
+        assert len(set(images)) == len(images)
+        assert set(images) <= set(range(count))
+        seen.append(images)
+    assert len({tuple(images) for images in seen}) == EPOCHS  # another order in each epoch
+    assert all(images != sorted(images) for images in seen)
+
+
+def test_where_the_batches_come_out_even_every_image_is_seen_once_in_each_epoch(report):
+    (count, batch_size), *_ = TRAINING
+    first, second = report["training"][f"{count} {batch_size}"]
+    for epoch in range(EPOCHS):
+        assert sorted(flat(first[epoch]) + flat(second[epoch])) == list(range(count))
+
+
+def test_images_change_between_the_processes_from_epoch_to_epoch(report):
+    first, _ = report["training"]["47 5"]
+    assert len({frozenset(flat(batches)) for batches in first}) == EPOCHS
+
+
+@pytest.mark.parametrize(("count", "batch_size"), VALIDATION)
+def test_every_image_is_validated_once_in_each_epoch(report, count, batch_size):
+    first, second = report["validation"][f"{count} {batch_size}"]
+    for epoch in range(EPOCHS):
+        assert Counter(flat(first[epoch]) + flat(second[epoch])) == Counter(range(count))
+        assert abs(len(flat(first[epoch])) - len(flat(second[epoch]))) <= 1
+
+
+def test_the_gradients_of_a_mixed_step_are_the_mean_over_the_processes(report):
+    step = report["step"]
+    assert step["same"]
+    assert step["off_the_mean"] < 1e-5
+    assert step["between_processes"] > 0.1  # there was something to average
+
+
+def test_each_process_draws_its_own_mix(report):
+    first, second = report["step"]["lam"]
+    assert first != second
+    assert min(first + second) < 1
+
+
+def test_all_processes_begin_with_the_same_weights_and_end_with_the_same_model_and_figures(report):
+    first, second = report["epoch"]["begin"]
+    assert first == second
+    (first, second) = report["epoch"]["both"]
+    assert first == second
+    assert first[2]["images"] == VAL_IMAGES
+
+
+def test_a_run_counts_all_images_once_and_only_the_main_process_writes(full_run):
+    output_dir, ended = full_run
+    assert sorted(path.name for path in output_dir.iterdir()) == [BEST, LAST, "log.jsonl"]
+    start, *epochs = read_log(output_dir)
+    assert start["config"]["world_size"] == 2
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    for line in epochs:
+        assert line["val"]["images"] == VAL_IMAGES
+        assert line["train"]["images"] == 2 * STEPS * BATCH
+    shown = ended.stdout.splitlines()
+    assert sum(line.startswith("epoch 1/2") for line in shown) == 1
+    assert any(f"global batch {2 * BATCH}, {STEPS} steps per epoch" in line for line in shown)
+    assert ended.stderr.count("epoch 1/2") == STEPS // 2
+
+
+def test_one_process_finds_the_figures_of_two(full_run, odd_data, train_here):
+    output_dir, _ = full_run
+    ended = train_here(odd_data, *TINY, "--evaluate", "--resume", output_dir / LAST)
+    val = read_log(output_dir)[-1]["val"]
+    assert ended.status == 0
+    assert f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} " in ended.out
+
+
+def test_a_killed_run_goes_on_in_two_processes_and_in_no_other_number(full_run, odd_data, train_here):
+    killed = full_run[0].with_name("killed")
+    options = (odd_data, *TWO, "--output-dir", killed, "--resume", "auto")
+    refused = train_here(*options)
+    assert refused.status == 1
+    assert "world_size was 2, is now 1" in refused.error
+
+    assert load_checkpoint(killed / LAST)["epoch"] == 1
+    torchrun("train.py", *options)
+    whole, resumed = (load_checkpoint(output_dir / LAST) for output_dir in (full_run[0], killed))
+    assert whole["epoch"] == resumed["epoch"] == 2
+    for name, weights in whole["model"].items():
+        assert torch.equal(weights, resumed["model"][name]), name
+    assert read_log(killed)[-1]["val"] == read_log(full_run[0])[-1]["val"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_refused(monkeypatch, device):
+    """They would wait for each other for ever, one with NCCL and the other with Gloo."""
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="process 1"):
+        start_processes(device)
+
+
+def test_a_broken_file_in_one_shard_ends_the_whole_run_and_is_named(odd_data, tmp_path):
+    own = shutil.copytree(odd_data, tmp_path / "data")
+    broken = own / "train" / "blue_star" / "00000.jpg"
+    broken.write_bytes(b"")
+    ended = torchrun("train.py", own, *TWO, "--epochs", "1", "--output-dir", tmp_path / "run", check=False)
+    assert ended.returncode != 0
+    assert f"train.py: error: {broken}: empty file" in ended.stderr
+    assert not list(tmp_path.rglob("*.pt"))

@@ -1,0 +1,104 @@
+"""What a run tells its user and writes down."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from dali_saliencymix.training.logs import JsonLines, Progress, Stopwatch, duration, environment, say
+
+
+def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
+    path = tmp_path / "log.jsonl"
+    JsonLines(path).write("start", config={"name": "two\nlines, é"})
+    assert len(path.read_text().splitlines()) == 1  # it is there at once
+    JsonLines(path).write("epoch", epoch=1, val={"top1": 12.5})
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert (first["event"], first["config"]) == ("start", {"name": "two\nlines, é"})
+    assert (second["event"], second["epoch"], second["val"]) == ("epoch", 1, {"top1": 12.5})
+    assert time.time() - 60 < first["time"] <= second["time"] <= time.time() + 1
+
+
+def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    JsonLines(None).write("epoch", epoch=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_names_the_versions_and_the_device():
+    found = environment(torch.device("cpu"))
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
+    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert found["cuda"] is None
+    json.dumps(found)
+
+
+def test_the_time_spent_waiting_for_batches_is_told_from_the_time_spent_on_them(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def slow_batches():
+        for batch in range(3):
+            now[0] += 2
+            yield batch
+
+    watch = Stopwatch()
+    for _ in watch.timed(slow_batches()):
+        now[0] += 6
+    assert (watch.seconds, watch.waited) == (24, 6)
+    assert watch.wait_share == 0.25
+
+
+def test_all_batches_come_through_in_order():
+    assert list(Stopwatch().timed(range(5))) == [0, 1, 2, 3, 4]
+
+
+def test_where_there_is_no_terminal_each_display_is_one_line(capsys):
+    progress = Progress("epoch 2/5", 8, enabled=True)
+    for step in range(8):
+        progress.advance()
+        if step in (3, 7):
+            progress.show(loss="1.25", eta="0:00:07")
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "epoch 2/5 [4/8]  loss 1.25  eta 0:00:07\nepoch 2/5 [8/8]  loss 1.25  eta 0:00:07\n"
+
+
+def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress("epoch 2/5", 8, enabled=True)
+    progress.show(loss="1.25")
+    progress.advance()
+    progress.close()
+    err = capsys.readouterr().err
+    assert "epoch 2/5" in err
+    assert "\n" not in err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_other_processes_show_nothing(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    progress = Progress("epoch 2/5", 8, enabled=False)
+    progress.advance()
+    progress.show(loss="1.25")
+    progress.close()
+    say("best 12 %", enabled=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_for_the_user_go_to_stdout(capsys):
+    say("best 12 %")
+    assert capsys.readouterr() == ("best 12 %\n", "")
+
+
+def test_durations_read_as_hours_minutes_seconds():
+    assert [duration(seconds) for seconds in (0, 59.4, 59.6, 3599.7, 90061)] == [
+        *("0:00:00", "0:00:59", "0:01:00", "1:00:00", "25:01:01")
+    ]

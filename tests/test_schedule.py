@@ -1,0 +1,63 @@
+"""The learning rate over a training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dali_saliencymix.training.schedule import learning_rate
+
+POINTS = np.linspace(0, 90, 901)[:-1]
+
+
+def rates(**options) -> np.ndarray:
+    return np.array([learning_rate(point, base=0.4, epochs=90, **options) for point in POINTS])
+
+
+def test_the_cosine_is_pytorchs():
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
+    for epoch in range(90):
+        assert learning_rate(epoch, base=0.4, epochs=90) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_cosine_falls_from_the_base_rate_to_nothing():
+    values = rates()
+    assert values[0] == 0.4
+    assert (np.diff(values) < 0).all()
+    assert learning_rate(45, base=0.4, epochs=90) == pytest.approx(0.2)
+    assert 0 <= learning_rate(90 - 1e-9, base=0.4, epochs=90) < 1e-9
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "step"])
+def test_the_warm_up_is_a_straight_line_that_ends_at_the_base_rate(scheduler):
+    values = rates(warmup_epochs=5, scheduler=scheduler, milestones=(30, 60))
+    np.testing.assert_allclose(values[:50], 0.4 * POINTS[:50] / 5)
+    before, after = (
+        learning_rate(5 + shift, base=0.4, epochs=90, warmup_epochs=5, scheduler=scheduler) for shift in (-1e-9, 0)
+    )
+    assert after == 0.4
+    assert before == pytest.approx(after, rel=1e-6)
+
+
+def test_after_the_warm_up_the_cosine_fills_what_is_left():
+    half_way = learning_rate(5 + 85 / 2, base=0.4, epochs=90, warmup_epochs=5)
+    assert half_way == pytest.approx(0.2)
+    assert learning_rate(90 - 1e-6, base=0.4, epochs=90, warmup_epochs=5) < 1e-9
+
+
+def test_steps_come_at_the_milestones_and_not_before():
+    values = rates(scheduler="step", milestones=(30, 60, 80), gamma=0.1)
+    expected = 0.4 * 0.1 ** ((POINTS >= 30).astype(int) + (POINTS >= 60) + (POINTS >= 80))
+    np.testing.assert_allclose(values, expected)
+    assert learning_rate(math.nextafter(30, 0), base=0.4, epochs=90, scheduler="step", milestones=(30,)) == 0.4
+
+
+def test_the_rate_scales_with_the_base():
+    assert learning_rate(20, base=0.8, epochs=90) == 2 * learning_rate(20, base=0.4, epochs=90)

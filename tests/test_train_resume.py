@@ -1,0 +1,126 @@
+"""Stopping train.py and going on: with the same bits, with the same data only, and without losing another run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torchvision
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, read_log
+
+from dali_saliencymix.training import metrics
+from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
+
+pytest_plugins = ["training_fixtures"]
+
+STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 8
+
+
+@pytest.fixture
+def half_run(full_run, data_folder, tmp_path, train_here, monkeypatch):
+    """The output folder of the same run, interrupted by the user in the second epoch."""
+    real, calls = metrics.mixed_cross_entropy, []
+
+    def interrupted(*batch):
+        calls.append(batch)
+        if len(calls) == STEPS + 2:
+            raise KeyboardInterrupt
+        return real(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "mixed_cross_entropy", interrupted)
+        ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "half")
+    assert ended.status == 130
+    assert "interrupted; --resume auto goes on from the last whole epoch" in ended.err
+    assert "Traceback" not in ended.err
+    return tmp_path / "half"
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(full_run, half_run, data_folder, train_here):
+    assert [line["event"] for line in read_log(half_run)] == ["start", "epoch"]
+    assert load_checkpoint(half_run / LAST)["epoch"] == 1
+    assert train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto").status == 0
+    whole, resumed = (load_checkpoint(output_dir / LAST) for output_dir in (full_run[0], half_run))
+    assert whole["epoch"] == resumed["epoch"] == 2
+    assert whole["model"].keys() == resumed["model"].keys()
+    for name, weights in whole["model"].items():
+        assert torch.equal(weights, resumed["model"][name]), name
+    for one, other in zip(*(part["optimizer"]["state"].values() for part in (whole, resumed)), strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+    _, *expected = read_log(full_run[0])
+    log = read_log(half_run)
+    assert [line["event"] for line in log] == ["start", "epoch", "resume", "epoch"]
+    for line, other in zip(expected, (log[1], log[3]), strict=True):
+        assert line["val"] == other["val"]
+        for name in ("loss", "mixed_top1", "images", "lr"):
+            assert line["train"][name] == other["train"][name]
+        assert line["best_top1"] == other["best_top1"]
+
+
+def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, data_folder, own_data, train_here):
+    more = own_data / "train" / "red_square" / "more.jpg"
+    shutil.copy(own_data / "train" / "red_square" / "00000.jpg", more)
+    before = (half_run / LAST).read_bytes()
+    for options, told in (
+        (("-b", "6"), "batch_size was 8, is now 6"),
+        (("--seed", "1"), "seed was 0, is now 1"),
+        (("--mix", "none"), "mix was saliencymix, is now none"),
+        (("--mix-prob", "0.5"), "mix_prob was 1.0, is now 0.5"),
+        (("--train-crop-size", "40"), "train_crop_size was 32, is now 40"),
+        (("-a", "resnet34"), "holds a resnet18 for 8 classes, not a resnet34"),
+        (("--train-dir", own_data / "train"), "there were 48 training images, there are now 49"),
+    ):
+        ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", *options)
+        assert ended.status == 1
+        assert told in ended.error
+    assert (half_run / LAST).read_bytes() == before
+    assert len(read_log(half_run)) == 2
+    best = (half_run / BEST).read_bytes()
+    save_checkpoint({**load_checkpoint(half_run / LAST), "best_top1": 99.0}, half_run / LAST)
+    ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", "-j", "2")
+    assert ended.status == 0
+    assert read_log(half_run)[-1]["val"] == read_log(full_run[0])[-1]["val"]
+    assert read_log(half_run)[-1]["best_top1"] == 99  # the best of all epochs, not of those after resuming
+    assert (half_run / BEST).read_bytes() == best
+
+
+def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, data_folder, train_here):
+    output_dir, _ = full_run
+    before = (output_dir / LAST).read_bytes()
+    ended = train_here(data_folder, *TINY, "--output-dir", output_dir)
+    assert ended.status == 1
+    assert "--resume auto or another --output-dir" in ended.error
+    assert str(output_dir / LAST) in ended.error
+    ended = train_here(data_folder, *TINY, "--output-dir", output_dir, "--resume", "auto")
+    assert ended.status == 0
+    assert "after 2 epochs" in ended.out
+    assert (output_dir / LAST).read_bytes() == before
+
+
+def test_going_on_from_another_runs_checkpoint_does_not_overwrite_a_run(full_run, half_run, data_folder, train_here):
+    before = (half_run / LAST).read_bytes()
+    resume = ("--resume", full_run[0] / LAST, "--output-dir", half_run, "--epochs", "3")
+    ended = train_here(data_folder, *TINY, *resume)
+    assert ended.status == 1
+    assert str(half_run / LAST) in ended.error
+    assert (half_run / LAST).read_bytes() == before
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing_yet(data_folder, tmp_path, train_here):
+    ended = train_here(data_folder, *TINY, "--epochs", "1", "--resume", "auto", "--output-dir", tmp_path / "new")
+    assert ended.status == 0
+    assert "starting anew" in ended.out
+    assert read_log(tmp_path / "new")[0]["event"] == "start"
+
+
+def test_a_checkpoint_that_is_none_of_this_project_ends_with_one_line(data_folder, tmp_path, train_here):
+    files = {"garbage.pt": b"not a checkpoint", "empty.pt": b""}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    save_checkpoint({"model": torchvision.models.resnet18(num_classes=8).state_dict()}, tmp_path / "weights_only.pt")
+    for name in (*files, "weights_only.pt"):
+        options = ("--resume", tmp_path / name, "--output-dir", tmp_path / "run")
+        ended = train_here(data_folder, *TINY, *options)
+        assert ended.status == 1
+        assert str(tmp_path / name) in ended.error

@@ -1,0 +1,107 @@
+"""What the tests of the training side share: a small data set, `train.py` run here and run as a program.
+
+A test module gets the fixtures with ``pytest_plugins = ["training_fixtures"]`` and imports the rest by name. That
+import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+TRAIN_PER_CLASS, VAL_PER_CLASS, CLASS_COUNT = 6, 3, 8
+TINY = (
+    *("--device", "cpu", "-a", "resnet18", "--epochs", "2", "--lr", "0.01", "-b", "8", "-j", "1", "-p", "4"),
+    *("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32"),
+)
+
+
+@dataclass
+class Ended:
+    """How a run of `train.py` ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error; fails if there is another number of them, or a traceback."""
+        errors = [line for line in self.err.splitlines() if "error:" in line]
+        assert len(errors) == 1, self.err
+        assert "Traceback" not in self.err
+        return errors[0]
+
+
+def run_program(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments from the root of the repository, on one thread and without a GPU."""
+    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONWARNINGS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    line = [sys.executable, *map(str, command)]
+    ended = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+    if check:
+        assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes of this machine."""
+    return run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, check=check)
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    """The sample data set with seed 0, made by another process. Not to be changed."""
+    root = tmp_path_factory.mktemp("data") / "sample"
+    counts = ("--train", str(TRAIN_PER_CLASS), "--val", str(VAL_PER_CLASS))
+    run_program("-m", "dali_saliencymix", "sample-data", root, *counts)
+    return root
+
+
+@pytest.fixture(scope="session")
+def full_run(data_folder, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The output folder and the ended process of a run of 2 epochs that nothing disturbed. Not to be changed."""
+    output_dir = tmp_path_factory.mktemp("full") / "made" / "by" / "the run"
+    return output_dir, run_program("train.py", data_folder, *TINY, "--device", "auto", "--output-dir", output_dir)
+
+
+@pytest.fixture
+def own_data(data_folder, tmp_path) -> Path:
+    """A copy of the data set, to be changed."""
+    return shutil.copytree(data_folder, tmp_path / "own_data")
+
+
+@pytest.fixture
+def train_here(monkeypatch, capfd):
+    """Return a function that runs `train.py` in this process, on one thread."""
+    import torch
+
+    import train
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments: str | Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            status = train.main()
+        except SystemExit as ended:
+            status = ended.code
+        return Ended(status, *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
