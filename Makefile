@@ -22,7 +22,8 @@ environment: $(installed)
 
 $(installed): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(python) -m pip install --quiet --disable-pip-version-check -e '.[$(CUDA),train,test]'
+	@# Python compiles a module when it is first imported; compiling all 8 GB now would take longer than unpacking them.
+	$(python) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[$(CUDA),train,test]'
 	touch $@
 
 demo: $(installed)

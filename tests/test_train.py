@@ -11,12 +11,13 @@ import torch
 import torchvision
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
+from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import CLASSES
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import Processes
-from pipelines.loader import Loader
+from pipelines.loader import Loader, validation_loader
 from train import Trainer
 
 pytest_plugins = ["training_fixtures"]
@@ -88,6 +89,23 @@ def test_checkpoints_hold_plain_weights_that_torchvision_loads(full_run):
         assert checkpoint["epoch"] == epoch
         assert checkpoint["classes"] == sorted(CLASSES)
         assert checkpoint["model"]["bn1.num_batches_tracked"] == epoch * STEPS
+
+
+def test_torchvisions_model_with_the_saved_weights_has_the_logged_figures(full_run, data_folder):
+    output_dir, _ = full_run
+    model = torchvision.models.resnet18(num_classes=CLASS_COUNT).eval()
+    model.load_state_dict(torch.load(output_dir / LAST, weights_only=True)["model"])
+    options = {"batch_size": VAL_IMAGES, "num_threads": 1, "resize_size": 32, "crop_size": 32}
+    ((images, labels),) = validation_loader(
+        list_image_folder(data_folder / "val"), device=torch.device("cpu"), **options
+    )
+    with torch.no_grad():
+        logits = model(images)
+    val = read_log(output_dir)[-1]["val"]
+    assert val["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert val["top1"] == pytest.approx(100 * (ranks == 0).float().mean().item())
+    assert val["top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
 
 
 def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_writes_nothing(full_run, data_folder, train_here):
