@@ -36,6 +36,9 @@ from dali_saliencymix.training.schedule import learning_rate
 from pipelines.imagenet import Mix
 from pipelines.loader import Loader, LoaderError, training_loader, validation_loader
 
+# What a checkpoint holds: see Trainer.checkpoint.
+ENTRIES = ("model", "optimizer", "epoch", "best_top1", "config", "classes", "train_images", "loaders")
+
 
 def mix_operator(args: argparse.Namespace) -> Mix | None:
     """Return the DALI operator that mixes, with its options."""
@@ -43,10 +46,6 @@ def mix_operator(args: argparse.Namespace) -> Mix | None:
     if args.mix == "saliencymix":
         return functools.partial(mix_fn.saliencymix, saliency=args.saliency, **options)
     return functools.partial(mix_fn.cutmix, **options) if args.mix == "cutmix" else None
-
-
-# What a checkpoint holds; Trainer.checkpoint says what each is.
-ENTRIES = ("model", "optimizer", "epoch", "best_top1", "config", "classes", "train_images", "loaders")
 
 
 class Trainer:

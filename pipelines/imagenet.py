@@ -78,15 +78,8 @@ def training_pipeline(
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
         raise ValueError(msg)
-    encoded, label = fn.readers.file(
-        files=list(files),
-        labels=list(labels),
-        shard_id=shard_id,
-        num_shards=num_shards,
-        shuffle_after_epoch=True,
-        shuffle_after_epoch_seed=shuffle_seed,
-        pad_last_batch=True,
-        name="reader",
+    encoded, label = _read(
+        files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
     start, shape = fn.random_crop_generator(
         fn.peek_image_shape(encoded),
@@ -137,19 +130,28 @@ def validation_pipeline(
     if crop_size > resize_size:
         msg = f"crop_size must be at most resize_size, got {crop_size} and {resize_size}"
         raise ValueError(msg)
-    encoded, label = fn.readers.file(
+    encoded, label = _read(files, labels, shard_id, num_shards)
+    shape = fn.peek_image_shape(encoded)[:2]
+    images = _decoded(encoded, shape * 0, shape, device, hw_decoder_load)
+    images = fn.resize(images, resize_shorter=resize_size)
+    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
+    return _to(device, images), _to(device, label)
+
+
+@do_not_convert
+def _read(
+    files: Sequence[str], labels: Sequence[int], shard_id: int, num_shards: int, **shuffling: int
+) -> tuple[DataNode, DataNode]:
+    """Read encoded images and labels, with the name and the padding that `pipelines.loader.Loader` counts on."""
+    return fn.readers.file(
         files=list(files),
         labels=list(labels),
         shard_id=shard_id,
         num_shards=num_shards,
         pad_last_batch=True,
         name="reader",
+        **shuffling,
     )
-    shape = fn.peek_image_shape(encoded)[:2]
-    images = _decoded(encoded, shape * 0, shape, device, hw_decoder_load)
-    images = fn.resize(images, resize_shorter=resize_size)
-    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
-    return _to(device, images), _to(device, label)
 
 
 @do_not_convert
