@@ -80,11 +80,13 @@ class Trainer:
     def restore(self, path: Path) -> dict[str, Any]:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
         checkpoint = checkpoints.load_checkpoint(path, ENTRIES)
-        if checkpoint["classes"] != self.train_folder.classes or checkpoint["config"]["arch"] != self.args.arch:
-            msg = (
-                f"{path}: holds a {checkpoint['config']['arch']} for {len(checkpoint['classes'])} classes, "
-                f"not a {self.args.arch} for the {len(self.train_folder.classes)} of {self.train_folder.root}"
-            )
+        arch, classes = checkpoint["config"]["arch"], checkpoint["classes"]
+        if arch != self.args.arch:
+            msg = f"{path}: holds a {arch}, which --arch has to say, got {self.args.arch!r}"
+            raise ValueError(msg)
+        if classes != self.train_folder.classes:
+            others = sorted(set(classes) ^ set(self.train_folder.classes))
+            msg = f"{path}: its {len(classes)} classes are not those of {self.train_folder.root}: {others[0]!r} differs"
             raise ValueError(msg)
         self.model.load_state_dict(checkpoint["model"])
         if self.args.evaluate:

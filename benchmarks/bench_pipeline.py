@@ -2,9 +2,9 @@
 
     python benchmarks/bench_pipeline.py DATA -o benchmarks/results/NAME.json
 
-The variants take turns within each round, so that what else the machine does hits all of them alike; a figure is the
-median over the rounds, with the least and the largest. DATA is a folder of class folders; without it sample data are
-made. Every file is listed as often as it takes for two batches.
+The variants take turns within each round, so that what else the machine does hits all of them alike. A figure is the
+median over the rounds, with the least and the largest, and so is a ratio, which is taken within each round. DATA is a
+folder of class folders; without it sample data are made. Files are listed as often as it takes for two batches.
 """
 
 from __future__ import annotations
@@ -87,13 +87,11 @@ def measure(folder: ImageFolder, args: argparse.Namespace) -> dict[str, object]:
                 torch.cuda.synchronize()
             if number:  # the first round warms up
                 rates[name].append(args.batches * args.batch_size / (time.perf_counter() - start))
-    median = {name: statistics.median(values) for name, values in rates.items()}
+    # Within a round the variants follow each other closely: their ratio is steadier than the rates are.
+    ratios = {name: [rate / none for rate, none in zip(rates[name], rates["none"], strict=True)] for name in mixes}
     return {
-        "images_per_second": {
-            name: {"median": round(median[name], 1), "min": round(min(values), 1), "max": round(max(values), 1)}
-            for name, values in rates.items()
-        },
-        "relative_to_none": {name: round(value / median["none"], 3) for name, value in median.items()},
+        "images_per_second": {name: spread(values, digits=1) for name, values in rates.items()},
+        "relative_to_none": {name: spread(values, digits=3) for name, values in ratios.items()},
         "conditions": {
             **environment(device),
             "images": len(folder),
@@ -107,6 +105,12 @@ def measure(folder: ImageFolder, args: argparse.Namespace) -> dict[str, object]:
             f"--rounds {args.rounds} --batches {args.batches}",
         },
     }
+
+
+def spread(values: list[float], digits: int) -> dict[str, float]:
+    """Return median, least and largest value."""
+    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, digits) for name, value in figures.items()}
 
 
 def endless(loader: Loader):

@@ -22,6 +22,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 # The first bytes of the formats above.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"P2", b"P3", b"P5", b"P6", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
+_CHUNK = 1024  # files examined between two looks at the clock
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -127,8 +129,8 @@ def _is_image_name(name: str) -> bool:
 def find_unreadable(files: Sequence[str], *, limit: int = 5, seconds: float = 120.0) -> list[tuple[str, str]]:
     """Find files that no decoder will read, to name them after a decoder has failed without naming one.
 
-    All files get a look at their first and last bytes, which is quick; those that look wrong are decoded with Pillow.
-    Damage in the middle of a file is not found.
+    All files get a look at their first and last bytes, which is quick. If all of them look right, they are decoded
+    with Pillow, one after the other for as long as `seconds` says. Damage that Pillow bears is not found.
 
     Parameters
     ----------
@@ -147,15 +149,18 @@ def find_unreadable(files: Sequence[str], *, limit: int = 5, seconds: float = 12
     from tqdm import tqdm  # this and Pillow are only needed once something has gone wrong
 
     start = time.monotonic()
-    found = []
-    bar = tqdm(total=len(files), unit="file", desc="looking for it", leave=False, disable=None)  # on terminals only
-    with ThreadPoolExecutor() as pool, bar:
-        for begin in range(0, len(files), 4096):
-            chunk = files[begin : begin + 4096]
-            found += [(file, why) for file, why in zip(chunk, pool.map(why_unreadable, chunk), strict=True) if why]
-            bar.update(len(chunk))
-            if len(found) >= limit or time.monotonic() - start > seconds:
-                break
+    for examine in (why_unreadable, _why_not_decodable):
+        found = []
+        bar = tqdm(total=len(files), unit="file", desc="looking for it", leave=False, disable=None)  # on terminals only
+        with ThreadPoolExecutor() as pool, bar:
+            for begin in range(0, len(files), _CHUNK):
+                chunk = files[begin : begin + _CHUNK]
+                found += [(file, why) for file, why in zip(chunk, pool.map(examine, chunk), strict=True) if why]
+                bar.update(len(chunk))
+                if len(found) >= limit or time.monotonic() - start > seconds:
+                    break
+        if found:
+            break
     return found[:limit]
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import colorsys
 import io
-import os
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +55,12 @@ def make_sample_data(root: str | Path, *, train: int = 200, val: int = 40, seed:
     check_at_least(train, "train", 1)
     check_at_least(val, "val", 1)
     check_at_least(seed, "seed", 0)
-    root = Path(root)
-    jobs = []
     for split, count in (("train", train), ("val", val)):
         for name in CLASSES:
-            folder = root / split / name
+            folder = Path(root, split, name)
             folder.mkdir(parents=True, exist_ok=True)
-            jobs += [(str(folder / f"{number:05d}.jpg"), split, name, number) for number in range(count)]
-    with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        for _ in pool.map(partial(_write, seed=seed), jobs, chunksize=32):
-            pass
+            for number in range(count):
+                (folder / f"{number:05d}.jpg").write_bytes(sample_jpeg(split, name, number, seed=seed))
 
 
 def sample_jpeg(split: str, name: str, number: int, *, seed: int = 0) -> bytes:
@@ -101,11 +94,6 @@ def sample_jpeg(split: str, name: str, number: int, *, seed: int = 0) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
-
-
-def _write(job: tuple[str, str, str, int], *, seed: int) -> None:
-    path, split, name, number = job
-    Path(path).write_bytes(sample_jpeg(split, name, number, seed=seed))
 
 
 def _object_colour(rng: np.random.Generator, hue: float) -> tuple[int, int, int]:

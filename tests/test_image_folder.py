@@ -139,3 +139,11 @@ def test_finds_come_in_the_order_of_the_files_up_to_the_limit(healthy, tmp_path)
     assert [file for file, _ in find_unreadable(files)] == broken[:5]
     assert [file for file, _ in find_unreadable(files, limit=2)] == broken[:2]
     assert len(find_unreadable(files, limit=100)) == 7
+
+
+def test_damage_that_the_ends_do_not_show_is_found_by_decoding(healthy, tmp_path):
+    whole = (tmp_path / "image.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    ((file, why),) = find_unreadable(sorted([*healthy, str(tmp_path / "half.png")]))
+    assert file == str(tmp_path / "half.png")
+    assert "truncated" in why

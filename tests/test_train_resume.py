@@ -68,7 +68,7 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
         (("--mix", "none"), "mix was saliencymix, is now none"),
         (("--mix-prob", "0.5"), "mix_prob was 1.0, is now 0.5"),
         (("--train-crop-size", "40"), "train_crop_size was 32, is now 40"),
-        (("-a", "resnet34"), "holds a resnet18 for 8 classes, not a resnet34"),
+        (("-a", "resnet34"), "holds a resnet18, which --arch has to say, got 'resnet34'"),
         (("--train-dir", own_data / "train"), "there were 48 training images, there are now 49"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", *options)
@@ -124,3 +124,11 @@ def test_a_checkpoint_that_is_none_of_this_project_ends_with_one_line(data_folde
         ended = train_here(data_folder, *TINY, *options)
         assert ended.status == 1
         assert str(tmp_path / name) in ended.error
+
+
+def test_other_classes_are_refused_by_name(half_run, own_data, train_here):
+    for split in ("train", "val"):
+        (own_data / split / "red_square").rename(own_data / split / "red_cube")
+    ended = train_here(own_data, *TINY, "--output-dir", half_run, "--resume", "auto")
+    assert ended.status == 1
+    assert f"its 8 classes are not those of {own_data / 'train'}: 'red_cube' differs" in ended.error

@@ -85,8 +85,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _positive_int(text: str) -> int:
     """Read a positive integer."""
-    value = int(text)
-    if value < 1:
-        msg = f"must be at least 1, got {value}"
+    if not text.strip().isdecimal() or int(text) < 1:
+        msg = f"must be a whole number of at least 1, got {text}"
         raise argparse.ArgumentTypeError(msg)
-    return value
+    return int(text)

@@ -63,7 +63,7 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> di
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no checkpoint of this project, is damaged, or holds more than tensors and plain values.
+        If the file is no checkpoint of this project, is not whole, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
