@@ -1,17 +1,17 @@
 # make demo    train on data made here, and draw mixed samples
 # make test    lint, type check, tests
 #
-# VENV=folder  where the environment goes        CUDA=cuda12|cuda13  which set of packages (pyproject.toml says which)
-# PYTHON=...   the interpreter it is made with   DEMO=folder         where the demo writes
+# CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
+# PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
 
-VENV ?= .venv
 CUDA ?= cuda12
+VENV ?= .venv-$(CUDA)
 PYTHON ?= python3
 DEMO ?= demo
 EPOCHS ?= 8
 
 python := $(VENV)/bin/python
-installed := $(VENV)/.installed-$(CUDA)
+installed := $(VENV)/.installed
 
 .PHONY: help environment demo test lint clean
 
@@ -27,7 +27,7 @@ $(installed): pyproject.toml
 	touch $@
 
 demo: $(installed)
-	rm -rf $(DEMO)
+	rm -rf $(DEMO)/data $(DEMO)/run
 	$(python) -m dali_saliencymix sample-data $(DEMO)/data
 	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --seed 1
 	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 2 --lr 0.05 --lr-warmup-epochs 1 \
@@ -44,4 +44,4 @@ test: lint
 	$(python) -m pytest
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png
