@@ -16,7 +16,7 @@ installed := $(VENV)/.installed
 .PHONY: help environment demo test lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 environment: $(installed)
 
