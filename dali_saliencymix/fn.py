@@ -154,7 +154,7 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     Returns
     -------
     DataNode
-        (K,) float32 for each sample, summing to 1, on the device of `lam`.
+        (K,) float32 for each sample, summing to 1; on the GPU if one of the arguments is there.
 
     Raises
     ------
@@ -172,8 +172,9 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     make = functools.partial(_soft_labels, num_classes=num_classes)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     scalars = [fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[]) for node in (labels, source_labels, lam)]
-    packed = fn.stack(*(_to(lam.device, scalar) for scalar in scalars))
-    return fn.python_function(packed, function=make, batch_processing=True, **_placed(lam.device))
+    device = "gpu" if any(scalar.device == "gpu" for scalar in scalars) else "cpu"
+    packed = fn.stack(*(_to(device, scalar) for scalar in scalars))
+    return fn.python_function(packed, function=make, batch_processing=True, **_placed(device))
 
 
 def _mixed_with_partners(
