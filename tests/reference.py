@@ -73,17 +73,20 @@ def fine_grained(image: np.ndarray) -> np.ndarray:
 # Spectral residual (Hou and Zhang 2007, with OpenCV's order of steps)
 
 
-def weighted_mean(values: np.ndarray, weights: list[float]) -> np.ndarray:
-    """Filter with the same weights, which sum to 1, along rows and columns."""
+def filtered(values: np.ndarray, weights: list[float], axis: int) -> np.ndarray:
+    """Filter with weights, which sum to 1, along rows or columns."""
     reach = len(weights) // 2
-    for axis in (0, 1):
-        filtered = np.zeros_like(values)
-        for i in range(values.shape[axis]):
-            for offset, weight in enumerate(weights, start=-reach):
-                neighbour = values.take(reflected(i + offset, values.shape[axis]), axis=axis)
-                filtered.swapaxes(0, axis)[i] += weight * neighbour
-        values = filtered
-    return values
+    result = np.zeros_like(values)
+    for i in range(values.shape[axis]):
+        for offset, weight in enumerate(weights, start=-reach):
+            neighbour = values.take(reflected(i + offset, values.shape[axis]), axis=axis)
+            result.swapaxes(0, axis)[i] += weight * neighbour
+    return result
+
+
+def weighted_mean(values: np.ndarray, weights: list[float]) -> np.ndarray:
+    """Filter with the same weights along rows and columns."""
+    return filtered(filtered(values, weights, 0), weights, 1)
 
 
 def spectral_residual(grey: np.ndarray) -> np.ndarray:
@@ -99,16 +102,136 @@ def spectral_residual(grey: np.ndarray) -> np.ndarray:
     return squared / squared.max()
 
 
+# Phase spectrum (Guo, Ma and Zhang 2008)
+
+
+def gaussian(sigma: float, reach: int) -> list[float]:
+    """Weights of a Gaussian at -reach .. reach, which sum to 1."""
+    weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(-reach, reach + 1)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def blurred(values: np.ndarray, sigma_of_side: float, sigmas: int) -> np.ndarray:
+    """Blur with a Gaussian in proportion to each side, cut off at so many sigmas to the nearest pixel."""
+    for axis in (0, 1):
+        sigma = sigma_of_side * values.shape[axis]
+        values = filtered(values, gaussian(sigma, round(sigmas * sigma)), axis)
+    return values
+
+
+def phase_spectrum(grey: np.ndarray) -> np.ndarray:
+    """Saliency of grey levels (h, w) that have been brought to the size of the map."""
+    spectrum = np.fft.fft2(grey.astype(np.float64))
+    power = np.zeros(grey.shape)
+    if grey.min() == grey.max():
+        return power
+    for bin_ in np.ndindex(grey.shape):
+        if abs(spectrum[bin_]) < 1e-10 * abs(spectrum[0, 0]):
+            spectrum[bin_] = 0
+        else:
+            spectrum[bin_] /= abs(spectrum[bin_])
+    power = np.abs(np.fft.ifft2(spectrum)) ** 2
+    for axis in (0, 1):
+        if grey.shape[axis] > 2:
+            power.swapaxes(0, axis)[0] = 0
+            power.swapaxes(0, axis)[-1] = 0
+    saliency_map = blurred(power, 1 / 8, 3)
+    return saliency_map / saliency_map.max()
+
+
+# Colours as CIE L*a*b*
+
+
+def _white_and_primaries() -> tuple[np.ndarray, np.ndarray]:
+    """X, Y, Z of white D65 and, as columns, of the red, green and blue of sRGB that add up to it."""
+    white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
+    chromaticities = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]
+    primaries = np.array([(x / y, 1, (1 - x - y) / y) for x, y in chromaticities]).T
+    return white, primaries * np.linalg.solve(primaries, white)
+
+
+def lab(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    """L*, a*, b* of 8-bit sRGB."""
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in map(int, colour)]
+    white, primaries = _white_and_primaries()
+    relative = primaries @ linear / white
+    delta = 6 / 29
+    f = [t ** (1 / 3) if t > delta**3 else t / (3 * delta**2) + 4 / 29 for t in relative]
+    return 116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])
+
+
+def lab_planes(image: np.ndarray) -> list[np.ndarray]:
+    """L* of an image (h, w, 3) of which all pixels are grey, L*, a*, b* of any other."""
+    planes = [np.zeros(image.shape[:2]) for _ in range(3)]
+    for y, x in np.ndindex(image.shape[:2]):
+        for plane, value in zip(planes, lab(image[y, x]), strict=True):
+            plane[y, x] = value
+    is_grey = all(len(set(map(int, pixel))) == 1 for pixel in image.reshape(-1, 3))
+    return planes[:1] if is_grey else planes
+
+
+# Image signature (Hou, Harel and Koch 2012)
+
+
+def cosine(size: int, frequency: int, position: int) -> float:
+    """One wave of the orthonormal DCT-II."""
+    scale = math.sqrt((1 if frequency == 0 else 2) / size)
+    return scale * math.cos(math.pi * frequency * (2 * position + 1) / (2 * size))
+
+
+def image_signature(image: np.ndarray) -> np.ndarray:
+    """Saliency of an image (h, w, 3) that has been brought to the size of the map."""
+    height, width = image.shape[:2]
+    saliency_map = np.zeros((height, width))
+    if all(image[..., channel].min() == image[..., channel].max() for channel in range(3)):
+        return saliency_map
+    rows, columns = (
+        [np.array([cosine(size, frequency, position) for position in range(size)]) for frequency in range(size)]
+        for size in (height, width)
+    )
+    for plane in lab_planes(image):
+        signature = np.zeros((height, width))
+        for row in rows:
+            for column in columns:
+                wave = np.outer(row, column)
+                coefficient = (plane * wave).sum()
+                if abs(coefficient) > 1e-9 * np.sqrt((plane**2).sum()):
+                    signature += math.copysign(1, coefficient) * wave
+        saliency_map += signature**2 / 3
+    saliency_map = blurred(saliency_map, 0.045, 4)
+    saliency_map -= saliency_map.min()
+    return saliency_map / saliency_map.max()
+
+
+# Frequency-tuned (Achanta et al. 2009)
+
+
+def frequency_tuned(image: np.ndarray) -> np.ndarray:
+    """Saliency of an image (H, W, 3)."""
+    saliency_map = np.zeros(image.shape[:2])
+    if all(image[..., channel].min() == image[..., channel].max() for channel in range(3)):
+        return saliency_map
+    for plane in lab_planes(image):
+        saliency_map += (weighted_mean(plane, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]) - plane.mean()) ** 2
+    saliency_map = np.sqrt(saliency_map)
+    if saliency_map.max() < 1e-9:  # a pattern that the blur takes away altogether
+        return np.zeros_like(saliency_map)
+    return saliency_map / saliency_map.max()
+
+
 # Geometry
 
 
-def peak(saliency_map: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """Most salient pixel (y, x): of equal ones the nearest to the image's centre, then the first in reading order."""
+def peak(saliency_map: np.ndarray, height: int, width: int, least: bool = False) -> tuple[int, int]:
+    """Most (or least) salient pixel: of equal ones the nearest to the image's centre, then the first in reading order.
+
+    A pixel that is NaN is not chosen while there is another.
+    """
     rows, columns = saliency_map.shape
     best: tuple[float, Fraction] | None = None
     found = (Fraction(0), Fraction(0))
     for i, j in np.ndindex(rows, columns):
-        value = float(saliency_map[i, j])
+        value = float(saliency_map[i, j]) * (-1 if least else 1)
         value = -math.inf if math.isnan(value) else value
         if best is not None and value < best[0]:
             continue
@@ -124,7 +247,10 @@ def span(centre: int, size: int, lam: float, box: str) -> tuple[int, int]:
     side = int(size * math.sqrt(1 - lam))
     if box == "clip":  # the released code
         return max(centre - side // 2, 0), min(centre + side // 2, size)
-    start = centre - side // 2
+    return moved_inside(centre - side // 2, side, size)
+
+
+def moved_inside(start: int, side: int, size: int) -> tuple[int, int]:
     while start < 0:
         start += 1
     while start + side > size:
@@ -138,53 +264,95 @@ def box_at(centre: tuple[int, int], lam: float, height: int, width: int, box: st
     return y0, x0, y1, x1
 
 
+def pixel_at(fractions: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """Pixel (y, x) at fractions of the image; a fraction of 1 belongs to the last one."""
+    y, x = (float(fraction) for fraction in fractions)
+    return min(math.floor(y * height), height - 1), min(math.floor(x * width), width - 1)
+
+
 # Whole batches
+
+Box = tuple[int, int, int, int]
 
 
 def mix(
-    images: np.ndarray, source_index: np.ndarray, boxes: list[tuple[int, int, int, int]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mixed images, lam and boxes, pixel by pixel."""
+    images: np.ndarray, source_index: np.ndarray, boxes: list[Box], source_boxes: list[Box] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mixed images, lam, boxes and source boxes, pixel by pixel; empty boxes are all 0."""
     count, height, width, _ = images.shape
+    source_boxes = boxes if source_boxes is None else source_boxes
     mixed = np.zeros_like(images)
     lam = np.zeros(count, np.float32)
-    for i, (y0, x0, y1, x1) in enumerate(boxes):
+    shown = np.zeros((2, count, 4), int)
+    for i, ((y0, x0, y1, x1), (v0, u0, v1, u1)) in enumerate(zip(boxes, source_boxes, strict=True)):
         kept = 0
         for y, x in np.ndindex(height, width):
             inside = y0 <= y < y1 and x0 <= x < x1
-            mixed[i, y, x] = images[source_index[i] if inside else i, y, x]
+            place = (source_index[i], y - y0 + v0, x - x0 + u0) if inside else (i, y, x)
+            mixed[i, y, x] = images[place]
             kept += not inside
         lam[i] = kept / (height * width)
-    return mixed, lam, np.array(boxes)
+        if kept < height * width:
+            shown[:, i] = (y0, x0, y1, x1), (v0, u0, v1, u1)
+    return mixed, lam, *shown
+
+
+def saliencymix_boxes(
+    size, source_index, lam, maps, point, *, source, destination, box, per_batch
+) -> tuple[list[Box], list[Box]]:
+    """Boxes in receivers and sources, from the maps of all images."""
+    boxes, source_boxes = [], []
+    for i, giver in enumerate(source_index):
+        centre = peak(maps[giver], *size, least=source == "non_salient")
+        taken = box_at(centre, float(lam[i]), *size, box)
+        put = taken
+        if destination != "corresponding":
+            if destination == "random":
+                centre = pixel_at(point[i], *size)
+            else:
+                centre = peak(maps[i], *size, least=destination == "non_salient")
+            sides = (taken[2] - taken[0], taken[3] - taken[1])
+            (y0, y1), (x0, x1) = (
+                moved_inside(centre[axis] - sides[axis] // 2, sides[axis], size[axis]) for axis in (0, 1)
+            )
+            put = (y0, x0, y1, x1)
+        boxes.append(put)
+        source_boxes.append(taken)
+    if per_batch:
+        boxes, source_boxes = ([some[0]] * len(some) for some in (boxes, source_boxes))
+    return boxes, source_boxes
 
 
 def saliencymix(
-    images: np.ndarray, source_index: np.ndarray, lam: np.ndarray, maps: list[np.ndarray], box: str, per_batch: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    images,
+    source_index,
+    lam,
+    maps,
+    box="fit",
+    per_batch=False,
+    source="salient",
+    destination="corresponding",
+    point=None,
+):
     """Mix `images`, whose saliency maps are `maps`."""
+    options = {"source": source, "destination": destination, "box": box, "per_batch": per_batch}
+    return mix(images, source_index, *saliencymix_boxes(images.shape[1:3], source_index, lam, maps, point, **options))
+
+
+def cutmix(images, source_index, lam, point, box, per_batch):
+    """Mix `images` around points given as fractions of height and width."""
     size = images.shape[1:3]
-    centres = [peak(maps[source], *size) for source in source_index]
-    return _mix_at(images, source_index, lam, centres, box, per_batch)
+    boxes = [box_at(pixel_at(p, *size), float(share), *size, box) for p, share in zip(point, lam, strict=True)]
+    return mix(images, source_index, [boxes[0]] * len(boxes) if per_batch else boxes)
 
 
-def cutmix(
-    images: np.ndarray, source_index: np.ndarray, lam: np.ndarray, centre: np.ndarray, box: str, per_batch: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mix `images` around centres given as fractions of height and width."""
-    height, width = images.shape[1:3]
-    last = (height - 1, width - 1)  # a centre of 1 belongs to the last pixel
-    centres = [
-        (min(math.floor(float(y) * height), last[0]), min(math.floor(float(x) * width), last[1])) for y, x in centre
-    ]
-    return _mix_at(images, source_index, lam, centres, box, per_batch)
-
-
-def _mix_at(images, source_index, lam, centres, box, per_batch):
-    height, width = images.shape[1:3]
-    boxes = [box_at(c, float(share), height, width, box) for c, share in zip(centres, lam, strict=True)]
-    if per_batch:
-        boxes = [boxes[0] for _ in boxes]
-    return mix(images, source_index, boxes)
+def mixup(images, source_index, lam, per_batch=False):
+    """Blend, in float64, to within one grey level of any order of rounding."""
+    lam = np.full_like(lam, lam[0]) if per_batch else lam
+    mixed = np.zeros(images.shape)
+    for i, share in enumerate(lam):
+        mixed[i] = float(share) * images[i] + (1 - float(share)) * images[source_index[i]]
+    return mixed, lam
 
 
 def soft_labels(labels: np.ndarray, source_labels: np.ndarray, lam: np.ndarray, num_classes: int) -> np.ndarray:

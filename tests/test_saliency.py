@@ -7,13 +7,24 @@ import numpy as np
 import pytest
 import reference
 
-from dali_saliencymix import DETECTORS, fine_grained, get_detector, spectral_residual
-from dali_saliencymix.saliency import contrast
+from dali_saliencymix import (
+    DETECTORS,
+    fine_grained,
+    frequency_tuned,
+    get_detector,
+    image_signature,
+    phase_spectrum,
+    spectral_residual,
+)
+from dali_saliencymix.saliency import contrast, spectral
+from dali_saliencymix.saliency.filters import filtered
 from dali_saliencymix.saliency.grey import luma, small_luma
+from dali_saliencymix.saliency.lab import channel_planes, lab, small_planes
 
+TOLERANCE = 5e-6
 SIZES = [(1, 7), (7, 1), (2, 2), (5, 9), (37, 23), (64, 64), (70, 131), (224, 224)]
 
-both_detectors = pytest.mark.parametrize("detector", [fine_grained, spectral_residual])
+each_detector = pytest.mark.parametrize("detector", DETECTORS.values(), ids=list(DETECTORS))
 
 
 def opencv_map(name: str, image: np.ndarray) -> np.ndarray:
@@ -117,6 +128,177 @@ def test_spectral_residual_equals_the_oracle_at_the_size_of_the_map(size, put, f
     np.testing.assert_allclose(found, reference.spectral_residual(opencv_grey(image, map_size)), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("size", [(1, 7), (2, 2), (2, 9), (3, 5), (8, 8), (37, 23), (63, 64), (64, 64), (40, 100)])
+def test_phase_spectrum_equals_the_oracle_at_the_size_of_the_map(size, put, fetch):
+    image = noise(*size)
+    map_size = min(64, size[0]), min(64, size[1])
+    found = fetch(phase_spectrum(put(image[None])))[0]
+    assert found.shape == map_size
+    np.testing.assert_allclose(found, reference.phase_spectrum(opencv_grey(image, map_size)), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (37, 23), (64, 48), (59, 61)])
+@pytest.mark.parametrize("kind", ["stripes", "tiles", "square", "cross"])
+def test_phase_spectrum_takes_no_phase_from_empty_bins(kind, size, put, fetch):
+    image = np.full((*size, 3), 240, np.uint8)
+    if kind == "stripes":
+        image[:, size[1] // 3] = 7
+    elif kind == "tiles":
+        image[::3, ::2] = 7
+    elif kind == "square":
+        image[1:3, 2:6] = 7
+    else:
+        image[size[0] // 2], image[:, size[1] // 2] = 7, 7
+    found = fetch(phase_spectrum(put(image[None])))[0]
+    np.testing.assert_allclose(found, reference.phase_spectrum(luma(image[None])[0]), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 5)])
+@pytest.mark.parametrize("size", [(8, 8), (37, 23), (64, 64)])
+def test_phase_spectrum_of_what_stands_out_in_the_outermost_pixels_alone_is_zero(size, corner, put, fetch):
+    image = np.zeros((*size, 3), np.uint8)
+    image[corner] = 255  # its power is 1 there and exactly 0 everywhere else
+    assert not fetch(phase_spectrum(put(image[None]))).any()
+
+
+@pytest.mark.parametrize("size", [(1, 7), (2, 2), (5, 9), (24, 16), (37, 23)])
+@pytest.mark.parametrize("kind", [noise, two_levels])
+def test_image_signature_equals_the_oracle_at_the_size_of_the_map(kind, size, put, fetch):
+    image = kind(*size)
+    found = fetch(image_signature(put(image[None])))[0]
+    np.testing.assert_allclose(found, reference.image_signature(image), rtol=0, atol=TOLERANCE)
+
+
+def test_image_signature_equals_the_oracle_on_photos(jpeg_images, put, fetch):
+    for image in jpeg_images[-2:]:
+        small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR_EXACT)
+        found = fetch(image_signature(put(image[None])))[0]
+        np.testing.assert_allclose(found, reference.image_signature(small), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", [2, 4, 20])  # single precision gets a sign wrong there: differences of 0.03 to 0.05
+def test_image_signature_has_the_signs_of_small_coefficients(seed, put, fetch):
+    image = cv2.GaussianBlur(noise(37, 23, seed=seed), (0, 0), 6)
+    found = fetch(image_signature(put(image[None])))[0]
+    np.testing.assert_allclose(found, reference.image_signature(image), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (37, 23)])
+@pytest.mark.parametrize("kind", [noise, two_levels])
+def test_image_signature_of_grey_rgb_images_is_decided_by_lightness_alone(kind, size, put, fetch):
+    grey = kind(*size)[..., :1].repeat(3, axis=2)
+    found = fetch(image_signature(put(grey[None])))[0]
+    assert len(reference.lab_planes(grey)) == 1
+    np.testing.assert_allclose(found, reference.image_signature(grey), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [noise, two_levels])
+def test_image_signature_of_a_symmetric_image_is_symmetric(kind, axis, put, fetch):
+    # Half of the coefficients are 0. If rounding gave them signs, the map would not be symmetric.
+    image = np.maximum(kind(40, 30), np.flip(kind(40, 30), axis))
+    found = fetch(image_signature(put(image[None])))[0]
+    np.testing.assert_allclose(found, np.flip(found, axis), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(1, 7), (2, 2), (5, 9), (37, 23)])
+@pytest.mark.parametrize("kind", [noise, two_levels])
+def test_frequency_tuned_equals_the_oracle(kind, size, put, fetch):
+    image = kind(*size)
+    found = fetch(frequency_tuned(put(image[None])))[0]
+    np.testing.assert_allclose(found, reference.frequency_tuned(image), rtol=0, atol=TOLERANCE)
+
+
+def test_frequency_tuned_equals_opencv_s_filter_on_photos(jpeg_images, put, fetch):
+    kernel = np.array([1, 4, 6, 4, 1]) / 16
+    for image in jpeg_images:
+        planes = fetch(lab(channel_planes(put(image[None]))))[0].astype(np.float64)
+        blurred = cv2.sepFilter2D(planes.transpose(1, 2, 0), -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+        expected = np.linalg.norm(planes.mean(axis=(1, 2)) - blurred, axis=2)
+        found = fetch(frequency_tuned(put(image[None])))[0]
+        np.testing.assert_allclose(found, expected / expected.max(), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+@pytest.mark.parametrize("colour", [(0, 0, 0), (77, 77, 77), (255, 255, 255), (1, 200, 33), (11, 241, 246)])
+def test_frequency_tuned_finds_one_pixel_that_is_one_level_off(colour, channel, put, fetch):
+    image = np.full((101, 67, 3), colour, np.uint8)
+    image[80, 20, channel] ^= 1
+    found = fetch(frequency_tuned(put(image[None])))[0]
+    assert np.unravel_index(found.argmax(), found.shape) == (80, 20)
+    assert found[:70].max() < 0.01
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 8), (36, 24), (37, 23), (224, 224)])
+def test_frequency_tuned_of_a_pattern_of_single_pixels_is_zero(size, put, fetch):
+    image = np.full((*size, 3), (250, 3, 60), np.uint8)
+    image[::2, 1::2] = image[1::2, ::2] = (9, 230, 110)
+    found = fetch(frequency_tuned(put(image[None])))[0]
+    if size == (37, 23):  # one pixel more of one colour than of the other: the blurred image is not the mean
+        assert found.min() == pytest.approx(1, abs=1e-3)
+    else:
+        assert not found.any()
+
+
+def test_frequency_tuned_for_a_gpu_equals_that_for_a_cpu(jpeg_images):
+    # A GPU takes the whole batch at once, a CPU one image at a time.
+    images = np.stack([image[:60, :80] for image in jpeg_images])
+    np.testing.assert_allclose(contrast._frequency_tuned(images), frequency_tuned(images), rtol=0, atol=1e-6)
+
+
+def colours(step: int) -> np.ndarray:
+    """All colours whose levels are multiples of `step` or 255, in one row of pixels."""
+    levels = sorted({*range(0, 256, step), 255})
+    return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3).astype(np.uint8)
+
+
+def test_lab_equals_the_oracle(put, fetch):
+    found = fetch(lab(channel_planes(put(colours(15)[None]))))
+    assert found.dtype == np.float32
+    expected = [reference.lab(colour) for colour in colours(15)[0]]
+    np.testing.assert_allclose(found[0, :, 0].T, expected, rtol=0, atol=2e-4)
+
+
+def test_lab_is_near_to_opencv_s(put, fetch):
+    # OpenCV interpolates in a table.
+    image = colours(5)
+    expected = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
+    found = fetch(lab(channel_planes(put(image[None]))))[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.5)
+
+
+def test_lab_of_grey_has_no_colour_at_all_and_one_plane_suffices(put, fetch):
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    lightness = fetch(lab(channel_planes(put(levels))))
+    planes = fetch(lab(channel_planes(put(levels.repeat(3, axis=3)))))
+    assert lightness.shape == (1, 1, 16, 16)
+    np.testing.assert_array_equal(planes[:, :1], lightness)
+    assert not planes[:, 1:].any()
+    assert lightness[0, 0, 0, 0] == 0
+    assert lightness[0, 0, 15, 15] == pytest.approx(100, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 8, 30, 64])
+def test_cosine_matrix_equals_opencv_s_transform(size):
+    values = np.random.default_rng(0).random((size, size))
+    matrix = spectral._cosine_matrix(size)
+    np.testing.assert_allclose(matrix @ values @ matrix.T, cv2.dct(values), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 33), (17, 40)])
+@pytest.mark.parametrize(("matrix", "sigma", "reach"), [("wide", 1 / 8, 3), ("signature", 0.045, 4)])
+def test_gaussian_filters_equal_opencv_s(matrix, sigma, reach, size):
+    values = np.random.default_rng(0).random(size, np.float32)
+    if matrix == "wide":
+        values[[0, -1]], values[:, [0, -1]] = 0, 0
+    sigmas = [sigma * side for side in size]
+    kernels = [cv2.getGaussianKernel(2 * round(reach * sigma) + 1, sigma) for sigma in sigmas]
+    expected = cv2.sepFilter2D(values, -1, kernels[1], kernels[0], borderType=cv2.BORDER_REFLECT_101)
+    found = filtered(values[None], getattr(spectral, f"_{matrix}_gaussian_matrix"))[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_luma_equals_opencv_for_all_colours(put, fetch):
     green, blue = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
     for reds in np.arange(256, dtype=np.uint8).reshape(-1, 16):
@@ -126,12 +308,14 @@ def test_luma_equals_opencv_for_all_colours(put, fetch):
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 64), (64, 200), (97, 301), (128, 128), (224, 224), (333, 500)])
 @pytest.mark.parametrize("reduced", [(64, 64), (37, 23)])
-def test_small_luma_equals_opencv_linear_exact(size, reduced, put, fetch):
+def test_small_images_equal_opencv_linear_exact(size, reduced, put, fetch):
     image = noise(*size)
     np.testing.assert_array_equal(fetch(small_luma(put(image[None]), *reduced))[0], opencv_grey(image, reduced))
+    expected = cv2.resize(image, reduced[::-1], interpolation=cv2.INTER_LINEAR_EXACT)
+    np.testing.assert_array_equal(fetch(small_planes(put(image[None]), *reduced))[0].transpose(1, 2, 0), expected)
 
 
-@both_detectors
+@each_detector
 @pytest.mark.parametrize("size", [(1, 1), *SIZES])
 def test_maps_are_float32_in_0_to_1_and_reach_1(detector, size, put, fetch):
     saliency_map = fetch(detector(put(noise(*size)[None])))
@@ -143,14 +327,14 @@ def test_maps_are_float32_in_0_to_1_and_reach_1(detector, size, put, fetch):
         assert saliency_map.max() == pytest.approx(1, abs=1e-6)
 
 
-@both_detectors
+@each_detector
 @pytest.mark.parametrize("level", [0, 1, 77, 255])
 @pytest.mark.parametrize("size", [(5, 9), (64, 64), (101, 67)])
 def test_constant_images_give_maps_of_zeros(detector, level, size, put, fetch):
     assert not fetch(detector(put(np.full((2, *size, 3), level, np.uint8)))).any()
 
 
-@both_detectors
+@each_detector
 def test_an_image_has_the_same_map_alone_and_in_a_batch(detector, put, fetch):
     images = np.stack([noise(70, 131, seed=seed) for seed in range(5)] + [np.zeros((70, 131, 3), np.uint8)])
     together = fetch(detector(put(images)))
@@ -160,14 +344,22 @@ def test_an_image_has_the_same_map_alone_and_in_a_batch(detector, put, fetch):
     np.testing.assert_allclose(together, alone, rtol=0, atol=0 if detector is fine_grained else 5e-6)
 
 
-@both_detectors
+@each_detector
+def test_detectors_do_not_depend_on_how_images_lie_in_memory(detector, put, fetch):
+    image = noise(70, 131)
+    for view in (lambda a: a[:, ::-1], lambda a: a.transpose(0, 2, 1, 3), lambda a: a[:, ::2, 1::2]):
+        expected = fetch(detector(put(view(image[None]))))
+        np.testing.assert_allclose(fetch(detector(view(put(image[None])))), expected, rtol=0, atol=1e-6)
+
+
+@each_detector
 @pytest.mark.parametrize("size", [(37, 23), (130, 90)])
 def test_grey_images_give_the_maps_of_rgb_images_of_equal_channels(detector, size, put, fetch):
     grey = noise(*size)[None, ..., :1]
     np.testing.assert_array_equal(fetch(detector(put(grey))), fetch(detector(put(grey.repeat(3, axis=3)))))
 
 
-@both_detectors
+@each_detector
 def test_images_are_taken_for_rgb_not_bgr(detector, put, fetch):
     image = noise(37, 23)[None]
     assert not np.array_equal(fetch(detector(put(image))), fetch(detector(put(image[..., ::-1]))))
@@ -183,7 +375,8 @@ def test_get_detector_passes_a_callable_through():
 
 
 def test_get_detector_lists_the_known_names():
-    with pytest.raises(ValueError, match="must be one of fine_grained, spectral_residual, or a callable, got 'basnet'"):
+    names = ["fine_grained", "frequency_tuned", "image_signature", "phase_spectrum", "spectral_residual"]
+    with pytest.raises(ValueError, match=f"must be one of {', '.join(names)}, or a callable, got 'basnet'"):
         get_detector("basnet")
 
 

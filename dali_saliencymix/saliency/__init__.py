@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dali_saliencymix.saliency.contrast import fine_grained
-from dali_saliencymix.saliency.spectral import spectral_residual
+from dali_saliencymix.saliency.contrast import fine_grained, frequency_tuned
+from dali_saliencymix.saliency.spectral import image_signature, phase_spectrum, spectral_residual
 
 if TYPE_CHECKING:
     from dali_saliencymix._array import Array
@@ -18,10 +18,22 @@ Detector = Callable[["Array"], "Array"]
 
 DETECTORS: dict[str, Detector] = {
     "spectral_residual": spectral_residual,
+    "phase_spectrum": phase_spectrum,
+    "image_signature": image_signature,
     "fine_grained": fine_grained,
+    "frequency_tuned": frequency_tuned,
 }
 
-__all__ = ["DETECTORS", "Detector", "fine_grained", "get_detector", "spectral_residual"]
+__all__ = [
+    "DETECTORS",
+    "Detector",
+    "fine_grained",
+    "frequency_tuned",
+    "get_detector",
+    "image_signature",
+    "phase_spectrum",
+    "spectral_residual",
+]
 
 
 def get_detector(saliency: str | Detector) -> Detector:

@@ -1,4 +1,4 @@
-"""Detectors that look at the spectrum of the whole image.
+"""Detectors that look at the spectrum of the whole image, a Fourier or a cosine one.
 
 They take images (N, H, W, C) uint8 and give maps (N, h, w) float32 of at most 64x64, in 0..1: smooth maps, for which
 a larger size would add cost and no detail.
@@ -6,18 +6,29 @@ a larger size would add cost and no detail.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant
 from dali_saliencymix._checks import check_images
+from dali_saliencymix.saliency.filters import filter_matrix, filtered, gaussian_matrix
 from dali_saliencymix.saliency.grey import small_luma
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from dali_saliencymix.saliency.lab import lab, small_planes
 
 _MAP_SIZE = 64
+
+# Relative to the largest amplitude, that of the mean: less is taken for 0. Float32 FFTs leave up to 0.6 * 2**-23 in
+# bins that are empty. In grey levels this is at most 0.5, of which rounding an image to 8 bits alone gives 18 to a bin.
+_EMPTY_BIN = 2**-21
+
+# Relative to the norm of a channel: less is taken for 0. Float64 transforms leave up to 2**-48 in coefficients that
+# are 0.
+_EMPTY_COEFFICIENT = 2**-40
+
+# Relative to the largest power before the border is left out: rounding leaves 2**-50 of it.
+_NOTHING_INSIDE = 2**-36
+
+# Relative to its maximum: a map that varies less is flat but for the rounding of the filters.
+_FLAT = 2**-16
 
 
 def spectral_residual(images: Array) -> Array:
@@ -59,45 +70,166 @@ def spectral_residual(images: Array) -> Array:
     (1, 64, 64)
     """
     xp = check_images(images)
-    height, width = (min(_MAP_SIZE, size) for size in images.shape[1:3])
-    grey = small_luma(images, height, width)
-
+    grey = small_luma(images, *_map_size(images))
     spectrum = xp.fft.fft2(grey.astype(xp.complex64))
     amplitude = xp.abs(spectrum)
     log_amplitude = xp.log1p(amplitude)
-    residual = log_amplitude - _filter(log_amplitude, _mean_matrix)
+    residual = log_amplitude - filtered(log_amplitude, _mean_matrix)
     # The phase is spectrum / amplitude; an empty bin has phase 0 by convention.
     empty = amplitude == 0
     phase = xp.where(empty, xp.complex64(1), spectrum) / xp.where(empty, xp.float32(1), amplitude)
 
-    saliency_map = _filter(xp.abs(xp.fft.ifft2(phase * xp.exp(residual))), _gaussian_matrix)
+    saliency_map = filtered(xp.abs(xp.fft.ifft2(phase * xp.exp(residual))), _narrow_gaussian_matrix)
     saliency_map *= saliency_map
-    saliency_map /= saliency_map.max(axis=(1, 2), keepdims=True)
+    return _normalised(saliency_map, grey)
+
+
+def phase_spectrum(images: Array) -> Array:
+    """Return the phase spectrum saliency of `images`: spectral residual with the amplitudes left out altogether.
+
+    The phase says where something is in the image, the amplitude how much of it there is. With all amplitudes set to 1
+    what is rare counts as much as what is frequent.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        RGB images, or grey ones with C = 1.
+
+    Returns
+    -------
+    ndarray of shape (N, min(64, H), min(64, W)), float32
+        Each map has its maximum at 1; the map of an image that is reduced to one grey level, or in which nothing but
+        the outermost pixels stands out, is all 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `images` is not such an array; images that are not uint8 are refused.
+
+    Notes
+    -----
+    PFT of Guo, Ma and Zhang, "Spatio-temporal Saliency Detection Using Phase Spectrum of Quaternion Fourier Transform",
+    CVPR 2008: g * abs(IFFT(F / abs(F)))**2 with a Gaussian g of sigma 8 pixels in 64, in proportion where the map is
+    smaller and mirrored at the border. Empty bins, in which rounding alone would decide on a phase, are left out. The
+    transform takes the image for periodic, so that opposite borders that differ stand out as an edge would: as in the
+    authors' code, the outermost pixels are set to 0 before the Gaussian, along axes of three pixels or more.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.zeros((1, 96, 128, 3), np.uint8)
+    >>> images[0, 60:72, 20:32] = 255
+    >>> saliency_map = phase_spectrum(images)
+    >>> saliency_map.shape, float(saliency_map[0, 40:48, 10:16].max())
+    ((1, 64, 64), 1.0)
+    """
+    xp = check_images(images)
+    grey = small_luma(images, *_map_size(images))
+    spectrum = xp.fft.fft2(grey.astype(xp.complex64))
+    amplitude = xp.abs(spectrum)
+    mean = amplitude[:, :1, :1]
+    empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
+    phase = xp.where(empty, xp.complex64(0), spectrum) / xp.where(empty, xp.float32(1), amplitude)
+    power = xp.abs(xp.fft.ifft2(phase)) ** 2
+    saliency_map = filtered(power, _wide_gaussian_matrix)
+    # Nothing but rounding is left where all that stands out lay in the outermost pixels.
+    saliency_map *= saliency_map > power.max(axis=(1, 2), keepdims=True) * xp.float32(_NOTHING_INSIDE)
+    return _normalised(saliency_map, grey)
+
+
+def image_signature(images: Array) -> Array:
+    """Return the image signature saliency of `images`: what the signs of their cosine transform give back.
+
+    The signs of a sparse foreground's cosine coefficients are spread over all frequencies, those of a smooth
+    background are not: transforming the signs back concentrates on the foreground.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        RGB images, or grey ones with C = 1.
+
+    Returns
+    -------
+    ndarray of shape (N, min(64, H), min(64, W)), float32
+        Each map has its minimum at 0 and its maximum at 1; the map of an image that is reduced to one colour is all 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `images` is not such an array; images that are not uint8 are refused.
+
+    Notes
+    -----
+    Hou, Harel and Koch, "Image Signature: Highlighting Sparse Salient Regions", IEEE TPAMI 34(1), 2012, on CIE L*a*b*
+    as in the authors' code: for each channel the square of IDCT(sign(DCT)), their mean, and a Gaussian of sigma 0.045
+    times the side. Here the reduced image has min(64, H) rows and min(64, W) columns, where theirs keeps the
+    proportions. The sign of a coefficient that is 0 is 0: rounding does not decide on it, so a grey image, whose a* and
+    b* are 0, has the map of its L* alone.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.zeros((1, 96, 128, 3), np.uint8)
+    >>> images[0, 60:72, 20:32] = 255
+    >>> saliency_map = image_signature(images)
+    >>> saliency_map.shape, float(saliency_map[0, 40:48, 10:16].max())
+    ((1, 64, 64), 1.0)
+    """
+    xp = check_images(images)
+    # The signs of small coefficients count as much as those of large ones. In float64 they are the same on every device
+    # and for every way of multiplying matrices, TF32 included.
+    planes = lab(small_planes(images, *_map_size(images)), "float64")
+    _, _, height, width = planes.shape
+    down, along = constant(xp, _cosine_matrix, height), constant(xp, _cosine_matrix, width)
+    coefficients = down @ planes @ along.T
+    norm = xp.sqrt((planes * planes).sum(axis=(2, 3), keepdims=True))
+    signs = xp.where(xp.abs(coefficients) > norm * _EMPTY_COEFFICIENT, xp.sign(coefficients), 0)
+    signature = down.T @ signs @ along
+    # Grey images have no planes for a* and b*, which would add nothing: the sum is the mean but for a factor.
+    saliency_map = filtered((signature * signature).sum(axis=1).astype(xp.float32), _signature_gaussian_matrix)
+
+    lowest = saliency_map.min(axis=(1, 2), keepdims=True)
+    highest = saliency_map.max(axis=(1, 2), keepdims=True)
+    flat = highest - lowest <= highest * xp.float32(_FLAT)
+    return (saliency_map - lowest) / xp.where(flat, xp.float32(1), highest - lowest) * ~flat
+
+
+def _map_size(images: Array) -> tuple[int, int]:
+    return min(_MAP_SIZE, images.shape[1]), min(_MAP_SIZE, images.shape[2])
+
+
+def _normalised(saliency_map: Array, grey: Array) -> Array:
+    """Bring (N, h, w) maps to a maximum of 1; where `grey`, (N, h, w), has one level only, to 0."""
+    xp = array_namespace(grey)
     one_level = grey.max(axis=(1, 2), keepdims=True) == grey.min(axis=(1, 2), keepdims=True)
-    return saliency_map * ~one_level
-
-
-def _filter(images: Array, matrix: Callable[[int], np.ndarray]) -> Array:
-    """Filter (N, h, w) float32 `images` along rows and columns: small and batched, so two matrix products."""
-    xp = array_namespace(images)
-    _, height, width = images.shape
-    return constant(xp, matrix, height) @ images @ constant(xp, matrix, width).T
+    top = saliency_map.max(axis=(1, 2), keepdims=True)
+    return saliency_map / xp.where(top == 0, xp.float32(1), top) * ~one_level
 
 
 def _mean_matrix(size: int) -> np.ndarray:
-    return _filter_matrix(size, np.full(3, 1 / 3))
+    return filter_matrix(size, np.full(3, 1 / 3))
 
 
-def _gaussian_matrix(size: int) -> np.ndarray:
-    weights = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 8.0**2))
-    return _filter_matrix(size, weights / weights.sum())
+def _narrow_gaussian_matrix(size: int) -> np.ndarray:
+    return gaussian_matrix(size, 8.0, 2)
 
 
-def _filter_matrix(size: int, weights: np.ndarray) -> np.ndarray:
-    """Return the (size, size) float32 matrix that applies `weights` with the border mirrored at its pixel centres."""
-    matrix = np.zeros((size, size))
-    reach = len(weights) // 2
-    mirrored = np.pad(np.arange(size), reach, mode="reflect")
-    for offset, weight in enumerate(weights):
-        matrix[np.arange(size), mirrored[offset : offset + size]] += weight
-    return matrix.astype(np.float32)
+def _wide_gaussian_matrix(size: int) -> np.ndarray:
+    sigma = size / 8
+    matrix = gaussian_matrix(size, sigma, round(3 * sigma))
+    if size >= 3:
+        matrix[:, [0, -1]] = 0  # weights of the outermost pixels
+    return matrix
+
+
+def _signature_gaussian_matrix(size: int) -> np.ndarray:
+    sigma = 0.045 * size
+    return gaussian_matrix(size, sigma, round(4 * sigma))
+
+
+def _cosine_matrix(size: int) -> np.ndarray:
+    """Return the (size, size) float64 matrix of the orthonormal DCT-II: coefficients = matrix @ values."""
+    frequency, position = np.arange(size)[:, None], np.arange(size)
+    matrix = np.cos(np.pi / size * frequency * (position + 0.5))
+    matrix *= np.sqrt(np.where(frequency == 0, 1, 2) / size)
+    return matrix

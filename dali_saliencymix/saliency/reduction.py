@@ -1,0 +1,54 @@
+"""Reduction of images to the size of a small map, in the integer arithmetic that OpenCV uses for 8-bit images.
+
+Images are (N, H, W, C) uint8; what comes out is int32 in 0..255. Integers make NumPy and CuPy agree bit for bit, and
+the detectors comparable with OpenCV's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dali_saliencymix._array import Array, array_namespace, constant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Array]) -> Array:
+    """Return ``levels(images)`` reduced to (..., height, width) int32.
+
+    `levels` takes images (N, H, W, C) uint8 to (..., H, W) int32 in 0..255, pixel by pixel. The reduction is bilinear
+    with aligned pixel centres, rounded to integers, as OpenCV's ``INTER_LINEAR_EXACT`` does on 8-bit images. Only the
+    pixels that count are read.
+    """
+    xp = array_namespace(images)
+    _, full_height, full_width, _ = images.shape
+    if (height, width) == (full_height, full_width):
+        return levels(images)
+    rows = constant(xp, _tap_indices, full_height, height)
+    columns = constant(xp, _tap_indices, full_width, width)
+    taps = levels(xp.take(xp.take(images, rows, axis=1), columns, axis=2))
+
+    weight = constant(xp, _tap_weights, full_width, width)
+    taps = taps[..., :width] * (256 - weight) + taps[..., width:] * weight
+    weight = constant(xp, _tap_weights, full_height, height)[:, None]
+    taps = taps[..., :height, :] * (256 - weight) + taps[..., height:, :] * weight
+    return (taps + (1 << 15)) >> 16
+
+
+def _tap_centres(size: int, reduced: int) -> np.ndarray:
+    return (np.arange(reduced) + 0.5) * (size / reduced) - 0.5
+
+
+def _tap_indices(size: int, reduced: int) -> np.ndarray:
+    """Index of the lower neighbour of each sample, then of the upper one: (2 * reduced,)."""
+    lower = np.floor(_tap_centres(size, reduced)).astype(np.int64)
+    return np.concatenate([lower, lower + 1]).clip(0, size - 1)
+
+
+def _tap_weights(size: int, reduced: int) -> np.ndarray:
+    """Weight of each upper neighbour in units of 1/256: (reduced,) int32."""
+    centres = _tap_centres(size, reduced)
+    return np.rint((centres - np.floor(centres)) * 256).astype(np.int32)
