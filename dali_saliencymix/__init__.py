@@ -1,7 +1,8 @@
 """SaliencyMix for NVIDIA DALI: saliency-guided mixing of whole batches.
 
 ``dali_saliencymix.saliencymix`` works on NumPy and CuPy arrays, ``dali_saliencymix.fn.saliencymix`` inside DALI
-pipelines. Importing the package needs NumPy alone; DALI is imported with ``dali_saliencymix.fn``.
+pipelines, ``dali_saliencymix.pytorch.SaliencyMix`` on batches of PyTorch tensors. Importing the package needs NumPy
+alone; DALI and PyTorch are imported with ``fn`` and ``pytorch``.
 """
 
 from __future__ import annotations
@@ -9,24 +10,46 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from dali_saliencymix.boxes import boxes_at, kept_fraction, saliency_peaks
-from dali_saliencymix.core import Mixed, cutmix, saliencymix
-from dali_saliencymix.mixing import paste_boxes, soft_labels
-from dali_saliencymix.params import draw_params
-from dali_saliencymix.saliency import DETECTORS, fine_grained, get_detector, spectral_residual
+from dali_saliencymix.boxes import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
+from dali_saliencymix.core import Mixed, cutmix, mix, mixup, saliencymix
+from dali_saliencymix.mixing import blend_images, paste_boxes, soft_labels
+from dali_saliencymix.params import MODES, MixParams, draw_mix_params, draw_params
+from dali_saliencymix.placement import PRESETS, Placement
+from dali_saliencymix.saliency import (
+    DETECTORS,
+    fine_grained,
+    frequency_tuned,
+    get_detector,
+    image_signature,
+    phase_spectrum,
+    spectral_residual,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DETECTORS",
+    "MODES",
+    "PRESETS",
+    "MixParams",
     "Mixed",
+    "Placement",
+    "blend_images",
     "boxes_at",
+    "boxes_moved_to",
     "cutmix",
+    "draw_mix_params",
     "draw_params",
     "fine_grained",
+    "frequency_tuned",
     "get_detector",
+    "image_signature",
     "kept_fraction",
+    "mix",
+    "mixup",
     "paste_boxes",
+    "phase_spectrum",
+    "points_at",
     "saliency_peaks",
     "saliencymix",
     "soft_labels",
@@ -35,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fn":
-        return importlib.import_module("dali_saliencymix.fn")
+    if name in {"fn", "pytorch"}:
+        return importlib.import_module(f"dali_saliencymix.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

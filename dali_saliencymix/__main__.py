@@ -7,7 +7,9 @@ import functools
 import sys
 from pathlib import Path
 
-from dali_saliencymix._checks import BOXES
+from dali_saliencymix.boxes import BOXES
+from dali_saliencymix.params import MODES
+from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 
 
@@ -23,15 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--val", type=int, default=40, help="validation images per class")
     sample.add_argument("--seed", type=int, default=0, help="seed of all randomness")
 
-    preview = add_command("preview", help="draw mixed samples of a data set")
+    preview = add_command("preview", help="draw mixed samples of a data set, or what the detectors see in it")
     preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or of train/ with these")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="picture to write")
     preview.add_argument("-n", "--count", type=int, default=8, help="number of samples")
     preview.add_argument("--size", type=int, default=224, help="size of the images in pixels")
+    preview.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
+    preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
+    preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
     preview.add_argument("--alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
-    preview.add_argument("--saliency", choices=sorted(DETECTORS), default="spectral_residual", help="detector")
-    preview.add_argument("--box", choices=BOXES, default="fit", help="move or cut boxes that stick out")
-    preview.add_argument("--per-batch", action="store_true", help="one box for all samples")
+    preview.add_argument("--prob", type=float, default=1.0, help="probability that an image is mixed")
+    preview.add_argument(
+        "--preset", choices=list(PRESETS), default="default", help="what the options below are by default"
+    )
+    preview.add_argument("--saliency", choices=sorted(DETECTORS), help="detector")
+    preview.add_argument("--source", choices=SOURCES, help="what to cut out")
+    preview.add_argument("--destination", choices=DESTINATIONS, help="where to paste it")
+    preview.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out")
+    preview.add_argument("--per-batch", action="store_true", default=None, help="one box for all samples")
     preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     args = vars(parser.parse_args(arguments))
 

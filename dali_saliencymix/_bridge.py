@@ -55,6 +55,11 @@ def mix_samples(
     return as_samples(mixed.images), as_samples(mixed.lam)
 
 
+def map_samples(function: Callable[[Array], Array], samples: Sequence[Array]) -> list[Array]:
+    """Apply ``function(batch) -> batch`` to the samples of a batch; return the samples of the result."""
+    return as_samples(function(as_batch(samples)))
+
+
 def _pointer(array: Array) -> int:
     if is_host(array_namespace(array)):
         return array.__array_interface__["data"][0]

@@ -16,8 +16,6 @@ from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BOXES = ("fit", "clip")
-
 
 def check_array(array: Array, name: str) -> Namespace:
     """Return the array library of `array`, which must be one of NumPy and CuPy."""
@@ -48,10 +46,13 @@ def check_images(images: Array) -> Namespace:
     return xp
 
 
+_KINDS = {"iu": "integer", "f": "floating", "biuf": "real"}
+
+
 def check_per_image(
     array: Array, name: str, xp: Namespace, count: int, kind: str, trailing: Sequence[int] = ()
 ) -> None:
-    """Require an array of `xp` with shape (count, *trailing) and a dtype of `kind`, ``"iu"`` or ``"f"``."""
+    """Require an array of `xp` with shape (count, *trailing) and a dtype of `kind`: ``"iu"``, ``"f"`` or ``"biuf"``."""
     if check_array(array, name) is not xp:
         msg = f"{name} must be a {xp.__name__} array as the others are, got a {array_namespace(array).__name__} array"
         raise TypeError(msg)
@@ -60,7 +61,7 @@ def check_per_image(
         msg = f"{name} must have shape {shape}, one entry for each image, got {array.shape}"
         raise ValueError(msg)
     if array.dtype.kind not in kind:
-        msg = f"{name} must be of {'floating' if kind == 'f' else 'integer'} dtype, got {array.dtype}"
+        msg = f"{name} must be of {_KINDS[kind]} dtype, got {array.dtype}"
         raise TypeError(msg)
 
 
@@ -95,34 +96,34 @@ def check_points(points: Array, name: str, xp: Namespace, count: int, height: in
     check_range(points[:, 1], f"{name}[:, 1]", 0, width - 1, f"in [0, {width}), the columns of the image")
 
 
-def check_boxes(boxes: Array, xp: Namespace, count: int, height: int, width: int) -> None:
+def check_boxes(boxes: Array, name: str, xp: Namespace, count: int, height: int, width: int) -> None:
     """Require (count, 4) integers: corners (y0, x0, y1, x1) of boxes inside an image."""
-    check_per_image(boxes, "boxes", xp, count, "iu", trailing=(4,))
-    check_range(boxes[:, ::2], "boxes[:, ::2]", 0, height, f"in [0, {height}], the edges of the image's rows")
-    check_range(boxes[:, 1::2], "boxes[:, 1::2]", 0, width, f"in [0, {width}], the edges of the image's columns")
+    check_per_image(boxes, name, xp, count, "iu", trailing=(4,))
+    check_range(boxes[:, ::2], f"{name}[:, ::2]", 0, height, f"in [0, {height}], the edges of the image's rows")
+    check_range(boxes[:, 1::2], f"{name}[:, 1::2]", 0, width, f"in [0, {width}], the edges of the image's columns")
 
 
-def check_box(box: str) -> None:
-    """Require the name of a way to place a box."""
-    if box not in BOXES:
-        msg = f"box must be one of {', '.join(BOXES)}, got {box!r}"
+def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """Require one of several names."""
+    if value not in choices:
+        msg = f"{name} must be one of {', '.join(choices)}, got {value!r}"
         raise ValueError(msg)
 
 
-def check_alpha(alpha: float) -> float:
+def check_positive(value: float, name: str) -> float:
     """Require a positive, finite number."""
-    if not _is_number(alpha) or not (0 < alpha < math.inf):
-        msg = f"alpha must be a positive number, got {alpha!r}"
+    if not _is_number(value) or not (0 < value < math.inf):
+        msg = f"{name} must be a positive number, got {value!r}"
         raise ValueError(msg)
-    return float(alpha)
+    return float(value)
 
 
-def check_prob(prob: float) -> float:
+def check_fraction(value: float, name: str) -> float:
     """Require a number in [0, 1]."""
-    if not _is_number(prob) or not (0 <= prob <= 1):
-        msg = f"prob must be in [0, 1], got {prob!r}"
+    if not _is_number(value) or not (0 <= value <= 1):
+        msg = f"{name} must be in [0, 1], got {value!r}"
         raise ValueError(msg)
-    return float(prob)
+    return float(value)
 
 
 def check_at_least(value: int, name: str, least: int) -> None:

@@ -9,23 +9,35 @@ from __future__ import annotations
 import numpy as np
 
 from dali_saliencymix._array import Array, constant
-from dali_saliencymix._checks import check_array, check_box, check_boxes, check_lam, check_points
+from dali_saliencymix._checks import (
+    check_array,
+    check_boxes,
+    check_choice,
+    check_lam,
+    check_per_image,
+    check_points,
+    check_range,
+)
+
+BOXES = ("fit", "clip")
 
 
-def saliency_peaks(saliency_map: Array, height: int, width: int) -> Array:
-    """Return the most salient pixel of each image.
+def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
+    """Return the most salient pixel of each image, or the least salient one.
 
     Parameters
     ----------
     saliency_map : ndarray of shape (N, h, w), real
-        Larger is more salient. NaN is taken for the least salient of all.
+        Larger is more salient. A pixel that is NaN is not chosen while there is another.
     height, width : int
         Size of the images that the maps belong to.
+    least : bool
+        If true, look for the minimum.
 
     Returns
     -------
     ndarray of shape (N, 2), int32
-        (y, x) in image pixels: the centre of the map's cell. Of several equal maxima it is the one nearest to the
+        (y, x) in image pixels: the centre of the map's cell. Of several equal extrema it is the one nearest to the
         centre of the image, and of several of those the first in reading order.
 
     Notes
@@ -47,10 +59,10 @@ def saliency_peaks(saliency_map: Array, height: int, width: int) -> Array:
         raise TypeError(msg)
     count, map_height, map_width = saliency_map.shape
     if saliency_map.dtype.kind == "f":
-        saliency_map = xp.where(xp.isnan(saliency_map), -xp.inf, saliency_map)
-    top = saliency_map.max(axis=(1, 2), keepdims=True)
+        saliency_map = xp.where(xp.isnan(saliency_map), xp.inf if least else -xp.inf, saliency_map)
+    extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
     closeness = constant(xp, _closeness_to_centre, map_height, map_width, height, width)
-    peak = xp.where(saliency_map == top, closeness, 0).reshape(count, -1).argmax(axis=1)
+    peak = xp.where(saliency_map == extremum, closeness, 0).reshape(count, -1).argmax(axis=1)
     y, x = peak // map_width, peak % map_width
     return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
         xp.int32
@@ -103,11 +115,11 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     >>> boxes_at(peaks, lam, 8, 8, box="clip").tolist()
     [[0, 3, 2, 7]]
     """
-    check_box(box)
+    check_choice(box, "box", BOXES)
     xp = check_array(peaks, "peaks")
     check_points(peaks, "peaks", xp, len(peaks), height, width)
     check_lam(lam, xp, len(peaks))
-    size = xp.stack([xp.full(len(lam), height), xp.full(len(lam), width)], axis=1)
+    size = constant(xp, _size, height, width)
     # In float64 on every device: the floor must not depend on where it is computed.
     side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
     if box == "fit":
@@ -117,6 +129,65 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
         start = xp.clip(peaks - side // 2, 0, size)
         stop = xp.clip(peaks + side // 2, 0, size)
     return xp.concatenate([start, stop], axis=1).astype(xp.int32)
+
+
+def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Array:
+    """Return boxes of the same sizes around other points, moved inside the image where they would stick out.
+
+    Parameters
+    ----------
+    boxes : ndarray of shape (N, 4), int32
+        Boxes inside the image.
+    centres : ndarray of shape (N, 2), int32
+        (y, x), inside the image.
+    height, width : int
+        Size of the images.
+
+    Returns
+    -------
+    ndarray of shape (N, 4), int32
+        (y0, x0, y1, x1).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> boxes_moved_to(np.array([[0, 3, 4, 7]]), np.array([[7, 4]]), 8, 8).tolist()
+    [[4, 2, 8, 6]]
+    """
+    xp = check_array(boxes, "boxes")
+    check_boxes(boxes, "boxes", xp, len(boxes), height, width)
+    check_points(centres, "centres", xp, len(boxes), height, width)
+    side = boxes[:, 2:] - boxes[:, :2]
+    start = xp.clip(centres - side // 2, 0, constant(xp, _size, height, width) - side)
+    return xp.concatenate([start, start + side], axis=1).astype(xp.int32)
+
+
+def points_at(fractions: Array, height: int, width: int) -> Array:
+    """Return the pixels at given fractions of the height and the width of an image.
+
+    Parameters
+    ----------
+    fractions : ndarray of shape (N, 2), floating
+        (y, x) in [0, 1]; uniform fractions give uniform pixels.
+    height, width : int
+        Size of the images.
+
+    Returns
+    -------
+    ndarray of shape (N, 2), int32
+        (y, x); a fraction of 1 belongs to the last pixel.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> points_at(np.array([[0.0, 1.0]]), 8, 8).tolist()
+    [[0, 7]]
+    """
+    xp = check_array(fractions, "fractions")
+    check_per_image(fractions, "fractions", xp, len(fractions), "f", trailing=(2,))
+    check_range(fractions, "fractions", 0, 1, "in [0, 1]")
+    size = constant(xp, _size, height, width)
+    return xp.clip((fractions * size).astype(xp.int32), 0, size - 1).astype(xp.int32)
 
 
 def kept_fraction(boxes: Array, height: int, width: int) -> Array:
@@ -141,6 +212,10 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
     [0.875]
     """
     xp = check_array(boxes, "boxes")
-    check_boxes(boxes, xp, len(boxes), height, width)
+    check_boxes(boxes, "boxes", xp, len(boxes), height, width)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (1 - area / (height * width)).astype(xp.float32)
+
+
+def _size(height: int, width: int) -> np.ndarray:
+    return np.array([height, width])

@@ -3,6 +3,8 @@
 They are called inside a pipeline definition, as ``nvidia.dali.fn`` functions are, and take and return graph nodes on
 either device. All random numbers are drawn by DALI operators, so that the pipeline's seed and checkpoints cover them;
 the Python code that DALI calls for each batch is a pure function.
+
+`saliencymix`, `cutmix`, `mixup` and `mix` stand at the same place of a pipeline and return the same four nodes.
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ import functools
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from dali_saliencymix import _bridge, core, mixing
-from dali_saliencymix._checks import check_alpha, check_at_least, check_box, check_prob
+from dali_saliencymix._array import array_namespace, constant
+from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
+from dali_saliencymix.boxes import BOXES
+from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
+from dali_saliencymix.params import CHOOSE, MODES, check_alphas, check_modes
+from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from nvidia.dali.pipeline import DataNode
 
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
     from dali_saliencymix.core import Mixed
     from dali_saliencymix.saliency import Detector
 
-__all__ = ["cutmix", "saliencymix", "soft_labels"]
+__all__ = ["cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
 
 
 @do_not_convert
@@ -37,9 +45,13 @@ def saliencymix(
     *,
     alpha: float = 1.0,
     prob: float = 1.0,
-    saliency: str | Detector = "spectral_residual",
-    box: str = "fit",
-    per_batch: bool = False,
+    preset: str = "default",
+    saliency: str | Detector | None = None,
+    source: str | None = None,
+    destination: str | None = None,
+    box: str | None = None,
+    per_batch: bool | None = None,
+    peaks: DataNode | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with the most salient part of a random other one.
 
@@ -56,14 +68,24 @@ def saliencymix(
         Each sample's share to keep is drawn from Beta(alpha, alpha); 1 is the uniform law of the paper.
     prob : float
         Probability in [0, 1] that a sample is mixed; the paper's code has 1.0 for ImageNet and 0.5 for CIFAR.
-    saliency : str or callable
-        Name of a detector (``"spectral_residual"``, ``"fine_grained"``), or a function from images (N, H, W, C) uint8
-        to maps (N, h, w), NumPy or CuPy as the images are.
-    box : {"fit", "clip"}
-        ``"fit"`` moves a box that would stick out inside the image, as the paper says; ``"clip"`` cuts it off, as the
-        released code does.
-    per_batch : bool
+    preset : {"default", "paper", "released-code"}
+        What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
+        ``"paper"`` takes fine_grained instead; ``"released-code"`` has moreover ``box="clip"`` and ``per_batch=True``.
+    saliency : str or callable, optional
+        Name of a detector in `dali_saliencymix.DETECTORS`, or a function from images (N, H, W, C) uint8 to maps
+        (N, h, w), NumPy or CuPy as the images are. On the CPU it is asked for the images that are needed only.
+    source : {"salient", "non_salient"}, optional
+        Cut around the most or the least salient pixel of the source.
+    destination : {"corresponding", "salient", "non_salient", "random"}, optional
+        Paste at the same place, around the most or the least salient pixel of the receiver, or around a random one.
+    box : {"fit", "clip"}, optional
+        ``"fit"`` moves a box that would stick out of the source inside, as the paper says; ``"clip"`` cuts it off, as
+        the released code does.
+    per_batch : bool, optional
         If true, one draw and one box serve the whole batch, as in the released code.
+    peaks : DataNode, optional
+        Most salient pixel (y, x) of each image, of shape (2,), where it is known already, such as from
+        `saliency_peaks` before a crop; in place of `saliency`.
 
     Returns
     -------
@@ -98,9 +120,12 @@ def saliencymix(
     ...     images, labels, source_labels, lam = saliencymix(images, labels)
     ...     return images, labels, source_labels, lam
     """
-    check_box(box)
-    mix = functools.partial(_saliencymix, saliency=get_detector(saliency), box=box, per_batch=bool(per_batch))
-    return _mixed_with_partners(images, labels, mix, [], alpha=alpha, prob=prob)
+    options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
+    placement = resolve_placement(preset, options, peaks_given=peaks is not None)
+    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
+    if placement.destination == "random":
+        drawn["point"] = _drawn_point()
+    return _mixed_with_partners(images, labels, "saliencymix", drawn, peaks, preset=preset, **options)
 
 
 @do_not_convert
@@ -115,8 +140,22 @@ def cutmix(
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with a random part of a random other one: CutMix.
 
-    Parameters and returns are those of `saliencymix`, without `saliency`; the box is put around a point drawn
-    uniformly from the image.
+    Parameters
+    ----------
+    images, labels, alpha, prob, per_batch
+        As for `saliencymix`.
+    box : {"fit", "clip"}
+        ``"clip"``, the default, is CutMix: what sticks out of the image is cut off. ``"fit"`` moves the box inside.
+
+    Returns
+    -------
+    images, labels, source_labels, lam : DataNode
+        As from `saliencymix`; the box is put around a point drawn uniformly from the image.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `saliencymix`.
 
     Notes
     -----
@@ -132,34 +171,209 @@ def cutmix(
     ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
     ...     return cutmix(images, labels, alpha=1.0, prob=0.5)
     """
-    check_box(box)
-    mix = functools.partial(_cutmix, box=box, per_batch=bool(per_batch))
-    centre = [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
-    return _mixed_with_partners(images, labels, mix, centre, alpha=alpha, prob=prob)
+    check_choice(box, "box", BOXES)
+    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
+    return _mixed_with_partners(images, labels, "cutmix", drawn, box=box, per_batch=bool(per_batch))
 
 
 @do_not_convert
-def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num_classes: int) -> DataNode:
-    """Make class probabilities of the labels of mixed images.
+def mixup(
+    images: DataNode, labels: DataNode, *, alpha: float = 1.0, prob: float = 1.0, per_batch: bool = False
+) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    """Blend each image of a batch with a random other one: mixup.
 
     Parameters
     ----------
-    labels, source_labels : DataNode
-        Integer class ids in [0, num_classes), scalars or of shape (1,), as the readers give them.
-    lam : DataNode
-        Weight of `labels`: floating scalars.
-    num_classes : int
-        K, the number of classes.
+    images, labels, alpha, prob, per_batch
+        As for `saliencymix`. Trainings on ImageNet commonly take an `alpha` of 0.2.
+
+    Returns
+    -------
+    images, labels, source_labels, lam : DataNode
+        As from `saliencymix`; `lam` is the weight that the image was blended with. Pixels are rounded to uint8.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `saliencymix`.
+
+    Notes
+    -----
+    See `dali_saliencymix.mixup` for the function on arrays that does the work.
+
+    Examples
+    --------
+    >>> from nvidia.dali import fn, pipeline_def
+    >>> from dali_saliencymix.fn import mixup
+    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
+    ... def training_pipeline(file_root):
+    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
+    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
+    ...     return mixup(images, labels, alpha=0.2)
+    """
+    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
+    return _mixed_with_partners(images, labels, "mixup", drawn, per_batch=bool(per_batch))
+
+
+@do_not_convert
+def mix(
+    images: DataNode,
+    labels: DataNode,
+    *,
+    modes: Mapping[str, float],
+    alpha: float | Mapping[str, float] = 1.0,
+    prob: float = 1.0,
+    choose: str = "sample",
+    preset: str = "default",
+    saliency: str | Detector | None = None,
+    source: str | None = None,
+    destination: str | None = None,
+    box: str | None = None,
+    per_batch: bool | None = None,
+    peaks: DataNode | None = None,
+) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    """Mix each image of a batch in a way drawn from several: a mixing policy.
+
+    Parameters
+    ----------
+    images, labels, prob, peaks
+        As for `saliencymix`.
+    modes : mapping from str to float
+        Of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"`` those to draw from, with their weights: probabilities, or
+        numbers that are in proportion to these.
+    alpha : float or mapping from str to float
+        `lam` is drawn from Beta(alpha, alpha): one number for all modes, or one for each.
+    choose : {"sample", "batch"}
+        Whether each sample gets a mode of its own, or all samples of a batch the same one.
+    preset, saliency, source, destination, box
+        As for `saliencymix`, for the samples of that mode.
+    per_batch : bool, optional
+        If true, one draw of everything and one box serve the whole batch.
+
+    Returns
+    -------
+    images, labels, source_labels, lam : DataNode
+        As from `saliencymix`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `saliencymix`.
+
+    Notes
+    -----
+    See `dali_saliencymix.mix` for the function on arrays that does the work.
+
+    Examples
+    --------
+    >>> from nvidia.dali import fn, pipeline_def
+    >>> from dali_saliencymix.fn import mix
+    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
+    ... def training_pipeline(file_root):
+    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
+    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
+    ...     modes, alpha = {"saliencymix": 0.5, "mixup": 0.5}, {"saliencymix": 1.0, "mixup": 0.2}
+    ...     return mix(images, labels, modes=modes, alpha=alpha)
+    """
+    options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
+    resolve_placement(preset, options, peaks_given=peaks is not None)
+    check_choice(choose, "choose", CHOOSE)
+    probabilities = check_modes(modes)
+    mixed = _drawn_choice(prob)
+    drawn = {
+        "lam": [_drawn_lam(value, mixed) for value in check_alphas(alpha, modes).values()],
+        "mode": [fn.random.choice(len(probabilities), p=list(probabilities.values()))],
+        "point": _drawn_point(),
+    }
+    choice = functools.partial(_chosen, modes=tuple(probabilities), choose=choose)
+    return _mixed_with_partners(images, labels, "mix", drawn, peaks, choice=choice, preset=preset, **options)
+
+
+@do_not_convert
+def saliency_peaks(
+    images: DataNode, *, saliency: str | Detector = "spectral_residual", least: bool = False
+) -> DataNode:
+    """Find the most salient pixel of each image.
+
+    For pipelines in which images are padded, cropped or otherwise moved between the place where their saliency is
+    seen best and the place where they are mixed: move the peak alike and give it to `saliencymix` as `peaks`.
+
+    Parameters
+    ----------
+    images : DataNode
+        As for `saliencymix`.
+    saliency : str or callable
+        As for `saliencymix`.
+    least : bool
+        If true, find the least salient pixel.
 
     Returns
     -------
     DataNode
-        (K,) float32 for each sample, summing to 1; on the GPU if one of the arguments is there.
+        (y, x), int32 of shape (2,) for each sample, on the device of `images`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `saliencymix`.
+
+    Notes
+    -----
+    See `dali_saliencymix.saliency_peaks` for the function on maps.
+
+    Examples
+    --------
+    >>> from nvidia.dali import fn, pipeline_def
+    >>> from dali_saliencymix.fn import saliency_peaks, saliencymix
+    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
+    ... def training_pipeline(file_root):
+    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
+    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
+    ...     peaks = saliency_peaks(images)
+    ...     inverted = fn.cast(255 - images, dtype=types.UINT8)
+    ...     return saliencymix(inverted, labels, peaks=peaks)
+    """
+    find = functools.partial(_peaks_of_images, detector=get_detector(saliency), least=bool(least))
+    return fn.python_function(
+        images,
+        function=functools.partial(_bridge.map_samples, find),
+        batch_processing=True,
+        **_placed(images.device),
+    )
+
+
+@do_not_convert
+def soft_labels(
+    labels: DataNode,
+    source_labels: DataNode,
+    lam: DataNode,
+    *,
+    num_classes: int | None = None,
+    smoothing: float = 0.0,
+) -> DataNode:
+    """Make the targets of mixed images of their labels.
+
+    Parameters
+    ----------
+    labels, source_labels : DataNode
+        Class ids in [0, num_classes), scalars or of shape (1,), as the readers give them; or vectors of K weights,
+        such as one-hot or multi-hot ones.
+    lam : DataNode
+        Weight of `labels`: floating scalars.
+    num_classes : int, optional
+        K, the number of classes. Needed for class ids, to be left out for vectors.
+    smoothing : float
+        Share of the weight that is spread evenly over all classes, in [0, 1]; for class ids.
+
+    Returns
+    -------
+    DataNode
+        (K,) float32 for each sample, which for class ids sums to 1; on the GPU if one of the arguments is there.
 
     Raises
     ------
     ValueError
-        While the pipeline is defined, if `num_classes` is not an integer of at least 1.
+        While the pipeline is defined, if an option is wrong.
     RuntimeError
         While the pipeline runs on the CPU, if a label lies outside [0, num_classes). On a GPU, which would have to
         be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
@@ -167,37 +381,78 @@ def soft_labels(labels: DataNode, source_labels: DataNode, lam: DataNode, *, num
     Notes
     -----
     See `dali_saliencymix.soft_labels` for the function on arrays that does the work.
+
+    Examples
+    --------
+    >>> from nvidia.dali import fn, pipeline_def
+    >>> from dali_saliencymix.fn import saliencymix, soft_labels
+    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
+    ... def training_pipeline(file_root):
+    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
+    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
+    ...     images, labels, source_labels, lam = saliencymix(images, labels)
+    ...     return images, soft_labels(labels, source_labels, lam, num_classes=1000, smoothing=0.1)
     """
+    smoothing = check_fraction(smoothing, "smoothing")
+    nodes = [labels, source_labels, lam]
+    device = "gpu" if any(node.device == "gpu" for node in nodes) else "cpu"
+    if num_classes is None:
+        if smoothing:
+            msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
+            raise ValueError(msg)
+        own, other, weight = (_to(device, fn.cast(node, dtype=types.FLOAT)) for node in nodes)
+        return weight * own + (1 - weight) * other
     check_at_least(num_classes, "num_classes", 1)
-    make = functools.partial(_soft_labels, num_classes=num_classes)
+    make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
-    scalars = [fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[]) for node in (labels, source_labels, lam)]
-    device = "gpu" if any(scalar.device == "gpu" for scalar in scalars) else "cpu"
-    packed = fn.stack(*(_to(device, scalar) for scalar in scalars))
-    return fn.python_function(packed, function=make, batch_processing=True, **_placed(device))
+    scalars = [_to(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
+    return fn.python_function(
+        fn.stack(*scalars),
+        function=functools.partial(_bridge.map_samples, make),
+        batch_processing=True,
+        **_placed(device),
+    )
+
+
+def _drawn_choice(prob: float) -> DataNode | None:
+    """Draw whether a sample is mixed; None where all are."""
+    prob = check_fraction(prob, "prob")
+    return fn.random.coin_flip(probability=prob) if prob < 1 else None
+
+
+def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
+    alpha = check_positive(alpha, "alpha")
+    lam = fn.random.beta(alpha=alpha, beta=alpha)
+    return lam if mixed is None else mixed * lam + (1 - mixed)
+
+
+def _drawn_point() -> list[DataNode]:
+    return [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
 
 
 def _mixed_with_partners(
     images: DataNode,
     labels: DataNode,
-    mix: Callable[[Array, Array], Mixed],
-    extra_params: list[DataNode],
-    *,
-    alpha: float,
-    prob: float,
+    function: str,
+    drawn: dict[str, list[DataNode]],
+    peaks: DataNode | None = None,
+    **options: Any,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Draw partners and weights, then mix: Python gets two inputs, the images and one vector of params a sample."""
-    alpha, prob = check_alpha(alpha), check_prob(prob)
+    """Draw partners, then mix: Python gets two inputs, the images and one vector of params a sample."""
     source_index = fn.batch_permutation()
-    lam = fn.random.beta(alpha=alpha, beta=alpha)
-    if prob < 1:
-        mixed = fn.random.coin_flip(probability=prob)
-        lam = mixed * lam + (1 - mixed)
-    params = fn.stack(*(fn.cast(node, dtype=types.FLOAT) for node in (source_index, lam, *extra_params)))
+    drawn = {"source_index": [source_index], **drawn}
+    columns = {name: len(nodes) for name, nodes in drawn.items()}
+    scalars = [fn.cast(node, dtype=types.FLOAT) for nodes in drawn.values() for node in nodes]
+    params = _to(images.device, fn.stack(*scalars))
+    if peaks is not None:
+        columns["peaks"] = 2
+        params = fn.cat(params, _to(images.device, fn.cast(peaks, dtype=types.FLOAT)))
     images, lam = fn.python_function(
         images,
-        _to(images.device, params),
-        function=functools.partial(_bridge.mix_samples, mix),
+        params,
+        function=functools.partial(
+            _bridge.mix_samples, functools.partial(_mix, function=function, columns=columns, **options)
+        ),
         num_outputs=2,
         batch_processing=True,
         output_layouts=["HWC"],
@@ -218,20 +473,46 @@ def _placed(device: str) -> dict[str, Any]:
     return {"device": device}
 
 
-def _saliencymix(images: Array, params: Array, **options: Any) -> Mixed:
-    return core.saliencymix(images, *_source_and_lam(params), **options)
+def _mix(
+    images: Array, params: Array, *, function: str, columns: dict[str, int], choice: Any = None, **options: Any
+) -> Mixed:
+    """Call a function of `core` with what is packed in the columns of `params`, (N, P) float32."""
+    arrays, start = {}, 0
+    for name, width in columns.items():
+        arrays[name] = params[:, start : start + width]
+        start += width
+    if choice:
+        arrays |= choice(arrays["mode"], arrays["lam"])
+    else:
+        arrays["lam"] = arrays["lam"][:, 0]
+    # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
+    arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
+    if "peaks" in arrays:
+        arrays["peaks"] = arrays["peaks"].astype("int64")
+    return getattr(core, function)(images, **arrays, **options)
 
 
-def _cutmix(images: Array, params: Array, **options: Any) -> Mixed:
-    return core.cutmix(images, *_source_and_lam(params), params[:, 2:4], **options)
+def _chosen(position: Array, lam: Array, *, modes: tuple[str, ...], choose: str) -> dict[str, Array]:
+    """Return mode and lam of each sample from positions in `modes` and one column of lam for each of these."""
+    xp = array_namespace(position)
+    position = position.astype("int64")
+    if choose == "batch":
+        position = xp.repeat(position[:1], len(position), axis=0)
+    return {
+        "mode": constant(xp, _indices, modes)[position[:, 0]],
+        "lam": xp.take_along_axis(lam, position, axis=1)[:, 0],
+    }
 
 
-def _source_and_lam(params: Array) -> tuple[Array, Array]:
-    # float32 holds every index of a batch of up to 2**24.
-    return params[:, 0].astype("int64"), params[:, 1]
+def _indices(modes: tuple[str, ...]) -> np.ndarray:
+    return np.array([MODES.index(name) for name in modes])
 
 
-def _soft_labels(packed: list[Array], *, num_classes: int) -> list[Array]:
-    batch = _bridge.as_batch(packed)
-    labels, source_labels = batch[:, 0].astype("int64"), batch[:, 1].astype("int64")
-    return _bridge.as_samples(mixing.soft_labels(labels, source_labels, batch[:, 2], num_classes=num_classes))
+def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> Array:
+    check_images(images)
+    return peaks_of_maps(checked_maps(detector, images), *images.shape[1:3], least=least)
+
+
+def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> Array:
+    labels, source_labels = packed[:, 0].astype("int64"), packed[:, 1].astype("int64")
+    return mixing.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing)

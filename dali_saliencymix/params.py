@@ -1,15 +1,43 @@
-"""Random draws for use outside DALI. Inside DALI its own operators draw, so that checkpoints cover them."""
+"""What is drawn at random for a batch, and from which laws.
+
+The functions here draw for use outside DALI. Inside DALI its own operators draw, so that checkpoints cover them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dali_saliencymix._checks import check_alpha, check_prob
+from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+MODES = ("saliencymix", "cutmix", "mixup")
+CHOOSE = ("sample", "batch")
+
+
+class MixParams(NamedTuple):
+    """What `dali_saliencymix.mix` needs to know of a batch, in its order.
+
+    Attributes
+    ----------
+    source_index : ndarray of shape (N,), int64
+        A random permutation; an image may be its own partner.
+    lam : ndarray of shape (N,), float32
+        Weight of the receiving image; 1 where an image is not to be mixed.
+    mode : ndarray of shape (N,), int64
+        Index into `MODES`.
+    point : ndarray of shape (N, 2), float64
+        Fractions (y, x) of the image, uniform.
+    """
+
+    source_index: NDArray[np.int64]
+    lam: NDArray[np.float32]
+    mode: NDArray[np.int64]
+    point: NDArray[np.float64]
 
 
 def draw_params(
@@ -42,8 +70,91 @@ def draw_params(
     >>> sorted(source_index.tolist()), lam.tolist()
     ([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0])
     """
-    alpha, prob = check_alpha(alpha), check_prob(prob)
+    check_at_least(batch_size, "batch_size", 1)
+    alpha, prob = check_positive(alpha, "alpha"), check_fraction(prob, "prob")
     source_index = rng.permutation(batch_size)
     lam = rng.beta(alpha, alpha, batch_size)
     mixed = rng.random(batch_size) < prob
     return source_index, np.where(mixed, lam, 1).astype(np.float32)
+
+
+def draw_mix_params(
+    rng: np.random.Generator,
+    batch_size: int,
+    *,
+    modes: Mapping[str, float],
+    alpha: float | Mapping[str, float] = 1.0,
+    prob: float = 1.0,
+    choose: str = "sample",
+) -> MixParams:
+    """Draw partners, mixing weights and ways to mix for one batch.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Source of the randomness.
+    batch_size : int
+        N, the number of images.
+    modes : mapping from str to float
+        Ways to mix, of `MODES`, with their weights: probabilities, or numbers that are in proportion to these.
+    alpha : float or mapping from str to float
+        `lam` is drawn from Beta(alpha, alpha); one for all modes, or one for each.
+    prob : float
+        Probability in [0, 1] that an image is mixed at all.
+    choose : {"sample", "batch"}
+        Whether each image gets a mode of its own, or all the same one.
+
+    Returns
+    -------
+    MixParams
+        Named tuple (source_index, lam, mode, point), the arguments of `mix`.
+
+    Raises
+    ------
+    ValueError
+        If an option is wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> modes = {"saliencymix": 0.5, "mixup": 0.5}
+    >>> params = draw_mix_params(np.random.default_rng(1), 4, modes=modes, alpha={"saliencymix": 1.0, "mixup": 0.2})
+    >>> [MODES[mode] for mode in params.mode]
+    ['saliencymix', 'mixup', 'saliencymix', 'saliencymix']
+    """
+    check_at_least(batch_size, "batch_size", 1)
+    check_choice(choose, "choose", CHOOSE)
+    probabilities = check_modes(modes)
+    alphas, prob = check_alphas(alpha, modes), check_fraction(prob, "prob")
+    source_index = rng.permutation(batch_size)
+    drawn = rng.choice(len(probabilities), size=batch_size if choose == "sample" else 1, p=list(probabilities.values()))
+    which = np.broadcast_to(drawn, batch_size)
+    beta = np.array(list(alphas.values()))[which]
+    lam = rng.beta(beta, beta)
+    mixed = rng.random(batch_size) < prob
+    mode = np.array([MODES.index(name) for name in probabilities])[which]
+    point = rng.random((batch_size, 2))
+    return MixParams(source_index, np.where(mixed, lam, 1).astype(np.float32), mode, point)
+
+
+def check_modes(modes: Mapping[str, float]) -> dict[str, float]:
+    """Require names of `MODES` with positive weights; return their probabilities."""
+    if not isinstance(modes, Mapping) or not modes:
+        msg = f"modes must map names of {', '.join(MODES)} to weights, got {modes!r}"
+        raise ValueError(msg)
+    for name, weight in modes.items():
+        check_choice(name, "modes", MODES)
+        check_positive(weight, f"modes[{name!r}]")
+    total = sum(modes.values())
+    return {name: weight / total for name, weight in modes.items()}
+
+
+def check_alphas(alpha: float | Mapping[str, float], modes: Mapping[str, float]) -> dict[str, float]:
+    """Require one positive number, or one for each of the modes; return one for each."""
+    if not isinstance(alpha, Mapping):
+        value = check_positive(alpha, "alpha")
+        return dict.fromkeys(modes, value)
+    if set(alpha) != set(modes):
+        msg = f"alpha must be one number, or one for each of {', '.join(modes)}, got {dict(alpha)!r}"
+        raise ValueError(msg)
+    return {name: check_positive(alpha[name], f"alpha[{name!r}]") for name in modes}

@@ -1,22 +1,23 @@
-"""A picture of mixed samples: what is received from where, and why from there."""
+"""Pictures of mixed samples: what is received from where, and why from there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._checks import check_at_least
-from dali_saliencymix.boxes import saliency_peaks
-from dali_saliencymix.core import saliencymix
+from dali_saliencymix._checks import check_at_least, check_fraction
+from dali_saliencymix.boxes import boxes_at, saliency_peaks
+from dali_saliencymix.core import mix
 from dali_saliencymix.image_folder import list_image_folder, why_unreadable
-from dali_saliencymix.params import draw_params
-from dali_saliencymix.saliency import get_detector
+from dali_saliencymix.params import MODES, MixParams, draw_mix_params
+from dali_saliencymix.placement import SOURCES, checked_maps, resolve_placement
+from dali_saliencymix.saliency import DETECTORS, get_detector
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -25,22 +26,107 @@ if TYPE_CHECKING:
 
 def draw_mixed(
     images: NDArray[np.uint8],
-    source_index: NDArray[np.integer],
-    lam: NDArray[np.floating],
+    params: MixParams,
     *,
     names: Sequence[str],
-    saliency: str | Detector = "spectral_residual",
-    box: str = "fit",
-    per_batch: bool = False,
+    preset: str = "default",
+    saliency: str | Detector | None = None,
+    source: str | None = None,
+    destination: str | None = None,
+    box: str | None = None,
+    per_batch: bool | None = None,
 ) -> Figure:
     """Mix a batch and draw one column for each sample: receiver, source, saliency map, result.
 
     Parameters
     ----------
-    images, source_index, lam, saliency, box, per_batch
-        As for `dali_saliencymix.saliencymix`, in host memory.
+    images : ndarray of shape (N, H, W, C), uint8
+        The batch, in host memory.
+    params : MixParams
+        Partners, weights, modes and points, as from `dali_saliencymix.draw_mix_params`.
     names : sequence of str
         Class name of each image.
+    preset, saliency, source, destination, box, per_batch
+        As for `dali_saliencymix.mix`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A box is drawn in cyan where its pixels come from, in the source and its map, and in white where they go to;
+        in the result it is cyan.
+
+    Raises
+    ------
+    ImportError
+        If Matplotlib is not installed.
+    """
+    options: dict[str, Any] = {"saliency": saliency, "source": source, "destination": destination}
+    options |= {"box": box, "per_batch": per_batch}
+    placement = resolve_placement(preset, options)
+    mixed = mix(images, *params, preset=preset, **options)
+    maps = checked_maps(get_detector(placement.saliency), images)
+    modes = [MODES[mode] for mode in params.mode]
+    if placement.per_batch:
+        modes = modes[:1] * len(images)
+    rows = ["receiver", "source", "mixed"]
+    if "saliencymix" in modes:
+        rows.insert(2, "saliency of source")
+        if placement.destination in SOURCES:
+            rows.insert(1, "saliency of receiver")
+    figure, axes = _panels(rows, len(images))
+    for column, partner in enumerate(params.source_index):
+        panels = dict(zip(rows, axes[:, column], strict=True))
+        mode = modes[column]
+        # In a batch with one box for all, the box belongs to the first sample and its source.
+        receiver, giver = (0, params.source_index[0]) if placement.per_batch else (column, partner)
+        edges = {"receiver": (mixed.boxes, "white"), "source": (mixed.source_boxes, "cyan")}
+        for name, pixels in (
+            ("receiver", images[column]),
+            ("source", images[partner]),
+            ("mixed", mixed.images[column]),
+        ):
+            _show_image(panels[name], pixels)
+            boxes, colour = edges.get(name, (mixed.boxes, "cyan"))
+            _show_box(panels[name], boxes[column], colour)
+        for name, index, which in (
+            ("saliency of source", giver, placement.source),
+            ("saliency of receiver", receiver, placement.destination),
+        ):
+            if name in panels:
+                if mode == "saliencymix":
+                    _show_map(panels[name], maps[index], images.shape[1:3], least=which == "non_salient")
+                    boxes, colour = edges[name.removeprefix("saliency of ")]
+                    _show_box(panels[name], boxes[column], colour)
+                else:
+                    panels[name].axis("off")
+        panels["receiver"].set_title(names[column], fontsize=8)
+        panels["source"].set_title(names[partner], fontsize=8)
+        panels["mixed"].set_title(f"{mode}, lam = {mixed.lam[column]:.2f}", fontsize=8)
+    return figure
+
+
+def draw_detectors(
+    images: NDArray[np.uint8],
+    *,
+    names: Sequence[str],
+    detectors: Mapping[str, Detector] = DETECTORS,
+    lam: float = 0.75,
+    box: str = "fit",
+) -> Figure:
+    """Draw what several detectors see in the same images: one row for each, with its peaks and boxes.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        In host memory.
+    names : sequence of str
+        Class name of each image.
+    detectors : mapping from str to callable
+        Functions from images to maps (N, h, w), by name; by default all of this package.
+    lam : float
+        The boxes have the share 1 - `lam` of the image.
+    box : {"fit", "clip"}
+        As for `dali_saliencymix.boxes_at`.
 
     Returns
     -------
@@ -51,39 +137,18 @@ def draw_mixed(
     ImportError
         If Matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError as error:
-        msg = "pictures need Matplotlib, which is not installed: pip install 'dali-saliencymix[train]'"
-        raise ImportError(msg) from error
-
-    count, height, width, _ = images.shape
-    mixed = saliencymix(images, source_index, lam, saliency=saliency, box=box, per_batch=per_batch)
-    maps = get_detector(saliency)(images)
-    peaks = saliency_peaks(maps, height, width)
-
-    figure = Figure(figsize=(1.75 * count, 7.6), layout="constrained")
-    axes = figure.subplots(4, count, squeeze=False)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # the map's cells over the image's pixels
-    for column, (source, (y0, x0, y1, x1)) in enumerate(zip(source_index, mixed.boxes, strict=True)):
-        receiver, giver, saliency_map, result = axes[:, column]
-        for axis, pixels in ((receiver, images[column]), (giver, images[source]), (result, mixed.images[column])):
-            axis.imshow(pixels.squeeze(), cmap="grey", vmin=0, vmax=255, extent=extent)
-        saliency_map.imshow(maps[source], cmap="magma", extent=extent)
-        # In a batch with one box for all, the box belongs to the first sample's source.
-        peak = peaks[source_index[0] if per_batch else source]
-        saliency_map.plot(peak[1], peak[0], "+", color="cyan", markersize=9, markeredgewidth=1.5)
-        for axis in (giver, saliency_map, result):
-            edge = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor="cyan", linewidth=1.4)
-            axis.add_patch(edge)
-        receiver.set_title(names[column], fontsize=8)
-        giver.set_title(names[source], fontsize=8)
-        result.set_title(f"lam = {mixed.lam[column]:.2f}", fontsize=8)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    for row, label in enumerate(("receiver", "source", "saliency of source", "mixed")):
-        axes[row, 0].set_ylabel(label, fontsize=9)
+    size = images.shape[1:3]
+    share = np.full(len(images), check_fraction(lam, "lam"))
+    figure, axes = _panels(["image", *detectors], len(images))
+    for axis, pixels, name in zip(axes[0], images, names, strict=True):
+        _show_image(axis, pixels)
+        axis.set_title(name, fontsize=8)
+    for row, detector in zip(axes[1:], detectors.values(), strict=True):
+        maps = checked_maps(detector, images)
+        boxes = boxes_at(saliency_peaks(maps, *size), share, *size, box=box)
+        for axis, saliency_map, edges in zip(row, maps, boxes, strict=True):
+            _show_map(axis, saliency_map, size, least=False)
+            _show_box(axis, edges, "cyan")
     return figure
 
 
@@ -93,13 +158,15 @@ def save_preview(
     *,
     count: int = 8,
     size: int = 224,
+    min_crop_area: float = 0.08,
     seed: int = 0,
+    compare: bool = False,
+    modes: Sequence[str] = ("saliencymix",),
     alpha: float = 1.0,
-    saliency: str = "spectral_residual",
-    box: str = "fit",
-    per_batch: bool = False,
+    prob: float = 1.0,
+    **options: Any,
 ) -> None:
-    """Write a picture of mixed samples of a data set.
+    """Write a picture of mixed samples of a data set, or of what the detectors see in it.
 
     Parameters
     ----------
@@ -111,10 +178,18 @@ def save_preview(
         Number of samples.
     size : int
         Height and width that random crops of the images are resized to, in pixels.
+    min_crop_area : float
+        Least area of the random crop as a share of the image.
     seed : int
         Seed of all draws.
-    alpha, saliency, box, per_batch
-        As for `dali_saliencymix.fn.saliencymix`.
+    compare : bool
+        If true, draw the maps of all detectors for the same images in the place of mixed samples.
+    modes : sequence of str
+        Ways to mix, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
+    alpha, prob
+        As for `dali_saliencymix.draw_mix_params`.
+    **options
+        `preset`, `saliency`, `source`, `destination`, `box`, `per_batch` as for `dali_saliencymix.mix`.
 
     Raises
     ------
@@ -126,38 +201,76 @@ def save_preview(
     check_at_least(count, "count", 1)
     check_at_least(size, "size", 1)
     check_at_least(seed, "seed", 0)
+    if not 0 < min_crop_area <= 1:
+        msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
+        raise ValueError(msg)
     root = Path(root)
-    folder = list_image_folder(root / "train" if (root / "train").is_dir() else root)
     rng = np.random.default_rng(seed)
+    params = draw_mix_params(rng, count, modes=dict.fromkeys(modes, 1.0), alpha=alpha, prob=prob)
+    folder = list_image_folder(root / "train" if (root / "train").is_dir() else root)
     chosen = rng.choice(len(folder), size=count, replace=len(folder) < count)
     files = [folder.files[i] for i in chosen]
     for file in files:
         if why := why_unreadable(file):
             msg = f"{file}: {why}"
             raise ValueError(msg)
-    images = _decoded(files, size, seed)
-    source_index, lam = draw_params(rng, count, alpha=alpha)
-    figure = draw_mixed(
-        images,
-        source_index,
-        lam,
-        names=[folder.classes[folder.labels[i]] for i in chosen],
-        saliency=saliency,
-        box=box,
-        per_batch=per_batch,
-    )
+    images = _random_crops(files, size, min_crop_area, seed)
+    names = [folder.classes[folder.labels[i]] for i in chosen]
+    if compare:
+        figure = draw_detectors(images, names=names, box=options.get("box") or "fit")
+    else:
+        figure = draw_mixed(images, params, names=names, **options)
     figure.savefig(path, dpi=110)
 
 
-def _decoded(files: Sequence[str], size: int, seed: int) -> NDArray[np.uint8]:
+def _random_crops(files: Sequence[str], size: int, min_crop_area: float, seed: int) -> NDArray[np.uint8]:
     """Decode a random crop of each file with DALI, as a training pipeline does: (N, size, size, 3) uint8."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=len(files), num_threads=2, device_id=None, seed=seed, prefetch_queue_depth=1)
     def crops():  # type: ignore[no-untyped-def]
         encoded, _ = fn.readers.file(files=list(files))
-        images = fn.decoders.image_random_crop(encoded, random_area=[0.35, 1.0])
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=[min_crop_area, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
         return fn.resize(images, size=(size, size))
 
     (images,) = crops().run()
     return np.array(images.as_tensor())
+
+
+def _panels(rows: Sequence[str], columns: int) -> tuple[Figure, NDArray[Any]]:
+    """Return a figure with a named row of axes without ticks for each of `rows`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        msg = "pictures need Matplotlib, which is not installed: pip install 'dali-saliencymix[preview]'"
+        raise ImportError(msg) from error
+    figure = Figure(figsize=(1.75 * columns, 1.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(row, fontsize=9)
+    return figure, axes
+
+
+def _show_image(axis: Axes, pixels: NDArray[np.uint8]) -> None:
+    axis.imshow(pixels.squeeze(axis=2) if pixels.shape[2] == 1 else pixels, cmap="grey", vmin=0, vmax=255)
+
+
+def _show_map(axis: Axes, saliency_map: NDArray[Any], size: tuple[int, int], *, least: bool) -> None:
+    """Show a map, its cells over the pixels of the image, and its peak."""
+    height, width = size
+    axis.imshow(saliency_map, cmap="magma", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    ((y, x),) = saliency_peaks(saliency_map[None], height, width, least=least)
+    axis.plot(x, y, "+", color="cyan", markersize=9, markeredgewidth=1.5)
+
+
+def _show_box(axis: Axes, box: NDArray[np.int32], colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    y0, x0, y1, x1 = box
+    if y0 < y1:
+        edge = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.4)
+        axis.add_patch(edge)

@@ -9,7 +9,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_saliencymix import cutmix, saliencymix, spectral_residual
+from dali_saliencymix import MODES, PRESETS, cutmix, mix, mixup, saliencymix, spectral_residual
 
 SHAPES = [(1, 9, 14, 3), (5, 14, 9, 3), (5, 37, 23, 1)]
 all_options = pytest.mark.parametrize(
@@ -29,8 +29,18 @@ def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.
     return images.astype(np.uint8), source_index, lam
 
 
+def map_of_each(images: np.ndarray, maps: np.ndarray, put, fetch):
+    """Return a detector that knows the maps of some images, whichever of them it is asked for in whatever order."""
+
+    def detector(batch):
+        known = {image.tobytes(): saliency_map for image, saliency_map in zip(images, maps, strict=True)}
+        return put(np.stack([known[image.tobytes()] for image in fetch(batch)]))
+
+    return detector
+
+
 def check(mixed, expected, fetch):
-    for found, wanted, dtype in zip(mixed, expected, (np.uint8, np.float32, np.int32), strict=True):
+    for found, wanted, dtype in zip(mixed, expected, (np.uint8, np.float32, np.int32, np.int32), strict=True):
         found = fetch(found)
         assert found.dtype == dtype
         np.testing.assert_array_equal(found, wanted)
@@ -60,9 +70,7 @@ def test_saliencymix_with_fine_grained_equals_opencv_s_map_and_the_oracle_on_pho
 def test_saliencymix_by_default_takes_the_peak_of_spectral_residual(shape, options, put, fetch):
     # The map is the package's own, checked elsewhere: in float32 the order of sums decides between near ties.
     images, source_index, lam = random_batch(shape)
-    picked = [source_index[0]] if options["per_batch"] else range(shape[0])
-    maps = dict(zip(picked, fetch(spectral_residual(put(images[list(picked)]))), strict=True))
-    maps = [maps.get(i, np.zeros((1, 1))) for i in range(shape[0])]
+    maps = fetch(spectral_residual(put(images)))
     mixed = saliencymix(put(images), put(source_index), put(lam), **options)
     check(mixed, reference.saliencymix(images, source_index, lam, maps, **options), fetch)
 
@@ -70,7 +78,7 @@ def test_saliencymix_by_default_takes_the_peak_of_spectral_residual(shape, optio
 @all_options
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_cutmix_equals_the_oracle(shape, options, dtype, put, fetch):
+def test_cutmix_at_the_edges_equals_the_oracle(shape, options, dtype, put, fetch):
     batch = random_batch(shape)
     edge = np.nextafter(dtype(1), dtype(0))
     centre = np.array([[0.3, 0.8], [0, 0], [edge, 0.5], [0, edge], [edge, 1]], dtype)[: shape[0]]
@@ -84,7 +92,7 @@ def test_by_default_saliencymix_fits_and_cutmix_clips_a_box_for_each_image(put, 
     maps[:, 33, 20] = 1
     batch = tuple(map(put, (images, source_index, lam)))
     expected = reference.saliencymix(images, source_index, lam, maps, "fit", False)
-    check(saliencymix(*batch, saliency=lambda _: put(maps)), expected, fetch)
+    check(saliencymix(*batch, saliency=map_of_each(images, maps, put, fetch)), expected, fetch)
     check(cutmix(*batch, put(centre)), reference.cutmix(images, source_index, lam, centre, "clip", False), fetch)
 
 
@@ -95,7 +103,7 @@ def test_the_geometry_of_the_released_code_is_one_clipped_box_from_the_source_of
     maps[np.arange(5), [20, 9, 2, 30, 16], [11, 9, 29, 4, 16]] = 1
     mixed = saliencymix(
         *map(put, (images, source_index, lam)),
-        saliency=lambda batch: put(maps[source_index[:1]] if len(batch) == 1 else maps),
+        saliency=map_of_each(images, maps, put, fetch),
         box="clip",
         per_batch=True,
     )
@@ -106,44 +114,109 @@ def test_the_geometry_of_the_released_code_is_one_clipped_box_from_the_source_of
 
 @st.composite
 def cases(draw):
-    """Draw a batch, maps of few levels and of any size, and all options of the two functions."""
+    """Draw a batch of images that all differ, maps of few levels and of any size, points, and all options."""
     count, height, width = draw(st.integers(1, 5)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     images = rng.integers(0, 256, (count, height, width, draw(st.sampled_from([1, 3]))), np.uint8)
+    images[:, 0, 0, 0] = np.arange(count)
     source_index = np.array(draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count)))
     width_of_lam = draw(st.sampled_from([32, 64]))
     lam = draw(st.lists(st.floats(0, 1, width=width_of_lam), min_size=count, max_size=count))
     maps = rng.integers(0, 3, (count, *rng.integers(1, 9, 2))).astype(np.float32)
-    centre = rng.random((count, 2), np.float32)
-    options = {"box": draw(st.sampled_from(["fit", "clip"])), "per_batch": draw(st.booleans())}
-    return images, source_index, np.array(lam, f"f{width_of_lam // 8}"), maps, centre, options
+    point = rng.random((count, 2), np.float32)
+    options = {
+        "box": draw(st.sampled_from(["fit", "clip"])),
+        "per_batch": draw(st.booleans()),
+        "source": draw(st.sampled_from(["salient", "non_salient"])),
+        "destination": draw(st.sampled_from(["corresponding", "salient", "non_salient", "random"])),
+    }
+    return images, source_index, np.array(lam, f"f{width_of_lam // 8}"), maps, point, options
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_every_scheme_equals_the_oracle_whatever_the_options(put, fetch, case):
+    images, source_index, lam, maps, point, options = case
+    batch = tuple(map(put, (images, source_index, lam)))
+    given_point = {"point": put(point)} if options["destination"] == "random" else {}
+    mixed = saliencymix(*batch, saliency=map_of_each(images, maps, put, fetch), **given_point, **options)
+    check(mixed, reference.saliencymix(images, source_index, lam, maps, point=point, **options), fetch)
 
 
 @given(cases())
-def test_both_functions_equal_the_oracle_whatever_the_options(put, fetch, case):
-    images, source_index, lam, maps, centre, options = case
-    batch = tuple(map(put, (images, source_index, lam)))
-    wanted_maps = maps[source_index[:1]] if options["per_batch"] else maps
-    mixed = saliencymix(*batch, saliency=lambda _: put(wanted_maps), **options)
-    check(mixed, reference.saliencymix(images, source_index, lam, maps, **options), fetch)
-    mixed = cutmix(*batch, put(centre), **options)
-    check(mixed, reference.cutmix(images, source_index, lam, centre, **options), fetch)
+def test_cutmix_equals_the_oracle_whatever_the_options(put, fetch, case):
+    images, source_index, lam, _, point, options = case
+    options = {name: options[name] for name in ("box", "per_batch")}
+    mixed = cutmix(*map(put, (images, source_index, lam)), put(point), **options)
+    check(mixed, reference.cutmix(images, source_index, lam, point, **options), fetch)
 
 
-@settings(max_examples=30)
-@given(cases(), st.sampled_from(["spectral_residual", "fine_grained"]))
-def test_each_pixel_is_the_receiver_s_or_the_source_s_and_1_minus_lam_is_the_pasted_area(put, fetch, case, saliency):
+@given(cases())
+def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
     images, source_index, lam, _, _, options = case
-    count, height, width, _ = images.shape
-    mixed = saliencymix(*map(put, (images, source_index, lam)), saliency=saliency, **options)
-    kept, boxes, pixels = fetch(mixed.lam), fetch(mixed.boxes), fetch(mixed.images)
+    mixed = mixup(*map(put, (images, source_index, lam)), per_batch=options["per_batch"])
+    expected, weight = reference.mixup(images, source_index, lam, options["per_batch"])
+    assert fetch(mixed.images).dtype == np.uint8
+    # Half a grey level for the rounding, and what float32 adds to numbers of up to 255.
+    assert np.abs(fetch(mixed.images) - expected).max() <= 0.5 + 1e-4
+    np.testing.assert_array_equal(fetch(mixed.lam), weight.astype(np.float32))
+    assert not fetch(mixed.boxes).any()
+    assert not fetch(mixed.source_boxes).any()
+
+
+@settings(max_examples=100)
+@given(cases(), st.lists(st.integers(0, 2), min_size=5, max_size=5))
+def test_mix_gives_each_image_what_its_mode_alone_would_give(put, fetch, case, modes):
+    images, source_index, lam, maps, point, options = case
+    count = len(images)
+    mode = np.array(modes[:count])
+    batch = tuple(map(put, (images, source_index, lam)))
+    detector = map_of_each(images, maps, put, fetch)
+    mixed = mix(*batch, put(mode), put(point), saliency=detector, **options)
+    per_batch = options["per_batch"]
+    given_point = {"point": put(point)} if options["destination"] == "random" else {}
+    alone = (
+        saliencymix(*batch, saliency=detector, **given_point, **options),
+        cutmix(*batch, put(point), per_batch=per_batch),
+        mixup(*batch, per_batch=per_batch),
+    )
+    if per_batch:
+        mode = np.full(count, mode[0])
     for i in range(count):
-        y0, x0, y1, x1 = boxes[i]
+        check([array[i : i + 1] for array in mixed], [fetch(array[i : i + 1]) for array in alone[mode[i]]], fetch)
+
+
+@settings(max_examples=100)
+@given(cases(), st.sampled_from(["spectral_residual", "fine_grained", "image_signature"]))
+def test_each_pixel_is_the_receiver_s_or_the_source_s_and_1_minus_lam_is_the_pasted_area(put, fetch, case, saliency):
+    images, source_index, lam, _, point, options = case
+    count, height, width, _ = images.shape
+    given_point = {"point": put(point)} if options["destination"] == "random" else {}
+    mixed = saliencymix(*map(put, (images, source_index, lam)), saliency=saliency, **given_point, **options)
+    kept, boxes, source_boxes, pixels = map(fetch, (mixed.lam, mixed.boxes, mixed.source_boxes, mixed.images))
+    for i in range(count):
+        (y0, x0, y1, x1), (v0, u0, v1, u1) = boxes[i], source_boxes[i]
+        assert (y1 - y0, x1 - x0) == (v1 - v0, u1 - u0)
         inside = np.zeros((height, width), bool)
         inside[y0:y1, x0:x1] = True
-        np.testing.assert_array_equal(pixels[i][inside], images[source_index[i]][inside])
+        np.testing.assert_array_equal(pixels[i, y0:y1, x0:x1], images[source_index[i], v0:v1, u0:u1])
         np.testing.assert_array_equal(pixels[i][~inside], images[i][~inside])
         assert kept[i] == np.float32(1 - inside.sum() / (height * width))
+
+
+@given(cases())
+def test_the_most_salient_pixel_is_pasted_and_with_peaks_given_no_detector_is_asked(put, fetch, case):
+    images, source_index, lam, maps, point, options = case
+    options |= {"source": "salient", "destination": options["destination"].removeprefix("non_")}
+    given_point = {"point": put(point)} if options["destination"] == "random" else {}
+    size = images.shape[1:3]
+    peaks = np.array([reference.peak(saliency_map, *size) for saliency_map in maps])
+    batch = tuple(map(put, (images, source_index, lam)))
+    mixed = saliencymix(*batch, peaks=put(peaks), **given_point, **options)
+    check(mixed, reference.saliencymix(images, source_index, lam, maps, point=point, **options), fetch)
+    for i, (v0, u0, v1, u1) in enumerate(fetch(mixed.source_boxes)):
+        y, x = peaks[source_index[0 if options["per_batch"] else i]]
+        assert (v0 <= y < v1 and u0 <= x < u1) or v0 == v1
 
 
 @pytest.mark.parametrize("saliency", ["spectral_residual", "fine_grained"])
@@ -186,8 +259,9 @@ def test_a_detector_of_the_user_s_sees_the_images_and_sets_the_peak(put, fetch):
     ids=["another count", "4-d", "2-d", "0-d", "a list"],
 )
 def test_a_detector_that_returns_something_else_is_refused(returned):
+    images, *_ = random_batch((5, 8, 8, 3))
     with pytest.raises(ValueError, match=r"saliency must return maps of shape \(5, h, w\).* got (numpy|builtins)\."):
-        saliencymix(*random_batch((5, 8, 8, 3)), saliency=lambda _: returned)
+        saliencymix(images, np.arange(5), np.full(5, 0.5), saliency=lambda _: returned)
 
 
 WRONG_IMAGES = [
@@ -217,11 +291,11 @@ WRONG_LAMS = [
     (np.ones(5, int), TypeError, "lam must be of floating dtype, got int64"),
     (0.5, TypeError, r"lam must be a NumPy or CuPy array, got builtins\.float"),
 ]
-WRONG_CENTRES = [
-    (np.array([[0.5, 0.5]] * 4 + [[0.5, 1.5]]), ValueError, r"centre must be in \[0, 1\], got 1.5 at \[4, 1\]"),
-    (np.array([[np.nan, 0.5]] * 5), ValueError, r"centre must be in \[0, 1\], got nan at \[0, 0\]"),
-    (np.full(5, 0.5), ValueError, r"centre must have shape \(5, 2\), .* got \(5,\)"),
-    (np.ones((5, 2), int), TypeError, "centre must be of floating dtype, got int64"),
+WRONG_POINTS = [
+    (np.array([[0.5, 0.5]] * 4 + [[0.5, 1.5]]), ValueError, r"point must be in \[0, 1\], got 1.5 at \[4, 1\]"),
+    (np.array([[np.nan, 0.5]] * 5), ValueError, r"point must be in \[0, 1\], got nan at \[0, 0\]"),
+    (np.full(5, 0.5), ValueError, r"point must have shape \(5, 2\), .* got \(5,\)"),
+    (np.ones((5, 2), int), TypeError, "point must be of floating dtype, got int64"),
 ]
 WRONG = [("images", *case) for case in WRONG_IMAGES]
 WRONG += [("source_index", *case) for case in WRONG_SOURCES]
@@ -236,15 +310,94 @@ def test_wrong_arguments_are_named_with_the_rule_and_the_value(name, value, erro
     with pytest.raises(error, match=message):
         saliencymix(**arguments)
     with pytest.raises(error, match=message):
-        cutmix(**arguments, centre=np.full((5, 2), 0.5))
+        cutmix(**arguments, point=np.full((5, 2), 0.5))
 
 
-@pytest.mark.parametrize(("centre", "error", "message"), WRONG_CENTRES)
-def test_wrong_centres_are_refused(centre, error, message):
+@pytest.mark.parametrize(("point", "error", "message"), WRONG_POINTS)
+def test_wrong_points_are_refused(point, error, message):
     with pytest.raises(error, match=message):
-        cutmix(*random_batch((5, 8, 8, 3)), centre)
+        cutmix(*random_batch((5, 8, 8, 3)), point)
 
 
 def test_an_unknown_detector_is_refused_before_anything_is_computed():
-    with pytest.raises(ValueError, match="saliency must be one of fine_grained, spectral_residual"):
-        saliencymix(None, None, None, saliency="vgg")
+    with pytest.raises(ValueError, match=r"saliency must be one of fine_grained, .*, spectral_residual, .* got 'vgg'"):
+        saliencymix(*random_batch((5, 8, 8, 3)), saliency="vgg")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"source": "random"}, ValueError, "source must be one of salient, non_salient, got 'random'"),
+        ({"destination": "here"}, ValueError, "destination must be one of corresponding, .*, random, got 'here'"),
+        ({"preset": "timm"}, ValueError, "preset must be one of default, paper, released-code, got 'timm'"),
+        ({"per_batch": 1}, TypeError, "per_batch must be True or False, got 1"),
+        ({"destination": "random"}, ValueError, "point must be given with destination='random'"),
+        (
+            {"point": np.full((5, 2), 0.5)},
+            ValueError,
+            "point must be left out without destination='random', got destination='corresponding'",
+        ),
+        (
+            {"peaks": np.zeros((5, 2), int), "saliency": "fine_grained"},
+            ValueError,
+            "saliency must be left out where peaks are given, got 'fine_grained'",
+        ),
+        (
+            {"peaks": np.zeros((5, 2), int), "destination": "non_salient"},
+            ValueError,
+            "destination must not be 'non_salient' where peaks are given",
+        ),
+        ({"peaks": np.full((5, 2), 8)}, ValueError, r"peaks\[:, 0\] must be in \[0, 8\), the rows .* got 8 at \[0\]"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_refused_by_name(options, error, message):
+    with pytest.raises(error, match=message):
+        saliencymix(*random_batch((5, 8, 8, 3)), **options)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_options_and_an_option_that_is_given_goes_before_it(preset, put, fetch):
+    batch = tuple(map(put, random_batch((5, 37, 23, 3))))
+    by_name = [fetch(array) for array in saliencymix(*batch, preset=preset)]
+    check(saliencymix(*batch, **PRESETS[preset]._asdict()), by_name, fetch)
+    options = {**PRESETS[preset]._asdict(), "box": "clip", "per_batch": False, "saliency": "image_signature"}
+    expected = [fetch(array) for array in saliencymix(*batch, **options)]
+    given_options = {name: options[name] for name in ("box", "per_batch", "saliency")}
+    check(saliencymix(*batch, preset=preset, **given_options), expected, fetch)
+
+
+def test_presets_are_what_the_paper_and_its_code_do():
+    assert PRESETS["paper"] == ("fine_grained", "salient", "corresponding", "fit", False)
+    assert PRESETS["released-code"] == ("fine_grained", "salient", "corresponding", "clip", True)
+
+
+@pytest.mark.parametrize("lam", [[1.0, 1, 1, 1, 1], [1, 0.5, 1, 1, 0.5]])
+def test_on_a_cpu_only_the_maps_that_are_needed_are_computed(lam):
+    images, source_index, _ = random_batch((5, 8, 8, 3))
+    asked = []
+
+    def detector(batch):
+        asked.extend(image.tobytes() for image in batch)
+        return spectral_residual(batch)
+
+    mixed = saliencymix(images, source_index, np.array(lam), saliency=detector)
+    needed = {images[source].tobytes() for source, share in zip(source_index, lam, strict=True) if share < 1}
+    assert sorted(asked) == sorted(needed)
+    check(mixed, saliencymix(images, source_index, np.array(lam)), np.asarray)
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "message"),
+    [
+        (np.array([0, 1, 2, 3, 0]), ValueError, r"mode must be in \[0, 3\), which are saliencymix, .* got 3 at \[3\]"),
+        (np.zeros(5), TypeError, "mode must be of integer dtype, got float64"),
+    ],
+)
+def test_wrong_modes_are_refused(mode, error, message):
+    with pytest.raises(error, match=message):
+        mix(*random_batch((5, 8, 8, 3)), mode, np.full((5, 2), 0.5))
+
+
+def test_modes_are_named_in_the_order_of_their_numbers():
+    assert MODES == ("saliencymix", "cutmix", "mixup")

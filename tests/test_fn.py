@@ -8,7 +8,17 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.auto_aug import trivial_augment
 
 import dali_saliencymix.fn as dsfn
-from dali_saliencymix import core, cutmix, saliencymix, soft_labels
+from dali_saliencymix import (
+    MODES,
+    core,
+    cutmix,
+    fine_grained,
+    mix,
+    mixup,
+    saliency_peaks,
+    saliencymix,
+    soft_labels,
+)
 from dali_saliencymix.saliency import spectral_residual
 from dali_saliencymix.sample_data import CLASSES, sample_jpeg
 
@@ -67,13 +77,33 @@ def draws_of(monkeypatch, name):
     calls = []
     function = getattr(core, name)
 
-    def recorded(images, *args, **kwargs):
-        mixed = function(images, *args, **kwargs)
-        calls.append(([np.array(in_numpy(array)) for array in args], kwargs))
+    def recorded(images, **arguments):
+        mixed = function(images, **arguments)
+        # Copies: what DALI hands out is valid during the call only.
+        calls.append({key: in_numpy(value).copy() if is_array(value) else value for key, value in arguments.items()})
         return mixed
 
     monkeypatch.setattr(core, name, recorded)
     return calls
+
+
+def is_array(value):
+    return hasattr(value, "__array_interface__") or hasattr(value, "__cuda_array_interface__")
+
+
+def check_against_the_array_function(calls, function, pipeline, device, batches=1):
+    for batch in range(batches):
+        images, mixed, labels, source_labels, lam = run(pipeline)
+        arguments = {key: on(device, value) if is_array(value) else value for key, value in calls[batch].items()}
+        # With the array library of that device: two FFTs round differently, which can move a peak.
+        expected = function(on(device, images), **arguments)
+        np.testing.assert_array_equal(mixed, in_numpy(expected.images))
+        np.testing.assert_array_equal(lam, in_numpy(expected.lam))
+        assert lam.shape == labels.shape[:1]
+        assert lam.dtype == np.float32
+        source_index = calls[batch]["source_index"]
+        np.testing.assert_array_equal(source_labels, labels[source_index])
+        assert sorted(source_index) == list(range(len(labels)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 8])
@@ -84,37 +114,99 @@ def draws_of(monkeypatch, name):
         {"prob": 0.5, "alpha": 0.3},
         {"saliency": "fine_grained", "box": "clip"},
         {"per_batch": True, "box": "clip"},
-        {"saliency": spectral_residual},
+        {"saliency": spectral_residual, "source": "non_salient"},
+        {"destination": "random"},
+        {"destination": "salient", "preset": "paper"},
+        {"preset": "released-code"},
     ],
     ids=str,
 )
 def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options, batch_size):
     calls = draws_of(monkeypatch, "saliencymix")
     pipeline = build(before_and_after, files, options, device, batch_size=batch_size, device=device)
-    for batch in range(3):
-        images, mixed, labels, source_labels, lam = run(pipeline)
-        (source_index, drawn), kwargs = calls[batch]
-        # With the array library of that device: two FFTs round differently, which can move a peak.
-        expected = saliencymix(*(on(device, array) for array in (images, source_index, drawn)), **kwargs)
-        np.testing.assert_array_equal(mixed, in_numpy(expected.images))
-        np.testing.assert_array_equal(lam, in_numpy(expected.lam))
-        assert lam.shape == (batch_size,)
-        assert lam.dtype == np.float32
-        np.testing.assert_array_equal(source_labels, labels[source_index])
-        assert sorted(source_index) == list(range(batch_size))
+    check_against_the_array_function(calls, saliencymix, pipeline, device, batches=3)
+    for name in options.keys() - {"prob", "alpha"}:
+        assert calls[0][name] == options[name]
 
 
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5, "per_batch": True}, {"box": "fit"}], ids=str)
 def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
     calls = draws_of(monkeypatch, "cutmix")
     pipeline = build(before_and_after, files, options, device, dsfn.cutmix, device=device)
-    images, mixed, labels, source_labels, lam = run(pipeline)
-    (source_index, drawn, centre), kwargs = calls[0]
-    expected = cutmix(images, source_index, drawn, centre, **kwargs)
-    np.testing.assert_array_equal(mixed, expected.images)
-    np.testing.assert_array_equal(lam, expected.lam)
-    np.testing.assert_array_equal(source_labels, labels[source_index])
-    assert len(np.unique(centre)) == centre.size  # drawn for each sample and each axis
+    check_against_the_array_function(calls, cutmix, pipeline, device, batches=2)
+    point = calls[0]["point"]
+    assert len(np.unique(point)) == point.size  # drawn for each sample and each axis
+
+
+@pytest.mark.parametrize("options", [{}, {"prob": 0.5, "alpha": 0.2}, {"per_batch": True}], ids=str)
+def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
+    calls = draws_of(monkeypatch, "mixup")
+    pipeline = build(before_and_after, files, options, device, dsfn.mixup, device=device)
+    check_against_the_array_function(calls, mixup, pipeline, device, batches=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modes": {"saliencymix": 0.5, "cutmix": 0.2, "mixup": 0.3}},
+        {"modes": {"mixup": 1, "saliencymix": 3}, "alpha": {"saliencymix": 1.0, "mixup": 0.2}, "prob": 0.8},
+        {"modes": {"mixup": 1, "cutmix": 1, "saliencymix": 1}, "choose": "batch"},
+        {"modes": {"saliencymix": 1.0}, "destination": "random", "per_batch": True},
+    ],
+    ids=str,
+)
+def test_mix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
+    calls = draws_of(monkeypatch, "mix")
+    pipeline = build(before_and_after, files, options, device, dsfn.mix, device=device)
+    check_against_the_array_function(calls, mix, pipeline, device, batches=3)
+    for call in calls:
+        assert set(call["mode"]) <= {MODES.index(name) for name in options["modes"]}
+        assert options.get("choose") != "batch" or len(set(call["mode"])) == 1
+
+
+def test_modes_come_as_often_as_their_weights_say_each_with_its_own_alpha(monkeypatch, files):
+    calls = draws_of(monkeypatch, "mix")
+    options = {"modes": {"mixup": 3.0, "cutmix": 1.0}, "alpha": {"mixup": 100.0, "cutmix": 0.01}}
+    pipeline = build(before_and_after, files, options, "cpu", dsfn.mix, batch_size=50)
+    for _ in range(20):
+        run(pipeline)
+    mode, lam = (np.concatenate([call[name] for call in calls])[:1000] for name in ("mode", "lam"))
+    # Four standard errors: sqrt(0.75 * 0.25 / 1000).
+    assert abs((mode == MODES.index("mixup")).mean() - 0.75) < 0.055
+    # Beta(100, 100) stays near a half, Beta(0.01, 0.01) near 0 or 1.
+    in_the_middle = np.abs(lam - 0.5) < 0.2
+    assert in_the_middle[mode == MODES.index("mixup")].all()
+    assert in_the_middle[mode == MODES.index("cutmix")].mean() < 0.1
+
+
+def test_one_mode_for_a_batch_differs_between_batches(monkeypatch, files):
+    calls = draws_of(monkeypatch, "mix")
+    options = {"modes": {"mixup": 1, "cutmix": 1}, "choose": "batch"}
+    pipeline = build(before_and_after, files, options, "cpu", dsfn.mix)
+    for _ in range(20):
+        run(pipeline)
+    assert {len(set(call["mode"])) for call in calls} == {1}
+    assert len({call["mode"][0] for call in calls}) == 2
+
+
+def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files, device):
+    @pipeline_def
+    def with_peaks():
+        images, labels = read(files, device)
+        peaks = dsfn.saliency_peaks(images, saliency="fine_grained")
+        least = dsfn.saliency_peaks(images, saliency="fine_grained", least=True)
+        return images, peaks, least, *dsfn.saliencymix(images, labels, peaks=peaks)
+
+    images, peaks, least, mixed, *rest = run(build(with_peaks, device=device))
+    maps = fine_grained(images)
+    np.testing.assert_array_equal(peaks, saliency_peaks(maps, HEIGHT, WIDTH))
+    np.testing.assert_array_equal(least, saliency_peaks(maps, HEIGHT, WIDTH, least=True))
+    assert peaks.dtype == np.int32
+    options = {"saliency": "fine_grained"}
+    _, asked, *asked_rest = run(build(before_and_after, files, options, device, device=device))
+    np.testing.assert_array_equal(mixed, asked)
+    for ours, theirs in zip(rest, asked_rest, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_pipelines_seed_decides_everything(files):
@@ -224,7 +316,7 @@ def test_prob_and_alpha_shape_the_draws(monkeypatch, files):
     pipeline = build(before_and_after, files, {"prob": 0.4, "alpha": 2.0}, "cpu", dsfn.cutmix, batch_size=50)
     for _ in range(20):
         run(pipeline)
-    lam = np.concatenate([args[1] for args, _ in calls])[:1000]
+    lam = np.concatenate([call["lam"] for call in calls])[:1000]
     mixed = lam[lam < 1]
     # Four standard errors: sqrt(0.4 * 0.6 / 1000) for the share, sqrt(0.05 / 400) for the mean of Beta(2, 2).
     assert abs(len(mixed) / 1000 - 0.4) < 0.062
@@ -253,6 +345,68 @@ def test_soft_labels_in_a_pipeline_equal_the_array_function(files, device):
     expected = soft_labels(labels.ravel(), source_labels.ravel(), lam, num_classes=FILES)
     np.testing.assert_array_equal(targets, expected)
     assert targets.dtype == np.float32
+
+
+def test_soft_labels_of_vectors_are_weighted_in_the_graph(files, device):
+    @pipeline_def
+    def softened():
+        images, labels = read(files, device)
+        one_hot = fn.one_hot(labels, num_classes=FILES)
+        _, labels, source_labels, lam = dsfn.saliencymix(images, one_hot)
+        return labels, source_labels, lam, dsfn.soft_labels(labels, source_labels, lam)
+
+    labels, source_labels, lam, targets = run(build(softened, device=device))
+    np.testing.assert_array_equal(targets, soft_labels(labels, source_labels, lam))
+    assert targets.dtype == np.float32
+
+
+def test_smoothing_in_a_pipeline_is_that_of_the_array_function(files):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        _, labels, source_labels, lam = dsfn.saliencymix(images, labels)
+        return labels, source_labels, lam, dsfn.soft_labels(labels, source_labels, lam, num_classes=30, smoothing=0.1)
+
+    labels, source_labels, lam, targets = run(build(softened))
+    expected = soft_labels(labels.ravel(), source_labels.ravel(), lam, num_classes=30, smoothing=0.1)
+    np.testing.assert_array_equal(targets, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smoothing": 0.1}, "smoothing must be 0 where labels are vectors, .* got 0.1"),
+        ({"num_classes": 3, "smoothing": -1}, r"smoothing must be in \[0, 1\], got -1"),
+    ],
+)
+def test_wrong_smoothing_is_refused_while_the_pipeline_is_defined(files, options, message):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], **options)
+
+    with pytest.raises(ValueError, match=message):
+        build(softened)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"modes": {}}, ValueError, "modes must map names of saliencymix, cutmix, mixup to weights, got {}"),
+        ({"modes": "mixup"}, ValueError, "modes must map names .* got 'mixup'"),
+        ({"modes": {"resizemix": 1}}, ValueError, "modes must be one of saliencymix, .* got 'resizemix'"),
+        ({"modes": {"mixup": 0}}, ValueError, r"modes\['mixup'\] must be a positive number, got 0"),
+        ({"modes": {"mixup": 1}, "choose": "x"}, ValueError, "choose must be one of sample, batch, got 'x'"),
+        ({"modes": {"mixup": 1}, "alpha": {"cutmix": 1}}, ValueError, "alpha must be one number, or one for each of"),
+        ({"modes": {"mixup": 1}, "alpha": {"mixup": -1}}, ValueError, r"alpha\['mixup'\] must be a positive number"),
+        ({"modes": {"mixup": 1}, "prob": 2}, ValueError, r"prob must be in \[0, 1\], got 2"),
+        ({"modes": {"mixup": 1}, "box": "x"}, ValueError, "box must be one of fit, clip, got 'x'"),
+    ],
+    ids=str,
+)
+def test_wrong_policies_are_refused_while_the_pipeline_is_defined(files, options, error, message):
+    with pytest.raises(error, match=message):
+        build(before_and_after, files, options, "cpu", dsfn.mix)
 
 
 @pytest.mark.parametrize("num_classes", [2, 1])
@@ -301,8 +455,10 @@ def test_wrong_images_are_refused_while_the_pipeline_runs(files, kind, message):
         ({"prob": 1.5}, ValueError, r"prob must be in \[0, 1\], got 1.5"),
         ({"prob": -0.1}, ValueError, r"prob must be in \[0, 1\], got -0.1"),
         ({"box": "move"}, ValueError, "box must be one of fit, clip, got 'move'"),
-        ({"saliency": "x"}, ValueError, "saliency must be one of fine_grained, spectral_residual, .* got 'x'"),
-        ({"saliency": None}, TypeError, "saliency must be the name of a detector or a callable, got None"),
+        ({"saliency": "x"}, ValueError, "saliency must be one of fine_grained, .* got 'x'"),
+        ({"saliency": 3}, TypeError, "saliency must be the name of a detector or a callable, got 3"),
+        ({"destination": "x"}, ValueError, "destination must be one of corresponding, .* got 'x'"),
+        ({"preset": "x"}, ValueError, "preset must be one of default, paper, released-code, got 'x'"),
     ],
     ids=str,
 )
@@ -311,7 +467,7 @@ def test_wrong_options_are_refused_while_the_pipeline_is_defined(files, options,
         build(before_and_after, files, options)
 
 
-@pytest.mark.parametrize("num_classes", [0, -3, 2.5, True, None])
+@pytest.mark.parametrize("num_classes", [0, -3, 2.5, True])
 def test_wrong_numbers_of_classes_are_refused(files, num_classes):
     @pipeline_def
     def softened():

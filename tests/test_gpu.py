@@ -34,7 +34,7 @@ def batch(jpeg_images):
 def test_both_libraries_give_the_same_maps(cupy, batch, name):
     detector = DETECTORS[name]
     ours = detector(cupy.asarray(batch[0])).get()
-    # fine_grained is exact; the spectral maps go through two different float32 FFTs.
+    # fine_grained is exact; the others go through float32 sums, or FFTs, in another order.
     np.testing.assert_allclose(ours, detector(batch[0]), atol=0 if name == "fine_grained" else 1e-3)
 
 

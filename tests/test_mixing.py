@@ -8,7 +8,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dali_saliencymix import paste_boxes, soft_labels
+from dali_saliencymix import blend_images, paste_boxes, soft_labels
 from dali_saliencymix.mixing import _paste_by_mask, _paste_by_slices
 
 SHAPES = [(1, 1, 1, 1), (1, 8, 8, 3), (5, 37, 23, 3), (4, 6, 9, 1), (2, 1, 7, 3)]
@@ -30,7 +30,7 @@ def random_case(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("seed", range(4))
 def test_paste_boxes_equals_the_oracle(shape, seed, put, fetch):
     images, source_index, boxes = random_case(shape, seed)
-    expected, _, _ = reference.mix(images, source_index, boxes.tolist())
+    expected, *_ = reference.mix(images, source_index, boxes.tolist())
     mixed = fetch(paste_boxes(put(images), put(source_index), put(boxes)))
     np.testing.assert_array_equal(mixed, expected)
 
@@ -64,7 +64,7 @@ def test_the_dtype_of_the_images_is_kept(dtype, put, fetch):
 @pytest.mark.parametrize("index_dtype", [np.uint8, np.int32, np.int64])
 def test_index_and_boxes_of_any_integer_dtype_are_taken(index_dtype, put, fetch):
     images, source_index, boxes = random_case((5, 8, 6, 3))
-    expected, _, _ = reference.mix(images, source_index, boxes.tolist())
+    expected, *_ = reference.mix(images, source_index, boxes.tolist())
     mixed = paste_boxes(put(images), put(source_index.astype(index_dtype)), put(boxes.astype(index_dtype)))
     np.testing.assert_array_equal(fetch(mixed), expected)
 
@@ -81,7 +81,7 @@ def test_an_empty_box_leaves_the_image_and_still_gives_a_new_array(box, put, fet
 
 def test_images_that_lie_scattered_in_memory_are_taken(put, fetch):
     images, source_index, boxes = random_case((5, 8, 12, 3))
-    expected, _, _ = reference.mix(images[:, :, ::-1], source_index, boxes.tolist())
+    expected, *_ = reference.mix(images[:, :, ::-1], source_index, boxes.tolist())
     mixed = paste_boxes(put(images.repeat(2, axis=1))[:, ::2, ::-1], put(source_index), put(boxes))
     np.testing.assert_array_equal(fetch(mixed), expected)
 
@@ -144,7 +144,14 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
         ({"labels": np.array([-1, 0])}, ValueError, r"labels must be in \[0, 3\).* got -1 at \[0\]"),
         ({"source_labels": np.array([0, 7])}, ValueError, r"source_labels must be in \[0, 3\).* got 7 at \[1\]"),
         ({"source_labels": np.array([0])}, ValueError, r"source_labels must have shape \(2,\).* got \(1,\)"),
-        ({"labels": np.zeros((2, 1), int)}, ValueError, r"labels must have shape \(2,\).* got \(2, 1\)"),
+        ({"labels": np.zeros((2, 1, 1), int)}, ValueError, r"labels must have shape \(2,\).* got \(2, 1, 1\)"),
+        (
+            {"labels": np.zeros((2, 3))},
+            ValueError,
+            r"num_classes must be left out .* vectors, of shape \(2, 3\); got 3",
+        ),
+        ({"num_classes": None}, ValueError, r"num_classes must be given where labels are class ids, of shape \(2,\)"),
+        ({"smoothing": 1.5}, ValueError, r"smoothing must be in \[0, 1\], got 1.5"),
         ({"labels": np.array([0.0, 1.0])}, TypeError, "labels must be of integer dtype, got float64"),
         ({"labels": np.array([True, False])}, TypeError, "labels must be of integer dtype, got bool"),
         ({"labels": [0, 1]}, TypeError, r"labels must be a NumPy or CuPy array, got builtins\.list"),
@@ -161,6 +168,77 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
 def test_wrong_arguments_of_soft_labels_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
         soft_labels(**{**GOOD, "num_classes": 3, **wrong})
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float32, np.float64])
+def test_vectors_are_weighted_as_they_are(dtype, put, fetch):
+    labels, source_labels = np.array([[1, 1, 0], [0, 0, 1]], dtype), np.array([[0, 1, 1], [1, 0, 0]], dtype)
+    targets = fetch(soft_labels(put(labels), put(source_labels), put(np.array([0.75, 0.5]))))
+    assert targets.dtype == np.float32
+    assert targets.tolist() == [[0.75, 1, 0.25], [0.5, 0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"source_labels": np.zeros((2, 4))}, ValueError, r"source_labels must have shape \(2, 3\).* got \(2, 4\)"),
+        ({"labels": np.zeros((2, 3), complex)}, TypeError, "labels must be of real dtype, got complex128"),
+        ({"smoothing": 0.1}, ValueError, "smoothing must be 0 where labels are vectors, .* got 0.1"),
+        ({"lam": np.array([0.5, 2])}, ValueError, r"lam must be in \[0, 1\], got 2.0 at \[1\]"),
+    ],
+)
+def test_wrong_vectors_are_refused(wrong, error, message):
+    good = {"labels": np.zeros((2, 3)), "source_labels": np.zeros((2, 3)), "lam": np.full(2, 0.5)}
+    with pytest.raises(error, match=message):
+        soft_labels(**{**good, **wrong})
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothing_spreads_its_share_over_all_classes_and_keeps_the_sum(smoothing, put, fetch):
+    labels, lam = put(np.array([0, 3])), put(np.array([0.75, 1.0], np.float32))
+    plain = fetch(soft_labels(labels, put(np.array([1, 1])), lam, num_classes=4))
+    smoothed = fetch(soft_labels(labels, put(np.array([1, 1])), lam, num_classes=4, smoothing=smoothing))
+    assert smoothed.dtype == np.float32
+    np.testing.assert_allclose(smoothed, (1 - smoothing) * plain + smoothing / 4, atol=1e-7)
+    np.testing.assert_allclose(smoothed.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_pasting_to_another_place_equals_the_oracle(shape, seed, put, fetch):
+    images, source_index, source_boxes = random_case(shape, seed)
+    rng = np.random.default_rng(seed)
+    sides = source_boxes[:, 2:] - source_boxes[:, :2]
+    start = rng.integers(0, np.array(shape[1:3]) - sides + 1)
+    boxes = np.concatenate([start, start + sides], axis=1)
+    expected, *_ = reference.mix(images, source_index, boxes.tolist(), source_boxes.tolist())
+    mixed = paste_boxes(put(images), put(source_index), put(boxes), source_boxes=put(source_boxes))
+    np.testing.assert_array_equal(fetch(mixed), expected)
+    np.testing.assert_array_equal(_paste_by_mask(images, source_index, boxes, source_boxes), expected)
+
+
+def test_boxes_of_two_sizes_are_refused():
+    images, source_index, boxes = np.zeros((2, 8, 8, 3), np.uint8), np.array([1, 0]), np.array([[0, 0, 4, 4]] * 2)
+    other = np.array([[0, 0, 4, 4], [1, 1, 4, 5]])
+    message = r"source_boxes must have the sizes of boxes, got \[1, 1, 4, 5\] for \[0, 0, 4, 4\]"
+    with pytest.raises(ValueError, match=message):
+        paste_boxes(images, source_index, boxes, source_boxes=other)
+
+
+def test_channels_first_memory_stays_channels_first():
+    images, source_index, boxes = random_case((5, 8, 6, 3))
+    planar = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    mixed = paste_boxes(planar, source_index, boxes)
+    assert mixed.transpose(0, 3, 1, 2).flags.c_contiguous
+    np.testing.assert_array_equal(mixed, paste_boxes(images, source_index, boxes))
+
+
+def test_blending_rounds_to_the_nearest_and_leaves_lam_1_alone(put, fetch):
+    images = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1)
+    source_index = np.array([1, 0])
+    mixed = fetch(blend_images(put(images), put(source_index), put(np.array([0.25, 1.0], np.float32))))
+    np.testing.assert_array_equal(mixed[1], images[1])
+    np.testing.assert_array_equal(mixed[0], np.rint(0.25 * images[0] + 0.75 * images[1]))
 
 
 @pytest.mark.gpu

@@ -10,9 +10,9 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from training_fixtures import run_program
 
-from dali_saliencymix import DETECTORS, draw_params, saliencymix
+from dali_saliencymix import DETECTORS, boxes_at, draw_mix_params, mix, saliency_peaks, spectral_residual
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.preview import draw_mixed
+from dali_saliencymix.preview import draw_detectors, draw_mixed
 
 pytest_plugins = ["training_fixtures"]
 
@@ -37,14 +37,15 @@ def test_the_command_draws_a_picture(data_folder, tmp_path):
 @pytest.mark.parametrize("saliency", sorted(DETECTORS))
 def test_options_change_the_picture_and_the_same_seed_repeats_it(data_folder, tmp_path, saliency):
     pictures = []
-    for i, options in enumerate(([], [], ["--seed", "2"], ["--box", "clip"], ["--per-batch"])):
+    changes = [[], [], ["--seed", "2"], ["--box", "clip"], ["--per-batch"], ["--destination", "salient"]]
+    for i, options in enumerate([*changes, ["--modes", "mixup"], ["--source", "non_salient"], ["--compare"]]):
         output = str(tmp_path / f"{i}.png")
         common = ["-n", "3", "--size", "64", "--saliency", saliency]
         assert main(["preview", str(data_folder), "-o", output, *common, *options]) == 0
         with Image.open(output) as picture:
             pictures.append(picture.tobytes())
     assert pictures[0] == pictures[1]
-    assert len(set(pictures)) == 4
+    assert len(set(pictures)) == len(pictures) - 1
 
 
 def test_a_folder_of_class_folders_will_do_and_few_images_are_drawn_twice(data_folder, tmp_path):
@@ -55,30 +56,97 @@ def test_a_folder_of_class_folders_will_do_and_few_images_are_drawn_twice(data_f
     assert output.stat().st_size > 5_000
 
 
-def test_the_boxes_in_the_picture_are_those_of_the_mix():
+def panels_of(figure, rows, count):
+    """Return the panels of a picture by row name, and check that the rows are called so."""
+    named = {row: figure.axes[number * count : (number + 1) * count] for number, row in enumerate(rows)}
+    assert [axes[0].get_ylabel() for axes in named.values()] == rows
+    assert len(figure.axes) == count * len(rows)
+    return named
+
+
+def shown_box(axis):
+    """Return the box drawn in a panel as (y0, x0, y1, x1) of pixels; None where there is none."""
+    if not axis.patches:
+        return None
+    (edge,) = axis.patches
+    x0, y0, x1, y1 = edge.get_bbox().extents + 0.5
+    return [y0, x0, y1, x1]
+
+
+@pytest.mark.parametrize("destination", ["corresponding", "random", "salient", "non_salient"])
+def test_the_picture_shows_what_was_mixed(destination):
     rng = np.random.default_rng(5)
     images = rng.integers(0, 256, (4, 30, 40, 3), np.uint8)
-    source_index, lam = draw_params(rng, 4)
-    figure = draw_mixed(images, source_index, lam, names=list("abcd"))
-    mixed = saliencymix(images, source_index, lam)
-    for column in range(4):
-        receiver, giver, _, result = (figure.axes[row * 4 + column] for row in range(4))
-        np.testing.assert_array_equal(receiver.images[0].get_array(), images[column])
-        np.testing.assert_array_equal(giver.images[0].get_array(), images[source_index[column]])
-        np.testing.assert_array_equal(result.images[0].get_array(), mixed.images[column])
-        (edge,) = result.patches
-        y0, x0, y1, x1 = mixed.boxes[column]
-        assert edge.get_bbox().extents.tolist() == [x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5]
-        assert edge.get_edgecolor() == to_rgba("cyan")
-        assert receiver.get_title() == "abcd"[column]
-        assert giver.get_title() == "abcd"[source_index[column]]
-        assert result.get_title() == f"lam = {mixed.lam[column]:.2f}"
+    params = draw_mix_params(rng, 4, modes={"saliencymix": 1})
+    figure = draw_mixed(images, params, names=list("abcd"), destination=destination)
+    mixed = mix(images, *params, destination=destination)
+    peaks = saliency_peaks(spectral_residual(images), 30, 40)
+    least = saliency_peaks(spectral_residual(images), 30, 40, least=True)
+    with_map = destination in ("salient", "non_salient")
+    rows = ["receiver", *["saliency of receiver"] * with_map, "source", "saliency of source", "mixed"]
+    panels = panels_of(figure, rows, 4)
+    for i, source in enumerate(params.source_index):
+        receiver, giver, result = (panels[name][i] for name in ("receiver", "source", "mixed"))
+        np.testing.assert_array_equal(receiver.images[0].get_array(), images[i])
+        np.testing.assert_array_equal(giver.images[0].get_array(), images[source])
+        np.testing.assert_array_equal(result.images[0].get_array(), mixed.images[i])
+        assert shown_box(receiver) == shown_box(result) == mixed.boxes[i].tolist()
+        assert shown_box(giver) == shown_box(panels["saliency of source"][i]) == mixed.source_boxes[i].tolist()
+        assert panels["saliency of source"][i].lines[0].get_xydata()[0, ::-1].tolist() == peaks[source].tolist()
+        if with_map:
+            assert shown_box(panels["saliency of receiver"][i]) == mixed.boxes[i].tolist()
+            shown = panels["saliency of receiver"][i].lines[0].get_xydata()[0, ::-1].tolist()
+            assert shown == (peaks if destination == "salient" else least)[i].tolist()
+        assert result.patches[0].get_edgecolor() == to_rgba("cyan")
+        assert receiver.get_title() == "abcd"[i]
+        assert giver.get_title() == "abcd"[source]
+        assert result.get_title() == f"saliencymix, lam = {mixed.lam[i]:.2f}"
+
+
+def test_a_policy_shows_each_sample_s_mode_and_a_map_only_where_one_was_used():
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (3, 30, 40, 1), np.uint8)
+    params = draw_mix_params(rng, 3, modes={"mixup": 1})._replace(mode=np.array([0, 1, 2]))
+    panels = panels_of(
+        draw_mixed(images, params, names=list("abc")), ["receiver", "source", "saliency of source", "mixed"], 3
+    )
+    assert [axis.get_title().partition(",")[0] for axis in panels["mixed"]] == ["saliencymix", "cutmix", "mixup"]
+    assert [len(axis.images) for axis in panels["saliency of source"]] == [1, 0, 0]
+    assert shown_box(panels["mixed"][2]) is None
+    without_maps = draw_mixed(images, params._replace(mode=np.array([1, 2, 2])), names=list("abc"))
+    panels_of(without_maps, ["receiver", "source", "mixed"], 3)
+
+
+def test_one_box_for_a_batch_is_shown_with_the_map_it_comes_from():
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (3, 30, 40, 3), np.uint8)
+    params = draw_mix_params(rng, 3, modes={"saliencymix": 1})
+    figure = draw_mixed(images, params, names=list("abc"), per_batch=True)
+    panels = panels_of(figure, ["receiver", "source", "saliency of source", "mixed"], 3)
+    decisive = spectral_residual(images)[params.source_index[0]]
+    for axis in panels["saliency of source"]:
+        np.testing.assert_allclose(axis.images[0].get_array(), decisive, atol=1e-6)
+    assert len({tuple(shown_box(axis)) for axis in panels["mixed"]}) == 1
+
+
+def test_detectors_side_by_side_show_their_maps_peaks_and_boxes():
+    rng = np.random.default_rng(6)
+    images = rng.integers(0, 256, (2, 30, 40, 3), np.uint8)
+    panels = panels_of(draw_detectors(images, names=["a", "b"], lam=0.5), ["image", *DETECTORS], 2)
+    for name, detector in DETECTORS.items():
+        maps = detector(images)
+        peaks = saliency_peaks(maps, 30, 40)
+        boxes = boxes_at(peaks, np.full(2, 0.5), 30, 40)
+        for i in range(2):
+            np.testing.assert_array_equal(panels[name][i].images[0].get_array(), maps[i])
+            assert panels[name][i].lines[0].get_xydata()[0, ::-1].tolist() == peaks[i].tolist()
+            assert shown_box(panels[name][i]) == boxes[i].tolist()
 
 
 def test_without_matplotlib_the_error_names_the_extra(data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["preview", str(data_folder), "-o", str(tmp_path / "x.png"), "--size", "32"]) == 1
-    assert "pip install 'dali-saliencymix[train]'" in error_of(capsys)
+    assert "pip install 'dali-saliencymix[preview]'" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +155,9 @@ def test_without_matplotlib_the_error_names_the_extra(data_folder, tmp_path, mon
         (["/no/such/folder"], "/no/such/folder: no such folder"),
         (["{data}", "-o", "/no/such/folder/x.png"], "/no/such/folder/x.png"),
         (["{data}", "--alpha", "0"], "alpha must be a positive number, got 0.0"),
+        (["{data}", "--min-crop-area", "0"], "min_crop_area must be in (0, 1], got 0.0"),
     ],
-    ids=["data", "output", "alpha"],
+    ids=["data", "output", "alpha", "crop"],
 )
 def test_what_cannot_be_drawn_ends_with_one_line(data_folder, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
