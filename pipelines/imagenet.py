@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
+from pipelines.reading import decode_window, read_files, to_device
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 # What a mixing operator does: (images, labels) -> (images, labels, source_labels, lam).
 Mix = Callable[[DataNode, DataNode], tuple[DataNode, DataNode, DataNode, DataNode]]
-
-# The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
-_WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -78,7 +77,7 @@ def training_pipeline(
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
         raise ValueError(msg)
-    encoded, label = _read(
+    encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
     start, shape = fn.random_crop_generator(
@@ -87,14 +86,14 @@ def training_pipeline(
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
     )
-    images = _decoded(encoded, start, shape, device, hw_decoder_load)
+    images = decode_window(encoded, start, shape, device, hw_decoder_load)
     images = fn.resize(images, size=(crop_size, crop_size))
     if mix is None:
         source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
     else:
         images, label, source_label, lam = mix(images, label)
     images = _normalised(images, (crop_size, crop_size), fp16, channels_last, mirror=fn.random.coin_flip())
-    return tuple(_to(device, node) for node in (images, label, source_label, lam))
+    return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -130,47 +129,12 @@ def validation_pipeline(
     if crop_size > resize_size:
         msg = f"crop_size must be at most resize_size, got {crop_size} and {resize_size}"
         raise ValueError(msg)
-    encoded, label = _read(files, labels, shard_id, num_shards)
+    encoded, label = read_files(files, labels, shard_id, num_shards)
     shape = fn.peek_image_shape(encoded)[:2]
-    images = _decoded(encoded, shape * 0, shape, device, hw_decoder_load)
+    images = decode_window(encoded, shape * 0, shape, device, hw_decoder_load)
     images = fn.resize(images, resize_shorter=resize_size)
     images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
-    return _to(device, images), _to(device, label)
-
-
-@do_not_convert
-def _read(
-    files: Sequence[str], labels: Sequence[int], shard_id: int, num_shards: int, **shuffling: int
-) -> tuple[DataNode, DataNode]:
-    """Read encoded images and labels, with the name and the padding that `pipelines.loader.Loader` counts on."""
-    return fn.readers.file(
-        files=list(files),
-        labels=list(labels),
-        shard_id=shard_id,
-        num_shards=num_shards,
-        pad_last_batch=True,
-        name="reader",
-        **shuffling,
-    )
-
-
-@do_not_convert
-def _decoded(encoded: DataNode, start: DataNode, shape: DataNode, device: str, hw_decoder_load: float) -> DataNode:
-    """Decode the window of each image that begins at `start` and has `shape`, both (rows, columns).
-
-    The window has to come from the image's header (``fn.peek_image_shape``): a file that is no image then fails
-    there. In DALI 2.4's decoders it ends the batch while other threads still work on it, which can crash the process.
-    """
-    return fn.decoders.image_slice(
-        encoded,
-        start,
-        shape,
-        axis_names="HW",
-        device="mixed" if device == "gpu" else "cpu",
-        hw_decoder_load=hw_decoder_load,
-        preallocate_width_hint=_WIDTH_HINT,
-        preallocate_height_hint=_HEIGHT_HINT,
-    )
+    return to_device(device, images), to_device(device, label)
 
 
 @do_not_convert
@@ -186,8 +150,3 @@ def _normalised(
         dtype=types.FLOAT16 if fp16 else types.FLOAT,
         output_layout="HWC" if channels_last else "CHW",
     )
-
-
-@do_not_convert
-def _to(device: str, node: DataNode) -> DataNode:
-    return node.gpu() if device == "gpu" else node
