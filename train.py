@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -42,10 +43,14 @@ ENTRIES = ("model", "optimizer", "epoch", "best_top1", "config", "classes", "tra
 
 def mix_operator(args: argparse.Namespace) -> Mix | None:
     """Return the DALI operator that mixes, with its options."""
-    options = {"alpha": args.mix_alpha, "prob": args.mix_prob, "box": args.box, "per_batch": args.per_batch}
+    if args.mix == "none":
+        return None
+    options = {"alpha": args.mix_alpha, "prob": args.mix_prob, "per_batch": args.per_batch}
     if args.mix == "saliencymix":
-        return functools.partial(mix_fn.saliencymix, saliency=args.saliency, **options)
-    return functools.partial(mix_fn.cutmix, **options) if args.mix == "cutmix" else None
+        options |= {name: getattr(args, name) for name in ("preset", "saliency", "source", "destination", "box")}
+    elif args.mix == "cutmix":
+        options["box"] = args.box or "clip"
+    return functools.partial(getattr(mix_fn, args.mix), **options)
 
 
 class Trainer:
@@ -85,8 +90,9 @@ class Trainer:
             msg = f"{path}: holds a {arch}, which --arch has to say, got {self.args.arch!r}"
             raise ValueError(msg)
         if classes != self.train_folder.classes:
-            others = sorted(set(classes) ^ set(self.train_folder.classes))
-            msg = f"{path}: its {len(classes)} classes are not those of {self.train_folder.root}: {others[0]!r} differs"
+            pairs = itertools.zip_longest(classes, self.train_folder.classes)
+            was, now = next(pair for pair in pairs if pair[0] != pair[1])
+            msg = f"{path}: its classes are not those of {self.train_folder.root}: there was {was!r}, there is {now!r}"
             raise ValueError(msg)
         self.model.load_state_dict(checkpoint["model"])
         if self.args.evaluate:

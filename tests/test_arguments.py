@@ -27,10 +27,14 @@ OPTIONS = [
     ("--lr-milestones 30 60", "lr_milestones", [30.0, 60.0]),
     ("--lr-gamma 0.2", "lr_gamma", 0.2),
     ("--mix cutmix", "mix", "cutmix"),
+    ("--mix mixup", "mix", "mixup"),
     ("--mix none", "mix", "none"),
     ("--mix-alpha 0.2", "mix_alpha", 0.2),
     ("--mix-prob 0.5", "mix_prob", 0.5),
     ("--saliency fine_grained", "saliency", "fine_grained"),
+    ("--preset paper", "preset", "paper"),
+    ("--source non_salient", "source", "non_salient"),
+    ("--destination random", "destination", "random"),
     ("--box clip", "box", "clip"),
     ("--per-batch", "per_batch", True),
     ("--amp", "amp", True),
@@ -55,7 +59,7 @@ def test_every_option_is_there_and_changes_what_it_says(given, name, value):
     without, with_it = vars(parse_arguments(["data"])), vars(parse_arguments(["data", *given.split()]))
     assert with_it[name] == value
     changed = {key for key in without if without[key] != with_it[key]}
-    assert changed == {name} | ({"box"} if given == "--mix cutmix" else set())
+    assert changed == {name}
 
 
 def test_evaluate_goes_with_resume():
@@ -72,20 +76,6 @@ def test_the_folders_follow_from_the_data_folder():
     assert (args.train_dir, args.val_dir) == (Path("a"), Path("b"))
 
 
-@pytest.mark.parametrize(
-    ("options", "box"),
-    [
-        ("--mix saliencymix", "fit"),
-        ("--mix cutmix", "clip"),
-        ("--mix none", "fit"),
-        ("--mix cutmix --box fit", "fit"),
-        ("--mix saliencymix --box clip", "clip"),
-    ],
-)
-def test_each_way_of_mixing_has_its_own_box_unless_one_is_given(options, box):
-    assert parse_arguments(["data", *options.split()]).box == box
-
-
 def test_the_options_that_must_not_change_on_resuming_exist():
     assert set(DATA_OPTIONS) < set(vars(parse_arguments(["data"])))
 
@@ -100,7 +90,12 @@ WRONG = [
     ("data -p 0", "argument -p/--print-freq: must be a whole number of at least 1, got 0"),
     ("data --train-crop-size 0", "argument --train-crop-size: must be a whole number of at least 1, got 0"),
     ("data --lr fast", "argument --lr: invalid float value: 'fast'"),
-    ("data --mix mixup", "argument --mix: invalid choice: 'mixup'"),
+    ("data --mix resizemix", "argument --mix: invalid choice: 'resizemix'"),
+    ("data --preset timm", "argument --preset: invalid choice: 'timm'"),
+    ("data --mix cutmix --saliency fine_grained", "--saliency does nothing with --mix cutmix: leave it out"),
+    ("data --mix mixup --box clip", "--box does nothing with --mix mixup: leave it out"),
+    ("data --mix none --mix-alpha 0.2", "--mix-alpha does nothing with --mix none: leave it out"),
+    ("data --mix none --per-batch", "--per-batch does nothing with --mix none: leave it out"),
     ("data --saliency deep", "argument --saliency: invalid choice: 'deep'"),
     ("data --box round", "argument --box: invalid choice: 'round'"),
     ("data --lr-scheduler linear", "argument --lr-scheduler: invalid choice: 'linear'"),

@@ -60,8 +60,8 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
     start, *epochs = read_log(full_run[0])
     assert start["event"] == "start"
     config = start["config"]
-    expected = {"arch": "resnet18", "batch_size": 8, "lr": 0.01, "seed": 0, "mix": "saliencymix", "box": "fit"}
-    expected |= {"world_size": 1, "train_dir": str(data_folder / "train"), "saliency": "spectral_residual"}
+    expected = {"arch": "resnet18", "batch_size": 8, "lr": 0.01, "seed": 0, "mix": "saliencymix", "box": None}
+    expected |= {"world_size": 1, "train_dir": str(data_folder / "train"), "preset": "default"}
     assert expected.items() <= config.items()
     assert {"python", "torch", "torchvision", "numpy"} < set(start["versions"])
     assert start["device"] == "CPU, 1 threads"
@@ -164,7 +164,9 @@ def test_without_mixing_all_labels_are_pure(data_folder, tmp_path, train_here, s
     [
         ("--mix", "saliencymix", "--saliency", "fine_grained", "--mix-prob", "0.5"),
         ("--mix", "saliencymix", "--box", "clip", "--per-batch"),
+        ("--mix", "saliencymix", "--preset", "paper", "--destination", "random"),
         ("--mix", "cutmix", "--mix-alpha", "0.5"),
+        ("--mix", "mixup", "--mix-alpha", "0.2"),
     ],
     ids=" ".join,
 )

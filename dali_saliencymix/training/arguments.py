@@ -7,14 +7,24 @@ from pathlib import Path
 
 import torchvision
 
-from dali_saliencymix._checks import BOXES
+from dali_saliencymix.boxes import BOXES
+from dali_saliencymix.params import MODES
+from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 
 # The options that decide which batches a run sees: a run that goes on has to keep them.
 DATA_OPTIONS = (
     *("batch_size", "seed", "train_crop_size", "min_crop_area"),
-    *("mix", "mix_alpha", "mix_prob", "saliency", "box", "per_batch"),
+    *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
+
+_OF_SALIENCYMIX = ("preset", "saliency", "source", "destination")
+# The options that a way to mix has no use for.
+_UNUSED = {
+    "cutmix": _OF_SALIENCYMIX,
+    "mixup": (*_OF_SALIENCYMIX, "box"),
+    "none": (*_OF_SALIENCYMIX, "box", "per_batch", "mix_alpha", "mix_prob"),
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,12 +45,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--val-crop-size", type=_positive_int, default=224, help="centre crop of validation images")
 
     mix = parser.add_argument_group("mixing")
-    mix.add_argument("--mix", choices=("saliencymix", "cutmix", "none"), default="saliencymix", help="how to mix")
+    mix.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
     mix.add_argument("--mix-alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
     mix.add_argument("--mix-prob", type=float, default=1.0, help="probability that an image is mixed")
-    mix.add_argument("--saliency", choices=sorted(DETECTORS), default="spectral_residual", help="saliency detector")
-    mix.add_argument("--box", choices=BOXES, help="move or cut boxes; default: fit, with cutmix clip")
-    mix.add_argument("--per-batch", action="store_true", help="one box for the whole batch, as the released code")
+    mix.add_argument(
+        "--preset", choices=list(PRESETS), default="default", help="of saliencymix: defaults of what follows"
+    )
+    mix.add_argument("--saliency", choices=sorted(DETECTORS), help="saliency detector")
+    mix.add_argument("--source", choices=SOURCES, help="what to cut out of the source")
+    mix.add_argument("--destination", choices=DESTINATIONS, help="where to paste it")
+    mix.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out; with cutmix clip by default")
+    mix.add_argument("--per-batch", action="store_true", default=None, help="one box for the whole batch")
 
     model = parser.add_argument_group("model and optimiser")
     model.add_argument("-a", "--arch", default="resnet50", help="a ResNet of torchvision")
@@ -70,7 +85,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             if args.data is None:
                 parser.error(f"DATA is needed, or --{name}-dir")
             setattr(args, option, args.data / name)
-    args.box = args.box or ("clip" if args.mix == "cutmix" else "fit")
+    for option in _UNUSED.get(args.mix, ()):
+        if getattr(args, option) != parser.get_default(option):
+            parser.error(f"--{option.replace('_', '-')} does nothing with --mix {args.mix}: leave it out")
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
