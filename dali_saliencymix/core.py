@@ -61,6 +61,7 @@ def saliencymix(
     per_batch: bool | None = None,
     peaks: Array | None = None,
     point: Array | None = None,
+    algorithm: str = "auto",
 ) -> Mixed:
     """Cut the most salient part out of each image's source and paste it into the image.
 
@@ -91,6 +92,8 @@ def saliencymix(
         Most salient pixel (y, x) of each image, where it is known already: in place of `saliency`.
     point : ndarray of shape (N, 2), floating, optional
         Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
+    algorithm : {"auto", "array", "kernel"}
+        Whether detectors that have a kernel use it: see `fine_grained`.
 
     Returns
     -------
@@ -123,7 +126,7 @@ def saliencymix(
     check_lam(lam, xp, len(images))
     options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
     placement = resolve_placement(preset, options, peaks_given=peaks is not None)
-    boxes = salient_boxes(images, source_index, lam, placement, peaks=peaks, point=point)
+    boxes = salient_boxes(images, source_index, lam, placement, peaks=peaks, point=point, algorithm=algorithm)
     return _pasted(images, source_index, *boxes)
 
 
@@ -225,6 +228,7 @@ def mix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: Array | None = None,
+    algorithm: str = "auto",
 ) -> Mixed:
     """Mix each image in a way of its own: saliencymix, cutmix or mixup.
 
@@ -238,7 +242,7 @@ def mix(
     point : ndarray of shape (N, 2), floating
         Fractions (y, x) of height and width, in [0, 1], drawn uniformly: the centre of a cutmix box, and the place of
         a saliencymix patch with ``destination="random"``.
-    preset, saliency, source, destination, box, peaks
+    preset, saliency, source, destination, box, peaks, algorithm
         As for `saliencymix`, and for its samples only: cutmix boxes are clipped.
     per_batch : bool, optional
         If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source serve all images.
@@ -282,6 +286,7 @@ def mix(
         peaks=peaks,
         point=point if placement.destination == "random" else None,
         wanted=mode == MODES.index("saliencymix"),
+        algorithm=algorithm,
     )
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
     around_point = xp.where(by_point, _boxes_around(images, point, lam, "clip"), 0)

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nvidia.dali import fn, types
-from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from dali_saliencymix import _bridge, core, mixing
+from dali_saliencymix._algorithms import ALGORITHMS
 from dali_saliencymix._array import array_namespace, constant
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
+from dali_saliencymix._threads import limited_to
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
 from dali_saliencymix.params import CHOOSE, MODES, check_alphas, check_modes
@@ -27,7 +29,7 @@ from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from nvidia.dali.pipeline import DataNode
 
@@ -52,6 +54,7 @@ def saliencymix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
+    algorithm: str = "auto",
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with the most salient part of a random other one.
 
@@ -86,6 +89,8 @@ def saliencymix(
     peaks : DataNode, optional
         Most salient pixel (y, x) of each image, of shape (2,), where it is known already, such as from
         `saliency_peaks` before a crop; in place of `saliency`.
+    algorithm : {"auto", "array", "kernel"}
+        Whether detectors that have a kernel use it: see `dali_saliencymix.fine_grained`.
 
     Returns
     -------
@@ -122,10 +127,13 @@ def saliencymix(
     """
     options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
     placement = resolve_placement(preset, options, peaks_given=peaks is not None)
+    check_choice(algorithm, "algorithm", ALGORITHMS)
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
     if placement.destination == "random":
         drawn["point"] = _drawn_point()
-    return _mixed_with_partners(images, labels, "saliencymix", drawn, peaks, preset=preset, **options)
+    return _mixed_with_partners(
+        images, labels, "saliencymix", drawn, peaks, preset=preset, algorithm=algorithm, **options
+    )
 
 
 @do_not_convert
@@ -231,12 +239,13 @@ def mix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
+    algorithm: str = "auto",
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch in a way drawn from several: a mixing policy.
 
     Parameters
     ----------
-    images, labels, prob, peaks
+    images, labels, prob, peaks, algorithm
         As for `saliencymix`.
     modes : mapping from str to float
         Of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"`` those to draw from, with their weights: probabilities, or
@@ -277,6 +286,7 @@ def mix(
     """
     options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
     resolve_placement(preset, options, peaks_given=peaks is not None)
+    check_choice(algorithm, "algorithm", ALGORITHMS)
     check_choice(choose, "choose", CHOOSE)
     probabilities = check_modes(modes)
     mixed = _drawn_choice(prob)
@@ -286,12 +296,18 @@ def mix(
         "point": _drawn_point(),
     }
     choice = functools.partial(_chosen, modes=tuple(probabilities), choose=choose)
-    return _mixed_with_partners(images, labels, "mix", drawn, peaks, choice=choice, preset=preset, **options)
+    return _mixed_with_partners(
+        images, labels, "mix", drawn, peaks, choice=choice, preset=preset, algorithm=algorithm, **options
+    )
 
 
 @do_not_convert
 def saliency_peaks(
-    images: DataNode, *, saliency: str | Detector = "spectral_residual", least: bool = False
+    images: DataNode,
+    *,
+    saliency: str | Detector = "spectral_residual",
+    least: bool = False,
+    algorithm: str = "auto",
 ) -> DataNode:
     """Find the most salient pixel of each image.
 
@@ -306,6 +322,8 @@ def saliency_peaks(
         As for `saliencymix`.
     least : bool
         If true, find the least salient pixel.
+    algorithm : {"auto", "array", "kernel"}
+        As for `saliencymix`.
 
     Returns
     -------
@@ -333,10 +351,10 @@ def saliency_peaks(
     ...     inverted = fn.cast(255 - images, dtype=types.UINT8)
     ...     return saliencymix(inverted, labels, peaks=peaks)
     """
-    find = functools.partial(_peaks_of_images, detector=get_detector(saliency), least=bool(least))
+    find = functools.partial(_peaks_of_images, detector=get_detector(saliency, algorithm=algorithm), least=bool(least))
     return fn.python_function(
         images,
-        function=functools.partial(_bridge.map_samples, find),
+        function=_in_python(_bridge.map_samples, find),
         batch_processing=True,
         **_placed(images.device),
     )
@@ -408,7 +426,7 @@ def soft_labels(
     scalars = [_to(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
     return fn.python_function(
         fn.stack(*scalars),
-        function=functools.partial(_bridge.map_samples, make),
+        function=_in_python(_bridge.map_samples, make),
         batch_processing=True,
         **_placed(device),
     )
@@ -450,7 +468,7 @@ def _mixed_with_partners(
     images, lam = fn.python_function(
         images,
         params,
-        function=functools.partial(
+        function=_in_python(
             _bridge.mix_samples, functools.partial(_mix, function=function, columns=columns, **options)
         ),
         num_outputs=2,
@@ -459,6 +477,19 @@ def _mixed_with_partners(
         **_placed(images.device),
     )
     return images, labels, fn.permute_batch(labels, indices=source_index), lam
+
+
+def _in_python(apply: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what DALI calls: ``apply(function, *inputs)``, with as many threads as the pipeline has.
+
+    Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
+    """
+    return functools.partial(_limited, Pipeline.current().num_threads, apply, function)
+
+
+def _limited(num_threads: int, apply: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
+    with limited_to(num_threads):
+        return apply(function, *inputs)
 
 
 def _to(device: str, node: DataNode) -> DataNode:

@@ -95,6 +95,7 @@ def salient_boxes(
     peaks: Array | None = None,
     point: Array | None = None,
     wanted: Array | None = None,
+    algorithm: str = "auto",
 ) -> tuple[Array, Array | None]:
     """Return the boxes in the receivers, and those of the same sizes in the sources; None where they are the same.
 
@@ -110,6 +111,8 @@ def salient_boxes(
         Fractions (y, x) of the image: the destination ``"random"``.
     wanted : ndarray of shape (N,), bool, optional
         Which boxes are needed; the others are any boxes of the right size. By default all.
+    algorithm : {"auto", "array", "kernel"}
+        As for `dali_saliencymix.get_detector`.
     """
     xp = array_namespace(images)
     count, height, width, _ = images.shape
@@ -122,21 +125,22 @@ def salient_boxes(
     if point is not None:
         check_per_image(point, "point", xp, count, "f", trailing=(2,))
 
+    detector = get_detector(placement.saliency, algorithm=algorithm)
     if placement.per_batch:
         point = None if point is None else point[:1]
         receivers = constant(xp, np.arange, 1)
-        pairs = _boxes_of_pairs(images, receivers, source_index[:1], lam[:1], placement, peaks, point)
+        pairs = _boxes_of_pairs(images, receivers, source_index[:1], lam[:1], placement, detector, peaks, point)
         return _for_both(pairs, lambda boxes: xp.repeat(boxes, count, axis=0))
     pasted = lam < 1 if wanted is None else wanted & (lam < 1)
     if not is_host(xp) or pasted.all():
         receivers = constant(xp, np.arange, count)
-        return _boxes_of_pairs(images, receivers, source_index, lam, placement, peaks, point)
+        return _boxes_of_pairs(images, receivers, source_index, lam, placement, detector, peaks, point)
     # On a CPU the maps that nobody needs are worth leaving out.
     rows = np.flatnonzero(pasted)
     if not len(rows):
         return np.zeros((count, 4), np.int32), None
     point = None if point is None else point[rows]
-    pairs = _boxes_of_pairs(images, rows, source_index[rows], lam[rows], placement, peaks, point)
+    pairs = _boxes_of_pairs(images, rows, source_index[rows], lam[rows], placement, detector, peaks, point)
     return _for_both(pairs, lambda boxes: _scattered(boxes, rows, count))
 
 
@@ -157,6 +161,7 @@ def _boxes_of_pairs(
     sources: Array,
     lam: Array,
     placement: Placement,
+    detector: Detector,
     peaks: Array | None,
     point: Array | None,
 ) -> tuple[Array, Array | None]:
@@ -165,7 +170,7 @@ def _boxes_of_pairs(
     asked = {"sources": (sources, placement.source)}
     if placement.destination in SOURCES:
         asked["receivers"] = (receivers, placement.destination)
-    found = _salient_points(images, asked, placement, peaks)
+    found = _salient_points(images, asked, detector, peaks)
     source_boxes = boxes_at(found["sources"], lam, *size, box=placement.box)
     if placement.destination == "corresponding":
         return source_boxes, None
@@ -174,13 +179,12 @@ def _boxes_of_pairs(
 
 
 def _salient_points(
-    images: Array, asked: dict[str, tuple[Array, str]], placement: Placement, peaks: Array | None
+    images: Array, asked: dict[str, tuple[Array, str]], detector: Detector, peaks: Array | None
 ) -> dict[str, Array]:
     """Return the most or least salient pixels of the images that are asked for by index."""
     if peaks is not None:
         return {name: peaks[index] for name, (index, _) in asked.items()}
     xp = array_namespace(images)
-    detector = get_detector(placement.saliency)
     index = xp.concatenate([index for index, _ in asked.values()])
     if is_host(xp):
         needed, position = np.unique(index, return_inverse=True)  # no map is computed twice

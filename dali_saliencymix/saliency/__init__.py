@@ -5,9 +5,12 @@ h and w are the detector's own; they need not be those of the images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dali_saliencymix._algorithms import ALGORITHMS
+from dali_saliencymix._checks import check_choice
 from dali_saliencymix.saliency.contrast import fine_grained, frequency_tuned
 from dali_saliencymix.saliency.spectral import image_signature, phase_spectrum, spectral_residual
 
@@ -36,7 +39,11 @@ __all__ = [
 ]
 
 
-def get_detector(saliency: str | Detector) -> Detector:
+# Those that take the option `algorithm`.
+_WITH_KERNELS = {"spectral_residual", "phase_spectrum", "fine_grained"}
+
+
+def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detector:
     """Return the detector of a name, or `saliency` itself where it is callable.
 
     Parameters
@@ -44,11 +51,13 @@ def get_detector(saliency: str | Detector) -> Detector:
     saliency : str or callable
         A name in `DETECTORS`, or a function from images (N, H, W, C) uint8, which it must not modify, to maps
         (N, h, w) of a real dtype in the same array library, on the same device and current stream.
+    algorithm : {"auto", "array", "kernel"}
+        Whether detectors that have a kernel use it: see `fine_grained`.
 
     Raises
     ------
     ValueError
-        If no detector has that name.
+        If no detector or no algorithm has that name.
     TypeError
         If `saliency` is neither a string nor callable.
 
@@ -57,6 +66,7 @@ def get_detector(saliency: str | Detector) -> Detector:
     >>> get_detector("fine_grained") is fine_grained
     True
     """
+    check_choice(algorithm, "algorithm", ALGORITHMS)
     if callable(saliency):
         return saliency
     if not isinstance(saliency, str):
@@ -65,4 +75,6 @@ def get_detector(saliency: str | Detector) -> Detector:
     if saliency not in DETECTORS:
         msg = f"saliency must be one of {', '.join(sorted(DETECTORS))}, or a callable, got {saliency!r}"
         raise ValueError(msg)
-    return DETECTORS[saliency]
+    if algorithm == "auto" or saliency not in _WITH_KERNELS:
+        return DETECTORS[saliency]
+    return functools.partial(DETECTORS[saliency], algorithm=algorithm)

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
+from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.grey import luma
 from dali_saliencymix.saliency.lab import channel_planes, lab
 
 # Half the side of the square surrounds, in pixels whatever the size of the image.
-_SURROUNDS = (12, 24, 28, 48, 56, 112)
+SURROUNDS = (12, 24, 28, 48, 56, 112)
 
 # Distance in L*a*b* that is left to rounding, which makes 2e-5. One pixel that is one level off in one channel
 # makes 2.6e-3, the least of 3000 colours tried.
 _SAME_COLOUR = 2**-11
 
 
-def fine_grained(images: Array) -> Array:
+def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     """Return the fine-grained saliency of `images`: the detector that the SaliencyMix paper chose.
 
     Each grey level is compared with the mean of six surrounds. What is brighter (on) and what is darker (off) is
@@ -30,6 +32,9 @@ def fine_grained(images: Array) -> Array:
     ----------
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey ones with C = 1.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel, which gives the same bits: compiled by Numba on a CPU, in CUDA on a GPU.
+        ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -38,6 +43,8 @@ def fine_grained(images: Array) -> Array:
 
     Raises
     ------
+    ImportError
+        If a kernel is asked for and what compiles it is not installed.
     TypeError, ValueError
         If `images` is not such an array; images that are not uint8 are refused.
 
@@ -59,10 +66,12 @@ def fine_grained(images: Array) -> Array:
     ((1, 37, 23), 1.0)
     """
     xp = check_images(images)
-    if not is_host(xp):
-        return _fine_grained(images)
+    if uses_kernel(algorithm, xp):
+        from dali_saliencymix.saliency import compiled
+
+        return in_chunks(compiled.fine_grained, images, 4)
     # On a CPU the sums of one image fit the cache and those of a batch do not: one by one is several times as fast.
-    return np.concatenate([_fine_grained(images[i : i + 1]) for i in range(len(images))])
+    return in_chunks(_fine_grained, images, 1) if is_host(xp) else _fine_grained(images)
 
 
 def _fine_grained(images: Array) -> Array:
@@ -75,7 +84,7 @@ def _fine_grained(images: Array) -> Array:
 
     on = xp.zeros(grey.shape, xp.int32)
     off = xp.zeros(grey.shape, xp.int32)
-    for half in _SURROUNDS:
+    for half in SURROUNDS:
         top, bottom = constant(xp, _window, height, half)
         left, right = constant(xp, _window, width, half)
         above, below = xp.take(integral, top, axis=1), xp.take(integral, bottom, axis=1)
@@ -163,9 +172,7 @@ def frequency_tuned(images: Array) -> Array:
     ((1, 37, 23), 1.0)
     """
     xp = check_images(images)
-    if not is_host(xp):
-        return _frequency_tuned(images)
-    return np.concatenate([_frequency_tuned(images[i : i + 1]) for i in range(len(images))])  # as in fine_grained
+    return in_chunks(_frequency_tuned, images, 1) if is_host(xp) else _frequency_tuned(images)
 
 
 def _frequency_tuned(images: Array) -> Array:

@@ -10,7 +10,7 @@ from dali_saliencymix.saliency.reduction import reduced
 
 # Rec. 601 luma weights in units of 2**-15, for RGB order. OpenCV's cvtColor gives the same grey level for each of
 # the 2**24 colours.
-_RED, _GREEN, _BLUE, _SHIFT = 9798, 19235, 3735, 15
+RED, GREEN, BLUE, SHIFT = 9798, 19235, 3735, 15
 
 
 def luma(images: Array) -> Array:
@@ -19,7 +19,7 @@ def luma(images: Array) -> Array:
     if images.shape[3] == 1:
         return images[..., 0].astype(xp.int32)
     red, green, blue = (images[..., channel].astype(xp.int32) for channel in range(3))
-    return (_RED * red + _GREEN * green + _BLUE * blue + (1 << (_SHIFT - 1))) >> _SHIFT
+    return (RED * red + GREEN * green + BLUE * blue + (1 << (SHIFT - 1))) >> SHIFT
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:

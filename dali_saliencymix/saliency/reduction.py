@@ -27,13 +27,13 @@ def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Ar
     _, full_height, full_width, _ = images.shape
     if (height, width) == (full_height, full_width):
         return levels(images)
-    rows = constant(xp, _tap_indices, full_height, height)
-    columns = constant(xp, _tap_indices, full_width, width)
+    rows = constant(xp, tap_indices, full_height, height)
+    columns = constant(xp, tap_indices, full_width, width)
     taps = levels(xp.take(xp.take(images, rows, axis=1), columns, axis=2))
 
-    weight = constant(xp, _tap_weights, full_width, width)
+    weight = constant(xp, tap_weights, full_width, width)
     taps = taps[..., :width] * (256 - weight) + taps[..., width:] * weight
-    weight = constant(xp, _tap_weights, full_height, height)[:, None]
+    weight = constant(xp, tap_weights, full_height, height)[:, None]
     taps = taps[..., :height, :] * (256 - weight) + taps[..., height:, :] * weight
     return (taps + (1 << 15)) >> 16
 
@@ -42,13 +42,13 @@ def _tap_centres(size: int, reduced: int) -> np.ndarray:
     return (np.arange(reduced) + 0.5) * (size / reduced) - 0.5
 
 
-def _tap_indices(size: int, reduced: int) -> np.ndarray:
+def tap_indices(size: int, reduced: int) -> np.ndarray:
     """Index of the lower neighbour of each sample, then of the upper one: (2 * reduced,)."""
     lower = np.floor(_tap_centres(size, reduced)).astype(np.int64)
     return np.concatenate([lower, lower + 1]).clip(0, size - 1)
 
 
-def _tap_weights(size: int, reduced: int) -> np.ndarray:
+def tap_weights(size: int, reduced: int) -> np.ndarray:
     """Weight of each upper neighbour in units of 1/256: (reduced,) int32."""
     centres = _tap_centres(size, reduced)
     return np.rint((centres - np.floor(centres)) * 256).astype(np.int32)

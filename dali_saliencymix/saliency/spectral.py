@@ -6,15 +6,23 @@ a larger size would add cost and no detail.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._algorithms import uses_kernel
+from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
+from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import filter_matrix, filtered, gaussian_matrix
 from dali_saliencymix.saliency.grey import small_luma
 from dali_saliencymix.saliency.lab import lab, small_planes
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _MAP_SIZE = 64
+_CHUNK = 16  # maps of which all that is computed between two transforms fits a core's cache
 
 # Relative to the largest amplitude, that of the mean: less is taken for 0. Float32 FFTs leave up to 0.6 * 2**-23 in
 # bins that are empty. In grey levels this is at most 0.5, of which rounding an image to 8 bits alone gives 18 to a bin.
@@ -31,7 +39,7 @@ _NOTHING_INSIDE = 2**-36
 _FLAT = 2**-16
 
 
-def spectral_residual(images: Array) -> Array:
+def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     """Return the spectral residual saliency of `images`.
 
     What repeats all over an image shows as the smooth part of its log amplitude spectrum. Taking that part away and
@@ -41,6 +49,9 @@ def spectral_residual(images: Array) -> Array:
     ----------
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey ones with C = 1.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
+        on a CPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -49,6 +60,8 @@ def spectral_residual(images: Array) -> Array:
 
     Raises
     ------
+    ImportError
+        If a kernel is asked for and what compiles it is not installed.
     TypeError, ValueError
         If `images` is not such an array; images that are not uint8 are refused.
 
@@ -69,22 +82,27 @@ def spectral_residual(images: Array) -> Array:
     >>> saliency_map.shape
     (1, 64, 64)
     """
-    xp = check_images(images)
-    grey = small_luma(images, *_map_size(images))
-    spectrum = xp.fft.fft2(grey.astype(xp.complex64))
+    return _of_small_luma(_spectral_residual, images, algorithm)
+
+
+def _spectral_residual(grey: Array) -> Array:
+    xp = array_namespace(grey)
+    spectrum = xp.fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
-    log_amplitude = xp.log1p(amplitude)
-    residual = log_amplitude - filtered(log_amplitude, _mean_matrix)
+    log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2])
+    factor = xp.exp(log_amplitude - filtered(log_amplitude, _mean_matrix))
     # The phase is spectrum / amplitude; an empty bin has phase 0 by convention.
     empty = amplitude == 0
-    phase = xp.where(empty, xp.complex64(1), spectrum) / xp.where(empty, xp.float32(1), amplitude)
+    phase = _whole(
+        xp.where(empty, xp.complex64(1), spectrum) / xp.where(empty, xp.float32(1), amplitude), grey.shape[2]
+    )
 
-    saliency_map = filtered(xp.abs(xp.fft.ifft2(phase * xp.exp(residual))), _narrow_gaussian_matrix)
+    saliency_map = filtered(xp.abs(xp.fft.ifft2(phase * factor)), _narrow_gaussian_matrix)
     saliency_map *= saliency_map
     return _normalised(saliency_map, grey)
 
 
-def phase_spectrum(images: Array) -> Array:
+def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
     """Return the phase spectrum saliency of `images`: spectral residual with the amplitudes left out altogether.
 
     The phase says where something is in the image, the amplitude how much of it there is. With all amplitudes set to 1
@@ -94,6 +112,9 @@ def phase_spectrum(images: Array) -> Array:
     ----------
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey ones with C = 1.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
+        on a CPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -103,6 +124,8 @@ def phase_spectrum(images: Array) -> Array:
 
     Raises
     ------
+    ImportError
+        If a kernel is asked for and what compiles it is not installed.
     TypeError, ValueError
         If `images` is not such an array; images that are not uint8 are refused.
 
@@ -123,14 +146,18 @@ def phase_spectrum(images: Array) -> Array:
     >>> saliency_map.shape, float(saliency_map[0, 40:48, 10:16].max())
     ((1, 64, 64), 1.0)
     """
-    xp = check_images(images)
-    grey = small_luma(images, *_map_size(images))
-    spectrum = xp.fft.fft2(grey.astype(xp.complex64))
+    return _of_small_luma(_phase_spectrum, images, algorithm)
+
+
+def _phase_spectrum(grey: Array) -> Array:
+    xp = array_namespace(grey)
+    spectrum = xp.fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
     empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
     phase = xp.where(empty, xp.complex64(0), spectrum) / xp.where(empty, xp.float32(1), amplitude)
-    power = xp.abs(xp.fft.ifft2(phase)) ** 2
+    # The spectrum of a real image stays one: its half is enough.
+    power = xp.fft.irfft2(phase, s=grey.shape[1:]) ** 2
     saliency_map = filtered(power, _wide_gaussian_matrix)
     # Nothing but rounding is left where all that stands out lay in the outermost pixels.
     saliency_map *= saliency_map > power.max(axis=(1, 2), keepdims=True) * xp.float32(_NOTHING_INSIDE)
@@ -192,6 +219,44 @@ def image_signature(images: Array) -> Array:
     highest = saliency_map.max(axis=(1, 2), keepdims=True)
     flat = highest - lowest <= highest * xp.float32(_FLAT)
     return (saliency_map - lowest) / xp.where(flat, xp.float32(1), highest - lowest) * ~flat
+
+
+def _of_small_luma(detector: Callable[[Array], Array], images: Array, algorithm: str) -> Array:
+    """Return ``detector(grey)`` of the grey levels of `images`, reduced to (N, h, w) float32."""
+    xp = check_images(images)
+    size = _map_size(images)
+    if uses_kernel(algorithm, xp):
+        from dali_saliencymix.saliency import compiled
+
+        return in_chunks(lambda chunk: detector(compiled.small_luma(chunk, *size)), images, _CHUNK)
+
+    def detect(chunk: Array) -> Array:
+        return detector(small_luma(chunk, *size).astype(xp.float32))
+
+    return in_chunks(detect, images, _CHUNK) if is_host(xp) else detect(images)
+
+
+def _whole(half: Array, width: int) -> Array:
+    """Return the spectrum of real images, (N, h, w), of its half as ``rfft2`` gives it: the rest is mirrored."""
+    xp = array_namespace(half)
+    count, height, _ = half.shape
+    whole = xp.take(half.reshape(count, -1), constant(xp, _mirrored_bins, height, width), axis=1)
+    if whole.dtype.kind == "c":
+        whole.imag *= constant(xp, _mirrored_sign, height, width)
+    return whole.reshape(count, height, width)
+
+
+def _mirrored_bins(height: int, width: int) -> np.ndarray:
+    """Index, in the half spectrum, of each bin of the whole one or of its mirror image: (height * width,)."""
+    stored = width // 2 + 1
+    row, column = np.divmod(np.arange(height * width), width)
+    mirrored = column >= stored
+    return np.where(mirrored, -row % height, row) * stored + np.where(mirrored, width - column, column)
+
+
+def _mirrored_sign(height: int, width: int) -> np.ndarray:
+    """Sign of the imaginary part of each bin of the whole spectrum against that of the half: (height * width,)."""
+    return np.tile(np.where(np.arange(width) > width // 2, -1, 1).astype(np.float32), height)
 
 
 def _map_size(images: Array) -> tuple[int, int]:

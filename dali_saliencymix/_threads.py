@@ -1,0 +1,59 @@
+"""Several threads for a batch in host memory.
+
+NumPy and compiled kernels let go of Python's lock while they compute, so plain threads are enough. A batch is cut into
+chunks that fit a core's cache, which alone makes NumPy faster, and each thread takes its share of the chunks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from dali_saliencymix._array import Array
+
+_num_threads: contextvars.ContextVar[int] = contextvars.ContextVar("num_threads", default=0)
+
+
+@contextlib.contextmanager
+def limited_to(num_threads: int) -> Iterator[None]:
+    """Let `in_chunks` use so many threads inside the ``with`` block, the calling one included; 0: all cores."""
+    token = _num_threads.set(num_threads)
+    try:
+        yield
+    finally:
+        _num_threads.reset(token)
+
+
+def in_chunks(function: Callable[[Array], Array], batch: Array, size: int) -> Array:
+    """Return ``function(batch)`` of a function that treats the samples of a NumPy batch one by one.
+
+    It is called for `size` samples at a time, by as many threads as `limited_to` allows, or as there are cores.
+    """
+    starts = range(0, len(batch), size)
+    threads = min(_num_threads.get() or len(os.sched_getaffinity(0)), len(starts))
+    results: list[Array] = [None] * len(starts)
+
+    def work(first: int) -> None:
+        for chunk in range(first, len(starts), threads):
+            results[chunk] = function(batch[starts[chunk] : starts[chunk] + size])
+
+    others = [_pool(os.getpid()).submit(work, first) for first in range(1, threads)] if threads > 1 else []
+    try:
+        work(0)
+    finally:
+        for other in others:
+            other.result()
+    return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of this process; those of a parent do not survive a fork, so it has to be its own."""
+    del process  # only the key
+    return ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="dali_saliencymix")
