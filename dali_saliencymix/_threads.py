@@ -35,21 +35,30 @@ def in_chunks(function: Callable[[Array], Array], batch: Array, size: int) -> Ar
 
     It is called for `size` samples at a time, by as many threads as `limited_to` allows, or as there are cores.
     """
-    starts = range(0, len(batch), size)
-    threads = min(_num_threads.get() or len(os.sched_getaffinity(0)), len(starts))
-    results: list[Array] = [None] * len(starts)
+    results: dict[int, Array] = {}
 
-    def work(first: int) -> None:
-        for chunk in range(first, len(starts), threads):
-            results[chunk] = function(batch[starts[chunk] : starts[chunk] + size])
+    def work(chunk: slice) -> None:
+        results[chunk.start] = function(batch[chunk])
 
-    others = [_pool(os.getpid()).submit(work, first) for first in range(1, threads)] if threads > 1 else []
+    for_each_chunk(work, len(batch), size)
+    return results[0] if len(results) == 1 else np.concatenate([results[start] for start in sorted(results)])
+
+
+def for_each_chunk(work: Callable[[slice], None], count: int, size: int) -> None:
+    """Call `work` for slices of at most `size` that make up ``range(count)``, as `in_chunks` does."""
+    chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    threads = min(_num_threads.get() or len(os.sched_getaffinity(0)), len(chunks))
+
+    def share(first: int) -> None:
+        for chunk in chunks[first::threads]:
+            work(chunk)
+
+    others = [_pool(os.getpid()).submit(share, first) for first in range(1, threads)]
     try:
-        work(0)
+        share(0)
     finally:
         for other in others:
             other.result()
-    return results[0] if len(results) == 1 else np.concatenate(results)
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,9 +6,11 @@ the receiving image, so a box covers 1 - lam of it.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
-from dali_saliencymix._array import Array, constant
+from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
     check_boxes,
@@ -18,8 +20,10 @@ from dali_saliencymix._checks import (
     check_points,
     check_range,
 )
+from dali_saliencymix._threads import in_chunks
 
 BOXES = ("fit", "clip")
+_CHUNK = 16  # maps that fit a core's cache
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
@@ -57,6 +61,12 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)
+    find = functools.partial(_peaks, height=height, width=width, least=least)
+    return in_chunks(find, saliency_map, _CHUNK) if is_host(xp) else find(saliency_map)
+
+
+def _peaks(saliency_map: Array, *, height: int, width: int, least: bool) -> Array:
+    xp = array_namespace(saliency_map)
     count, map_height, map_width = saliency_map.shape
     if saliency_map.dtype.kind == "f":
         saliency_map = xp.where(xp.isnan(saliency_map), xp.inf if least else -xp.inf, saliency_map)

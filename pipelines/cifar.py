@@ -1,7 +1,7 @@
 """CIFAR-style pipeline: small images, padded with zeros, cropped at random, mixed, mirrored, normalised.
 
-The edge of a zero padding is what a saliency detector sees first: of 2,000 padded CIFAR-10 images about half had their
-peak in the padding, which is an eighth of the area. So the peaks are found before the padding and move with the crop.
+The edge of a zero padding is what a saliency detector sees first: it draws two or three times as many peaks as its area
+accounts for. So the peaks are found before the padding and move with the crop.
 """
 
 from __future__ import annotations

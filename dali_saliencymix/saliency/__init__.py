@@ -75,6 +75,7 @@ def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detect
     if saliency not in DETECTORS:
         msg = f"saliency must be one of {', '.join(sorted(DETECTORS))}, or a callable, got {saliency!r}"
         raise ValueError(msg)
+    detector: Callable[..., Array] = DETECTORS[saliency]
     if algorithm == "auto" or saliency not in _WITH_KERNELS:
-        return DETECTORS[saliency]
-    return functools.partial(DETECTORS[saliency], algorithm=algorithm)
+        return detector
+    return functools.partial(detector, algorithm=algorithm)
