@@ -1,5 +1,6 @@
 # make demo    train on data made here, and draw mixed samples
 # make test    lint, type check, tests
+# make docs    the documentation, docs/_build/html/index.html
 #
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
 # PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
@@ -13,7 +14,7 @@ EPOCHS ?= 8
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: help environment demo test lint clean
+.PHONY: help environment demo test lint docs clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -23,7 +24,7 @@ environment: $(installed)
 $(installed): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# Python compiles a module when it is first imported; compiling all 8 GB now would take longer than unpacking them.
-	$(python) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[$(CUDA),train,test]'
+	$(python) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[$(CUDA),compiled,train,preview,docs,test]'
 	touch $@
 
 demo: $(installed)
@@ -42,6 +43,9 @@ lint: $(installed)
 
 test: lint
 	$(python) -m pytest
+
+docs: $(installed)
+	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png

@@ -1,0 +1,112 @@
+"""Parts of the pages that are made while they are built, from the code and from results of benchmarks: Markdown."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from unittest import mock
+
+from dali_saliencymix import DETECTORS, PRESETS
+from dali_saliencymix.__main__ import main as package_main
+from dali_saliencymix.placement import Placement
+from dali_saliencymix.training.arguments import parse_arguments
+from pipelines import accelerate_training, dynamic_mode
+from pipelines.examples.__main__ import main as examples_main
+
+DETECTOR_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "detectors-cpu-2-cores.json"
+
+
+def parts() -> dict[str, str]:
+    """Return each part by the name that pages include it under."""
+    return {
+        "presets": presets(),
+        "detector_costs": detector_costs(),
+        "detector_peaks": detector_peaks(),
+        "detector_conditions": detector_conditions(),
+        "help_package": help_of("python -m dali_saliencymix", package_main),
+        "help_sample_data": help_of("python -m dali_saliencymix", package_main, "sample-data"),
+        "help_preview": help_of("python -m dali_saliencymix", package_main, "preview"),
+        "help_train": help_of("train.py", parse_arguments),
+        "help_examples": help_of("python -m pipelines.examples", examples_main),
+        "help_dynamic_mode": help_of("python -m pipelines.dynamic_mode", dynamic_mode.main),
+        "help_accelerate": help_of("python -m pipelines.accelerate_training", accelerate_training.main),
+    }
+
+
+def presets() -> str:
+    """Return the options of each preset as a table."""
+    rows = ([f"`{name}`", *(f"`{value}`" for value in placement)] for name, placement in PRESETS.items())
+    return table(["preset", *(f"`{field}`" for field in Placement._fields)], rows)
+
+
+def detector_costs() -> str:
+    """Return what each detector costs as a table."""
+    results = detector_results()
+    batch = results["conditions"]["batch_size"]
+    rows = []
+    for name in DETECTORS:
+        cost = results["milliseconds_per_batch"]["numpy"][name]
+        spread = f"{cost['median']:.0f} ({cost['min']:.0f} to {cost['max']:.0f})"
+        rows.append([f"`{name}`", spread, f"{cost['median'] / batch:.2f}"])
+    return table(["detector", f"ms for a batch of {batch}", "ms for an image"], rows)
+
+
+def detector_peaks() -> str:
+    """Return where the peaks of each detector lie as a table."""
+    results = detector_results()
+    other = results["agreement_with_fine_grained"]
+    kinds = ("border_ring", "central_quarter")
+    columns = ["detector", "in the border ring", "in the central quarter", "within 1/8 of those of `fine_grained`"]
+    rows = []
+    for name in DETECTORS:
+        shares = [results["share_of_peaks"][name][kind] for kind in kinds]
+        rows.append([f"`{name}`", *map(percent, shares), percent(other[name]["within_an_eighth"])])
+    chance = [results["share_of_peaks"]["uniform"][kind] for kind in kinds]
+    by_chance = percent(other["peaks_of_other_images"]["within_an_eighth"])
+    rows.append(["*peaks anywhere, or of another image*", *map(percent, chance), by_chance])
+    return table(columns, rows)
+
+
+def detector_conditions() -> str:
+    """Return the conditions that the detectors were measured under as a sentence."""
+    conditions = detector_results()["conditions"]
+    versions = conditions["versions"]
+    return (
+        f"{conditions['device']}; batches of {conditions['batch_size']} images of {conditions['size']}x"
+        f"{conditions['size']}, median (least to largest) of {conditions['rounds']} rounds; peaks of "
+        f"{conditions['images']} photographs; NumPy {versions['numpy']}. `{conditions['command']}`"
+    )
+
+
+def detector_results() -> dict:
+    """Return the results of ``benchmarks/bench_detectors.py``."""
+    return json.loads(DETECTOR_RESULTS.read_text())
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 as per cent."""
+    return f"{100 * share:.1f} %"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def help_of(program: str, main: Callable[[list[str]], object], *command: str) -> str:
+    """Return what a program prints for ``--help``, as a block of text."""
+    text = io.StringIO()
+    plain = {"COLUMNS": "100", "NO_COLOR": "1"}
+    with (
+        contextlib.redirect_stdout(text),
+        contextlib.suppress(SystemExit),
+        mock.patch.object(sys, "argv", [program]),
+        mock.patch.dict(os.environ, plain),
+    ):
+        main([*command, "--help"])
+    return f"```text\n{text.getvalue()}```"

@@ -1,0 +1,237 @@
+"""The documentation: it builds without a warning, names everything that is public, and its code runs.
+
+Blocks that begin with three backticks and ``python`` are run, those of a page one after the other in one scope; those
+that begin with ``{code-block} python`` need what is not here and are compiled only, as is what a diff leads to.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dali_saliencymix
+import pipelines
+from dali_saliencymix import _bridge, core, fn, mixing, placement, preview, pytorch
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.sample_data import make_sample_data
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+BLOCK = re.compile(r"^```(\{code-block\} )?(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROGRAMS = {"main"}  # of modules that are programs: on the page of the command line
+
+
+def blocks(page):
+    """All code of a page: (kind, source) with the kinds run, compiled and diff."""
+    for compiled_only, language, source in BLOCK.findall(page.read_text()):
+        if language == "diff":
+            kept = (line for line in source.splitlines() if not line.startswith("-"))
+            yield "diff", "\n".join(line[1:] for line in kept)
+        else:
+            yield "compiled" if compiled_only else "run", source
+
+
+def pages_with(*kinds):
+    return [page for page in PAGES if any(kind in kinds for kind, _ in blocks(page))]
+
+
+def page_id(page):
+    return str(page.relative_to(DOCS))
+
+
+def public_names():
+    """Return the full names of all that is public."""
+    modules = [importlib.import_module(f"pipelines.{name}") for _, name, _ in pkgutil.iter_modules(pipelines.__path__)]
+    examples = importlib.import_module("pipelines.examples")
+    found = pkgutil.iter_modules(examples.__path__, "pipelines.examples.")
+    modules += [importlib.import_module(name) for _, name, _ in found if not name.endswith("__main__")]
+    for module in (dali_saliencymix, fn, pytorch):
+        yield from (f"{module.__name__}.{name}" for name in module.__all__)
+    for module in (preview, *modules):
+        for name, value in vars(module).items():
+            own = getattr(value, "__module__", None) == module.__name__
+            if own and callable(value) and not name.startswith("_") and name not in PROGRAMS and inspect.getdoc(value):
+                yield f"{module.__name__}.{name}"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Build the site; return the finished process and the folder."""
+    for name in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(name, reason=f"the documentation needs {name}, which is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return SimpleNamespace(process=process, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def site(built):
+    assert built.process.returncode == 0, built.process.stderr
+    return built.folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return a folder with what the pages speak of: ``data`` and, of 32x32 pixels, ``cifar``."""
+    root = tmp_path_factory.mktemp("reader")
+    make_sample_data(root / "data", train=2, val=1)
+    for file in list_image_folder(root / "data" / "train").files:
+        small = root / "cifar" / Path(file).relative_to(root / "data")
+        small.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).resize((32, 32)).save(small)
+    return root
+
+
+def test_the_site_builds_without_a_warning(built):
+    assert (built.process.returncode, built.process.stderr) == (0, "")
+
+
+def test_every_public_name_has_an_entry(site):
+    inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)
+    lines = zlib.decompress(inventory[4]).decode().splitlines()
+    entries = {line.split()[0] for line in lines if line.split()[1].startswith("py:")}
+    names = set(public_names())
+    assert {"dali_saliencymix.fn.mix", "pipelines.cifar.cifar_training_pipeline"} <= names
+    assert sorted(names - entries) == []
+
+
+def test_parameters_are_rendered_as_a_list(site):
+    page = (site / "api" / "package.html").read_text()
+    entry = page[page.index('id="dali_saliencymix.saliencymix"') : page.index('id="dali_saliencymix.cutmix"')]
+    for name in inspect.signature(core.saliencymix).parameters:
+        assert f"<li><p><strong>{name}</strong>" in entry
+    assert "-------" not in entry
+
+
+class Anchors(HTMLParser):
+    """Collects what a page links to, and the names of its places."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.targets, self.places = [], {""}
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.places |= {attributes["id"]} if "id" in attributes else set()
+        # What a link stands for in the head (the next page, the search) is the theme's affair.
+        if tag in ("a", "img"):
+            self.targets += [attributes[name] for name in ("href", "src") if name in attributes]
+
+
+def test_links_and_images_lead_somewhere(site):
+    pages = {path.resolve(): Anchors(path) for path in site.rglob("*.html")}
+    broken, seen = [], 0
+    for path, page in pages.items():
+        for target in page.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                continue
+            seen += 1
+            file = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not file.is_file() or (file in pages and unquote(parts.fragment) not in pages[file].places):
+                broken.append(f"{path.relative_to(site.resolve())}: {target}")
+    assert seen > 500
+    assert broken == []
+
+
+def test_references_in_the_guides_are_links(site):
+    # An unknown name in {py:obj} is no warning: it stays plain text.
+    for page in PAGES:
+        html = (site / page.relative_to(DOCS).with_suffix(".html")).read_text()
+        for name in re.findall(r"\{py:obj\}`([\w.]+)`", page.read_text()):
+            assert re.search(rf'<a class="reference internal" href="[^"]*" title="{re.escape(name)}">', html), name
+
+
+@pytest.mark.parametrize("page", pages_with("run", "compiled", "diff"), ids=page_id)
+def test_code_compiles(page):
+    for number, (_, source) in enumerate(blocks(page)):
+        ast.parse(source, f"{page.name}, block {number}")
+
+
+@pytest.mark.parametrize("page", pages_with("run", "compiled"), ids=page_id)
+def test_code_is_formatted(page, tmp_path):
+    pytest.importorskip("ruff", reason="ruff is not installed")
+    for number, (kind, source) in enumerate(blocks(page)):
+        if kind != "diff":
+            (tmp_path / f"block{number}.py").write_text(source)
+    config = str(DOCS.parent / "pyproject.toml")
+    command = [sys.executable, "-m", "ruff", "format", "--no-cache", "--diff", "--config", config, str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout
+
+
+# In processes of their own: workers are forked, and may hang in one where PyTorch has computed before.
+@pytest.mark.parametrize("workers", [False, True], ids=["one process", "with workers"])
+def test_code_runs(workers, data):
+    pages = {}
+    for page in pages_with("run"):
+        code = "\n".join(source for kind, source in blocks(page) if kind == "run")
+        if ("num_workers" in code) is workers:
+            pages[page_id(page)] = code
+    assert pages
+    runner = f"for page, code in {pages!r}.items(): exec(compile(code, page, 'exec'), {{'__name__': page}})"
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    process = subprocess.run(
+        [sys.executable, "-c", runner],
+        cwd=data,
+        env=environment,
+        timeout=200,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_all_guides_have_code_that_runs():
+    guides = {f"guides/{name}.md" for name in ("dali", "mixupwrapper", "timm", "padding")}
+    assert guides <= {page_id(page) for page in pages_with("run")}
+
+
+def real_errors(monkeypatch):
+    """Return the texts of the mistakes that the guide for DALI speaks of."""
+    images = np.zeros((8, 16, 16, 3), np.uint8)
+    index, lam = np.arange(8), np.full(8, 0.5)
+    shapes = [np.zeros((height, 100, 3), np.uint8) for height in range(96, 104)]
+    monkeypatch.setattr(fn.importlib.util, "find_spec", lambda name: None)
+    mistakes = [
+        lambda: core.saliencymix(images.astype(np.float32), index, lam),
+        lambda: core.saliencymix(np.moveaxis(images, 3, 1), index, lam),
+        lambda: _bridge.as_batch(shapes),
+        lambda: mixing.soft_labels(index, index, lam, num_classes=4),
+        lambda: placement.checked_maps(lambda images: images, images),
+        lambda: placement.resolve_placement("default", {"saliency": "fine_grained"}, peaks_given=True),
+        lambda: fn._placed("gpu"),
+    ]
+    for mistake in mistakes:
+        with pytest.raises((TypeError, ValueError, ImportError)) as error:
+            mistake()
+        yield str(error.value)
+
+
+def test_the_errors_of_the_guide_are_those_that_are_raised(monkeypatch):
+    page = (DOCS / "guides" / "dali.md").read_text()
+    table = page[page.index("## What the errors mean") : page.index("## Examples that run")]
+    shown = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    errors = list(real_errors(monkeypatch))
+    assert len(shown) == len(errors)
+    for text in shown:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(text).replace(r"\.\.\.", ".*"))
+        assert any(re.search(pattern, error) for error in errors), text
