@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dali_saliencymix import PRESETS
 from dali_saliencymix.sample_data import make_sample_data
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,21 @@ def test_the_line_in_a_dali_job_runs(tmp_path):
     images, targets = (np.array(output.as_tensor()) for output in pipeline.run())
     assert images.shape == (4, 3, 224, 224)
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+
+
+def test_the_snippet_on_tensors_runs():
+    names: dict = {}
+    exec(snippet("collate_fn"), names)
+    assert names["mixed"].shape == (32, 3, 224, 224)
+    for images, targets in (next(iter(names["loader"])), (names["mixed"][:8], names["targets"][:8])):
+        assert images.shape == (8, 3, 224, 224)
+        np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+
+
+def test_the_presets_are_those_of_the_code():
+    for name, placement in PRESETS.items():
+        cells = " | ".join(f'`"{value}"`' if isinstance(value, str) else f"`{value}`" for value in placement)
+        assert f'| `"{name}"` | {cells} |' in README
 
 
 def test_the_options_that_it_names_exist():
