@@ -10,7 +10,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dali_saliencymix import boxes_at, kept_fraction, saliency_peaks
+from dali_saliencymix import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
 
 SIZES = [(1, 1), (1, 6), (5, 5), (8, 8), (37, 23), (18, 61)]
 
@@ -27,11 +27,12 @@ def maps_with_ties(draw):
     return np.array(cells, np.float32).reshape(shape), *draw(sizes)
 
 
-@given(maps_with_ties())
-def test_peaks_equal_the_oracle(put, fetch, case):
+@pytest.mark.parametrize("least", [False, True])
+@given(case=maps_with_ties())
+def test_peaks_equal_the_oracle(put, fetch, case, least):
     saliency_map, height, width = case
-    peaks = fetch(saliency_peaks(put(saliency_map[None]), height, width))
-    assert peaks.tolist() == [list(reference.peak(saliency_map, height, width))]
+    peaks = fetch(saliency_peaks(put(saliency_map[None]), height, width, least=least))
+    assert peaks.tolist() == [list(reference.peak(saliency_map, height, width, least))]
 
 
 @pytest.mark.parametrize("map_size", SIZES)
@@ -218,3 +219,46 @@ def test_points_and_weights_that_cannot_be_are_refused(peaks, lam, message):
 def test_boxes_outside_the_image_are_refused(box):
     with pytest.raises(ValueError, match=r"boxes\[:, 1?::2\] must be in \[0, [86]\], the edges of the image's"):
         kept_fraction(np.array([box]), 8, 6)
+
+
+@given(size=sizes, lam=lams, where=st.tuples(*[st.floats(0, 1)] * 4))
+def test_a_moved_box_keeps_its_size_and_is_as_near_to_its_new_centre_as_the_image_allows(put, fetch, size, lam, where):
+    first, second = (reference.pixel_at(where[i : i + 2], *size) for i in (0, 2))
+    box = reference.box_at(first, lam, *size, "fit")
+    (moved,) = fetch(boxes_moved_to(put(np.array([box])), put(np.array([second])), *size)).tolist()
+    for axis in (0, 1):
+        side = box[axis + 2] - box[axis]
+        assert (moved[axis], moved[axis + 2]) == reference.moved_inside(second[axis] - side // 2, side, size[axis])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_points_are_the_pixels_at_fractions_and_all_come_as_often(size, dtype, put, fetch):
+    steps = np.linspace(0, 1, 1009, dtype=dtype)
+    fractions = np.stack([steps, steps[::-1]], axis=1)
+    points = fetch(points_at(put(fractions), *size))
+    assert points.dtype == np.int32
+    assert points.tolist() == [list(reference.pixel_at(fraction, *size)) for fraction in fractions]
+    for axis in (0, 1):
+        counts = np.bincount(points[:, axis], minlength=size[axis])
+        assert counts.max() - counts.min() <= 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: points_at(np.array([[0.5, 1.5]]), 8, 6), r"fractions must be in \[0, 1\], got 1.5 at \[0, 1\]"),
+        (lambda: points_at(np.array([[0.5]]), 8, 6), r"fractions must have shape \(1, 2\)"),
+        (
+            lambda: boxes_moved_to(np.array([[0, 0, 4, 4]]), np.array([[8, 0]]), 8, 6),
+            r"centres\[:, 0\] must be in \[0, 8\), the rows of the image, got 8 at \[0\]",
+        ),
+        (
+            lambda: boxes_moved_to(np.array([[0, 0, 9, 4]]), np.array([[0, 0]]), 8, 6),
+            r"boxes\[:, ::2\] must be in \[0, 8\]",
+        ),
+    ],
+)
+def test_points_and_boxes_outside_the_image_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -219,14 +219,17 @@ def test_the_most_salient_pixel_is_pasted_and_with_peaks_given_no_detector_is_as
         assert (v0 <= y < v1 and u0 <= x < u1) or v0 == v1
 
 
-@pytest.mark.parametrize("saliency", ["spectral_residual", "fine_grained"])
-@pytest.mark.parametrize("box", ["fit", "clip"])
-def test_a_permuted_batch_gives_the_permuted_result(saliency, box, put, fetch):
-    images, source_index, lam = random_batch((5, 37, 23, 3))
-    order = np.array([2, 4, 0, 1, 3])
-    permuted = (images[order], np.argsort(order)[source_index[order]], lam[order])
-    mixed = saliencymix(*map(put, (images, source_index, lam)), saliency=saliency, box=box)
-    check(saliencymix(*map(put, permuted), saliency=saliency, box=box), [fetch(a)[order] for a in mixed], fetch)
+@settings(max_examples=100)
+@given(cases(), st.permutations(range(5)), st.sampled_from(["spectral_residual", "fine_grained", "image_signature"]))
+def test_a_permuted_batch_gives_the_permuted_result(put, fetch, case, order, saliency):
+    images, source_index, lam, _, point, options = case
+    options |= {"per_batch": False, "saliency": saliency}
+    order = np.array([i for i in order if i < len(images)])
+    mode = np.arange(len(images)) % 3
+    whole = (images, source_index, lam, mode, point)
+    permuted = (images[order], np.argsort(order)[source_index[order]], lam[order], mode[order], point[order])
+    mixed = mix(*map(put, whole), **options)
+    check(mix(*map(put, permuted), **options), [fetch(array)[order] for array in mixed], fetch)
 
 
 @pytest.mark.parametrize("saliency", ["spectral_residual", "fine_grained"])

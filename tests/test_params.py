@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dali_saliencymix import draw_params
+from dali_saliencymix import MODES, draw_mix_params, draw_params
 
 COUNT = 40_000
 
@@ -94,3 +94,75 @@ def test_prob_must_be_a_number_in_0_to_1(prob):
 def test_options_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         draw_params(rng(), 4, 1.0)
+
+
+POLICY = {"saliencymix": 2.0, "mixup": 1.0, "cutmix": 1.0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 256])
+@pytest.mark.parametrize("choose", ["sample", "batch"])
+def test_mix_params_are_the_arguments_of_mix(batch_size, choose):
+    source_index, lam, mode, point = draw_mix_params(rng(), batch_size, modes=POLICY, choose=choose)
+    assert sorted(source_index.tolist()) == list(range(batch_size))
+    assert (lam.shape, lam.dtype) == ((batch_size,), np.float32)
+    assert mode.shape == (batch_size,)
+    assert set(mode) <= {0, 1, 2}
+    assert choose == "sample" or len(set(mode)) == 1
+    assert point.shape == (batch_size, 2)
+    assert ((point >= 0) & (point < 1)).all()
+
+
+@pytest.mark.parametrize("choose", ["sample", "batch"])
+def test_modes_come_as_often_as_their_weights_say(choose):
+    generator, size = rng(3), 4000 if choose == "sample" else 1
+    draws = [draw_mix_params(generator, size, modes=POLICY, choose=choose) for _ in range(4000 // size)]
+    mode = np.concatenate([params.mode for params in draws])
+    for name, share in (("saliencymix", 0.5), ("mixup", 0.25), ("cutmix", 0.25)):
+        # Four standard errors of a share in 4000 draws.
+        expected = pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+        assert (mode == MODES.index(name)).mean() == expected
+
+
+def test_each_mode_has_its_own_alpha_and_prob_leaves_some_unmixed():
+    alpha = {"saliencymix": 100.0, "mixup": 0.01, "cutmix": 1.0}
+    _, lam, mode, _ = draw_mix_params(rng(4), COUNT, modes=POLICY, alpha=alpha, prob=0.75)
+    # Four standard errors; Beta(0.01, 0.01) itself gives 1 as often as not.
+    assert (lam == 1)[mode == 0].mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / (COUNT / 2)))
+    spread = [lam[(mode == MODES.index(name)) & (lam < 1)].std() for name in ("saliencymix", "cutmix")]
+    assert spread == pytest.approx([math.sqrt(0.25 / 201), math.sqrt(1 / 12)], rel=0.05)
+    assert ((lam < 0.01) | (lam > 0.99))[mode == MODES.index("mixup")].mean() > 0.9
+
+
+def test_points_are_uniform_and_their_axes_independent():
+    point = draw_mix_params(rng(5), COUNT, modes=POLICY).point
+    counts, _, _ = np.histogram2d(*point.T, bins=4, range=[[0, 1], [0, 1]])
+    # Five standard errors of a count in one of 16 cells.
+    assert np.abs(counts - COUNT / 16).max() < 5 * math.sqrt(COUNT * 15 / 256)
+
+
+def test_equal_seeds_repeat_a_policy_and_others_differ():
+    first, again, other = (draw_mix_params(rng(seed), 64, modes=POLICY, prob=0.7) for seed in (1, 1, 2))
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modes": {}}, "modes must map names of saliencymix, cutmix, mixup to weights, got {}"),
+        ({"modes": ["mixup"]}, r"modes must map names .* got \['mixup'\]"),
+        ({"modes": {"puzzle": 1}}, "modes must be one of saliencymix, cutmix, mixup, got 'puzzle'"),
+        ({"modes": {"mixup": -1}}, r"modes\['mixup'\] must be a positive number, got -1"),
+        ({"modes": {"mixup": math.nan}}, r"modes\['mixup'\] must be a positive number, got nan"),
+        ({"alpha": {"mixup": 1}}, "alpha must be one number, or one for each of saliencymix, mixup, cutmix, got"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"prob": 1.1}, r"prob must be in \[0, 1\], got 1.1"),
+        ({"choose": "pair"}, "choose must be one of sample, batch, got 'pair'"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_wrong_policies_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        draw_mix_params(**{"rng": rng(), "batch_size": 4, "modes": POLICY, **options})
