@@ -34,6 +34,18 @@ def is_host(xp: Namespace) -> bool:
     return xp is np
 
 
+def fft_module(xp: Namespace) -> Any:
+    """Return the module with the FFT functions for arrays of `xp`, which keep float32 in single precision.
+
+    In host memory it is SciPy's, which on batches of small images is several times as fast as NumPy's.
+    """
+    if is_host(xp):
+        from scipy import fft
+
+        return fft
+    return xp.fft
+
+
 @functools.lru_cache(maxsize=256)
 def _constant(xp: Namespace, device: int, build: Callable[..., Any], args: tuple[Any, ...]) -> Array:
     del device  # only part of the key

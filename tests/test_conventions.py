@@ -27,7 +27,7 @@ LAYERS = [
     {"core"},
 ]
 # What is imported only where it is asked for.
-FRAMEWORKS = {PACKAGE / "saliency" / "compiled.py": {"numba"}}
+FRAMEWORKS = {PACKAGE / "_array.py": {"scipy"}, PACKAGE / "saliency" / "compiled.py": {"numba", "scipy"}}
 ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "mixing", "placement", "core", "_bridge")]
 ON_THE_GPU_PATH += sorted(PACKAGE.glob("saliency/*.py"))
 
@@ -89,13 +89,24 @@ def test_importing_the_package_imports_numpy_and_nothing_else():
 
 def test_every_attribute_of_xp_exists_in_numpy():
     attributes = {name for name in namespace_attributes() if name.partition(".")[0] != "cuda"}
-    assert {"fft.rfft2", "where", "concatenate"} <= attributes
+    assert {"lib.stride_tricks.as_strided", "where", "concatenate"} <= attributes
     assert [name for name in sorted(attributes) if not has(np, name)] == []
 
 
 def test_every_attribute_of_xp_exists_in_cupy():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     assert [name for name in sorted(namespace_attributes()) if not has(cupy, name)] == []
+
+
+def test_the_fft_functions_that_are_used_exist_in_all_libraries():
+    used = set()
+    for path in MODULES:
+        chains = (dotted(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
+        used |= {chain.removeprefix("fft.") for chain in chains if chain and chain.startswith("fft.")}
+    assert {"rfft2", "ifft2"} <= used
+    for library in ("scipy.fft", "cupy.fft"):
+        module = pytest.importorskip(library)
+        assert [name for name in used if not has(module, name)] == []
 
 
 @each_module

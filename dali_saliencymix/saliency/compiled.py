@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from scipy import fft
 
 from dali_saliencymix._array import Array
 from dali_saliencymix.saliency.contrast import SURROUNDS
 from dali_saliencymix.saliency.grey import BLUE, GREEN, RED, SHIFT
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
+from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
 
 _kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+_MEAN, _GAUSSIAN = (np.array(weights, np.float32) for weights in (MEAN, GAUSSIAN))
 
 _MARGIN = max(SURROUNDS)
 _LARGEST_SUM = len(SURROUNDS) * 255
@@ -67,6 +71,158 @@ def _luma_of_row(row, grey):  # type: ignore[no-untyped-def]
 @_kernel
 def _luma(red, green, blue):  # type: ignore[no-untyped-def]
     return (RED * np.int32(red) + GREEN * np.int32(green) + BLUE * np.int32(blue) + (1 << (SHIFT - 1))) >> SHIFT
+
+
+def spectral_residual(images: Array, size: tuple[int, int]) -> Array:
+    """Return what `dali_saliencymix.saliency.spectral.spectral_residual` returns.
+
+    Transforms, logarithms and exponentials are left to NumPy, which is faster at them than a compiled loop.
+    """
+    grey = small_luma(images, *size)
+    spectrum = fft.rfft2(grey)
+    amplitude = np.abs(spectrum)
+    residual, whitened = np.empty(grey.shape, np.float32), np.empty(grey.shape, np.complex64)
+    _residual(np.log1p(amplitude), _MEAN, residual)
+    _whiten(spectrum, amplitude, np.exp(residual, out=residual), whitened)
+    saliency_map = np.abs(fft.ifft2(whitened))
+    _smooth_and_square(saliency_map, _GAUSSIAN, grey)
+    return saliency_map
+
+
+@_kernel
+def _residual(log_amplitude, weights, residual):  # type: ignore[no-untyped-def]
+    """From the half of a spectrum that is stored to the whole residual."""
+    count, height, stored = log_amplitude.shape
+    width = residual.shape[2]
+    whole = np.empty((height, width), np.float32)
+    mean = np.empty((height, width), np.float32)
+    padded = np.empty(width + 2, np.float32)
+    for i in range(count):
+        for y in range(height):
+            whole[y, :stored] = log_amplitude[i, y]
+            for x in range(stored, width):
+                whole[y, x] = log_amplitude[i, -y % height, width - x]
+        _filter(whole, weights, padded, mean)
+        for y in range(height):
+            for x in range(width):
+                residual[i, y, x] = whole[y, x] - mean[y, x]
+
+
+@_kernel
+def _whiten(spectrum, amplitude, factor, whitened):  # type: ignore[no-untyped-def]
+    """Phase times factor; the bins that are not stored are those of the mirror image, conjugate."""
+    count, height, stored = spectrum.shape
+    width = factor.shape[2]
+    phase = np.empty((height, stored), np.complex64)
+    for i in range(count):
+        for y in range(height):
+            for x in range(stored):
+                level = amplitude[i, y, x]
+                inverse = np.float32(1) / (np.float32(1) if level == 0 else level)
+                value = spectrum[i, y, x]
+                phase[y, x] = complex(np.float32(value.real * inverse), np.float32(value.imag * inverse))
+                if level == 0:
+                    phase[y, x] = 1
+        for y in range(height):
+            for x in range(stored):
+                value = phase[y, x]
+                whitened[i, y, x] = complex(value.real * factor[i, y, x], value.imag * factor[i, y, x])
+            for x in range(stored, width):
+                value = phase[-y % height, width - x]
+                whitened[i, y, x] = complex(value.real * factor[i, y, x], -value.imag * factor[i, y, x])
+
+
+@_kernel
+def _smooth_and_square(maps, weights, grey):  # type: ignore[no-untyped-def]
+    """Filter in place, square, and bring each map to a maximum of 1; where `grey` has one level only, to 0."""
+    count, height, width = maps.shape
+    smooth = np.empty((height, width), np.float32)
+    padded = np.empty(width + 2 * (weights.size - 1), np.float32)
+    tops = np.empty(width, np.float32)  # of the columns: side by side they use the vector units
+    for i in range(count):
+        if _has_one_level(grey[i]):
+            maps[i] = 0
+            continue
+        _filter(maps[i], weights, padded, smooth)
+        tops[:] = 0
+        for y in range(height):
+            _raise_to(smooth[y], tops)
+        top = np.float32(0)
+        for x in range(width):
+            top = max(top, tops[x])
+        top *= top
+        if top == 0:
+            top = np.float32(1)
+        for y in range(height):
+            _square_and_divide(smooth[y], top, maps[i, y])
+
+
+@_kernel
+def _has_one_level(grey):  # type: ignore[no-untyped-def]
+    height, width = grey.shape
+    for y in range(height):
+        for x in range(width):
+            if grey[y, x] != grey[0, 0]:
+                return False
+    return True
+
+
+@_kernel
+def _raise_to(row, tops):  # type: ignore[no-untyped-def]
+    for x in range(tops.size):
+        tops[x] = max(tops[x], row[x])
+
+
+@_kernel
+def _square_and_divide(row, top, result):  # type: ignore[no-untyped-def]
+    for x in range(result.size):
+        result[x] = row[x] * row[x] / top
+
+
+@_kernel
+def _filter(image, weights, padded, filtered):  # type: ignore[no-untyped-def]
+    """Filter by symmetric weights along columns, then along rows, mirrored at the border."""
+    height, width = image.shape
+    reach = weights.size - 1
+    for y in range(height):
+        _scale(image[y], weights[0], padded[reach : reach + width])
+        for i in range(1, reach + 1):
+            _add_pair(
+                image[_mirrored(y - i, height)],
+                image[_mirrored(y + i, height)],
+                weights[i],
+                padded[reach : reach + width],
+            )
+        for i in range(1, reach + 1):
+            padded[reach - i] = padded[reach + _mirrored(-i, width)]
+            padded[reach + width - 1 + i] = padded[reach + _mirrored(width - 1 + i, width)]
+        _scale(padded[reach : reach + width], weights[0], filtered[y])
+        for i in range(1, reach + 1):
+            _add_pair(
+                padded[reach - i : reach - i + width], padded[reach + i : reach + i + width], weights[i], filtered[y]
+            )
+
+
+@_kernel
+def _scale(row, weight, scaled):  # type: ignore[no-untyped-def]
+    for x in range(scaled.size):
+        scaled[x] = row[x] * weight
+
+
+@_kernel
+def _add_pair(first, second, weight, total):  # type: ignore[no-untyped-def]
+    for x in range(total.size):
+        total[x] += (first[x] + second[x]) * weight
+
+
+@_kernel
+def _mirrored(index, size):  # type: ignore[no-untyped-def]
+    """Index that stands in for one outside of [0, size), mirrored at the centre of the border pixel."""
+    if size == 1:
+        return 0
+    period = 2 * (size - 1)
+    index = abs(index) % period
+    return min(index, period - index)
 
 
 def fine_grained(images: Array) -> Array:

@@ -22,6 +22,29 @@ def filtered(maps: Array, matrix: Callable[[int], np.ndarray]) -> Array:
     return constant(xp, matrix, height) @ maps @ constant(xp, matrix, width).T
 
 
+def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
+    """Filter (N, h, w) float32 `maps` along columns and rows by symmetric weights: of the centre, then outwards.
+
+    In a fixed order of sums and products, which the kernels repeat. On a CPU this costs no more than two products of
+    matrices do for five weights or fewer.
+    """
+    xp = array_namespace(maps)
+    for axis in (1, 2):
+        reach = len(weights) - 1
+        size = maps.shape[axis]
+        padded = xp.take(maps, constant(xp, _with_margin, size, reach), axis=axis)
+        shifted = [padded[:, i : i + size] if axis == 1 else padded[:, :, i : i + size] for i in range(2 * reach + 1)]
+        maps = shifted[reach] * xp.float32(weights[0])
+        for i in range(1, reach + 1):
+            maps += (shifted[reach - i] + shifted[reach + i]) * xp.float32(weights[i])
+    return maps
+
+
+def _with_margin(size: int, reach: int) -> np.ndarray:
+    """Index of each pixel with `reach` more at either end, mirrored, (size + 2 * reach,)."""
+    return np.pad(np.arange(size), reach, mode="reflect")
+
+
 def filter_matrix(size: int, weights: np.ndarray) -> np.ndarray:
     """Return the (size, size) float32 matrix that applies an odd number of `weights`."""
     matrix = np.zeros((size, size))
@@ -34,5 +57,10 @@ def filter_matrix(size: int, weights: np.ndarray) -> np.ndarray:
 
 def gaussian_matrix(size: int, sigma: float, reach: int) -> np.ndarray:
     """Return the matrix that applies a Gaussian cut off at `reach` pixels."""
+    return filter_matrix(size, gaussian_weights(sigma, reach))
+
+
+def gaussian_weights(sigma: float, reach: int) -> np.ndarray:
+    """Return the weights of a Gaussian cut off at `reach` pixels, (2 * reach + 1,), which sum to 1."""
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
-    return filter_matrix(size, weights / weights.sum())
+    return weights / weights.sum()

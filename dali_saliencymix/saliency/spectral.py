@@ -6,15 +6,16 @@ a larger size would add cost and no detail.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dali_saliencymix._algorithms import uses_kernel
-from dali_saliencymix._array import Array, array_namespace, constant, is_host
+from dali_saliencymix._array import Array, array_namespace, constant, fft_module, is_host
 from dali_saliencymix._checks import check_images
 from dali_saliencymix._threads import in_chunks
-from dali_saliencymix.saliency.filters import filter_matrix, filtered, gaussian_matrix
+from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix, gaussian_weights
 from dali_saliencymix.saliency.grey import small_luma
 from dali_saliencymix.saliency.lab import lab, small_planes
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MAP_SIZE = 64
+# Filters of spectral_residual along one axis: weights of the centre and outwards.
+MEAN = (1 / 3, 1 / 3)
+GAUSSIAN = tuple(float(weight) for weight in gaussian_weights(8.0, 2)[2:])
+
 _CHUNK = 16  # maps of which all that is computed between two transforms fits a core's cache
 
 # Relative to the largest amplitude, that of the mean: less is taken for 0. Float32 FFTs leave up to 0.6 * 2**-23 in
@@ -82,20 +87,25 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     >>> saliency_map.shape
     (1, 64, 64)
     """
-    return _of_small_luma(_spectral_residual, images, algorithm)
+    xp = check_images(images)
+    if uses_kernel(algorithm, xp):
+        from dali_saliencymix.saliency import compiled
+
+        return in_chunks(functools.partial(compiled.spectral_residual, size=_map_size(images)), images, _CHUNK)
+    return _of_small_luma(_spectral_residual, images, "array")
 
 
 def _spectral_residual(grey: Array) -> Array:
     xp = array_namespace(grey)
-    spectrum = xp.fft.rfft2(grey)
+    fft = fft_module(xp)
+    spectrum = fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
     log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2])
-    factor = xp.exp(log_amplitude - filtered(log_amplitude, _mean_matrix))
+    factor = xp.exp(log_amplitude - filtered_narrowly(log_amplitude, MEAN))
     # The phase is spectrum / amplitude; an empty bin has phase 0 by convention.
-    empty = amplitude == 0
-    phase = _whole(xp.where(empty, xp.complex64(1), spectrum * _inverse(amplitude)), grey.shape[2])
-
-    saliency_map = filtered(xp.abs(xp.fft.ifft2(phase * factor)), _narrow_gaussian_matrix)
+    phase = xp.where(amplitude == 0, xp.complex64(1), spectrum * _inverse(amplitude))
+    modulus = xp.abs(fft.ifft2(_whole(phase, grey.shape[2]) * factor))
+    saliency_map = filtered_narrowly(modulus, GAUSSIAN)
     saliency_map *= saliency_map
     return _normalised(saliency_map, grey)
 
@@ -149,13 +159,14 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
 
 def _phase_spectrum(grey: Array) -> Array:
     xp = array_namespace(grey)
-    spectrum = xp.fft.rfft2(grey)
+    fft = fft_module(xp)
+    spectrum = fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
     empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
     phase = xp.where(empty, xp.complex64(0), spectrum * _inverse(amplitude))
     # The spectrum of a real image stays one: its half is enough.
-    power = xp.fft.irfft2(phase, s=grey.shape[1:]) ** 2
+    power = fft.irfft2(phase, s=grey.shape[1:]) ** 2
     saliency_map = filtered(power, _wide_gaussian_matrix)
     # Nothing but rounding is left where all that stands out lay in the outermost pixels.
     saliency_map *= saliency_map > power.max(axis=(1, 2), keepdims=True) * xp.float32(_NOTHING_INSIDE)
@@ -273,14 +284,6 @@ def _normalised(saliency_map: Array, grey: Array) -> Array:
     one_level = grey.max(axis=(1, 2), keepdims=True) == grey.min(axis=(1, 2), keepdims=True)
     top = saliency_map.max(axis=(1, 2), keepdims=True)
     return saliency_map / xp.where(top == 0, xp.float32(1), top) * ~one_level
-
-
-def _mean_matrix(size: int) -> np.ndarray:
-    return filter_matrix(size, np.full(3, 1 / 3))
-
-
-def _narrow_gaussian_matrix(size: int) -> np.ndarray:
-    return gaussian_matrix(size, 8.0, 2)
 
 
 def _wide_gaussian_matrix(size: int) -> np.ndarray:
