@@ -29,6 +29,7 @@ import torchvision
 from torch import nn
 
 from dali_saliencymix import fn as mix_fn
+from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.training import checkpoints, distributed, logs, metrics
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments
@@ -81,6 +82,8 @@ class Trainer:
         )
         self.epoch = 0
         self.best_top1 = -math.inf
+        # Every process watches its own loader; the main one's words are enough.
+        self.monitor = Monitor(say=functools.partial(logs.warn, enabled=processes.is_main))
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
@@ -163,7 +166,7 @@ class Trainer:
         watch = logs.Stopwatch()
         progress = logs.Progress(f"epoch {self.epoch + 1}/{args.epochs}", len(loader), enabled=self.processes.is_main)
         lr = args.lr
-        for step, (images, labels, source_labels, lam) in enumerate(watch.timed(loader)):
+        for step, (images, labels, source_labels, lam) in enumerate(self.monitor.watch(watch.timed(loader))):
             lr = self.set_learning_rate(self.epoch + step / len(loader))
             with self.autocast():
                 logits = network(images)

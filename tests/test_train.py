@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shutil
+import time
 
 import pytest
 import torch
 import torchvision
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
+import train
+from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import CLASSES
 from dali_saliencymix.training import metrics
@@ -184,6 +188,23 @@ def test_ways_to_mix_reach_the_batches(data_folder, tmp_path, train_here, seen, 
         assert (lam < 1).float().mean() > 0.8
         assert not (lam == lam[:, :1]).all(1).any()
     assert read_log(tmp_path / "run")[1]["train"]["images"] == TRAIN_IMAGES
+
+
+def test_a_loader_that_starves_the_training_is_named_once(data_folder, tmp_path, train_here, monkeypatch):
+    whole = Loader.__iter__
+
+    def slow(loader):
+        for batch in whole(loader):
+            time.sleep(1.0)  # against steps of some 50 ms
+            yield batch
+
+    monkeypatch.setattr(Loader, "__iter__", slow)
+    monkeypatch.setattr(train, "Monitor", functools.partial(Monitor, window=4, patience=2.0))
+    ended = train_here(data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run")
+    assert ended.status == 0
+    (warning,) = [line for line in ended.err.splitlines() if "warning" in line]
+    assert "the training waits for its data" in warning
+    assert "python -m dali_saliencymix bottleneck" in warning
 
 
 def test_options_reach_the_optimizer_and_the_learning_rate(data_folder):

@@ -146,6 +146,13 @@ def say(line: str, *, enabled: bool = True) -> None:
         sys.stdout.flush()
 
 
+def warn(line: str, *, enabled: bool = True) -> None:
+    """Write a line to stderr, above any progress bar."""
+    if enabled:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
 def duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

@@ -1,0 +1,47 @@
+"""The GPU route in CUDA: kernels in ``.cu`` files beside this one, which CuPy compiles when they are first used.
+
+Each function here has a twin among the array functions, takes what that takes, in CuPy arrays, and gives the same
+result; where it does not to the last bit, it says so. Nothing waits for the GPU, all work goes to CuPy's current
+stream, and no memory is taken but for results and what is named:
+
+=========================================  ===================================  ========  ==================
+function                                   twin                                 launches  scratch per image
+=========================================  ===================================  ========  ==================
+`small_luma`                               ``saliency.grey.small_luma``         1         none
+`spectral_residual` (64x64 maps)           ``spectral_residual``                1         none
+`spectral_residual_peaks` (64x64 maps)     that and ``saliency_peaks``          1         none
+`fine_grained`                             ``fine_grained``                     5         9 H W bytes
+`fine_grained_peaks`                       that and ``saliency_peaks``          5         9 H W bytes
+`saliency_peaks`                           ``saliency_peaks``                   1         none
+`boxes_at_peaks`                           ``boxes_at``, ``boxes_moved_to``     1         none
+                                           and ``kept_fraction``
+`paste_boxes`                              ``paste_boxes``                      1         none
+`paste_normalised`                         ``normalise.paste_normalised``       1         none
+=========================================  ===================================  ========  ==================
+
+The kernels are tried against their twins on a CPU, on which they run as C++. Their speed has not been measured.
+"""
+
+from __future__ import annotations
+
+from dali_saliencymix.cuda.boxes import boxes_at_peaks, saliency_peaks
+from dali_saliencymix.cuda.mixing import paste_boxes, paste_normalised
+from dali_saliencymix.cuda.saliency import (
+    fine_grained,
+    fine_grained_peaks,
+    small_luma,
+    spectral_residual,
+    spectral_residual_peaks,
+)
+
+__all__ = [
+    "boxes_at_peaks",
+    "fine_grained",
+    "fine_grained_peaks",
+    "paste_boxes",
+    "paste_normalised",
+    "saliency_peaks",
+    "small_luma",
+    "spectral_residual",
+    "spectral_residual_peaks",
+]

@@ -1,0 +1,128 @@
+"""Peaks and boxes: `dali_saliencymix.boxes` in CUDA.
+
+Maps are (N, h, w) float32, peaks (N, 2) int32 as (y, x), boxes (N, 4) int32 as (y0, x0, y1, x1), half-open: all CuPy
+arrays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dali_saliencymix._array import Array, Namespace, constant
+from dali_saliencymix._checks import check_array, check_choice, check_lam, check_points, check_source_index
+from dali_saliencymix.boxes import BOXES, _closeness_to_centre
+from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_step
+
+
+def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
+    """Return the most salient pixel of each image, or the least salient one: see `dali_saliencymix.saliency_peaks`.
+
+    Parameters
+    ----------
+    saliency_map : ndarray of shape (N, h, w), float32
+        Larger is more salient. A pixel that is NaN is not chosen while there is another.
+    height, width : int
+        Size of the images that the maps belong to.
+    least : bool
+        If true, look for the minimum.
+
+    Returns
+    -------
+    ndarray of shape (N, 2), int32
+        (y, x) in image pixels, the same as from the array function.
+
+    Raises
+    ------
+    TypeError
+        If the maps are not float32.
+    """
+    xp = check_array(saliency_map, "saliency_map")
+    if saliency_map.ndim != 3 or 0 in saliency_map.shape:
+        msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
+        raise ValueError(msg)
+    if saliency_map.dtype != np.float32:
+        msg = f"saliency_map must be float32 for the kernel, got {saliency_map.dtype}"
+        raise TypeError(msg)
+    count, map_height, map_width = saliency_map.shape
+    peaks = xp.empty((count, 2), xp.int32)
+    tables = cell_tables(xp, map_height, map_width, height, width)
+    sizes = map_height, map_width, height, width
+    arguments = (xp.ascontiguousarray(saliency_map), *tables, *sizes, int(least), peaks)
+    launch(xp, "peaks_and_boxes:saliency_peaks", count, 1024, *arguments)
+    return peaks
+
+
+def boxes_at_peaks(
+    peaks: Array,
+    source_index: Array,
+    lam: Array,
+    height: int,
+    width: int,
+    *,
+    box: str = "fit",
+    centres: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return the boxes of a mixed batch, where their pixels come from, and the share that is left of each receiver.
+
+    Parameters
+    ----------
+    peaks : ndarray of shape (N, 2), integer
+        The peak (y, x) of each image as a source.
+    source_index : ndarray of shape (N,), integer
+        Image `i` receives from image ``source_index[i]``. An index outside the batch counts around it.
+    lam : ndarray of shape (N,), floating
+        Share of each receiving image to keep, in [0, 1]. The box of any other value is empty or the whole image.
+    height, width : int
+        Size of the images.
+    box : {"fit", "clip"}
+        See `dali_saliencymix.boxes_at`.
+    centres : ndarray of shape (N, 2), integer, optional
+        Points (y, x) of the receivers around which the boxes go, moved inside; by default the source's place.
+
+    Returns
+    -------
+    boxes : ndarray of shape (N, 4), int32
+        In the receivers. An empty box is all 0.
+    source_boxes : ndarray of shape (N, 4), int32
+        In the sources, of the same sizes: `boxes` itself where there are no `centres`.
+    lam : ndarray of shape (N,), float32
+        1 - area / (H * W).
+
+    Notes
+    -----
+    The same bits as from ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then ``boxes_moved_to``, then
+    ``kept_fraction``.
+    """
+    check_choice(box, "box", BOXES)
+    xp = check_array(peaks, "peaks")
+    count = len(peaks)
+    check_points(peaks, "peaks", xp, count, height, width)
+    check_source_index(source_index, xp, count)
+    check_lam(lam, xp, count)
+    if centres is not None:
+        check_points(centres, "centres", xp, count, height, width)
+    boxes = xp.empty((count, 4), xp.int32)
+    source_boxes = None if centres is None else xp.empty((count, 4), xp.int32)
+    kept = xp.empty((count,), xp.float32)
+    if count:
+        if lam.dtype.name not in {"float32", "float64"}:
+            lam = lam.astype(xp.float32)
+        lam, step = with_step(lam, (lam.dtype.name,), lam.dtype.itemsize)
+        given = (int32_rows(peaks, xp), *index_with_step(source_index), lam, step, int32_rows(centres, xp))
+        asked = (count, height, width, int(box == "fit"))
+        kernel = f"peaks_and_boxes:boxes_at_peaks_{lam.dtype.name}"
+        launch(xp, kernel, blocks_for(count, 128), 128, *given, *asked, boxes, source_boxes, kept)
+    return boxes, boxes if source_boxes is None else source_boxes, kept
+
+
+def cell_tables(xp: Namespace, map_height: int, map_width: int, height: int, width: int) -> tuple[Array, Array]:
+    """Return the closeness of each cell of a map to the centre, and the cells by distance: what ``Cells`` needs."""
+    size = map_height, map_width, height, width
+    return constant(xp, _closeness_to_centre, *size), constant(xp, _cells_by_distance, *size)
+
+
+def _cells_by_distance(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
+    closeness = _closeness_to_centre(map_height, map_width, height, width).ravel()
+    cells = np.empty(closeness.size, np.int32)
+    cells[closeness.size - closeness] = np.arange(closeness.size)
+    return cells

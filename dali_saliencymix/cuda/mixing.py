@@ -1,0 +1,114 @@
+"""The pixels of a mixed batch: `dali_saliencymix.mixing` and `dali_saliencymix.normalise` in CUDA.
+
+Images are (N, H, W, C) CuPy arrays; a batch whose images lie apart is read where it is. Nothing is modified.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dali_saliencymix._array import Array, Namespace, constant, is_host
+from dali_saliencymix._checks import check_array, check_boxes, check_images, check_source_index
+from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_image_stride
+from dali_saliencymix.normalise import check_normalisation, scaling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_PASTE_THREADS, _PASTE_CHUNKS = 256, 4  # as in paste.cu
+
+
+def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None) -> Array:
+    """Return `images` with the pixels inside each box taken from the source: see `dali_saliencymix.paste_boxes`.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), any dtype
+        The receiving images, and the sources.
+    source_index : ndarray of shape (N,), integer
+        Image `i` receives from ``images[source_index[i]]``. An index outside the batch counts around it.
+    boxes, source_boxes : ndarray of shape (N, 4), integer
+        (y0, x0, y1, x1), where the pixels go and where they are taken from: by default from the same place, which is
+        the faster one.
+
+    Returns
+    -------
+    ndarray of shape (N, H, W, C)
+        A new array of the dtype of `images`: the same as from the array function.
+    """
+    xp = check_array(images, "images")
+    _check_boxes_of(images, source_index, boxes, source_boxes, xp)
+    mixed = xp.empty(images.shape, images.dtype)
+    if not mixed.size:
+        return mixed
+    images, stride = with_image_stride(images, xp)
+    count, height, width, channels = images.shape
+    pixel = channels * images.dtype.itemsize
+    # The widest accesses of which rows and images are multiples.
+    places = _address(images, xp) | _address(mixed, xp) | int(stride) | width * pixel
+    vector = next(size for size in (16, 4, 1) if places % size == 0)
+    blocks = blocks_for(height * width * pixel, vector * _PASTE_THREADS * _PASTE_CHUNKS)
+    batch = (images, count, height, width, pixel, stride)
+    patches = (*index_with_step(source_index), int32_rows(boxes, xp), int32_rows(source_boxes, xp))
+    launch(xp, f"paste:paste_{vector}", count * blocks, _PASTE_THREADS, *batch, *patches, blocks, mixed)
+    return mixed
+
+
+def paste_normalised(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    *,
+    source_boxes: Array | None = None,
+    mirror: Array | None = None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any = "float32",
+    layout: str = "CHW",
+) -> Array:
+    """Return mixed images, mirrored, normalised and in the layout of a network, in one pass over the pixels.
+
+    Parameters
+    ----------
+    images, source_index, boxes, source_boxes, mirror, mean, std, dtype, layout
+        As for `dali_saliencymix.normalise.paste_normalised`. An index outside the batch counts around it.
+
+    Returns
+    -------
+    ndarray of shape (N, C, H, W) or (N, H, W, C), float32 or float16
+        The same bits as from the array function.
+    """
+    xp = check_images(images)
+    _check_boxes_of(images, source_index, boxes, source_boxes, xp)
+    dtype = check_normalisation(images, mirror, mean, std, dtype, layout)
+    images, stride = with_image_stride(images, xp)
+    count, height, width, channels = images.shape
+    shape = (count, channels, height, width) if layout == "CHW" else images.shape
+    out = xp.empty(shape, dtype)
+    if mirror is not None:
+        mirror = xp.ascontiguousarray(mirror if mirror.dtype == np.bool_ else mirror != 0)
+    blocks = blocks_for(height * width * (1 if layout == "CHW" else channels), 256)
+    batch = (images, count, height, width, channels, stride)
+    patches = (*index_with_step(source_index), int32_rows(boxes, xp), int32_rows(source_boxes, xp))
+    constants = constant(xp, scaling, tuple(mean), tuple(std))
+    kernel = f"paste_normalised:paste_normalised_{dtype.name}_{layout}"
+    launch(xp, kernel, count * blocks, 256, *batch, *patches, mirror, constants, blocks, out)
+    return out
+
+
+def _check_boxes_of(
+    images: Array, source_index: Array, boxes: Array, source_boxes: Array | None, xp: Namespace
+) -> None:
+    if images.ndim != 4:
+        msg = f"images must have shape (N, H, W, C), got {images.shape}"
+        raise ValueError(msg)
+    check_source_index(source_index, xp, len(images))
+    check_boxes(boxes, "boxes", xp, *images.shape[:3])
+    if source_boxes is not None:
+        check_boxes(source_boxes, "source_boxes", xp, *images.shape[:3])
+
+
+def _address(array: Array, xp: Namespace) -> int:
+    return array.ctypes.data if is_host(xp) else array.data.ptr

@@ -1,0 +1,56 @@
+// Maxima over a block, and the peak of a map by the tie rule of boxes.py. Blocks are one-dimensional, of whole warps.
+
+constexpr int WARP = 32;
+constexpr int MAX_WARPS = 32;  // of a block, by the hardware's limit of 1024 threads
+
+template <class Value>
+__device__ inline Value larger(Value a, Value b) {
+    return a < b ? b : a;
+}
+
+// Return the maximum of `value` over the block, to every thread. `slots` is shared memory, one entry for each warp,
+// that nobody has used since the last barrier.
+template <class Value>
+__device__ inline Value block_maximum(Value value, Value* slots) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value = larger(value, (Value)__shfl_xor_sync(0xffffffffu, value, distance));
+    }
+    if (threadIdx.x % WARP == 0) {
+        slots[threadIdx.x / WARP] = value;
+    }
+    __syncthreads();
+    value = slots[0];
+    for (int warp = 1; warp < (int)blockDim.x / WARP; ++warp) {
+        value = larger(value, slots[warp]);
+    }
+    return value;
+}
+
+// A cell of a map as one number: the larger number is the better peak. The value stands in the upper half, how close
+// the cell is to the centre in the lower half, which decides between equal values. No two cells are equally close.
+typedef unsigned long long Key;
+
+__device__ inline Key peak_key(float value, int closeness, bool least) {
+    const float lowest = -__int_as_float(0x7f800000);
+    value = isnan(value) ? lowest : least ? -value : value;
+    value += 0.0f;  // -0 and 0 are equal
+    unsigned bits = __float_as_uint(value);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // now in the order of the floats
+    return (Key)bits << 32 | (unsigned)closeness;
+}
+
+// The cells of a map and the image that it belongs to.
+struct Cells {
+    const int* closeness;  // (map_height, map_width): the cell nearest to the centre has the largest number, all differ
+    const int* nearest;    // (map_height * map_width,): the cells by distance to the centre, the inverse of `closeness`
+    int map_height, map_width;
+    int height, width;  // of the image
+};
+
+// Write the centre (y, x), in pixels of the image, of the cell that `key` stands for.
+__device__ inline void write_peak(Key key, Cells cells, int* peak) {
+    const int cell = cells.nearest[cells.map_height * cells.map_width - (int)(unsigned)key];
+    const long long y = cell / cells.map_width, x = cell % cells.map_width;
+    peak[0] = (int)((2 * y + 1) * cells.height / (2 * cells.map_height));
+    peak[1] = (int)((2 * x + 1) * cells.width / (2 * cells.map_width));
+}

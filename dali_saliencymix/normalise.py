@@ -1,0 +1,109 @@
+"""Mixing together with what stands behind it in a training pipeline: mirror, normalise, change the layout.
+
+Images are (N, H, W, C) uint8, what comes out is float32 or float16 as a network takes it. Nothing is modified.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._checks import check_choice, check_images, check_per_image
+from dali_saliencymix.mixing import paste_boxes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAYOUTS = ("CHW", "HWC")
+
+
+def paste_normalised(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    *,
+    source_boxes: Array | None = None,
+    mirror: Array | None = None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any = "float32",
+    layout: str = "CHW",
+) -> Array:
+    """Return mixed images, mirrored, normalised and in the layout of a network.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        The receiving images, and the sources.
+    source_index : ndarray of shape (N,), integer
+        Image `i` receives from ``images[source_index[i]]``.
+    boxes, source_boxes : ndarray of shape (N, 4), integer
+        As for `dali_saliencymix.paste_boxes`.
+    mirror : ndarray of shape (N,), bool or integer, optional
+        Which of the mixed images are flipped horizontally, with their patches: those that are not 0. By default none.
+    mean, std : sequence of C floats
+        Of each channel, in grey levels 0..255; `std` is positive.
+    dtype : {"float32", "float16"}
+        Of the result, which is computed in float32 and rounded once.
+    layout : {"CHW", "HWC"}
+        Of each image of the result.
+
+    Returns
+    -------
+    ndarray of shape (N, C, H, W) or (N, H, W, C)
+        ``(pixel - mean) * (1 / std)``: a new array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape or value.
+
+    Notes
+    -----
+    The arithmetic of DALI's ``fn.crop_mirror_normalize`` but for its last bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.array([[10, 20], [30, 40]], np.uint8).reshape(2, 1, 2, 1)
+    >>> boxes = np.array([[0, 0, 1, 1], [0, 0, 0, 0]])
+    >>> options = {"mirror": np.array([True, False]), "mean": [10], "std": [10]}
+    >>> paste_normalised(images, np.array([1, 0]), boxes, **options).tolist()
+    [[[[1.0, 2.0]]], [[[2.0, 3.0]]]]
+    """
+    xp = check_images(images)
+    dtype = check_normalisation(images, mirror, mean, std, dtype, layout)
+    mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
+    if mirror is not None:
+        mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)
+    shift, scale = constant(xp, scaling, tuple(mean), tuple(std))
+    normalised = ((mixed.astype(xp.float32) - shift) * scale).astype(dtype)
+    return xp.ascontiguousarray(normalised.transpose(0, 3, 1, 2)) if layout == "CHW" else normalised
+
+
+def check_normalisation(
+    images: Array, mirror: Array | None, mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str
+) -> np.dtype[Any]:
+    """Require arguments of `paste_normalised` that fit the images; return `dtype` as an object of that class."""
+    count, _, _, channels = images.shape
+    if mirror is not None:
+        kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
+        check_per_image(mirror, "mirror", array_namespace(images), count, kind)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels or not all(math.isfinite(value) for value in values):
+            msg = f"{name} must have one finite number for each of the {channels} channels, got {list(values)}"
+            raise ValueError(msg)
+    if not all(value > 0 for value in std):
+        msg = f"std must be positive, got {list(std)}"
+        raise ValueError(msg)
+    check_choice(layout, "layout", LAYOUTS)
+    check_choice(np.dtype(dtype).name, "dtype", ("float32", "float16"))
+    return np.dtype(dtype)
+
+
+def scaling(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Return mean and 1 / std of each channel: (2, C) float32."""
+    return np.stack([np.asarray(mean), 1 / np.asarray(std, np.float64)]).astype(np.float32)
