@@ -71,7 +71,7 @@ def _peaks(saliency_map: Array, *, height: int, width: int, least: bool) -> Arra
     if saliency_map.dtype.kind == "f":
         saliency_map = xp.where(xp.isnan(saliency_map), xp.inf if least else -xp.inf, saliency_map)
     extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
-    closeness = constant(xp, _closeness_to_centre, map_height, map_width, height, width)
+    closeness = constant(xp, closeness_to_centre, map_height, map_width, height, width)
     peak = xp.where(saliency_map == extremum, closeness, 0).reshape(count, -1).argmax(axis=1)
     y, x = peak // map_width, peak % map_width
     return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
@@ -79,7 +79,7 @@ def _peaks(saliency_map: Array, *, height: int, width: int, least: bool) -> Arra
     )
 
 
-def _closeness_to_centre(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
+def closeness_to_centre(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
     """Rank the cells of a map by their distance to the centre, the nearest highest: (h, w) int32, all different."""
     y = (np.arange(map_height) + 0.5) / map_height * height - height / 2
     x = (np.arange(map_width) + 0.5) / map_width * width - width / 2

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from dali_saliencymix._array import Array, array_namespace
+from dali_saliencymix._algorithms import uses_kernel
+from dali_saliencymix._array import Array, array_namespace, is_host
 from dali_saliencymix._checks import (
     check_choice,
     check_images,
@@ -20,7 +21,7 @@ from dali_saliencymix._checks import (
 from dali_saliencymix.boxes import BOXES, boxes_at, kept_fraction, points_at
 from dali_saliencymix.mixing import blend_images, blend_onto, paste_boxes
 from dali_saliencymix.params import MODES
-from dali_saliencymix.placement import resolve_placement, salient_boxes
+from dali_saliencymix.placement import check_given_points, resolve_placement, salient_boxes
 
 if TYPE_CHECKING:
     from dali_saliencymix.saliency import Detector
@@ -93,7 +94,8 @@ def saliencymix(
     point : ndarray of shape (N, 2), floating, optional
         Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
     algorithm : {"auto", "array", "kernel"}
-        Whether detectors that have a kernel use it: see `fine_grained`.
+        Array operations or kernels, for the steps that have one: see `fine_grained`. The CUDA kernels, which only
+        ``"kernel"`` takes, have not been measured yet.
 
     Returns
     -------
@@ -126,6 +128,11 @@ def saliencymix(
     check_lam(lam, xp, len(images))
     options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
     placement = resolve_placement(preset, options, peaks_given=peaks is not None)
+    check_given_points(placement, images, peaks, point)
+    if uses_kernel(algorithm, xp) and not is_host(xp) and not placement.per_batch:
+        from dali_saliencymix import cuda
+
+        return Mixed(*cuda.saliencymix(images, source_index, lam, placement, peaks, point))
     boxes = salient_boxes(images, source_index, lam, placement, peaks=peaks, point=point, algorithm=algorithm)
     return _pasted(images, source_index, *boxes)
 
@@ -278,13 +285,15 @@ def mix(
     if placement.per_batch:
         lam, mode, point = (_first_for_all(array) for array in (lam, mode, point))
 
+    at = point if placement.destination == "random" else None
+    check_given_points(placement, images, peaks, at)
     boxes, source_boxes = salient_boxes(
         images,
         source_index,
         lam,
         placement,
         peaks=peaks,
-        point=point if placement.destination == "random" else None,
+        point=at,
         wanted=mode == MODES.index("saliencymix"),
         algorithm=algorithm,
     )

@@ -90,7 +90,7 @@ def saliencymix(
         Most salient pixel (y, x) of each image, of shape (2,), where it is known already, such as from
         `saliency_peaks` before a crop; in place of `saliency`.
     algorithm : {"auto", "array", "kernel"}
-        Whether detectors that have a kernel use it: see `dali_saliencymix.fine_grained`.
+        Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
 
     Returns
     -------

@@ -86,6 +86,20 @@ def resolve_placement(preset: str, given: Mapping[str, Any], *, peaks_given: boo
     return placement
 
 
+def check_given_points(placement: Placement, images: Array, peaks: Array | None, point: Array | None) -> None:
+    """Require points that fit the images, and `point` just where the destination is random."""
+    xp = array_namespace(images)
+    count, height, width, _ = images.shape
+    if peaks is not None:
+        check_points(peaks, "peaks", xp, count, height, width)
+    if (point is None) is (placement.destination == "random"):
+        rule = "be given with" if point is None else "be left out without"
+        msg = f"point must {rule} destination='random', got destination={placement.destination!r}"
+        raise ValueError(msg)
+    if point is not None:
+        check_per_image(point, "point", xp, count, "f", trailing=(2,))
+
+
 def salient_boxes(
     images: Array,
     source_index: Array,
@@ -115,16 +129,7 @@ def salient_boxes(
         As for `dali_saliencymix.get_detector`.
     """
     xp = array_namespace(images)
-    count, height, width, _ = images.shape
-    if peaks is not None:
-        check_points(peaks, "peaks", xp, count, height, width)
-    if (point is None) is (placement.destination == "random"):
-        rule = "be given with" if point is None else "be left out without"
-        msg = f"point must {rule} destination='random', got destination={placement.destination!r}"
-        raise ValueError(msg)
-    if point is not None:
-        check_per_image(point, "point", xp, count, "f", trailing=(2,))
-
+    count = len(images)
     detector = get_detector(placement.saliency, algorithm=algorithm)
     if placement.per_batch:
         point = None if point is None else point[:1]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 
-from dali_saliencymix import boxes_at, boxes_moved_to, cuda, kept_fraction, mixing, normalise
+from dali_saliencymix import Placement, boxes_at, boxes_moved_to, cuda, kept_fraction, mixing, normalise, saliencymix
 from dali_saliencymix import fine_grained as fine_grained_of_arrays
 from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
@@ -367,6 +367,34 @@ def paste_arguments(count, height, width, seed=3, other_place=True):
     start = rng.integers(0, [height, width] - side + 1)
     source_boxes = np.concatenate([start, start + side], axis=1) if other_place else None
     return rng.permutation(count), boxes.astype(np.int32), source_boxes
+
+
+@pytest.mark.parametrize("destination", ["corresponding", "salient", "non_salient", "random"])
+@pytest.mark.parametrize("source", ["salient", "non_salient"])
+@pytest.mark.parametrize("saliency", ["fine_grained", "spectral_residual", "frequency_tuned"])
+def test_a_whole_mix_is_that_of_the_array_functions(on_cpu, saliency, source, destination):
+    images = pictures(4, 70, 66, 3, seed=5)
+    rng = np.random.default_rng(8)
+    source_index, lam, point = np.array([2, 0, 3, 3]), np.array([0.3, 0.9, 1.0, 0.0], np.float32), rng.random((4, 2))
+    given = {"saliency": saliency, "source": source, "destination": destination}
+    at = {"point": point} if destination == "random" else {}
+    expected = saliencymix(images, source_index, lam, algorithm="array", **given, **at)
+    ours = cuda.saliencymix(images, source_index, lam, Placement(**given), None, at.get("point"))
+    for mine, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+        assert mine.dtype == wanted.dtype
+    if saliency != "frequency_tuned" and (source, destination) == ("salient", "corresponding"):
+        assert len(on_cpu) == {"spectral_residual": 3, "fine_grained": 7}[saliency]
+
+
+def test_a_whole_mix_takes_peaks_and_clips(on_cpu):
+    images = pictures(3, 40, 30, 1, seed=6)
+    source_index, lam, peaks = np.array([1, 2, 0]), np.array([0.2, 0.5, 0.7]), np.array([[0, 0], [39, 29], [20, 3]])
+    expected = saliencymix(images, source_index, lam, peaks=peaks, box="clip")
+    ours = cuda.saliencymix(images, source_index, lam, Placement(box="clip"), peaks, None)
+    for mine, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(mine, wanted)
+    assert on_cpu == ["boxes_at_peaks_float64", on_cpu[1]]
 
 
 @pytest.mark.parametrize("other_place", [False, True])

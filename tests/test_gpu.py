@@ -53,6 +53,16 @@ def test_both_libraries_mix_alike(cupy, batch, box, per_batch):
             np.testing.assert_array_equal(our_array.get(), their_array)
 
 
+@pytest.mark.parametrize("destination", ["corresponding", "salient"])
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_kernels_and_array_operations_mix_alike(cupy, batch, name, destination):
+    on_gpu = [cupy.asarray(array) for array in batch]
+    options = {"saliency": name, "destination": destination}
+    by_kernel, by_array = (saliencymix(*on_gpu, algorithm=algorithm, **options) for algorithm in ("kernel", "array"))
+    for ours, theirs in zip(by_kernel, by_array, strict=True):
+        np.testing.assert_array_equal(ours.get(), theirs.get())
+
+
 @pytest.mark.parametrize("options", [[], ["--amp", "--channels-last"], ["--mix", "cutmix"]], ids=" ".join)
 def test_training_runs_on_the_gpu_and_learns(tmp_path, options):
     make_sample_data(tmp_path / "data", train=32, val=8)

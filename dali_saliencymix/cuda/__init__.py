@@ -17,6 +17,7 @@ function                                   twin                                 
                                            and ``kept_fraction``
 `paste_boxes`                              ``paste_boxes``                      1         none
 `paste_normalised`                         ``normalise.paste_normalised``       1         none
+`saliencymix`                              ``saliencymix``                      3 or 7    that of the detector
 =========================================  ===================================  ========  ==================
 
 The kernels are tried against their twins on a CPU, on which they run as C++. Their speed has not been measured.
@@ -25,6 +26,7 @@ The kernels are tried against their twins on a CPU, on which they run as C++. Th
 from __future__ import annotations
 
 from dali_saliencymix.cuda.boxes import boxes_at_peaks, saliency_peaks
+from dali_saliencymix.cuda.mix import saliencymix
 from dali_saliencymix.cuda.mixing import paste_boxes, paste_normalised
 from dali_saliencymix.cuda.saliency import (
     fine_grained,
@@ -41,6 +43,7 @@ __all__ = [
     "paste_boxes",
     "paste_normalised",
     "saliency_peaks",
+    "saliencymix",
     "small_luma",
     "spectral_residual",
     "spectral_residual_peaks",

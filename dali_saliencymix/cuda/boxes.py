@@ -10,7 +10,7 @@ import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant
 from dali_saliencymix._checks import check_array, check_choice, check_lam, check_points, check_source_index
-from dali_saliencymix.boxes import BOXES, _closeness_to_centre
+from dali_saliencymix.boxes import BOXES, closeness_to_centre
 from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_step
 
 
@@ -118,11 +118,11 @@ def boxes_at_peaks(
 def cell_tables(xp: Namespace, map_height: int, map_width: int, height: int, width: int) -> tuple[Array, Array]:
     """Return the closeness of each cell of a map to the centre, and the cells by distance: what ``Cells`` needs."""
     size = map_height, map_width, height, width
-    return constant(xp, _closeness_to_centre, *size), constant(xp, _cells_by_distance, *size)
+    return constant(xp, closeness_to_centre, *size), constant(xp, _cells_by_distance, *size)
 
 
 def _cells_by_distance(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
-    closeness = _closeness_to_centre(map_height, map_width, height, width).ravel()
+    closeness = closeness_to_centre(map_height, map_width, height, width).ravel()
     cells = np.empty(closeness.size, np.int32)
     cells[closeness.size - closeness] = np.arange(closeness.size)
     return cells

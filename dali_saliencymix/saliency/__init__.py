@@ -52,7 +52,7 @@ def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detect
         A name in `DETECTORS`, or a function from images (N, H, W, C) uint8, which it must not modify, to maps
         (N, h, w) of a real dtype in the same array library, on the same device and current stream.
     algorithm : {"auto", "array", "kernel"}
-        Whether detectors that have a kernel use it: see `fine_grained`.
+        Array operations or a kernel, for the detectors that have one: see `fine_grained`.
 
     Raises
     ------

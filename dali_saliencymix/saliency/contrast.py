@@ -67,6 +67,10 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     """
     xp = check_images(images)
     if uses_kernel(algorithm, xp):
+        if not is_host(xp):
+            from dali_saliencymix import cuda
+
+            return cuda.fine_grained(images)
         from dali_saliencymix.saliency import compiled
 
         return in_chunks(compiled.fine_grained, images, 4)

@@ -55,8 +55,8 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
-        on a CPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        Array operations, or kernels: compiled by Numba on a CPU, where they give the same bits, or one in CUDA, whose
+        maps differ by rounding. ``"auto"`` takes the kernels on a CPU where Numba is installed.
 
     Returns
     -------
@@ -89,6 +89,10 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     """
     xp = check_images(images)
     if uses_kernel(algorithm, xp):
+        if not is_host(xp):
+            from dali_saliencymix import cuda
+
+            return cuda.spectral_residual(images)
         from dali_saliencymix.saliency import compiled
 
         return in_chunks(functools.partial(compiled.spectral_residual, size=_map_size(images)), images, _CHUNK)
@@ -122,7 +126,7 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
-        on a CPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        on a CPU, in CUDA on a GPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -235,6 +239,10 @@ def _of_small_luma(detector: Callable[[Array], Array], images: Array, algorithm:
     xp = check_images(images)
     size = _map_size(images)
     if uses_kernel(algorithm, xp):
+        if not is_host(xp):
+            from dali_saliencymix import cuda
+
+            return detector(cuda.small_luma(images, *size).astype(xp.float32))
         from dali_saliencymix.saliency import compiled
 
         return in_chunks(lambda chunk: detector(compiled.small_luma(chunk, *size)), images, _CHUNK)
