@@ -1,7 +1,11 @@
 # make demo    train on data made here, and draw mixed samples
 # make test    lint, type check, tests
 # make docs    the documentation, docs/_build/html/index.html
+# make bench   all measurements of a machine, into benchmarks/results/*-$(NAME).json
+# make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
 #
+# DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
+# DRY=1        gpu-suite, small, also without a GPU
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
 # PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
 
@@ -10,11 +14,12 @@ VENV ?= .venv-$(CUDA)
 PYTHON ?= python3
 DEMO ?= demo
 EPOCHS ?= 8
+NAME ?= this-machine
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 
-.PHONY: help environment demo test lint docs clean
+.PHONY: help environment demo test lint docs bench gpu-suite clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -46,6 +51,18 @@ test: lint
 
 docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(installed)
+	$(python) -m benchmarks.bench_ops -o benchmarks/results/ops-$(NAME).json
+	$(python) -m benchmarks.bench_pipeline $(DATA) -o benchmarks/results/pipeline-$(NAME).json
+	$(python) -m benchmarks.bench_train $(DATA) -o benchmarks/results/train-$(NAME).json
+	$(python) -m benchmarks.bench_scale $(DATA) -o benchmarks/results/scale-$(NAME).json
+	$(python) -m benchmarks.bench_detectors $(DATA) -o benchmarks/results/detectors-$(NAME).json
+	$(python) -m benchmarks.render
+
+gpu-suite:
+	@test -n "$(OUT)" || { echo "error: say where the results go: make gpu-suite OUT=folder" >&2; exit 1; }
+	$(PYTHON) -m benchmarks.gpu_suite $(OUT) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png

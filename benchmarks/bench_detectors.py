@@ -1,62 +1,53 @@
 """What each saliency detector costs, where its peaks lie, and how far they are from those of `fine_grained`.
 
-    python benchmarks/bench_detectors.py DATA -o benchmarks/results/NAME.json
+    python -m benchmarks.bench_detectors DATA -o benchmarks/results/NAME.json
 
 Images are resized to a short side of 8/7 of the size and cropped at the centre, as for validation. Times are those of
-the detector alone on a batch that lies in memory, on NumPy and, where there is a GPU, on CuPy; detectors take turns
-within each round. Peaks are those that mixing takes. DATA is a folder of class folders; without it sample data are
-made.
+the detector alone on a batch of them that lies in memory, on NumPy and, where there is a GPU, on CuPy. Peaks are those
+that mixing takes. DATA is a folder of class folders; without it images are made.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-import tempfile
-import time
+import collections
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nvidia.dali import fn, pipeline_def
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks import data, machine, measure
 from dali_saliencymix import DETECTORS, saliency_peaks
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from dali_saliencymix.training.logs import environment
 
 REFERENCE = "fine_grained"  # the paper's choice
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
-    parser.add_argument("-b", "--batch-size", type=int, default=128, help="images in a batch that is timed")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
-    parser.add_argument("--images", type=int, default=1000, help="most images to take peaks of, picked evenly")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
+    parser.add_argument(
+        "-b", "--batch-size", type=measure.positive, default=128, help="images in a batch that is timed"
+    )
+    parser.add_argument("--size", type=measure.positive, default=224, help="height and width of the images")
+    most = "most images to take peaks of, picked evenly"
+    parser.add_argument("--images", type=measure.positive, default=1000, help=most)
+    options = parser.parse_args()
+    gpu = machine.wants_gpu(options)
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.data is None:
-            make_sample_data(folder)
-        files = list_image_folder(args.data or Path(folder, "train")).files
-        picked = [files[i * len(files) // min(args.images, len(files))] for i in range(min(args.images, len(files)))]
-        images = decoded(picked, args.size)
-    text = json.dumps(measure(images, args), indent=2) + "\n"
-    sys.stdout.write(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
+    with data.images_of(options) as folder:
+        count = min(options.images, len(folder))
+        images = decoded([folder.files[i * len(folder) // count] for i in range(count)], options.size)
+    result: dict[str, Any] = {"benchmark": "detectors", "milliseconds_per_batch": {}, "not_measured": {}}
+    result |= peaks(images)
+    result["conditions"] = machine.conditions(options, gpu=gpu) | {"images": count}
+    batch = images[np.arange(options.batch_size) % len(images)]
+    for library in ["numpy", "cupy"] if gpu else ["numpy"]:
+        result["milliseconds_per_batch"][library] = timed(batch, library, options, result["not_measured"])
+        measure.write(result, options.output)
+    measure.show(result)
 
 
 def decoded(files: list[str], size: int) -> np.ndarray:
@@ -73,52 +64,35 @@ def decoded(files: list[str], size: int) -> np.ndarray:
     return np.concatenate(batches)[: len(files)]
 
 
-def measure(images: np.ndarray, args: argparse.Namespace) -> dict[str, Any]:
-    """Return cost and peaks of each detector, and the conditions of the measurement."""
-    batch = images[np.arange(args.batch_size) % len(images)]
-    times = {"numpy": timed(batch, args.rounds, lambda: None)}
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def timed(batch: Any, library: str, options: Any, not_measured: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Return the milliseconds that each detector takes for a batch."""
+    gpu = library == "cupy"
+    if gpu:
         import cupy
 
-        times["cupy"] = timed(cupy.asarray(batch), args.rounds, cupy.cuda.Device().synchronize)
+        batch = cupy.asarray(batch)
+    calls = {name: measure.Timed(functools.partial(find, batch), gpu=gpu) for name, find in DETECTORS.items()}
+    reasons: dict[str, str] = {}
+    (times,) = collections.deque(
+        measure.in_turns(calls, options.rounds, seconds=options.seconds, not_measured=reasons), maxlen=1
+    )
+    not_measured |= {f"{library} / {name}": reason for name, reason in reasons.items()}
+    return {name: measure.figure(values) for name, values in times.items()}
 
-    peaks = {name: peak_positions(detector, images) for name, detector in DETECTORS.items()}
+
+def peaks(images: np.ndarray) -> dict[str, Any]:
+    """Return where each detector's peaks lie, and how far from the reference's."""
+    found = {name: peak_positions(detector, images) for name, detector in DETECTORS.items()}
     return {
-        "milliseconds_per_batch": times,
         "share_of_peaks": {
             "uniform": {"border_ring": 0.234, "central_quarter": 0.25},
-            **{name: places(positions) for name, positions in peaks.items()},
+            **{name: places(positions) for name, positions in found.items()},
         },
         f"agreement_with_{REFERENCE}": {
-            "peaks_of_other_images": agreement(other_pairs(peaks[REFERENCE])),
-            **{name: agreement(positions - peaks[REFERENCE]) for name, positions in peaks.items()},
-        },
-        "conditions": {
-            **environment(device),
-            "cpu_threads": torch.get_num_threads(),
-            "images": len(images),
-            "batch_size": args.batch_size,
-            "size": args.size,
-            "rounds": args.rounds,
-            "command": "python benchmarks/bench_detectors.py "
-            f"DATA -b {args.batch_size} --size {args.size} --images {args.images} --rounds {args.rounds}",
+            "peaks_of_other_images": agreement(other_pairs(found[REFERENCE])),
+            **{name: agreement(positions - found[REFERENCE]) for name, positions in found.items()},
         },
     }
-
-
-def timed(batch: Any, rounds: int, wait: Callable[[], None]) -> dict[str, dict[str, float]]:
-    """Return the milliseconds that each detector takes for `batch`, an array of NumPy or CuPy."""
-    times: dict[str, list[float]] = {name: [] for name in DETECTORS}
-    for number in tqdm(range(rounds + 1), unit="round"):
-        for name, detector in DETECTORS.items():
-            wait()
-            start = time.perf_counter()
-            detector(batch)
-            wait()
-            if number:  # the first round warms up
-                times[name].append((time.perf_counter() - start) * 1000)
-    return {name: spread(values, digits=2) for name, values in times.items()}
 
 
 def peak_positions(detector: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
@@ -150,11 +124,5 @@ def other_pairs(positions: np.ndarray) -> np.ndarray:
     return differences[~np.eye(len(positions), dtype=bool)]
 
 
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Return median, least and largest value."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in figures.items()}
-
-
 if __name__ == "__main__":
-    main()
+    measure.run(main)

@@ -1,123 +1,113 @@
-"""Images per second of the training pipeline, with and without mixing in the graph.
+"""Images per second of a loader alone, by what mixes and where: in DALI's graph, after it, or in torch's workers.
 
-    python benchmarks/bench_pipeline.py DATA -o benchmarks/results/NAME.json
+    python -m benchmarks.bench_pipeline DATA -o benchmarks/results/NAME.json
 
-The variants take turns within each round, so that what else the machine does hits all of them alike. A figure is the
-median over the rounds, with the least and the largest, and so is a ratio, which is taken within each round. DATA is a
-folder of class folders; without it sample data are made. Files are listed as often as it takes for two batches.
+benchmarks/loaders.py says what the variants are. In each round every variant gives a number of batches in its turn;
+ratios are taken within a round. DATA is a folder of class folders; without it images are made.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import statistics
-import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import data, loaders, machine, measure
 
-from dali_saliencymix import DETECTORS
-from dali_saliencymix import fn as mix_fn
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from dali_saliencymix.training.logs import environment
-from pipelines.loader import Loader, training_loader
+_REFERENCE = "none"
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
-    parser.add_argument("-b", "--batch-size", type=int, default=128)
-    parser.add_argument("-j", "--workers", type=int, default=2, help="DALI threads")
-    parser.add_argument("--crop-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=4, help="batches of a variant in each round")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
+    parser.add_argument("-b", "--batch-size", type=measure.positive, default=128)
+    threads = "DALI threads, or worker processes of torch (default: all cores)"
+    parser.add_argument("-j", "--workers", type=measure.positive, default=machine.cores(), help=threads)
+    parser.add_argument("--crop-size", type=measure.positive, default=224)
+    parser.add_argument("--batches", type=measure.positive, default=4, help="least batches of a variant in each round")
+    parser.add_argument("--hw-decoder-load", type=float, default=0.65, help="share for a GPU's JPEG engine")
+    parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help="see loaders.py")
+    options = parser.parse_args()
+    budget = measure.Budget(options.seconds, 1)
+    gpu = machine.wants_gpu(options)
+    options.variants = options.variants or loaders.default_names()
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.data is None:
-            make_sample_data(folder)
-        listed = list_image_folder(args.data or Path(folder, "train"))
-        result = measure(listed, args)
-    text = json.dumps(result, indent=2) + "\n"
-    sys.stdout.write(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text)
-
-
-def measure(folder: ImageFolder, args: argparse.Namespace) -> dict[str, object]:
-    """Return images/s of each variant and the conditions of the measurement."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    repeats = -(-2 * args.batch_size // len(folder))
-    repeated = ImageFolder(folder.root, folder.classes, folder.files * repeats, folder.labels * repeats)
-    mixes = {"none": None, "cutmix": mix_fn.cutmix}
-    mixes |= {name: functools.partial(mix_fn.saliencymix, saliency=name) for name in sorted(DETECTORS)}
-    loaders = {
-        name: training_loader(
-            repeated,
-            batch_size=args.batch_size,
-            num_threads=args.workers,
-            device=device,
-            crop_size=args.crop_size,
-            mix=mix,
+    result: dict[str, Any] = {
+        "benchmark": "pipeline",
+        "images_per_second": {},
+        "relative_to_none": {},
+        "not_measured": {},
+    }
+    with data.images_of(options) as folder:
+        result["conditions"] = machine.conditions(options, gpu=gpu) | data.described(folder)
+        setting = loaders.Setting(
+            data.repeated(folder, 20 * options.batch_size),
+            options.batch_size,
+            options.workers,
+            options.crop_size,
+            torch.device("cuda", 0) if gpu else torch.device("cpu"),
+            hw_decoder_load=options.hw_decoder_load,
         )
-        for name, mix in mixes.items()
-    }
-    batches = {name: endless(loader) for name, loader in loaders.items()}
-    rates: dict[str, list[float]] = {name: [] for name in mixes}
-    for number in tqdm(range(args.rounds + 1), unit="round"):
-        for name, stream in batches.items():
-            next(stream)  # what was made in advance during the other variants' turns
-            next(stream)
-            next(stream)
-            start = time.perf_counter()
-            for _ in range(args.batches):
-                next(stream)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                rates[name].append(args.batches * args.batch_size / (time.perf_counter() - start))
-    # Within a round the variants follow each other closely: their ratio is steadier than the rates are.
-    ratios = {name: [rate / none for rate, none in zip(rates[name], rates["none"], strict=True)] for name in mixes}
-    return {
-        "images_per_second": {name: spread(values, digits=1) for name, values in rates.items()},
-        "relative_to_none": {name: spread(values, digits=3) for name, values in ratios.items()},
-        "conditions": {
-            **environment(device),
-            "images": len(folder),
-            "batch_size": args.batch_size,
-            "crop_size": args.crop_size,
-            "dali_threads": args.workers,
-            "rounds": args.rounds,
-            "batches_per_round": args.batches,
-            "command": "python benchmarks/bench_pipeline.py "
-            f"DATA -b {args.batch_size} -j {args.workers} --crop-size {args.crop_size} "
-            f"--rounds {args.rounds} --batches {args.batches}",
-        },
-    }
+        variants = made(loaders.makers(), options.variants, setting, options.batches, result["not_measured"])
+        kept = {"seconds": budget.next_part(), "not_measured": result["not_measured"]}
+        for rates in measure.in_turns(variants, options.rounds, **kept):
+            result["images_per_second"] = {name: measure.figure(values) for name, values in rates.items()}
+            result["relative_to_none"] = measure.ratios(rates, _REFERENCE)
+            measure.write(result, options.output)
+    measure.write(result, options.output)
+    measure.show(result)
 
 
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Return median, least and largest value."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, digits) for name, value in figures.items()}
+def made(
+    makers: dict[str, loaders.Maker],
+    names: list[str],
+    setting: loaders.Setting,
+    batches: int,
+    not_measured: dict[str, str],
+) -> dict[str, Callable[[], float]]:
+    """Make the loaders of these names; those that cannot be made are listed with the reason."""
+    variants = {}
+    for name, make in makers.items():
+        if name not in names:
+            continue
+        try:
+            stream = make(setting)
+        except Exception as error:  # whatever it is: the others can be measured all the same
+            not_measured[name] = measure.one_line(error)
+            measure.say(f"not measured: {name}: {not_measured[name]}")
+        else:
+            variants[name] = functools.partial(images_per_second, stream, setting, batches)
+    return variants
 
 
-def endless(loader: Loader):
-    """Give batches epoch after epoch."""
-    while True:
-        yield from loader
+def images_per_second(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
+    """Take batches, as fast as they come, and return the rate.
+
+    What was made in advance is thrown away before, and afterwards as much time is waited as it takes to make it again:
+    a loader must not work on during another one's turn.
+    """
+    for _ in range(stream.ahead):
+        next(stream.batches)
+    batches = max(batches, stream.least)
+    _wait(setting.device)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(stream.batches)
+    _wait(setting.device)
+    seconds = time.perf_counter() - start
+    time.sleep(seconds * stream.ahead / batches)
+    return batches * setting.batch_size / seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

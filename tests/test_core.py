@@ -59,6 +59,8 @@ def test_saliencymix_with_fine_grained_equals_the_oracle(shape, options, put, fe
 def test_saliencymix_with_fine_grained_equals_opencv_s_map_and_the_oracle_on_photos(jpeg_images, options, put, fetch):
     images = np.stack([image[:64, :80] for image in jpeg_images[:5]])
     _, source_index, lam = random_batch((5, 1, 1, 1), seed=3)
+    if not hasattr(cv2, "saliency"):
+        pytest.skip("needs opencv-contrib: this OpenCV has no saliency module")
     detector = cv2.saliency.StaticSaliencyFineGrained_create()
     maps = [detector.computeSaliency(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1] for image in images]
     mixed = saliencymix(put(images), put(source_index), put(lam), saliency="fine_grained", **options)

@@ -1,0 +1,161 @@
+"""How the cost grows: with the batch, the size of images, the size a detector works at, threads, the decoder's share.
+
+    python -m benchmarks.bench_scale DATA -o benchmarks/results/NAME.json
+
+The first three are times of `saliencymix` on arrays in memory, the other two images per second of the whole loader.
+A detector's size is changed by handing it every second, third, ... pixel only.
+
+For times `linear_from` is the smallest point from which on the cost of one image, or of one pixel, stays within a fifth
+of that at the largest point. For threads `linear_to` is the largest number up to which all give at least four fifths
+of the least number's rate per thread.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dali_saliencymix as ds
+from benchmarks import data, loaders, machine, measure
+from benchmarks.bench_pipeline import images_per_second
+
+_TOLERANCE = 0.2
+_ON_ARRAYS = ("batch", "size", "detector_size")
+_OF_LOADERS = ("threads", "hw_decoder_load")
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders, for the loader")
+    parser.add_argument("--axes", nargs="+", choices=[*_ON_ARRAYS, *_OF_LOADERS], default=[*_ON_ARRAYS, "threads"])
+    parser.add_argument(
+        "--detectors", nargs="+", choices=list(ds.DETECTORS), default=["spectral_residual", "fine_grained"]
+    )
+    whole, share = measure.positive, float
+    parser.add_argument("--batch", nargs="+", type=whole, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512], metavar="N")
+    parser.add_argument("--size", nargs="+", type=whole, default=[32, 64, 96, 128, 160, 224, 320, 448], metavar="PX")
+    parser.add_argument(
+        "--every", nargs="+", type=whole, default=[1, 2, 3, 4, 7], metavar="STEP", help="detector sizes"
+    )
+    powers = [2**n for n in range(machine.cores().bit_length()) if 2**n <= machine.cores()]
+    parser.add_argument("--threads", nargs="+", type=whole, default=powers, metavar="N")
+    parser.add_argument("--hw-decoder-load", nargs="+", type=share, default=[0.0, 0.3, 0.65, 0.8, 0.95], metavar="X")
+    parser.add_argument("-b", "--batch-size", type=whole, default=128, help="where the batch is not what changes")
+    parser.add_argument("--crop-size", type=whole, default=224, help="where the size is not what changes")
+    parser.add_argument(
+        "-j", "--workers", type=whole, default=machine.cores(), help="where threads are not what changes"
+    )
+    options = parser.parse_args()
+    gpu = machine.wants_gpu(options)
+    if not gpu and "hw_decoder_load" in options.axes:
+        msg = "--axes must not name hw_decoder_load without a GPU, which has the decoder"
+        raise ValueError(msg)
+
+    result: dict[str, Any] = {"benchmark": "scale", "curves": {}, "not_measured": {}}
+    result["conditions"] = machine.conditions(options, gpu=gpu)
+    budget = measure.Budget(options.seconds, len(options.axes))
+    for axis in [axis for axis in options.axes if axis in _ON_ARRAYS]:
+        measure_curves(result, axis, array_variants(axis, options, gpu), options, budget.next_part())
+    if of_loaders := [axis for axis in options.axes if axis in _OF_LOADERS]:
+        with data.images_of(options) as folder:
+            result["conditions"] |= data.described(folder)
+            for axis in of_loaders:
+                measure_curves(result, axis, loader_variants(axis, folder, options, gpu), options, budget.next_part())
+    measure.write(result, options.output)
+    measure.show(result)
+
+
+def measure_curves(
+    result: dict[str, Any], axis: str, variants: dict[str, Callable[[], float]], options: Any, seconds: float
+) -> None:
+    """Measure all points of an axis in turns, and put the curves into `result`."""
+    reasons: dict[str, str] = {}
+    for values in measure.in_turns(variants, options.rounds, seconds=seconds, not_measured=reasons):
+        curves: dict[str, dict[str, Any]] = {}
+        for name, found in values.items():
+            curve, _, point = name.rpartition(" @ ")
+            curves.setdefault(curve, {})[point] = measure.figure(found)
+        result["curves"][axis] = {
+            "unit": "images/s" if axis in _OF_LOADERS else "ms",
+            "points": curves,
+            "linear": {name: linear(axis, points) for name, points in curves.items()},
+        }
+        measure.write(result, options.output)
+    result["not_measured"] |= {f"{axis} / {name}": reason for name, reason in reasons.items()}
+
+
+def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:
+    """Return where a curve is linear: see the module's description."""
+    at = sorted((float(point), found["median"]) for point, found in points.items())
+    if axis == "hw_decoder_load":
+        return {}
+    if axis == "threads":
+        within = [x for x, rate in at if rate / x >= (1 - _TOLERANCE) * at[0][1] / at[0][0]]
+        beyond = [x for x, _ in at if x not in within]
+        return {"linear_to": max(x for x in within if not beyond or x < min(beyond))}
+    power = 1 if axis == "batch" else 2  # cost by image, or by pixel
+    per_unit = [(x, cost / x**power) for x, cost in at]
+    largest = per_unit[-1][1]
+    beyond = [x for x, cost in per_unit if abs(cost / largest - 1) > _TOLERANCE]
+    return {"linear_from": min(x for x, _ in per_unit if not beyond or x > max(beyond))}
+
+
+def array_variants(axis: str, options: Any, gpu: bool) -> dict[str, Callable[[], float]]:
+    """Return the mix at each point of an axis, named ``curve @ point``."""
+    xp: Any = np
+    if gpu:
+        import cupy as xp
+
+    variants: dict[str, Callable[[], float]] = {}
+    largest = {"batch": options.batch_size, "size": options.crop_size}
+    steps = options.every if axis == "detector_size" else [1]
+    for point in getattr(options, axis, steps):
+        shape = {**largest, axis: point}
+        rng = np.random.default_rng(0)
+        images = xp.asarray(rng.integers(0, 256, (shape["batch"], shape["size"], shape["size"], 3), np.uint8))
+        draws = tuple(map(xp.asarray, ds.draw_params(rng, len(images))))
+        for name in options.detectors:
+            detector: Any = name
+            at = point
+            if axis == "detector_size":
+                detector = functools.partial(_every, ds.DETECTORS[name], point)
+                at = -(-options.crop_size // point)
+            mix = functools.partial(ds.saliencymix, images, *draws, saliency=detector)
+            variants[f"{name} @ {at}"] = measure.Timed(mix, gpu=gpu)
+    return variants
+
+
+def _every(detector: Callable[..., Any], step: int, images: Any) -> Any:
+    # In one piece of memory: a detector's time must not depend on the gaps.
+    return detector(images[:, ::step, ::step].copy())
+
+
+def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str, Callable[[], float]]:
+    """Return the loader at each point of an axis, named ``curve @ point``; for threads with mixing and without."""
+    variants = {}
+    for point in getattr(options, axis):
+        setting = loaders.Setting(
+            data.repeated(folder, 20 * options.batch_size),
+            options.batch_size,
+            point if axis == "threads" else options.workers,
+            options.crop_size,
+            torch.device("cuda", 0) if gpu else torch.device("cpu"),
+            hw_decoder_load=point if axis == "hw_decoder_load" else 0.65,
+        )
+        mixes: dict[str, Any] = {"none": None}
+        if axis == "threads":
+            mixes |= {name: loaders.saliencymix_in_graph(name) for name in options.detectors}
+        for name, mix in mixes.items():
+            stream = loaders.in_graph(setting, mix=mix)
+            variants[f"{name} @ {point:g}"] = functools.partial(images_per_second, stream, setting, batches=4)
+    return variants
+
+
+if __name__ == "__main__":
+    measure.run(main)

@@ -1,0 +1,188 @@
+"""Images per second of training: on one batch over and over, behind the loader, and behind the loader that mixes.
+
+    python -m benchmarks.bench_train DATA -o benchmarks/results/NAME.json
+
+The rate on a constant batch, which lies on the device, is what the network can do. The ratio of the loader's rate to it
+says whether the loader holds the training back, and that of mixing to no mixing what mixing costs a training run.
+
+Then the loaders run alone, and a probe measures for how long each batch holds Python's lock: benchmarks/gil.py. The
+difference to the loader that does not mix is the operator's. The calls of the operator are timed during the training.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch.nn.functional import cross_entropy
+
+from benchmarks import data, gil, loaders, machine, measure
+from dali_saliencymix import DETECTORS
+
+_CONSTANT, _UNMIXED = "constant batch", "none"
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
+    parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
+    parser.add_argument("-b", "--batch-size", type=measure.positive, help="default: 256, without a GPU 32")
+    parser.add_argument("-j", "--workers", type=measure.positive, default=machine.cores(), help="DALI threads")
+    parser.add_argument("--crop-size", type=measure.positive, help="default: 224, without a GPU 64")
+    parser.add_argument(
+        "--steps", type=measure.positive, help="of a variant in each round; default: 20, without a GPU 8"
+    )
+    detectors = ["spectral_residual", "fine_grained"]
+    parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=detectors)
+    parser.add_argument("--hw-decoder-load", type=float, default=0.65, help="share for a GPU's JPEG engine")
+    options = parser.parse_args()
+    budget = measure.Budget(options.seconds, 2)
+    gpu = machine.wants_gpu(options)
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    defaults = ("resnet50", 256, 224, 20) if gpu else ("resnet18", 32, 64, 8)
+    for name, default in zip(("arch", "batch_size", "crop_size", "steps"), defaults, strict=True):
+        setattr(options, name, getattr(options, name) or default)
+    if options.arch not in torchvision.models.list_models(torchvision.models):
+        msg = f"--arch must be a classification network of torchvision, got {options.arch!r}"
+        raise ValueError(msg)
+
+    result: dict[str, Any] = {"benchmark": "train", "images_per_second": {}, "not_measured": {}}
+    with data.images_of(options) as folder:
+        result["conditions"] = machine.conditions(options, gpu=gpu) | data.described(folder)
+        result["conditions"]["torch_threads"] = torch.get_num_threads()
+        result["conditions"] |= {"precision": "bfloat16 autocast", "memory_format": "channels_last"}
+        repeated = data.repeated(folder, 20 * options.batch_size)
+        setting = loaders.Setting(
+            repeated,
+            options.batch_size,
+            options.workers,
+            options.crop_size,
+            device,
+            hw_decoder_load=options.hw_decoder_load,
+        )
+        calls: dict[str, list[gil.Call]] = {}
+        streams = {_UNMIXED: loaders.in_graph(setting, channels_last=True)}
+        for detector in options.detectors:
+            with gil.recorded_calls() as calls[f"saliencymix {detector}"]:
+                mix = loaders.saliencymix_in_graph(detector)
+                streams[f"saliencymix {detector}"] = loaders.in_graph(setting, mix=mix, channels_last=True)
+        measure_training(result, streams, calls, setting, options, budget.next_part(0.8))
+        measure_lock(result, streams, setting, options, budget.next_part())
+    measure.write(result, options.output)
+    measure.show(result)
+
+
+def measure_training(
+    result: dict[str, Any],
+    streams: dict[str, loaders.Stream],
+    calls: dict[str, list[gil.Call]],
+    setting: loaders.Setting,
+    options: Any,
+    seconds: float,
+) -> None:
+    """Train behind each stream in turns; put the rates, their ratios and the operator's calls into `result`."""
+    step = training_step(options.arch, setting)
+    batch = next(streams[_UNMIXED].batches)
+    constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
+    variants = {
+        name: functools.partial(images_per_second, stream, step, setting, options.steps)
+        for name, stream in {_CONSTANT: constant, **streams}.items()
+    }
+    kept = {"seconds": seconds, "not_measured": result["not_measured"]}
+    for rates in measure.in_turns(variants, options.rounds, **kept):
+        result["images_per_second"] = {name: measure.figure(values) for name, values in rates.items()}
+        result["relative_to_constant_batch"] = measure.ratios(rates, _CONSTANT)
+        without_constant = {name: values for name, values in rates.items() if name != _CONSTANT}
+        result["relative_to_none"] = measure.ratios(without_constant, _UNMIXED)
+        result["operator_call_ms"] = {
+            name: {
+                "wall": measure.figure([1000 * call.wall_seconds for call in made]),
+                "cpu": measure.figure([1000 * call.cpu_seconds for call in made]),
+            }
+            for name, made in calls.items()
+            if made
+        }
+        measure.write(result, options.output)
+    for name, made in calls.items():
+        if not made:
+            result["not_measured"][f"operator_call_ms / {name}"] = "it is no Python function of DALI's"
+
+
+def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
+    """Return a function that trains a network on a batch."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    device = setting.device
+    model = torchvision.models.get_model(arch, num_classes=setting.num_classes)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(images: torch.Tensor, labels: torch.Tensor, source_labels: torch.Tensor, lam: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model(images)
+            own, other = (cross_entropy(logits, ids, reduction="none") for ids in (labels, source_labels))
+            loss = (lam * own + (1 - lam) * other).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def images_per_second(stream: loaders.Stream, step: Callable[..., None], setting: loaders.Setting, steps: int) -> float:
+    """Train for some steps and return the rate; as many steps as there are batches in advance come before."""
+    for _ in range(stream.ahead):
+        step(*next(stream.batches))
+    _wait(setting.device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(*next(stream.batches))
+    _wait(setting.device)
+    seconds = time.perf_counter() - start
+    time.sleep(seconds * stream.ahead / steps)  # until its queue is full again
+    return steps * setting.batch_size / seconds
+
+
+def measure_lock(
+    result: dict[str, Any], streams: dict[str, loaders.Stream], setting: loaders.Setting, options: Any, seconds: float
+) -> None:
+    """Take batches from each loader in turns; put the time that each batch holds Python's lock into `result`."""
+    variants = {
+        name: functools.partial(milliseconds_held, stream, setting, options.steps) for name, stream in streams.items()
+    }
+    kept = {"seconds": seconds, "not_measured": result["not_measured"]}
+    for held in measure.in_turns(variants, options.rounds, **kept):
+        result["lock_held_ms_per_batch"] = {name: measure.figure(values) for name, values in held.items()}
+        result["lock_held_ms_per_batch_more_than_none"] = {
+            name: measure.figure([one - other for one, other in zip(values, held[_UNMIXED], strict=True)])
+            for name, values in held.items()
+            if name != _UNMIXED and _UNMIXED in held
+        }
+        measure.write(result, options.output)
+
+
+def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
+    """Return for how long each batch of a stream holds Python's lock."""
+    for _ in range(stream.ahead):
+        next(stream.batches)
+    with gil.Probe() as probe:
+        for _ in range(batches):
+            next(stream.batches)
+        _wait(setting.device)
+    return 1000 * probe.held_seconds / batches
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    measure.run(main)

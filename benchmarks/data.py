@@ -1,0 +1,127 @@
+"""The images that loaders are measured on: a folder that is given, or JPEG files made here on all cores.
+
+    python -m benchmarks.data FOLDER --images 4000 --from DATA
+
+Made files have the sizes of ImageNet's, 500 pixels along the long side for the most part. With photographs to make
+them from, each is one of these, mirrored or cropped a little and compressed anew; without, it is a mosaic of sample
+images, whose grain is as fine as theirs. How large the files came out is part of the conditions of a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import machine, measure
+from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.sample_data import CLASSES, sample_jpeg
+
+_LONG_SIDE = 500
+_QUALITY = 96  # with it the files come out about as large as ImageNet's
+
+
+@contextlib.contextmanager
+def images_of(options: argparse.Namespace, *, least: int = 200) -> Iterator[ImageFolder]:
+    """Give the images in ``options.data``, or where that is None at least as many made here, deleted afterwards."""
+    with contextlib.ExitStack() as stack:
+        folder = options.data
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            make_images(folder, least)
+        yield list_image_folder(folder)
+
+
+def repeated(folder: ImageFolder, count: int) -> ImageFolder:
+    """Return the list of images as often as it takes for `count` of them."""
+    times = -(-count // len(folder))
+    return ImageFolder(folder.root, folder.classes, folder.files * times, folder.labels * times)
+
+
+def described(folder: ImageFolder) -> dict[str, Any]:
+    """Return the number of images, and of up to 200 of them the mean size in pixels and in kilobytes."""
+    files = folder.files[:: -(-len(folder) // 200)]
+    sizes = []
+    for file in files:
+        with Image.open(file) as image:
+            sizes.append(image.size)
+    width, height = np.mean(sizes, axis=0).round().astype(int).tolist()
+    kilobytes = round(sum(Path(file).stat().st_size for file in files) / len(files) / 1000)
+    return {"images": len(folder), "mean_size": f"{width}x{height}", "mean_kilobytes": kilobytes}
+
+
+def make_images(folder: Path, count: int, source: Path | None = None) -> None:
+    """Write `count` JPEG files into class folders, from the images in `source` where it is given."""
+    listed = list_image_folder(source) if source else None
+    make = functools.partial(_make_image, folder=folder, listed=listed)
+    with concurrent.futures.ProcessPoolExecutor(machine.cores()) as pool:
+        for _ in pool.map(make, range(count), chunksize=16):
+            pass
+
+
+def _make_image(number: int, folder: Path, listed: ImageFolder | None) -> None:
+    rng = np.random.default_rng([7, number])
+    if listed is None:
+        name, image = CLASSES[number % len(CLASSES)], _mosaic(rng, number)
+    else:
+        chosen = number % len(listed)
+        name, image = listed.classes[listed.labels[chosen]], _like(rng, Path(listed.files[chosen]))
+    target = folder / name / f"{number:06d}.jpg"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    image.save(target, "JPEG", quality=_QUALITY)
+
+
+def _like(rng: np.random.Generator, file: Path) -> Image.Image:
+    """Return a photograph cut at its borders by up to 4 %, mirrored at random, and of ImageNet's size."""
+    with Image.open(file) as opened:
+        image = opened.convert("RGB")
+    left, top = rng.uniform(0, 0.02, 2)
+    right, bottom = rng.uniform(0.98, 1, 2)
+    image = image.crop(
+        (int(left * image.width), int(top * image.height), int(right * image.width), int(bottom * image.height))
+    )
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if max(image.size) > _LONG_SIDE:
+        image.thumbnail((_LONG_SIDE, _LONG_SIDE))
+    return image
+
+
+def _mosaic(rng: np.random.Generator, number: int) -> Image.Image:
+    short = int(rng.integers(330, 400))
+    size = (_LONG_SIDE, short) if rng.random() < 0.7 else (short, _LONG_SIDE)
+    image = Image.new("RGB", size)
+    y = 0
+    while y < size[1]:
+        x, row = 0, size[1]
+        while x < size[0]:
+            sample = sample_jpeg("train", CLASSES[number % len(CLASSES)], int(rng.integers(1 << 30)))
+            with Image.open(io.BytesIO(sample)) as tile:
+                image.paste(tile, (x, y))
+                x, row = x + tile.width, min(row, tile.height)
+        y += row
+    return image
+
+
+def main() -> None:
+    """Make images."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write class folders into")
+    parser.add_argument("--images", type=measure.positive, default=4000, help="number of files (default: %(default)s)")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DATA", help="photographs to make them from")
+    options = parser.parse_args()
+    make_images(options.folder, options.images, options.source)
+    measure.say(", ".join(f"{name} {value}" for name, value in described(list_image_folder(options.folder)).items()))
+
+
+if __name__ == "__main__":
+    measure.run(main)

@@ -1,0 +1,152 @@
+"""The machine that a result comes from: its GPU, its cores and whether it gives them, versions, command and commit."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dali_saliencymix
+from benchmarks import measure
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "numba",
+    "scipy",
+    "opencv-contrib-python-headless",
+    "opencv-python-headless",
+    "pillow",
+)
+
+# Counts for a given time, beginning at a given moment: what one core can do.
+_BUSY = """
+import sys, time
+start, seconds = map(float, sys.argv[1:])
+while time.time() < start: pass
+count, end = 0, start + seconds
+while time.time() < end: count += 1
+print(count)
+"""
+
+
+def has_gpu() -> bool:
+    """Tell whether CuPy sees a GPU."""
+    try:
+        import cupy
+
+        return cupy.cuda.runtime.getDeviceCount() > 0
+    except Exception:  # not installed, no driver, another CUDA version: without a GPU everything is measured on the CPU
+        return False
+
+
+def wants_gpu(options: argparse.Namespace) -> bool:
+    """Return whether to measure on a GPU."""
+    if options.device == "gpu" and not has_gpu():
+        msg = "--device must be cpu where CuPy sees no GPU, got gpu"
+        raise ValueError(msg)
+    return options.device != "cpu" and has_gpu()
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cores_given(processes: int, seconds: float = 0.4) -> float:
+    """Return how many times as much `processes` busy processes get done in a given time as a single one does."""
+
+    def counted(number: int) -> int:
+        start = time.time() + 0.15 + 0.02 * number
+        command = [sys.executable, "-I", "-S", "-c", _BUSY, str(start), str(seconds)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(number)]
+        return sum(int(process.communicate()[0]) for process in running)
+
+    return round(counted(processes) / counted(1), 2)
+
+
+def conditions(options: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
+    """Return what a result depends on: machine, versions, options, command and commit."""
+    machine: dict[str, Any] = {"cpu": _cpu_model(), "cores": cores(), "cores_given_to_two_processes": cores_given(2)}
+    if cores() > 2:
+        machine[f"cores_given_to_{cores()}_processes"] = cores_given(cores())
+    if machine["cores_given_to_two_processes"] < 1.7:
+        measure.say(
+            f"two busy processes do {machine['cores_given_to_two_processes']} times the work of one: a noisy machine"
+        )
+    hidden = ("data", "output", "seconds", "device")
+    return {
+        **{name: value for name, value in vars(options).items() if name not in hidden},
+        "device": f"CPU, {cores()} threads",
+        "cuda": None,
+        **(_gpu() if gpu else {}),
+        "versions": _versions(),
+        "machine": machine,
+        "command": command(options),
+        "commit": _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"]),
+    }
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the command line, without the names of this machine's folders."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    words = collections.deque(sys.argv[1:])
+    shown = ["python", "-m", module.name if module else "benchmarks"]
+    while words:
+        word = words.popleft()
+        if word in ("-o", "--output"):
+            words.popleft()
+        else:
+            shown.append("DATA" if word == str(getattr(options, "data", None)) else word)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(shown)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "dali-saliencymix": dali_saliencymix.__version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _gpu() -> dict[str, Any]:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    version = runtime.runtimeGetVersion()
+    return {
+        "device": runtime.getDeviceProperties(0)["name"].decode(),
+        "cuda": f"{version // 1000}.{version % 1000 // 10}",
+        "driver": _output(query),
+    }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(line: list[str]) -> str | None:
+    """Return what a program prints, if it is there and succeeds."""
+    if shutil.which(line[0]) is None:
+        return None
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    return ended.stdout.strip() if ended.returncode == 0 else None

@@ -1,0 +1,239 @@
+"""What all benchmarks share: variants that take turns, the spread of a figure, its conditions, results as JSON.
+
+A figure is ``{"median", "q1", "q3", "min", "max", "rounds"}`` over rounds that measure every variant once each.
+A variant that cannot be measured does not end the others: it is listed with the reason under ``"not_measured"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figure(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Return median, quartiles, least and largest of `values`, to `digits` significant digits, and their number."""
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    found = {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
+    return {**{name: significant(value, digits) for name, value in found.items()}, "rounds": len(values)}
+
+
+def significant(value: float, digits: int) -> float:
+    """Round to a number of significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def is_figure(found: object) -> bool:
+    """Tell whether a part of a result is a figure."""
+    return isinstance(found, dict) and {"median", "min", "max"} <= found.keys()
+
+
+def ratios(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, dict[str, float]]:
+    """Return each variant's ratio to `reference`, taken within the rounds, as figures."""
+    if reference not in values:
+        return {}
+    return {
+        name: figure([one / other for one, other in zip(own, values[reference], strict=False)])
+        for name, own in values.items()
+    }
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def in_turns(
+    variants: Mapping[str, Callable[[], float]],
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    not_measured: dict[str, str] | None = None,
+) -> Iterator[dict[str, list[float]]]:
+    """Call every variant once a round, and give the values so far after each round but the first, which warms up.
+
+    The order moves on by one each round and is turned round every second time: a fixed order would favour whoever
+    comes after a light one. A variant that raises is left out from there on, and `not_measured` says why. No round
+    begins after `seconds`, but for the first that counts.
+    """
+    alive = dict(variants)
+    values: dict[str, list[float]] = {name: [] for name in alive}
+    deadline = time.monotonic() + seconds
+    for number in progress(range(rounds + 1), unit="round", leave=False):
+        if number > 1 and time.monotonic() > deadline:
+            return
+        for name in order_of_round(list(alive), number):
+            try:
+                value = alive[name]()
+            except Exception as error:  # whatever it is: the others can be measured all the same
+                if not_measured is None:
+                    raise
+                del alive[name], values[name]
+                not_measured[name] = one_line(error)
+                say(f"not measured: {name}: {not_measured[name]}")
+                continue
+            if number:
+                values[name].append(value)
+        if number:
+            yield values
+
+
+def order_of_round(names: Sequence[str], number: int) -> list[str]:
+    """Return the order in which variants take their turns in a round."""
+    start = number % len(names) if names else 0
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if number % 2 else order
+
+
+class Timed:
+    """Milliseconds of a call on arrays, as often repeated as it takes for a few milliseconds.
+
+    On a GPU the time is that between two CUDA events on the current stream, with work enqueued in between and nothing
+    waited for; the first call of the object, which compiles and allocates, is not timed.
+    """
+
+    def __init__(self, call: Callable[[], object], *, gpu: bool, least_ms: float = 5.0) -> None:
+        self._call, self._gpu, self._least_ms = call, gpu, least_ms
+        self._repeats = 0
+
+    def __call__(self) -> float:
+        """Return the milliseconds of one call."""
+        if self._repeats:
+            return self._measured(self._repeats)
+        self._call()
+        once = self._measured(1)
+        self._repeats = min(1000, math.ceil(self._least_ms / max(once, 1e-3)))
+        return once
+
+    def _measured(self, repeats: int) -> float:
+        if not self._gpu:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                self._call()
+            return (time.perf_counter() - start) * 1000 / repeats
+        import cupy
+
+        first, last = cupy.cuda.Event(), cupy.cuda.Event()
+        cupy.cuda.get_current_stream().synchronize()
+        first.record()
+        for _ in range(repeats):
+            self._call()
+        last.record()
+        last.synchronize()
+        return cupy.cuda.get_elapsed_time(first, last) / repeats
+
+
+class Budget:
+    """Seconds that are left of a given number, for parts that come one after the other and differ in need."""
+
+    def __init__(self, seconds: float, parts: int) -> None:
+        self._end, self._parts = time.monotonic() + seconds, parts
+
+    def next_part(self, share: float = 0.5) -> float:
+        """Return what the next part may take: a share of what is left, all of it for the last one."""
+        self._parts -= 1
+        return (self._end - time.monotonic()) * (share if self._parts else 1)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str, float]:
+    """Return the gigabytes per second that copying a large array moves, those read and those written added."""
+    if gpu:
+        import cupy as xp
+    else:
+        xp = np
+    source = xp.ones(megabytes * 2**20 // 8, xp.float64)
+    target = xp.zeros_like(source)
+    timed = Timed(lambda: xp.copyto(target, source), gpu=gpu, least_ms=20)
+    return figure([2 * source.nbytes / timed() / 1e6 for _ in range(rounds)])
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str, *, rounds: int = 9) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("-o", "--output", type=Path, metavar="JSON", help="file to write, anew after each round")
+    made.add_argument("--rounds", type=positive, default=rounds, help="rounds that count (default: %(default)s)")
+    made.add_argument("--seconds", type=float, default=math.inf, help="begin no round after this time, but one")
+    made.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="default: a GPU if there is one")
+    return made
+
+
+def positive(text: str) -> int:
+    """Return a positive integer: the type of an option."""
+    if not text.isdigit() or int(text) == 0:
+        msg = f"must be a positive integer, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+def write(result: Mapping[str, Any], output: Path | None) -> None:
+    """Write a result; whoever reads the file finds a whole one, also while it is written anew."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(output)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program; what goes wrong becomes one line and exit status 1."""
+    try:
+        main()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def say(line: str) -> None:
+    """Write a line to stderr."""
+    sys.stderr.write(line + "\n")
+
+
+def progress(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
+    """Show a bar on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, disable=None, **options)
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Write the figures of a result to stdout, one a line, and what was not measured."""
+    for path, found in figures(result):
+        low, high = found.get("q1", found["min"]), found.get("q3", found["max"])
+        sys.stdout.write(f"{' / '.join(path):<78} {found['median']:>10g}   ({low:g} to {high:g})\n")
+    for name, reason in result.get("not_measured", {}).items():
+        sys.stdout.write(f"not measured: {name}: {reason}\n")
+
+
+def figures(result: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
+    """Give all figures of a result with their paths."""
+    if is_figure(result):
+        yield path, result  # type: ignore[misc]
+    elif isinstance(result, dict):
+        for name, part in result.items():
+            yield from figures(part, (*path, name))

@@ -1,0 +1,254 @@
+"""Write the tables and plots of results into the pages that ask for them, so that no page holds numbers typed by hand.
+
+    python -m benchmarks.render            brings README.md and benchmarks/README.md up to date, and docs/plots
+    python -m benchmarks.render --check    changes nothing; exit status 1 where something is not up to date
+
+A page asks with a comment, and whatever stands between it and the next ``<!-- end of result -->`` is replaced:
+
+    <!-- table: pipeline NAME.json -->              also: train, scale, and ops with a place, such as
+    <!-- table: ops NAME.json "224 px, batch 128" -->
+    <!-- conditions: NAME.json -->                  a sentence: device, versions, sizes, rounds, command
+    <!-- plot: pipeline NAME.json -->               also: scale
+
+NAME.json is a file in benchmarks/results. A cell is the median and, in brackets, the middle half of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+
+PAGES = (measure.ROOT / "README.md", measure.ROOT / "benchmarks" / "README.md")
+PLOTS = measure.ROOT / "docs" / "plots"
+
+_END = "<!-- end of result -->"
+_MARKED = re.compile(rf"(<!-- (table|conditions|plot): (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def pipeline_table(result: dict[str, Any]) -> str:
+    """Return images/s of each loader, and its ratio to the one that does not mix."""
+    rows = []
+    for name, rate in result["images_per_second"].items():
+        ratio = result["relative_to_none"].get(name)
+        rows.append([f"`{name}`", cell(rate), cell(ratio)])
+    return table(["loader", "images/s", "relative to `none`"], rows)
+
+
+def train_table(result: dict[str, Any]) -> str:
+    """Return the rates of training, and for the operator the time of its calls and of Python's lock."""
+    head = ["training behind", "images/s", "relative to a constant batch", "relative to `none`"]
+    head += ["operator's call, ms", "lock held by a batch, ms"]
+    rows = []
+    for name, rate in result["images_per_second"].items():
+        parts = [result.get(part, {}).get(name) for part in ("relative_to_constant_batch", "relative_to_none")]
+        call = result.get("operator_call_ms", {}).get(name, {}).get("wall")
+        lock = result.get("lock_held_ms_per_batch", {}).get(name)
+        rows.append([f"`{name}`", cell(rate), *map(cell, parts), cell(call), cell(lock)])
+    return table(head, rows)
+
+
+def ops_table(result: dict[str, Any], place: str) -> str:
+    """Return the milliseconds of each step by implementation, and how far the best of ours is from a plain copy."""
+    if place not in result["milliseconds_per_batch"]:
+        msg = f"place must be one of {list(result['milliseconds_per_batch'])}, got {place!r}"
+        raise ValueError(msg)
+    steps = result["milliseconds_per_batch"][place]
+    columns = list(dict.fromkeys(name for found in steps.values() for name in found))
+    rows = []
+    for step, found in steps.items():
+        ours = [found[name] for name in ("gpu kernel", "cupy", "cpu kernel", "numpy") if name in found]
+        share = f"{ours[0]['share_of_copy_rate']:.1%}" if ours else ""
+        rows.append([step, *(cell(found.get(name)) for name in columns), share])
+    return table(["step, ms for a batch", *columns, "share of the copy rate"], rows)
+
+
+def scale_table(result: dict[str, Any]) -> str:
+    """Return both ends of each curve, and where it is linear."""
+    rows = []
+    for axis, found in result["curves"].items():
+        for name, points in found["points"].items():
+            at = sorted(points, key=float)
+            ends = [f"{cell(points[point])} at {point}" for point in (at[0], at[-1])]
+            where = [f"{kind.replace('_', ' ')} {x:g}" for kind, x in found["linear"][name].items()]
+            rows.append([axis.replace("_", " "), f"`{name}`", found["unit"], *ends, ", ".join(where)])
+    return table(["what grows", "detector", "unit", "least", "most", "linear"], rows)
+
+
+TABLES = {"pipeline": pipeline_table, "train": train_table, "ops": ops_table, "scale": scale_table}
+
+
+def conditions_text(result: dict[str, Any]) -> str:
+    """Return the conditions of a result as two sentences."""
+    found = result["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    rounds = [figure["rounds"] for _, figure in measure.figures(result) if "rounds" in figure]
+    parts = [found["device"]]
+    if found.get("cuda"):
+        parts += [f"CUDA {found['cuda']}", f"{found['machine']['cores']} cores"]
+    if "batch_size" in found:
+        parts.append(f"batch {found['batch_size']}")
+    if "workers" in found:
+        parts.append(f"{found['workers']} threads")
+    if "images" in found:
+        size = f" of {found['mean_size']} pixels and {found['mean_kilobytes']} kB" if "mean_size" in found else ""
+        parts.append(f"{found['images']} images{size}")
+    parts.append(f"{min(rounds)} to {max(rounds)} rounds" if rounds else f"{found['rounds']} rounds")
+    machine = found.get("machine", {})
+    if "cores_given_to_two_processes" in machine:
+        parts.append(f"two busy processes got {machine['cores_given_to_two_processes']} cores")
+    missing = "".join(f" Not measured: {name} ({why})." for name, why in result.get("not_measured", {}).items())
+    return f"{', '.join(parts)}. {versions}. `{found['command']}`{missing}"
+
+
+def cell(figure: dict[str, float] | None) -> str:
+    """Return a figure as the text of a cell."""
+    if figure is None:
+        return ""
+    low, high = figure.get("q1", figure["min"]), figure.get("q3", figure["max"])
+    return f"{number(figure['median'])} ({number(low)} to {number(high)})"
+
+
+def number(value: float) -> str:
+    """Return a number with about three digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def pipeline_plot(result: dict[str, Any]) -> Any:
+    """Draw the rates of all loaders as bars."""
+    from matplotlib.figure import Figure
+
+    rates = result["images_per_second"]
+    figure = Figure(figsize=(7, 0.6 + 0.28 * len(rates)), layout="constrained")
+    axes = figure.subplots()
+    medians = [rate["median"] for rate in rates.values()]
+    low = [rate["median"] - rate.get("q1", rate["min"]) for rate in rates.values()]
+    high = [rate.get("q3", rate["max"]) - rate["median"] for rate in rates.values()]
+    axes.barh(list(rates), medians, xerr=[low, high], color="tab:blue", ecolor="black", capsize=2)
+    axes.invert_yaxis()
+    axes.set_xlabel("images/s")
+    return figure
+
+
+def scale_plot(result: dict[str, Any]) -> Any:
+    """Draw all curves, one picture for each axis; both scales are logarithmic."""
+    from matplotlib.figure import Figure
+
+    curves = result["curves"]
+    figure = Figure(figsize=(3.4 * len(curves), 3), layout="constrained")
+    for axes, (axis, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, points in found["points"].items():
+            at = sorted(points, key=float)
+            values = [points[point] for point in at]
+            medians = [value["median"] for value in values]
+            low = [value["median"] - value["q1"] for value in values]
+            high = [value["q3"] - value["median"] for value in values]
+            axes.errorbar([float(point) for point in at], medians, yerr=[low, high], marker="o", ms=3, label=name)
+        if axis != "hw_decoder_load":
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+        axes.set(xlabel=axis.replace("_", " "), ylabel=found["unit"])
+        axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    return figure
+
+
+PLOT_KINDS = {"pipeline": pipeline_plot, "scale": scale_plot}
+
+
+def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
+    """Return the file of a plot, and whether it is that of the result; draw it if it is not and `draw` says so.
+
+    Matplotlib's versions draw alike, not the same: a plot carries the hash of its result, and that is compared.
+    """
+    result = measure.RESULTS / file
+    path = PLOTS / f"{kind}-{result.stem}.svg"
+    mark = f"<!-- made of {file}, sha256 {hashlib.sha256(result.read_bytes()).hexdigest()} -->\n"
+    if path.exists() and path.read_text().endswith(mark):
+        return path, True
+    if draw:
+        import matplotlib as mpl
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
+            PLOT_KINDS[kind](read(file)).savefig(path, metadata={"Date": None})
+        lines = [line.rstrip() for line in path.read_text().splitlines()]
+        path.write_text("\n".join(lines) + "\n" + mark)
+    return path, draw
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+
+def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
+    """Return the text that a page ought to have, and which of its plots are not up to date."""
+    stale = []
+
+    def replaced(match: re.Match[str]) -> str:
+        begin, what, arguments, end = match.groups()
+        words = shlex.split(arguments)
+        kinds: dict[str, Any] = {"table": TABLES, "plot": PLOT_KINDS, "conditions": {}}[what]
+        if kinds and words[0] not in kinds:
+            msg = f"{page.name}: {what} must be one of {', '.join(kinds)}, got {words[0]!r}"
+            raise ValueError(msg)
+        if what == "conditions":
+            made = conditions_text(read(words[0]))
+        elif what == "table":
+            made = kinds[words[0]](read(words[1]), *words[2:])
+        else:
+            path, current = plot_of(words[0], words[1], draw=draw)
+            if not current:
+                stale.append(str(path.relative_to(measure.ROOT)))
+            made = f"![{words[0]}: {Path(words[1]).stem}]({os.path.relpath(path, page.parent)})"
+        return f"{begin}{made}\n{end}"
+
+    return _MARKED.sub(replaced, page.read_text()), stale
+
+
+def read(file: str) -> dict[str, Any]:
+    """Return the result in a file of benchmarks/results."""
+    return json.loads((measure.RESULTS / file).read_text())
+
+
+def main() -> None:
+    """Render, or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: both READMEs")
+    options = parser.parse_args()
+    old = []
+    for page in options.pages:
+        text, stale = rendered(page.absolute(), draw=not options.check)
+        old += stale
+        if text != page.read_text():
+            old.append(page.name)
+            if not options.check:
+                page.write_text(text)
+                sys.stdout.write(f"{page}: brought up to date\n")
+    if options.check and old:
+        msg = f"not up to date: {', '.join(old)}; run python -m benchmarks.render"
+        raise ValueError(msg)
+
+
+if __name__ == "__main__":
+    measure.run(main)

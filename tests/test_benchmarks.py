@@ -1,0 +1,418 @@
+"""The benchmarks run, write what they promise, and say in one line what is wrong. Nothing here looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_scale, compare, gpu_suite, machine, measure, opencv, render
+from dali_saliencymix.sample_data import make_sample_data
+
+ROOT = Path(__file__).parents[1]
+CONDITIONS = {"device", "cuda", "versions", "machine", "rounds", "command", "commit"}
+FIGURE = {"median", "q1", "q3", "min", "max", "rounds"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_sample_data(folder, train=2, val=1)
+    return folder / "train"
+
+
+def program(*words):
+    """Run a module of the benchmarks as a program, on one thread and without a GPU."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def main_of(monkeypatch):
+    """Return a function that runs a module of the benchmarks in this process, on one thread and the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    monkeypatch.setattr(machine, "cores_given", lambda processes: float(processes))
+
+    def run(name, *options):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
+        measure.run(importlib.import_module(f"benchmarks.{name}").main)
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_small(main_of, tmp_path, capsys):
+    """Return a function that runs a benchmark for two rounds and returns what it wrote."""
+
+    def run(name, *options):
+        output = tmp_path / "x.json"
+        main_of(name, *options, "--rounds", 2, "-o", output)
+        return checked(name, output, capsys.readouterr().out)
+
+    return run
+
+
+def checked(name, output, shown):
+    """Return the result in a file, of which everything holds that holds for all."""
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == name.removeprefix("bench_")
+    assert result["conditions"].keys() >= CONDITIONS
+    assert result["conditions"]["device"].startswith("CPU")
+    assert str(output) not in result["conditions"]["command"]
+    found = dict(measure.figures(result))
+    assert found
+    for path, figure in found.items():
+        assert figure.keys() >= FIGURE
+        assert figure["min"] <= figure["q1"] <= figure["median"] <= figure["q3"] <= figure["max"]
+        assert " / ".join(path) in shown
+    return result
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_ops(run_small):
+    names = ("fine_grained", "spectral_residual")
+    result = run_small("bench_ops", "--sizes", 16, "-b", 2, "--copy-megabytes", 1, "--detectors", *names)
+    steps = result["milliseconds_per_batch"]["16 px, batch 2"]
+    assert {"paste", "labels", "boxes and lam", "mix fine_grained", "saliency spectral_residual"} <= steps.keys()
+    assert steps["paste"]["numpy"]["bytes"] == 2 * 2 * 16 * 16 * 3
+    assert steps["saliency fine_grained"]["numpy"]["bytes"] == 2 * 16 * 16 * (3 + 4)
+    rate = result["copy_gigabytes_per_second"]["cpu"]["median"]
+    paste = steps["paste"]["numpy"]
+    expected = paste["bytes"] / paste["median"] / 1e6 / rate
+    assert paste["share_of_copy_rate"] == pytest.approx(expected, rel=0.02)
+    if opencv.why_not() is None:
+        assert f"opencv, {machine.cores()} processes" in steps["saliency fine_grained"]
+        assert result["not_measured"] == {}
+    else:
+        assert result["not_measured"] == {"opencv": opencv.why_not()}
+
+
+def test_pipeline_as_a_program(data, tmp_path):
+    small = ("-b", 4, "-j", 1, "--crop-size", 16, "--batches", 1, "--rounds", 2, "--device", "cpu")
+    names = ("torch", "torch: opencv", "none", "saliencymix fine_grained", "after: cutmix")
+    names += ("after: saliencymix fine_grained",)
+    output = tmp_path / "x.json"
+    ended = program("benchmarks.bench_pipeline", data, *small, "-o", output, "--variants", *names)
+    assert ended.returncode == 0, ended.stderr
+    result = checked("pipeline", output, ended.stdout)
+    assert set(names) == result["images_per_second"].keys() | result["not_measured"].keys()
+    assert result["not_measured"].keys() <= {"torch: opencv"}
+    assert result["relative_to_none"]["none"]["median"] == 1
+    conditions = result["conditions"]
+    assert conditions["images"] == 16
+    assert conditions["command"].startswith("OMP_NUM_THREADS=1 python -m benchmarks.bench_pipeline DATA -b 4 ")
+    assert conditions["machine"]["cores_given_to_two_processes"] > 0
+
+
+def test_train(data, run_small):
+    small = ("-a", "resnet18", "-b", 4, "-j", 1, "--crop-size", 32, "--steps", 1, "--detectors", "fine_grained")
+    result = run_small("bench_train", data, *small)
+    mixed = "saliencymix fine_grained"
+    assert result["images_per_second"].keys() == {"constant batch", "none", mixed}
+    assert result["relative_to_constant_batch"].keys() == {"constant batch", "none", mixed}
+    assert result["relative_to_none"].keys() == {"none", mixed}
+    assert result["operator_call_ms"][mixed].keys() == {"wall", "cpu"}
+    assert result["lock_held_ms_per_batch"].keys() == {"none", mixed}
+    assert result["not_measured"] == {}
+
+
+def test_scale(data, run_small):
+    points = ("--batch", 1, 2, "--every", 1, 2, "--threads", 1, "--size", 16, "-b", 2, "-j", 1, "--crop-size", 16)
+    result = run_small("bench_scale", data, *points, "--detectors", "fine_grained")
+    assert result["curves"].keys() == {"batch", "size", "detector_size", "threads"}
+    assert result["curves"]["detector_size"]["points"]["fine_grained"].keys() == {"16", "8"}
+    assert result["curves"]["threads"]["points"].keys() == {"none", "fine_grained"}
+
+
+def test_detectors(data, run_small):
+    result = run_small("bench_detectors", data, "-b", 2, "--size", 16, "--images", 4)
+    assert result["conditions"]["images"] == 4
+    assert result["agreement_with_fine_grained"]["fine_grained"] == {"mean_distance": 0.0, "within_an_eighth": 1.0}
+
+
+@pytest.mark.parametrize("source", [True, False], ids=["from photographs", "of samples"])
+def test_images_are_made(data, tmp_path, source):
+    ended = program("benchmarks.data", tmp_path, "--images", 9, *(["--from", data] if source else []))
+    assert ended.stderr.startswith("images 9, mean_size ")
+    assert len(list(tmp_path.glob("*/*.jpg"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("bench_pipeline", "/nowhere"), "error: /nowhere: no such folder"),
+        (("bench_ops", "--device", "gpu"), "error: --device must be cpu where CuPy sees no GPU, got gpu"),
+        (("bench_scale", "--axes", "hw_decoder_load"), "error: --axes must not name hw_decoder_load without a GPU"),
+        (("bench_train", "-a", "net"), "error: --arch must be a classification network of torchvision, got 'net'"),
+        (("gpu_suite", "/tmp/never-made"), "error: there must be a GPU that CuPy sees, or --dry"),
+        (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: is no result of a benchmark"),
+        (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
+    ],
+)
+def test_an_error_is_one_line(main_of, words, text):
+    with pytest.raises(SystemExit) as ended:
+        main_of(*words)
+    assert str(ended.value.code).startswith(text)
+    assert "\n" not in ended.value.code
+
+
+def test_a_program_ends_with_status_1_and_no_traceback():
+    ended = program("benchmarks.compare", "Makefile", "Makefile")
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: Makefile: is no result of a benchmark")
+
+
+# ---- measure ---------------------------------------------------------------------------------------------------------
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
+    seen = []
+    variants = {name: lambda name=name: seen.append(name) or len(seen) for name in "abc"}
+    *_, values = measure.in_turns(variants, 6)
+    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(rounds) == 7
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) == 6
+    assert {len(found) for found in values.values()} == {6}
+    assert min(min(found) for found in values.values()) == 4
+    firsts = [order[0] for order in rounds[1:]]
+    assert sorted(firsts) == [*"aabbcc"]
+
+
+def test_a_variant_that_fails_is_listed_and_the_others_go_on(capsys):
+    calls = iter([1.0, 2.0])
+    reasons = {}
+    variants = {"good": lambda: 1.0, "bad": lambda: next(calls)}
+    *_, values = measure.in_turns(variants, 4, not_measured=reasons)
+    assert values == {"good": [1.0] * 4}
+    assert reasons == {"bad": "StopIteration"}
+    assert "not measured: bad: StopIteration" in capsys.readouterr().err
+
+
+def test_without_time_one_round_is_measured_all_the_same():
+    (values,) = measure.in_turns({"a": lambda: 1.0}, 9, seconds=0)
+    assert values == {"a": [1.0]}
+
+
+def test_figures_and_ratios():
+    assert measure.figure([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3, "q1": 2, "q3": 4, "min": 1, "max": 5, "rounds": 5}
+    assert measure.figure([0.123456])["median"] == 0.123
+    found = measure.ratios({"a": [1.0, 4.0, 9.0], "b": [2.0, 2.0, 3.0]}, "b")
+    assert (found["a"]["median"], found["a"]["max"], found["b"]["median"]) == (2, 3, 1)
+
+
+def test_a_result_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
+    for value in (1, 2):
+        measure.write({"value": value}, tmp_path / "made" / "x.json")
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "made" / "x.json").read_text()) == {"value": 2}
+
+
+@pytest.mark.parametrize(
+    ("axis", "medians", "expected"),
+    [
+        ("batch", {"1": 5, "2": 5, "4": 5, "8": 8, "16": 16}, {"linear_from": 8}),
+        ("size", {"10": 1, "20": 4, "40": 16}, {"linear_from": 10}),
+        ("detector_size", {"10": 4, "20": 4, "40": 16}, {"linear_from": 20}),
+        ("threads", {"1": 100, "2": 190, "4": 350, "8": 400, "16": 1600}, {"linear_to": 4}),
+        ("hw_decoder_load", {"0.5": 1}, {}),
+    ],
+)
+def test_where_a_curve_is_linear(axis, medians, expected):
+    assert bench_scale.linear(axis, {point: {"median": value} for point, value in medians.items()}) == expected
+
+
+# ---- compare ---------------------------------------------------------------------------------------------------------
+
+
+def result_of(median, half_width=1.0, rounds=9, **conditions):
+    figure = {"median": median, "q1": median - half_width, "q3": median + half_width, "min": 0, "max": 99}
+    return {"images_per_second": {"none": {**figure, "rounds": rounds}}, "conditions": conditions}
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        (result_of(13), "MORE"),
+        (result_of(7), "LESS"),
+        (result_of(11.5), "within the spread"),
+        (result_of(13, half_width=3), "within the spread"),
+        (result_of(13, rounds=4), "too few rounds to tell"),
+    ],
+)
+def test_a_change_counts_if_it_is_more_than_the_spread(after, verdict):
+    (line,) = compare.compared(result_of(10), after)
+    assert line.startswith("images_per_second / none")
+    assert line.endswith(verdict)
+
+
+def test_conditions_that_differ_are_said_first():
+    before, after = (result_of(10, versions={"numpy": numpy}, device="CPU") for numpy in ("1", "2"))
+    assert compare.compared(before, after)[0] == "numpy: '1' -> '2'"
+
+
+def test_results_without_a_figure_in_common_are_refused():
+    with pytest.raises(ValueError, match="no figure in common"):
+        compare.compared(result_of(1), {"other": {}})
+
+
+# ---- render ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results and a page, in the place of the real ones."""
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(render, "PLOTS", tmp_path / "docs" / "plots")
+    result = result_of(1234.5, device="CPU, 2 threads", versions={"numpy": "2"}, command="python x", rounds=9)
+    result["relative_to_none"] = {"none": measure.figure([1.0])}
+    measure.write(result, tmp_path / "results" / "a.json")
+    return tmp_path
+
+
+def rendered_page(monkeypatch, folder, text, *options):
+    page = folder / "page.md"
+    if text is not None:
+        page.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["render", *options, str(page)])
+    render.main()
+    return page.read_text()
+
+
+TABLE = "before\n<!-- table: pipeline a.json -->\nold\n<!-- end of result -->\nafter\n"
+
+
+def test_what_stands_between_the_marks_is_replaced(results, monkeypatch, capsys):
+    page = rendered_page(monkeypatch, results, TABLE)
+    assert page == TABLE.replace(
+        "old\n",
+        "| loader | images/s | relative to `none` |\n"
+        "| --- | --- | --- |\n"
+        "| `none` | 1,234 (1,234 to 1,236) | 1 (1 to 1) |\n",
+    )
+    assert "brought up to date" in capsys.readouterr().out
+    assert rendered_page(monkeypatch, results, None, "--check") == page
+    assert capsys.readouterr().out == ""
+
+
+def test_check_fails_where_a_page_is_old_and_changes_nothing(results, monkeypatch):
+    with pytest.raises(ValueError, match=r"not up to date: page\.md; run python -m benchmarks\.render"):
+        rendered_page(monkeypatch, results, TABLE, "--check")
+    assert (results / "page.md").read_text() == TABLE
+
+
+def test_conditions_are_a_sentence(results, monkeypatch):
+    page = rendered_page(monkeypatch, results, "<!-- conditions: a.json -->\n<!-- end of result -->\n")
+    assert page.splitlines()[1] == "CPU, 2 threads, 1 to 9 rounds. numpy 2. `python x`"
+
+
+def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
+    pytest.importorskip("matplotlib")
+    text = "<!-- plot: pipeline a.json -->\n<!-- end of result -->\n"
+    page = rendered_page(monkeypatch, results, text)
+    assert "![pipeline: a](docs/plots/pipeline-a.svg)" in page
+    assert "</svg>" in (results / "docs/plots/pipeline-a.svg").read_text()
+    rendered_page(monkeypatch, results, None, "--check")
+    measure.write(result_of(2), results / "results" / "a.json")
+    with pytest.raises(ValueError, match=r"not up to date: docs/plots/pipeline-a\.svg"):
+        rendered_page(monkeypatch, results, None, "--check")
+
+
+@pytest.mark.parametrize("what", ["table: nothing a.json", "plot: nothing a.json"])
+def test_an_unknown_kind_is_refused(results, monkeypatch, what):
+    with pytest.raises(ValueError, match=r"page\.md: \w+ must be one of .*, got 'nothing'"):
+        rendered_page(monkeypatch, results, f"<!-- {what} -->\n<!-- end of result -->\n")
+
+
+def test_the_pages_of_this_repository_are_up_to_date(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["render", "--check"])
+    render.main()
+
+
+# ---- the suite for GPU hosts -----------------------------------------------------------------------------------------
+
+
+def test_test_files_that_need_what_is_missing_are_found(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("import json\nfrom nowhere.at_all import x\n")
+    (tmp_path / "tests" / "test_b.py").write_text("import json\n\ndef test():\n    import nowhere\n")
+    (tmp_path / "tests" / "test_c.py").write_text("import beside\n")
+    (tmp_path / "tests" / "beside.py").write_text("")
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    assert gpu_suite.files_with_missing_imports() == {"tests/test_a.py": "nowhere"}
+    assert "--ignore=tests/test_a.py" in gpu_suite.test_command(tmp_path)
+
+
+def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
+        fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
+        assert "was ended when its time was over" in gpu_suite.run_stage(hang, 1, log)
+        assert "fail: failed with status 3" in gpu_suite.run_stage(fail, 9, log)
+    assert "begun" in (tmp_path / "log").read_text()
+
+
+def test_tests_that_are_cut_short_leave_their_report(tmp_path):
+    begun = tmp_path / "begun"
+    (tmp_path / "test_x.py").write_text(
+        "import pathlib, time\n"
+        "def test_a(): assert False\n"
+        f"def test_b(): pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    )
+    line = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it where it is ignored
+    try:
+        process = subprocess.Popen(
+            [*line, f"--junitxml={tmp_path / 'tests.xml'}"], start_new_session=True, stdout=subprocess.DEVNULL
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.05)
+    gpu_suite.end_group(process)
+    assert "1 failures" in gpu_suite.tests_summary(tmp_path / "tests.xml")
+
+
+def test_the_summary_names_what_failed(tmp_path):
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0">'
+        '<testcase classname="tests.test_x" name="test_y"><failure/></testcase>'
+        '<testcase name="z"/></testsuite></testsuites>'
+    )
+    measure.write(
+        result_of(5, device="a GPU") | {"not_measured": {"opencv": "cv2 is not installed"}}, tmp_path / "x.json"
+    )
+    text = gpu_suite.summary(tmp_path, ["tests: failed with status 1"])
+    for line in (
+        "tests: 2 tests, 1 failures, 0 errors, 0 skipped\n  tests.test_x::test_y",
+        "## x.json: a GPU\nimages_per_second / none: 5 (4 to 6), 9 rounds",
+        "not measured: opencv: cv2 is not installed",
+    ):
+        assert line in text
+
+
+def test_every_stage_names_a_module_and_writes_into_the_folder(tmp_path):
+    for dry in (False, True):
+        made = list(gpu_suite.stages(tmp_path, tmp_path / "data", None, lambda: 100.0, dry=dry))
+        assert [stage.name for stage in made] == ["images", "tests", "ops", "pipeline", "train", "scale"]
+        for stage in made:
+            assert importlib.util.find_spec(stage.command[1])
+        written = {stage.command[stage.command.index("-o") + 1] for stage in made[2:]}
+        assert written == {str(tmp_path / f"{name}.json") for name in ("ops", "pipeline", "train", "scale")}
