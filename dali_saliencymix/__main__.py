@@ -1,4 +1,4 @@
-"""The command line: ``python -m dali_saliencymix sample-data | preview``."""
+"""The command line: ``python -m dali_saliencymix sample-data | preview | bottleneck | compare``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out")
     preview.add_argument("--per-batch", action="store_true", default=None, help="one box for all samples")
     preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
-    args = vars(parser.parse_args(arguments))
+
+    # Its options include those of train.py, which only a parser that knows PyTorch can read.
+    add_command("bottleneck", help="say whether the loader or the training step is the bottleneck", add_help=False)
+
+    comparison = add_command("compare", help="say what changed between two reports of bottleneck")
+    comparison.add_argument("before", type=Path, metavar="A.json")
+    comparison.add_argument("after", type=Path, metavar="B.json")
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["bottleneck"]:
+        from dali_saliencymix.bottleneck.command import run_bottleneck
+
+        return run_bottleneck(given[1:], f"{parser.prog} bottleneck")
+    args = vars(parser.parse_args(given))
 
     command = args.pop("command")
     try:
@@ -52,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
             from dali_saliencymix.sample_data import make_sample_data
 
             make_sample_data(args.pop("root"), **args)
+        elif command == "compare":
+            from dali_saliencymix.bottleneck.command import run_compare
+
+            return run_compare(prog=f"{parser.prog} compare", **args)
         else:
             from dali_saliencymix.preview import save_preview
 
