@@ -30,6 +30,7 @@ from torch import nn
 
 from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.bottleneck import Monitor
+from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.training import checkpoints, distributed, logs, metrics
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments
@@ -259,7 +260,10 @@ def banner(trainer: Trainer, loader: Loader) -> str:
 
 
 def run(args: argparse.Namespace, processes: Processes) -> None:
-    """Train, or only validate, in one process of the run."""
+    """Train, or only validate or measure the loader, in one process of the run."""
+    if args.profile_loader:
+        profile_training(args, processes)
+        return
     last = args.output_dir / checkpoints.LAST
     resume = checkpoints.find_checkpoint(args.resume, args.output_dir) if args.resume else None
     if args.evaluate and resume is None:

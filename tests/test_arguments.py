@@ -43,6 +43,7 @@ OPTIONS = [
     ("--seed 3", "seed", 3),
     ("--output-dir out", "output_dir", Path("out")),
     ("--resume auto", "resume", "auto"),
+    ("--profile-loader", "profile_loader", True),
     ("-p 100", "print_freq", 100),
     ("--print-freq 100", "print_freq", 100),
     ("--train-dir here", "train_dir", Path("here")),

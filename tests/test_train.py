@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import shutil
@@ -14,7 +15,7 @@ import torchvision
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
-from dali_saliencymix.bottleneck import Monitor
+from dali_saliencymix.bottleneck import Monitor, command
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import CLASSES
 from dali_saliencymix.training import metrics
@@ -205,6 +206,27 @@ def test_a_loader_that_starves_the_training_is_named_once(data_folder, tmp_path,
     (warning,) = [line for line in ended.err.splitlines() if "warning" in line]
     assert "the training waits for its data" in warning
     assert "python -m dali_saliencymix bottleneck" in warning
+
+
+def test_profile_loader_measures_the_run_as_it_would_be_and_trains_nothing(
+    data_folder, tmp_path, train_here, monkeypatch
+):
+    measured = []
+
+    def measure(source, step, **options):
+        measured.append((source.conditions, options["device"]))
+        return {"verdict": "made up"}
+
+    monkeypatch.setattr(command, "measure_source", measure)
+    monkeypatch.setattr(command, "report_text", lambda report: f"report: {report['verdict']}")
+    monkeypatch.setattr(command, "save_report", lambda report, path: path.write_text(json.dumps(report)))
+    ended = train_here(data_folder, *TINY, "--profile-loader", "--output-dir", tmp_path / "run")
+    assert ended.status == 0
+    assert "report: made up" in ended.out
+    assert json.loads((tmp_path / "run" / "loader_report.json").read_text()) == {"verdict": "made up"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["loader_report.json"]
+    ((conditions, device),) = measured
+    assert (conditions["batch_size"], conditions["step"], device) == (8, "resnet18", "cpu")
 
 
 def test_options_reach_the_optimizer_and_the_learning_rate(data_folder):

@@ -77,6 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--output-dir", type=Path, default=Path("output"), help="folder for checkpoints and log")
     run.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: from the output folder's")
     run.add_argument("-e", "--evaluate", action="store_true", help="only validate the checkpoint named by --resume")
+    run.add_argument("--profile-loader", action="store_true", help="only measure whether the loader is the bottleneck")
     run.add_argument("-p", "--print-freq", type=_positive_int, default=10, help="steps between two displays")
     args = parser.parse_args(arguments)
 

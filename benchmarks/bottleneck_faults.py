@@ -1,0 +1,272 @@
+"""Does the bottleneck tool find faults that were put in on purpose? A confusion table of its verdicts.
+
+    python -m benchmarks.bottleneck_faults --runs 10 -o benchmarks/results/NAME.json
+
+The pipelines are real DALI pipelines on the CPU, over JPEG files made here; a fault is a sleep at one place, long
+enough to be the truth: in the reading, behind the resize, in the saliency detector, in the training step. A step that
+sleeps stands for one on an accelerator, which the CPU waits for. Faults take turns, so that what else the machine does
+hits all of them alike. A verdict is right, INCONCLUSIVE, or wrong.
+
+The second part compares the predicted rate, the slower of step and loader, with the measured one over a small grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dali_saliencymix import bottleneck, spectral_residual
+from dali_saliencymix import fn as mix_fn
+
+BATCH = 8
+SLOW, FAST = 0.03, 0.001  # seconds a batch
+
+_lock = threading.Lock()
+
+
+def make_files(folder: str | Path, *, count: int = 32, size: int = 160) -> list[str]:
+    """Write JPEG files of a smooth pattern with some noise, which decode as photographs do; return their paths."""
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((size, size))
+        noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-12, 13, (size, size, 3))
+        stream = io.BytesIO()
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=88)
+        path = Path(folder, f"{number:03d}.jpg")
+        path.write_bytes(stream.getvalue())
+        files.append(str(path))
+    return files
+
+
+class ThrottledReader:
+    """Batches of encoded files and labels, read with a pause before each batch: storage that answers slowly."""
+
+    def __init__(self, files: list[str], seconds: float) -> None:
+        self._files, self._seconds, self._next = files, seconds, 0
+
+    def __call__(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the next batch."""
+        time.sleep(self._seconds)
+        chosen = [self._files[(self._next + i) % len(self._files)] for i in range(BATCH)]
+        self._next += BATCH
+        return [np.fromfile(file, np.uint8) for file in chosen], [np.zeros(1, np.int32) for _ in chosen]
+
+
+@do_not_convert
+def pause(images: Any, seconds: float, held: bool = False) -> Any:
+    """Return images as they are, a while later for each batch."""
+
+    def wait(samples: list[np.ndarray]) -> list[np.ndarray]:
+        with _lock if held else threading.Lock():
+            time.sleep(seconds)
+        return samples
+
+    return fn.python_function(images, function=wait, batch_processing=True, output_layouts=["HWC"])
+
+
+def slow_detector(images: np.ndarray, seconds: float) -> np.ndarray:
+    """Look for saliency, a while later."""
+    time.sleep(seconds)
+    return spectral_residual(images)
+
+
+@pipeline_def(batch_size=BATCH, num_threads=2, device_id=None, seed=1)
+def pipeline(
+    files: list[str],
+    read: float = 0.0,
+    prep: float = 0.0,
+    detect: float = 0.0,
+    held: bool = False,
+    mixed: bool = True,
+    size: int = 64,
+) -> tuple[Any, ...]:
+    """Read, decode, resize, mix, normalise, with pauses at these places."""
+    if read > 0:
+        encoded, labels = fn.external_source(source=ThrottledReader(files, read), num_outputs=2)
+    else:
+        encoded, labels = fn.readers.file(files=files, labels=[0] * len(files), random_shuffle=True, name="reader")
+    images = fn.resize(fn.decoders.image(encoded), size=(size, size))
+    if prep > 0:
+        images = pause(images, prep, held)
+    lam = labels
+    if mixed:
+        detector = functools.partial(slow_detector, seconds=detect) if detect > 0 else "spectral_residual"
+        images, labels, _, lam = mix_fn.saliencymix(images, labels, saliency=detector)
+    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW")
+    return images, labels, lam
+
+
+def step_of(seconds: float, *, held: bool = False) -> Callable[[Any], None]:
+    """Return a training step that takes so long and leaves the CPU alone meanwhile."""
+
+    def step(batch: Any) -> None:
+        with _lock if held else threading.Lock():
+            time.sleep(seconds)
+
+    return step
+
+
+class NoisyLoader:
+    """Batches about as fast as the step, give or take a lot: what a machine with other users looks like."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _ in range(50):
+            time.sleep(0.01 * self._rng.lognormal(0, 1.2))
+            yield np.zeros((BATCH, 3, 8, 8), np.float32)
+
+
+def noisy_step(seed: int) -> Callable[[Any], None]:
+    """Return a step that at times is ten times slower than at others."""
+    rng = np.random.default_rng(seed + 1000)
+    return lambda batch: time.sleep(0.09 * rng.lognormal(0, 1.2))
+
+
+def diagnosed(files: list[str], fault: str, seed: int = 0, seconds: float = 3.0) -> dict[str, Any]:
+    """Return the report of a fault."""
+    quick: dict[str, Any] = {"seconds": seconds, "what_ifs": False, "storage": False}
+    if fault == "noisy machine":
+        return bottleneck.diagnose(NoisyLoader(seed), noisy_step(seed), **quick)
+    options, seconds_of_step, held = {
+        "slow read": ({"read": SLOW, "mixed": False}, FAST, False),
+        "slow operator": ({"prep": SLOW, "mixed": False}, FAST, False),
+        "expensive detector": ({"detect": SLOW}, FAST, False),
+        "tiny model": ({"mixed": False, "size": 32}, FAST / 4, False),
+        "huge model": ({"mixed": False}, 6 * SLOW, False),
+        "common lock": ({"prep": SLOW, "held": True, "mixed": False}, SLOW, True),
+    }[fault]
+    if fault == "slow read":
+        quick |= {"storage": True, "files": files}
+    define = functools.partial(pipeline, files, **options)
+    return bottleneck.diagnose(define, step_of(seconds_of_step, held=held), **quick)
+
+
+EXPECTED = {
+    "slow read": "DISK-BOUND",
+    "slow operator": "CPU-PREP-BOUND",
+    "expensive detector": "MIX-BOUND",
+    "tiny model": "DECODE-BOUND",
+    "huge model": "COMPUTE-BOUND",
+    "common lock": "CONTENTION",
+    "slow rank": "STRAGGLER",
+    "noisy machine": "INCONCLUSIVE",
+}
+
+
+class RankLoader:
+    """Batches that come slowly in the process of rank 1, if there is one."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for _ in range(50):
+            time.sleep(SLOW if os.environ.get("RANK") == "1" else FAST)
+            yield np.zeros((BATCH, 3, 8, 8), np.float32)
+
+
+def rank_step(batch: Any) -> None:
+    """Train, and wait for the other processes as an exchange of gradients does."""
+    import torch
+
+    time.sleep(FAST)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def diagnosed_ranks(output: Path) -> dict[str, Any]:
+    """Return the report of two processes of which one has a slow loader."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "dali_saliencymix", "bottleneck", "--loader", "benchmarks.bottleneck_faults:RankLoader"]
+    command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", "3", "--device", "cpu"]
+    command += ["--no-what-ifs", "--no-storage", "-o", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1], env=environment)
+    return bottleneck.load_report(output)
+
+
+def files_of(fault: str, folder: Path) -> list[str]:
+    """Return the files that a fault is tried on: large ones where decoding shall be the dearest part."""
+    size = 900 if fault == "tiny model" else 160
+    place = folder / str(size)
+    if not place.exists():
+        place.mkdir()
+        make_files(place, size=size)
+    return sorted(str(path) for path in place.iterdir())
+
+
+def prediction_grid(folder: Path) -> list[dict[str, Any]]:
+    """Compare prediction and measurement for loaders and steps from fast to slow."""
+    rows = []
+    for loader, step in ((a, b) for a in (0.0, 0.02, SLOW) for b in (FAST, 0.02, SLOW)):
+        define = functools.partial(pipeline, files_of("", folder), prep=loader, mixed=False)
+        report = bottleneck.diagnose(define, step_of(step), seconds=3, what_ifs=False, storage=False)
+        error = report["prediction"]["end_to_end_takes_longer_by"]
+        total = report["stages_sum"]["ratio"]
+        rows.append({"loader_pause_s": loader, "step_s": step, "takes_longer_by": error, "stages_sum_ratio": total})
+    return rows
+
+
+def main() -> None:
+    """Run all faults in turns, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=10, help="runs of each fault")
+    parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
+    parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    table: dict[str, dict[str, int]] = {fault: {} for fault in args.faults}
+    whys: dict[str, list[str]] = {fault: [] for fault in args.faults}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for run in range(args.runs):
+            for fault in args.faults:
+                if fault == "slow rank":
+                    report = diagnosed_ranks(folder / "ranks.json")
+                else:
+                    report = diagnosed(files_of(fault, folder), fault, run)
+                name = report["verdict"]["name"]
+                table[fault][name] = table[fault].get(name, 0) + 1
+                if name != EXPECTED[fault]:
+                    whys[fault].append(f"{name}: {report['verdict']['why']}")
+                taken = report["conditions"]["seconds_taken"]
+                sys.stderr.write(f"run {run + 1} {fault}: {name}, {taken} s\n")
+        grid = [] if args.no_grid else prediction_grid(folder)
+    result: dict[str, Any] = {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys, "grid": grid}
+    if grid:
+        longer = sorted(row["takes_longer_by"]["median"] for row in grid)
+        result["prediction_error"] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
+    result["conditions"] = {"runs": args.runs, "command": " ".join(sys.argv), **report["conditions"]["host"]}
+    lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
+    for fault, verdicts in table.items():
+        right = verdicts.get(EXPECTED[fault], 0)
+        undecided = 0 if EXPECTED[fault] == "INCONCLUSIVE" else verdicts.get("INCONCLUSIVE", 0)
+        wrong = sum(verdicts.values()) - right - undecided
+        lines.append(f"| {fault} | {EXPECTED[fault]} | {right} | {undecided} | {wrong} |")
+    sys.stdout.write("\n".join([*lines, "", json.dumps(result.get("prediction_error"))]) + "\n")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""``python -m dali_saliencymix bottleneck`` and ``compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dali_saliencymix.bottleneck import ranks
+from dali_saliencymix.bottleneck.comparison import compare, comparison_text
+from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
+from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
+from dali_saliencymix.bottleneck.report import Report, load_report, report_text, save_report
+from dali_saliencymix.bottleneck.sources import (
+    Source,
+    load_function,
+    loader_source,
+    made_by,
+    own_source,
+    pipeline_source,
+)
+from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dali_saliencymix.training.distributed import Processes
+
+STALLED = 3  # exit status of --fail-above-stall
+
+_EPILOG = """
+DATA is measured with the pipelines and the training step of this repository, from its root. All options of train.py
+that shape a batch or a step are taken: -a, -b, -j, --mix, --saliency, --mix-prob, --train-crop-size, --amp,
+--channels-last, --device, ... "python train.py --help" lists them. With --pipeline, -b and -j set batch_size and
+num_threads where they are given.
+
+Several processes: torchrun --nproc_per_node=2 -m dali_saliencymix bottleneck ...
+
+exit status: 0; 1 for an error; 3 if the stall is above --fail-above-stall, also by the lower end of its range.
+"""
+
+
+def bottleneck_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command's own options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [options] [options of train.py] (DATA | --pipeline M:F | --loader M:F)",
+        description="Say whether the loader or the training step is the bottleneck, and what to do about it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--pipeline", metavar="MODULE:FUNCTION", help="makes a DALI pipeline, in place of DATA")
+    parser.add_argument("--loader", metavar="MODULE:FUNCTION", help="makes any iterable of batches, in place of DATA")
+    parser.add_argument(
+        "--step",
+        metavar="MODULE:FUNCTION",
+        help="the training step, step(batch); or a function without arguments that returns it. By default a network "
+        "of torchvision (-a)",
+    )
+    parser.add_argument("--no-step", action="store_true", help="measure the loader alone")
+    parser.add_argument("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
+    parser.add_argument("--images", type=int, default=2048, help="images of DATA to read, for each process (2048)")
+    parser.add_argument("--cache", choices=CACHES, default="auto", help="will the training find its files in memory?")
+    parser.add_argument("--seconds", type=float, default=100.0, help="time for everything, about (100)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"windows of each figure ({ROUNDS})")
+    parser.add_argument("--no-storage", action="store_true", help="do not drop files from memory to read them again")
+    parser.add_argument("--no-what-ifs", action="store_true", help="do not measure other settings")
+    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="report to write")
+    parser.add_argument("--html", type=Path, help="page to write; needs matplotlib")
+    parser.add_argument("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
+    return parser
+
+
+def run_bottleneck(arguments: list[str], prog: str) -> int:
+    """Run ``bottleneck``; return the exit status."""
+    parser = bottleneck_parser(prog)
+    own, rest = parser.parse_known_args(arguments)
+    training = _training_arguments(rest, prog)
+    has_data = training.data is not None or _is_given(rest, "", "--train-dir")
+    if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
+        parser.error("give one of DATA, --pipeline and --loader")
+    if own.fail_above_stall is not None and own.no_step:
+        parser.error("--fail-above-stall needs a training step: leave out --no-step")
+    if own.rounds < LEAST_WINDOWS or own.images < 1 or not own.seconds > 0:
+        parser.error(f"--rounds must be at least {LEAST_WINDOWS}, --images at least 1, --seconds positive")
+    if own.files and has_data:
+        parser.error("--files is for --pipeline and --loader: the files of DATA are known")
+
+    from dali_saliencymix.training import distributed
+
+    try:
+        processes = distributed.start_processes(training.device)
+        report = _measured(own, training, rest, processes)
+        if ranks.rank() == 0:
+            return _told(report, own)
+        return 0
+    except (BottleneckError, ImportError, OSError, ValueError) as error:
+        text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
+        sys.stderr.write(f"{prog}: error: {text}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        return 130
+    finally:
+        distributed.stop_processes()
+
+
+def profile_training(training: argparse.Namespace, processes: Processes) -> None:
+    """Measure the loader and the step of a training with these options of ``train.py``, and say what holds it back.
+
+    The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
+    """
+    report = _measured(bottleneck_parser("train.py").parse_args([]), training, [], processes)
+    if processes.is_main:
+        sys.stdout.write(report_text(report) + "\n")
+        training.output_dir.mkdir(parents=True, exist_ok=True)
+        save_report(report, training.output_dir / "loader_report.json")
+
+
+def run_compare(before: Path, after: Path, prog: str) -> int:
+    """Run ``compare``; return the exit status."""
+    try:
+        sys.stdout.write(comparison_text(compare(load_report(before), load_report(after))) + "\n")
+    except (BottleneckError, OSError) as error:
+        sys.stderr.write(f"{prog}: error: {error}\n")
+        return 1
+    return 0
+
+
+def _training_arguments(rest: list[str], prog: str) -> argparse.Namespace:
+    """Read what is left with the options of ``train.py``, of which DATA is one."""
+    try:
+        from dali_saliencymix.training.arguments import parse_arguments
+    except ImportError as error:
+        sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
+        raise SystemExit(1) from error
+
+    folders = ["--val-dir", "."]  # nobody looks at it
+    if not _is_given(rest, "", "--train-dir"):
+        folders += ["--train-dir", "."]
+    name, sys.argv[0] = sys.argv[0], prog  # how the parser calls itself in its errors
+    try:
+        training = parse_arguments([*rest, *folders])
+    finally:
+        sys.argv[0] = name
+    if training.data is not None and not _is_given(rest, "", "--train-dir"):
+        inside = training.data / "train"
+        training.train_dir = inside if inside.is_dir() else training.data
+    return training
+
+
+def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[str], processes: Processes) -> Report:
+    notify = _say if processes.is_main else _ignore
+    given_batch = training.batch_size if _is_given(rest, "-b", "--batch-size") else None
+    files = _listed(own.files)
+    source: Source
+    if not own.pipeline and not own.loader:
+        source = own_source(training, processes.device, images=own.images)
+    elif own.pipeline:
+        threads = training.workers if _is_given(rest, "-j", "--workers") else None
+        settings: dict[str, Any] = {"batch_size": given_batch, "num_threads": threads}
+        source = pipeline_source(load_function(own.pipeline, "--pipeline"), settings, files=files)
+    else:
+        source = loader_source(load_function(own.loader, "--loader"), batch_size=given_batch, files=files)
+    step = None
+    if own.step:
+        step = step_of(load_function(own.step, "--step"))
+    elif not own.no_step:
+        from dali_saliencymix.bottleneck.steps import TrainingStep
+
+        classes = max(int(source.conditions.get("classes", 1000)), 2)
+        step = TrainingStep(
+            training.arch,
+            processes.device,
+            num_classes=classes,
+            amp=training.amp,
+            channels_last=training.channels_last,
+        )
+    source.conditions["step"] = "not measured" if step is None else own.step or training.arch
+    return measure_source(
+        source,
+        step,
+        device=processes.device.type,
+        seconds=own.seconds,
+        rounds=own.rounds,
+        cache=own.cache,
+        with_storage=not own.no_storage,
+        with_what_ifs=not own.no_what_ifs,
+        notify=notify,
+    )
+
+
+def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return the step that a user's function is, or makes if it needs no argument."""
+    import inspect
+
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a built-in
+        return function
+    required = [value for value in parameters if value.default is value.empty and value.kind not in (2, 4)]
+    if required:
+        return function
+    step = made_by(function, "the training step")
+    if not callable(step):
+        msg = (
+            f"--step must be step(batch), or a function without arguments that returns it, got a {type(step).__name__}"
+        )
+        raise BottleneckError(msg)
+    return step
+
+
+def _is_given(rest: list[str], short: str, long: str) -> bool:
+    names = [part.split("=")[0] for part in rest]
+    return long in names or (short != "" and any(name[:2] == short for name in names))
+
+
+def _listed(paths: list[Path] | None) -> list[str] | None:
+    if paths is None:
+        return None
+    found = []
+    for path in paths:
+        if path.is_dir():
+            found += [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        elif path.exists():
+            found.append(str(path))
+        else:
+            msg = f"--files: {path}: no such file or folder"
+            raise BottleneckError(msg)
+    return sorted(found)
+
+
+def _told(report: Report, own: argparse.Namespace) -> int:
+    """Write the report to where it is wanted; return the exit status."""
+    sys.stdout.write(report_text(report) + "\n")
+    if own.output:
+        save_report(report, own.output)
+    if own.html:
+        from dali_saliencymix.bottleneck.page import save_page
+
+        save_page(report, own.html)
+    if own.fail_above_stall is None:
+        return 0
+    stall = report["stall"]
+    if stall is None:
+        msg = "the stall was not measured, so --fail-above-stall cannot be answered"
+        raise BottleneckError(msg)
+    if 100 * stall["low"] > own.fail_above_stall:
+        sys.stderr.write(
+            f"stall {100 * stall['median']:.0f} % ({100 * stall['low']:.0f} to {100 * stall['high']:.0f}) is above "
+            f"{own.fail_above_stall:g} %\n"
+        )
+        return STALLED
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _ignore(line: str) -> None:
+    pass

@@ -1,0 +1,179 @@
+"""A light monitor for training loops: how long a step waits for its data, and one warning when that is long.
+
+It reads a clock twice a step, on the host, and never waits for a GPU. On a GPU that still has work queued, a wait that
+the host sees need not be one that the GPU feels: the shares here are an upper bound of the stall, and the tool behind
+``python -m dali_saliencymix bottleneck`` measures the stall itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from dali_saliencymix._checks import check_at_least, check_fraction, check_positive
+
+Batch = TypeVar("Batch")
+
+_OWN_COST_STEPS = 200
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+class Monitor:
+    """Data wait, step time and images per second of the last steps of a training.
+
+    Parameters
+    ----------
+    batch_size : int, optional
+        Images in a step, of all processes if the rate is to be that of all of them; without it there is no rate.
+    window : int
+        How many of the last steps the figures are of.
+    warn_share : float
+        Share of the time spent waiting, in (0, 1], from which the loader starves the step.
+    patience : float
+        Seconds for which that has to last before the warning.
+    say : callable, optional
+        Takes the warning, one line; by default it goes to stderr.
+    clock : callable
+        Returns seconds.
+
+    Examples
+    --------
+    >>> monitor = Monitor(batch_size=32)
+    >>> for batch in monitor.watch([1, 2, 3]):
+    ...     pass  # the training step
+    >>> monitor.steps
+    3
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None = None,
+        window: int = 100,
+        warn_share: float = 0.2,
+        patience: float = 60.0,
+        say: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        check_at_least(window, "window", 2)
+        if batch_size is not None:
+            check_at_least(batch_size, "batch_size", 1)
+        self._warn_share = check_fraction(warn_share, "warn_share")
+        if not warn_share:
+            msg = "warn_share must be in (0, 1], got 0"
+            raise ValueError(msg)
+        self._patience = check_positive(patience, "patience")
+        self._batch_size = batch_size
+        self._say = say or _write
+        self._clock = clock
+        self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds waited, seconds in all
+        self._waited = self._total = 0.0  # sums of what is in there
+        self._starving_for = 0.0
+        self.steps = 0
+        self.warned = False
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Give the batches, and time how long each takes to come and how long it is used.
+
+        The first batch of each call is left out: it pays for the loader's start.
+        """
+        clock = self._clock
+        iterator = iter(batches)
+        first = True
+        while True:
+            asked = clock()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            came = clock()
+            yield batch
+            if first:
+                first = False
+                self.steps += 1
+            else:
+                self.record(came - asked, clock() - asked)
+
+    def record(self, waited: float, total: float) -> None:
+        """Take in a step, for loops that `watch` does not suit.
+
+        Parameters
+        ----------
+        waited : float
+            Seconds from asking for the batch until it came.
+        total : float
+            Seconds from asking for the batch until the step's end, of which `waited` is a part.
+        """
+        steps = self._steps
+        if len(steps) == steps.maxlen:
+            old_waited, old_total = steps[0]
+            self._waited -= old_waited
+            self._total -= old_total
+        steps.append((waited, total))
+        self._waited += waited
+        self._total += total
+        self.steps += 1
+        if self._waited >= self._warn_share * self._total and len(steps) > 1:
+            self._starving_for += total
+            if self._starving_for >= self._patience and not self.warned:
+                self.warned = True
+                self._say(self._warning())
+        else:
+            self._starving_for = 0.0
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share, 0 to 1, of the last steps' time in which the host waited for data; None before the second step."""
+        return max(self._waited, 0.0) / self._total if self._steps and self._total > 0 else None
+
+    @property
+    def data_wait_ms(self) -> float | None:
+        """Milliseconds that a step waited for its data, on average over the last steps."""
+        return 1000 * max(self._waited, 0.0) / len(self._steps) if self._steps else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of a step with its wait, on average over the last steps."""
+        return 1000 * self._total / len(self._steps) if self._steps else None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Images per second over the last steps; None without a batch size, or before the second step."""
+        if self._batch_size is None or not self._steps or self._total <= 0:
+            return None
+        return self._batch_size * len(self._steps) / self._total
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures by name, for a log."""
+        return {
+            "data_wait_share": self.data_wait_share,
+            "data_wait_ms": self.data_wait_ms,
+            "step_ms": self.step_ms,
+            "images_per_second": self.images_per_second,
+        }
+
+    def own_cost_ms(self) -> float:
+        """Measure what this monitor adds to a step on this machine, in milliseconds."""
+        trial = Monitor(batch_size=1, window=self._steps.maxlen or 2, say=lambda line: None, patience=1e9)
+        start = time.perf_counter()
+        for _ in trial.watch(range(_OWN_COST_STEPS)):
+            pass
+        return 1000 * (time.perf_counter() - start) / _OWN_COST_STEPS
+
+    def own_cost_share(self) -> float | None:
+        """Return `own_cost_ms` as a share of a step; None before the second step."""
+        return self.own_cost_ms() / self.step_ms if self.step_ms else None
+
+    def _warning(self) -> str:
+        share, step, wait = self.data_wait_share, self.step_ms, self.data_wait_ms
+        return (
+            f"warning: the training waits for its data: {share:.0%} of the time, and that for {self._starving_for:.0f} "
+            f"s ({wait:.1f} of {step:.1f} ms a step, as the host sees it). What to do about it: "
+            "python -m dali_saliencymix bottleneck --help"
+        )

@@ -1,0 +1,361 @@
+"""Where batches come from: this repository's pipelines, a DALI pipeline of the user's, or any iterable of batches.
+
+A source can be opened again and again, with other settings where it has settings, and says which files it reads and
+how it is cut into stages as far as that is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dali_saliencymix.bottleneck import ranks
+from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
+
+if TYPE_CHECKING:
+    import argparse
+
+    import torch
+
+Settings = Mapping[str, Any]
+
+
+@dataclass
+class Source:
+    """Something that gives batches.
+
+    Attributes
+    ----------
+    name : str
+        For people.
+    settings : dict
+        What it is measured with; a setting that is in here can be changed for a what-if.
+    open : callable
+        ``open(settings)`` returns an iterable of batches.
+    define : callable, optional
+        ``define(settings)`` returns a DALI pipeline, new and not built; None where there is none.
+    files : list of str, optional
+        The files that are read, if they are known.
+    dataset_bytes : float, optional
+        Size of the whole data set that the training will read.
+    ahead : int
+        Batches that may be held ready.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    open: Callable[[Settings], Iterable[Any]]
+    define: Callable[[Settings], Any] | None = None
+    files: list[str] | None = None
+    dataset_bytes: float | None = None
+    ahead: int = 2
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+
+def load_function(name: str, option: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names.
+
+    Raises
+    ------
+    BottleneckError
+        If it is written otherwise, the module does not import, or has no such function.
+
+    Examples
+    --------
+    >>> load_function("math:sqrt", "--step")(9.0)
+    3.0
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        msg = f"{option} must be module:function, got {name!r}"
+        raise BottleneckError(msg)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        msg = f"{option}: {module_name} does not import: {one_line(error)}"
+        raise BottleneckError(msg) from error
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            msg = f"{option}: module {module_name!r} has no {function_name!r}"
+            raise BottleneckError(msg)
+        found = getattr(found, part)
+    if not callable(found):
+        msg = f"{option}: {name} must be a function, got a {type(found).__name__}"
+        raise BottleneckError(msg)
+    return found
+
+
+def made_by(function: Callable[..., Any], what: str) -> Any:
+    """Call a user's function without arguments; what it raises becomes one line."""
+    try:
+        return function()
+    except BottleneckError:
+        raise
+    except Exception as error:
+        msg = f"{what} cannot be made: {one_line(error)}"
+        raise BottleneckError(msg) from error
+
+
+def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str] | None = None) -> Source:
+    """Return a source for any iterable of batches, or for a function or class that makes one."""
+    is_function = isinstance(loader, type) or (callable(loader) and not hasattr(loader, "__iter__"))
+    made = made_by(loader, "the loader") if is_function else loader
+    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+        msg = f"the loader must be an iterable of batches, got a {type(made).__name__}"
+        raise BottleneckError(msg)
+    workers = getattr(made, "num_workers", 0)
+    ahead = workers * (getattr(made, "prefetch_factor", None) or 2) if isinstance(workers, int) and workers else 2
+    name = getattr(loader, "__qualname__", type(made).__name__)
+    conditions: dict[str, Any] = {"type": f"{type(made).__module__}.{type(made).__qualname__}"}
+    if workers:
+        conditions["num_workers"] = workers
+    if batch_size:
+        conditions["batch_size"] = batch_size
+    return Source(
+        f"loader {name}", {}, lambda settings: made, files=files, dataset_bytes=_bytes(files), ahead=ahead,
+        conditions=conditions,
+    )  # fmt: skip
+
+
+def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: list[str] | None = None) -> Source:
+    """Return a source for a function that makes a DALI pipeline.
+
+    Parameters
+    ----------
+    define : callable
+        Decorated with ``pipeline_def``, or any that returns a new pipeline each time. It is called with those of
+        `settings` that it takes.
+    settings : mapping
+        Of `batch_size`, `num_threads`, `prefetch_queue_depth`, `device_id` and `hw_decoder_load` those that are given.
+    files : list of str, optional
+        What it reads; by default what the arguments of its readers say.
+    """
+    from dali_saliencymix.bottleneck.stages import reader_files
+
+    takes = _accepted(define)
+    given = {name: value for name, value in settings.items() if value is not None}
+    refused = sorted(given.keys() - takes) if takes is not None else []
+    if refused:
+        name = getattr(define, "__qualname__", "the function")
+        msg = f"{name} takes no {refused[0]}, so it cannot be set: leave the option out, or add the argument"
+        raise BottleneckError(msg)
+    first = made_by(lambda: define(**given), "the pipeline")
+    if not hasattr(first, "run") or not hasattr(first, "set_outputs"):
+        msg = f"the pipeline's function must return a DALI pipeline, got a {type(first).__name__}"
+        raise BottleneckError(msg)
+    found = {
+        "batch_size": first.max_batch_size,
+        "num_threads": first.num_threads,
+        "prefetch_queue_depth": first.prefetch_queue_depth,
+    }
+    changeable = {name: value for name, value in found.items() if takes is None or name in takes}
+    ahead = first.prefetch_queue_depth
+    ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
+
+    def opened(changed: Settings) -> Iterable[Any]:
+        return PipelineBatches(made_by(lambda: define(**{**given, **changed}), "the pipeline"))
+
+    def defined(changed: Settings) -> Any:
+        return define(**{**given, **changed})
+
+    if files is None:
+        try:
+            files = reader_files(lambda: defined({}))
+        except BottleneckError:
+            files = None
+    return Source(
+        f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),
+        {**changeable, **{name: value for name, value in given.items() if name not in found}},
+        opened,
+        defined,
+        files,
+        _bytes(files),
+        ahead,
+        {**found, **given},
+    )
+
+
+def _accepted(function: Callable[..., Any]) -> set[str] | None:
+    """Return the settings that a function takes; None if it takes all."""
+    settings = {"batch_size", "num_threads", "prefetch_queue_depth", "device_id"}
+    parameters = inspect.signature(function).parameters
+    named = {name for name, value in parameters.items() if value.kind is not value.VAR_KEYWORD}
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if getattr(inner, "_is_pipeline_def", False):
+        return settings | named
+    if any(value.kind is value.VAR_KEYWORD for value in parameters.values()):
+        return None
+    return named
+
+
+class PipelineBatches:
+    """The batches of a DALI pipeline as tuples, of PyTorch tensors where their samples have one shape.
+
+    Parameters
+    ----------
+    pipeline : nvidia.dali.Pipeline
+        Any.
+    raw : bool
+        Give DALI's own outputs.
+    """
+
+    def __init__(self, pipeline: Any, *, raw: bool = False) -> None:
+        self._pipeline = pipeline
+        self._raw = raw
+        try:
+            pipeline.build()
+        except Exception as error:
+            msg = f"the pipeline cannot be built: {explained(error)}"
+            raise BottleneckError(msg) from error
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give batches until the pipeline says that an epoch is over, which only external sources do."""
+        while True:
+            try:
+                outputs = self._pipeline.run()
+            except StopIteration:
+                self._pipeline.reset()
+                return
+            except RuntimeError as error:
+                msg = f"the pipeline failed: {explained(error)}"
+                raise BottleneckError(msg) from error
+            yield tuple(outputs) if self._raw else tuple(_as_tensor(output) for output in outputs)
+
+
+def _as_tensor(output: Any) -> Any:
+    if not output.is_dense_tensor():
+        return output
+    import torch
+
+    return torch.utils.dlpack.from_dlpack(output.as_tensor())
+
+
+def explained(error: BaseException) -> str:
+    """Return what DALI says about a failure, in one line without its stack."""
+    text = str(error)
+    raised = re.search(r"\b\w*(?:Error|Exception): (?!DLTensor)((?:.|\n)*?)\n\s*\nAt:", text)
+    if raised:
+        return " ".join(raised[0].removesuffix("At:").split())
+    met = re.search(r"encountered:\s*((?:.|\n)*?)(?:Current pipeline object|$)", text)
+    return one_line(RuntimeError(met[1])) if met else one_line(error)
+
+
+def own_source(args: argparse.Namespace, device: torch.device, *, images: int) -> Source:
+    """Return a source for ``pipelines.imagenet.training_pipeline``, as ``train.py`` would run it with `args`.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Of `dali_saliencymix.training.arguments.parse_arguments`.
+    device : torch.device
+        Where the pipeline works.
+    images : int
+        How many of the data set's images to read at most, for each process; spread evenly over it.
+    """
+    try:
+        from pipelines.imagenet import training_pipeline
+        from pipelines.loader import training_loader
+        from train import mix_operator
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in {"pipelines", "train"}:
+            raise
+        msg = (
+            "the ready-made pipelines are not part of the installed package: run this from the root of the repository, "
+            "where the folder pipelines/ is, or measure your own with --pipeline or --loader"
+        )
+        raise BottleneckError(msg) from error
+    from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+
+    folder = list_image_folder(args.train_dir)
+    world, rank = ranks.count(), ranks.rank()
+    chosen = _spread_indices(len(folder), args.batch_size * world, images * world)
+    subset = ImageFolder(
+        folder.root,
+        folder.classes,
+        [folder.files[index] for index in chosen],
+        [folder.labels[index] for index in chosen],
+    )
+    common = {"crop_size": args.train_crop_size, "min_crop_area": args.min_crop_area, "mix": mix_operator(args)}
+    common |= {"channels_last": args.channels_last}
+    settings = {"batch_size": args.batch_size, "num_threads": args.workers, "prefetch_queue_depth": 2}
+    if device.type == "cuda":
+        settings["hw_decoder_load"] = 0.65
+
+    def opened(changed: Settings) -> Iterable[Any]:
+        now = {**settings, **changed}
+        hardware = {name: now[name] for name in ("hw_decoder_load",) if name in now}
+        return training_loader(
+            subset,
+            batch_size=now["batch_size"],
+            num_threads=now["num_threads"],
+            prefetch=now["prefetch_queue_depth"],
+            device=device,
+            seed=args.seed,
+            rank=rank,
+            world_size=world,
+            **common,
+            **hardware,
+        )
+
+    def defined(changed: Settings) -> Any:
+        now = {**settings, **changed}
+        return training_pipeline(
+            subset.files,
+            subset.labels,
+            device="gpu" if device.type == "cuda" else "cpu",
+            device_id=(device.index or 0) if device.type == "cuda" else None,
+            shard_id=rank,
+            num_shards=world,
+            shuffle_seed=args.seed,
+            seed=args.seed + rank,
+            **now,
+            **common,
+        )
+
+    size = _bytes(sorted(set(subset.files)))
+    each = size / len(set(subset.files)) if size else None
+    return Source(
+        f"training pipeline, mix {args.mix}",
+        settings,
+        opened,
+        defined,
+        sorted(set(subset.files)),
+        each * len(folder) if each else None,
+        settings["prefetch_queue_depth"],
+        {
+            "data": str(args.train_dir),
+            "images_in_data_set": len(folder),
+            "images_read": len(set(subset.files)),
+            "classes": len(folder.classes),
+            "options": {name: _plain(value) for name, value in sorted(vars(args).items())},
+        },
+    )
+
+
+def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
+    """Return indices of files, in number a multiple of `whole`; repeated only where there are fewer files than that."""
+    if length < whole:
+        return [index % length for index in range(4 * whole)]
+    count = max(min(length, wanted) // whole, 1) * whole
+    return [index * length // count for index in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None), list)) else str(value)
+
+
+def _bytes(files: list[str] | None) -> float | None:
+    if not files:
+        return None
+    try:
+        return float(sum(os.stat(file).st_size for file in files))
+    except OSError:
+        return None

@@ -1,0 +1,288 @@
+"""Cuts of a DALI pipeline: shorter pipelines, each with one more of its operators, whose times tell what each costs.
+
+DALI has no timers for its operators. A pipeline is defined anew for each cut, and given as outputs what its first
+operators hand to the rest. The added time of a batch is what an operator costs the whole: less than its own time where
+DALI overlaps it with others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dali_saliencymix._array import Array, array_namespace
+from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
+
+MOST_STAGES = 9
+
+# Operators that work on a few numbers a sample: they count with the next operator that works on images.
+_SMALL = (
+    *("Constant", "Cast", "Stack", "Cat", "Reshape", "Squeeze", "ExpandDims", "Reinterpret", "Copy", "MakeContiguous"),
+    *("random__", "Beta", "CoinFlip", "Uniform", "Normal", "Choice", "BatchPermutation", "PermuteBatch"),
+    *("PeekImageShape", "RandomCropGenerator", "Shapes", "GetProperty", "Arithmetic", "OneHot", "reductions__"),
+    *("_conditional__", "Lookup", "TensorSubscript", "Subscript", "transforms__"),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pipeline up to one of its operators.
+
+    Attributes
+    ----------
+    name : str
+        Of what it has more than the cut before.
+    category : str
+        One of `verdict.CATEGORIES`.
+    make : callable
+        Makes the pipeline, which is not built yet.
+    """
+
+    name: str
+    category: str
+    make: Callable[[], Any]
+
+
+def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
+    """Cut a pipeline behind each operator that works on images.
+
+    Parameters
+    ----------
+    define : callable
+        Returns the same DALI pipeline each time, new and not built.
+
+    Returns
+    -------
+    list of Cut
+        In the order of the graph; the last one is the whole pipeline. A mixing operator of this package makes two
+        cuts: pasting, with a saliency detector that costs nothing, and then the saliency itself.
+
+    Raises
+    ------
+    BottleneckError
+        If the pipeline is built already, has no graph that can be seen, or cannot be defined twice.
+    """
+    operators = _operators(_graph_outputs(_defined(define)))
+    ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before
+    for number, operator in enumerate(operators, start=1):
+        schema = _schema(operator)
+        if _is_small(schema):
+            continue
+        ends.append((*_described(operator, schema), number))
+        if len(ends) > 1 and ends[-1][:2] == ends[-2][:2] == ("read", "read"):
+            del ends[-2]
+    if not ends:
+        msg = "the pipeline has no operator that works on images"
+        raise BottleneckError(msg)
+    ends[-1] = (*ends[-1][:2], len(operators))
+    ends = _with_unique_names(_fewer(ends))
+    cuts = []
+    for name, category, count in ends:
+        if name == "saliency":  # a mixing operator that looks for it
+            cuts.append(Cut("paste", "mix", functools.partial(_shortened, define, count, with_saliency=False)))
+        cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
+    # The whole pipeline is itself, with all that is not on the way of the images.
+    cuts[-1] = Cut(cuts[-1].name, cuts[-1].category, define)
+    return cuts
+
+
+def reader_files(define: Callable[[], Any]) -> list[str] | None:
+    """Return the files that the readers of a pipeline read, as far as their arguments say so; None if they do not."""
+    files: list[str] = []
+    for operator in _operators(_graph_outputs(_defined(define))):
+        if _schema(operator).startswith("readers__"):
+            arguments = getattr(operator._op, "_init_args", {})
+            files += _listed(arguments)
+    return sorted(set(files)) or None
+
+
+def _listed(arguments: dict[str, Any]) -> list[str]:
+    import os
+
+    for name in ("files", "paths", "path"):
+        given = arguments.get(name)
+        if given:
+            root = arguments.get("file_root") or ""
+            return [os.path.join(root, str(file)) for file in ([given] if isinstance(given, str) else given)]
+    if arguments.get("file_list"):
+        root = arguments.get("file_root") or os.path.dirname(arguments["file_list"])
+        with open(arguments["file_list"], encoding="utf-8") as lines:
+            return [os.path.join(root, line.rsplit(None, 1)[0]) for line in lines if line.strip()]
+    if arguments.get("file_root"):
+        found = os.walk(arguments["file_root"])
+        return [os.path.join(folder, name) for folder, _, names in found for name in names]
+    return []
+
+
+def _defined(define: Callable[[], Any]) -> Any:
+    try:
+        return define()
+    except BottleneckError:
+        raise
+    except Exception as error:
+        msg = f"the pipeline cannot be defined: {one_line(error)}"
+        raise BottleneckError(msg) from error
+
+
+def _graph_outputs(pipeline: Any) -> list[Any]:
+    """Return the output nodes of a pipeline that is not built."""
+    if getattr(pipeline, "_built", False):
+        msg = "the pipeline is built already; return it unbuilt, from a function that makes a new one each time"
+        raise BottleneckError(msg)
+    outputs = getattr(pipeline, "_graph_out", None)
+    if not outputs:
+        try:
+            with pipeline:
+                outputs = pipeline.define_graph()
+        except Exception as error:
+            msg = f"the pipeline's graph cannot be seen: {one_line(error)}"
+            raise BottleneckError(msg) from error
+    nodes = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+    return [node for node in nodes if getattr(node, "source", None) is not None]
+
+
+def _inputs(operator: Any) -> Iterator[Any]:
+    for given in operator.inputs:
+        yield from given if isinstance(given, list) else [given]
+
+
+def _operators(outputs: Sequence[Any]) -> list[Any]:
+    """Return all operators that outputs depend on, each behind its inputs."""
+    found: dict[int, Any] = {}
+
+    def visit(operator: Any) -> None:
+        if id(operator) not in found:
+            for node in _inputs(operator):
+                visit(node.source)
+            found[id(operator)] = operator
+
+    for node in outputs:
+        visit(node.source)
+    # What reads comes first, also where it only reads labels for the end: one stage for all of it.
+    operators = list(found.values())
+    first = [operator for operator in operators if _reads(operator) and not operator.inputs]
+    return first + [operator for operator in operators if not any(operator is reader for reader in first)]
+
+
+def _schema(operator: Any) -> str:
+    name = getattr(operator._op, "schema_name", None) or type(operator._op).__name__
+    return str(name)
+
+
+def _reads(operator: Any) -> bool:
+    return _schema(operator).lower().startswith(("readers__", "externalsource"))
+
+
+def _is_small(schema: str) -> bool:
+    return any(schema.lstrip("_").startswith(small.lstrip("_")) for small in _SMALL)
+
+
+def _described(operator: Any, schema: str) -> tuple[str, str]:
+    """Return name and category of an operator that works on images."""
+    lower = schema.lower()
+    if _reads(operator):
+        return "read", "read"
+    if lower.startswith(("decoders__", "imagedecoder", "experimental__decoders__")):
+        return "decode", "decode"
+    if lower.startswith(("resize", "randomresizedcrop")):
+        return "resize", "prep"
+    if lower == "cropmirrornormalize":
+        return "normalise", "prep"
+    if "pythonfunction" in lower:
+        return _described_python(operator)
+    return schema, "prep"
+
+
+def _described_python(operator: Any) -> tuple[str, str]:
+    function = getattr(operator._op, "function", None)
+    inner = inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else None
+    arguments = _all_arguments(inner)
+    if arguments.get("function") in {"saliencymix", "mix"} and "peaks" not in arguments.get("columns", {}):
+        return "saliency", "mix"
+    if arguments.get("function") in {"saliencymix", "mix", "cutmix", "mixup"}:
+        return "paste", "mix"
+    if "detector" in arguments:
+        return "saliency peaks", "mix"
+    if "smoothing" in arguments:
+        return "soft labels", "mix"
+    name = getattr(inner, "__name__", None) or getattr(getattr(inner, "func", None), "__name__", None)
+    return (f"python function {name}" if name else "python function"), "prep"
+
+
+def _all_arguments(function: Any) -> dict[str, Any]:
+    """Return the keyword arguments that partials of this package's functions bind, also one within the other."""
+    if not hasattr(function, "func"):
+        return {}
+    found: dict[str, Any] = {}
+    if (getattr(function.func, "__module__", "") or "").startswith("dali_saliencymix."):
+        found |= function.keywords
+    for inner in function.args:
+        found |= _all_arguments(inner)
+    return found
+
+
+def _fewer(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Join neighbours of one category until there are few enough."""
+    while len(ends) > MOST_STAGES:
+        for i in reversed(range(len(ends) - 1)):
+            if ends[i][1] == ends[i + 1][1] and "saliency" not in (ends[i][0], ends[i + 1][0]):
+                ends[i : i + 2] = [(f"{ends[i][0].partition(' to ')[0]} to {ends[i + 1][0].rpartition(' to ')[2]}",
+                                    *ends[i + 1][1:])]  # fmt: skip
+                break
+        else:
+            return ends
+    return ends
+
+
+def _with_unique_names(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    seen: dict[str, int] = {}
+    unique = []
+    for name, category, count in ends:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append((name if seen[name] == 1 else f"{name} {seen[name]}", category, count))
+    return unique
+
+
+def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = True) -> Any:
+    """Return a new pipeline of the first `count` operators."""
+    with contextlib.nullcontext() if with_saliency else _free_saliency():
+        pipeline = _defined(define)
+    outputs = _graph_outputs(pipeline)
+    operators = _operators(outputs)
+    kept = {id(operator) for operator in operators[:count]}
+    used = [node for operator in operators[count:] for node in _inputs(operator)] + outputs
+    frontier = {node.name: node for node in used if id(node.source) in kept}
+    pipeline._sinks = []  # such as debugging outputs, which would bring back what was cut off
+    pipeline.set_outputs(*frontier.values())
+    return pipeline
+
+
+@contextlib.contextmanager
+def _free_saliency() -> Iterator[None]:
+    """Let the mixing operators that are defined in here use a detector that costs nothing."""
+    from dali_saliencymix import fn
+
+    original = fn._mixed_with_partners
+
+    def with_free_detector(*nodes: Any, **options: Any) -> Any:
+        if "saliency" in options and not (len(nodes) > 4 and nodes[4] is not None):
+            options["saliency"] = _no_saliency
+            if "algorithm" in options:
+                options["algorithm"] = "auto"  # the only one for a function
+        return original(*nodes, **options)
+
+    fn._mixed_with_partners = with_free_detector
+    try:
+        yield
+    finally:
+        fn._mixed_with_partners = original
+
+
+def _no_saliency(images: Array) -> Array:
+    """Return constant maps (N, 8, 8)."""
+    xp = array_namespace(images)
+    return xp.zeros((len(images), 8, 8), dtype="float32")

@@ -1,0 +1,115 @@
+"""The built-in training step: a torchvision network, SGD and the loss of mixed batches, as in ``train.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.training.metrics import mixed_cross_entropy
+
+
+class TrainingStep:
+    """Forward, loss, backward and update of a network of torchvision.
+
+    Parameters
+    ----------
+    arch : str
+        Name of the network.
+    device : torch.device
+        Where it computes. A batch from elsewhere is brought there, which then is part of the step.
+    num_classes : int
+        Outputs of the network.
+    amp, channels_last : bool
+        As in ``train.py``.
+
+    Notes
+    -----
+    The learning rate is 0: the weights stay as they are, so that thousands of steps on one batch end in no overflow,
+    while all that a step computes is computed. Among several processes the gradients are averaged as in a training.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        device: torch.device,
+        *,
+        num_classes: int = 1000,
+        amp: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        import torchvision
+
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        try:
+            model = torchvision.models.get_model(arch, num_classes=num_classes)
+        except ValueError as error:
+            msg = f"arch must be a network of torchvision, got {arch!r}"
+            raise BottleneckError(msg) from error
+        self._device, self._amp = device, amp
+        self._num_classes = num_classes
+        self.network: nn.Module = model.to(device, memory_format=memory_format)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.network = nn.parallel.DistributedDataParallel(self.network)
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def __call__(self, batch: Any) -> None:
+        """Train on a batch: its first four-dimensional floating tensor, with its labels where they are ours."""
+        tensors = _tensors(batch)
+        images = next((part for part in tensors if part.ndim == 4 and part.is_floating_point()), None)
+        if images is None:
+            got = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}" for part in tensors)
+            msg = (
+                "the built-in step needs a batch with images as a floating tensor (N, C, H, W), got "
+                f"{got or type(batch).__name__}; give your own with --step module:function"
+            )
+            raise BottleneckError(msg)
+        if images.shape[1] != 3 and images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
+        images = images.to(self._device, non_blocking=True)
+        if not self._amp:
+            images = images.float()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+            loss = self._loss(self.network(images), tensors)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+    def alone(self, batch: Any) -> None:
+        """Train on a batch without the other processes: what this one needs for itself."""
+        no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
+        with no_sync():
+            self(batch)
+
+    def _loss(self, logits: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
+            labels, source_labels, lam = (part.to(self._device, non_blocking=True) for part in tensors[1:])
+            return mixed_cross_entropy(logits, labels, source_labels, lam)
+        # Which label is right makes no difference to the time.
+        labels = torch.zeros(len(logits), dtype=torch.long, device=self._device)
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return [tensor for part in batch for tensor in _tensors(part)]
+    return []
+
+
+def kept(batch: Any) -> Any:
+    """Return a copy of a batch whose tensors no loader will write into."""
+    if isinstance(batch, torch.Tensor):
+        return batch.clone(memory_format=torch.preserve_format)
+    if isinstance(batch, Mapping):
+        return {name: kept(part) for name, part in batch.items()}
+    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
+        return type(batch)(kept(part) for part in batch)
+    return batch

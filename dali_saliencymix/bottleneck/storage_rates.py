@@ -1,0 +1,145 @@
+"""How fast batches come when their files are not in memory, beside the same with the files in memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dali_saliencymix.bottleneck import ranks, storage
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.measure import Batches
+from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
+from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS
+
+PASSES = LEAST_WINDOWS
+MOST_BYTES = 4 << 30
+MOST_FILES = 20_000
+
+
+@dataclass
+class StorageRates:
+    """Times of passes over the files, ms per batch, and why there are none where there are none.
+
+    A pass begins with a new loader, which has nothing ready: passes are compared with passes, not with windows.
+
+    Attributes
+    ----------
+    cold_ms, warm_ms : list of float
+        The whole loader, with no file in memory and with all of them.
+    read_cold_ms, read_warm_ms : list of float
+        The reading alone, where the loader can be cut.
+    batches : int
+        Batches of one pass.
+    not_measured : str, optional
+        The reason; then there are no times.
+    """
+
+    cold_ms: list[float] = field(default_factory=list)
+    warm_ms: list[float] = field(default_factory=list)
+    read_cold_ms: list[float] = field(default_factory=list)
+    read_warm_ms: list[float] = field(default_factory=list)
+    batches: int = 0
+    not_measured: str | None = None
+
+    def from_storage(self, loader_ms: float) -> tuple[float, ...] | None:
+        """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
+        return _added(loader_ms, self.cold_ms, self.warm_ms)
+
+    def reading(self, read_ms: float) -> tuple[float, ...] | None:
+        """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
+        return _added(read_ms, self.read_cold_ms, self.read_warm_ms)
+
+
+def _added(warm_window: float, cold: list[float], warm: list[float]) -> tuple[float, ...] | None:
+    if not cold or len(cold) != len(warm):
+        return None
+    # Storage does not make a loader faster; what looks so is noise.
+    return tuple(warm_window + max(c - w, 0.0) for c, w in zip(cold, warm, strict=True))
+
+
+def measure_storage(
+    source: Source,
+    *,
+    images: int,
+    loader_ms: float,
+    read_cut: Callable[[], Any] | None,
+    seconds: float,
+    synchronise: Callable[[], None],
+) -> StorageRates:
+    """Time passes over the source's files, dropped from memory and not, in turns.
+
+    Parameters
+    ----------
+    source : Source
+        With its files.
+    images : int
+        In a batch.
+    loader_ms : float
+        What a batch takes from memory, to choose the length of a pass.
+    read_cut : callable, optional
+        Makes the pipeline that only reads.
+    seconds : float
+        For all passes.
+    synchronise : callable
+        Waits for the device.
+    """
+    files = source.files
+    why = None
+    if not files:
+        why = "which files the loader reads is not known; --files says so"
+    elif len(files) > MOST_FILES or (source.dataset_bytes is None):
+        why = f"{len(files)} files are too many to drop from memory, or cannot be seen; --files names a part of them"
+    why = ranks.agree(why, _first)
+    if why or not files:
+        return StorageRates(not_measured=why)
+    if sum(os.stat(file).st_size for file in files) > MOST_BYTES:
+        return StorageRates(not_measured=f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them")
+
+    share = seconds / (PASSES * (4 if read_cut else 2) + 1)
+    fits = int(1000 * share / loader_ms)
+    found = StorageRates(batches=min(max(fits, 2), max(len(files) // images // ranks.count(), 1), 100))
+    found.batches = ranks.agree(found.batches, min)
+    openers: list[tuple[str, Callable[[], Iterable[Any]]]] = [("", lambda: source.open({}))]
+    if read_cut:
+        openers.append(("read_", lambda: PipelineBatches(read_cut(), raw=True)))
+    try:
+        for _, temperature, (which, open_it) in itertools.product(range(PASSES), ("warm", "cold"), openers):
+            loader = open_it()  # what is slow to make is made before the clock starts
+            why = _prepare(files, cold=temperature == "cold")
+            if why:
+                return StorageRates(not_measured=why)
+            times: list[float] = getattr(found, f"{which}{temperature}_ms")
+            times.append(ranks.agree(_pass(loader, found.batches, images, synchronise), max))
+    except BottleneckError as error:
+        return StorageRates(not_measured=str(error))
+    return found
+
+
+def _first(reasons: list[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason), None)
+
+
+def _prepare(files: list[str], *, cold: bool) -> str | None:
+    """Bring files into memory or out of it, on all processes; return why that failed."""
+    ranks.meet()
+    why = None
+    if cold:
+        why = storage.why_not_dropped(files)
+    else:
+        storage.read_into_memory(files)
+    return ranks.agree(why, _first)
+
+
+def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    batches = Batches(loader, nominal=images)
+    batches.first = None
+    done = 1.0
+    for _ in range(count - 1):
+        done += batches.size(batches.next())
+    synchronise()
+    return 1000 * (time.perf_counter() - start) / done

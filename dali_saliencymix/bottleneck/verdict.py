@@ -1,0 +1,371 @@
+"""From measured times to a verdict: a pure function, which reads no clock and no file.
+
+All times are milliseconds per batch. The series of one measurement have one value for each round; those of `cold_ms`
+have their own count. What a gap between two figures is worth is judged by `spread.interval`: where the range of the
+deciding gap reaches over the line, the verdict is INCONCLUSIVE and says which gap it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS, Interval, interval
+
+Series = tuple[float, ...]
+
+PASS_STALL = 0.10  # a utilisation of 90 % passes, as in MLPerf Storage
+CRITICAL_STALL = 0.20
+
+CATEGORIES = ("read", "decode", "prep", "mix", "hand-over")
+_CATEGORY_VERDICTS = {"read": "DISK-BOUND", "decode": "DECODE-BOUND", "prep": "CPU-PREP-BOUND", "mix": "MIX-BOUND"}
+VERDICTS = (
+    *("GPU-BOUND", "COMPUTE-BOUND", *_CATEGORY_VERDICTS.values()),
+    *("LOADER-BOUND", "CONTENTION", "STRAGGLER", "INCONCLUSIVE"),
+)
+
+_NEXT = {
+    "GPU-BOUND": "Leave the loader as it is: only a faster step makes the training faster (--amp, --channels-last, "
+    "a smaller network). A lighter loader would save CPU, not time.",
+    "COMPUTE-BOUND": "Leave the loader as it is: only a faster training step makes the training faster. The step runs "
+    "on a CPU: a GPU is the first thing to try.",
+    "DISK-BOUND": "Put the files on faster storage or into memory, read fewer and larger files (WebDataset, TFRecord), "
+    "or raise the reader's prefetch_queue_depth and num_threads where the storage answers slowly but in parallel.",
+    "DECODE-BOUND": "Give the decoding more: DALI threads (-j), on a GPU hw_decoder_load (see the what-ifs); or less "
+    "to do: store the images at the size that the training needs.",
+    "CPU-PREP-BOUND": "Give the preparation more DALI threads (-j), move it to the GPU, or drop the operator that "
+    "costs most in the table.",
+    "MIX-BOUND": "Take a cheaper saliency detector (spectral_residual), mix fewer samples (--mix-prob), or mix on the "
+    "GPU.",
+    "LOADER-BOUND": "Give the loader more workers or threads, and look inside it with its own profiler: this tool "
+    "cannot cut it into stages. --pipeline module:function takes a DALI pipeline apart.",
+    "CONTENTION": "The parts are fast enough, but not together. Where they share a CPU, lower -j or torch's threads "
+    "until both fit; where they share a GPU, move work to the CPU or the JPEG engine (hw_decoder_load); if the loader "
+    "makes nothing in advance, let it (prefetch).",
+    "STRAGGLER": "Look at that process's machine, disk and CPU affinity: all others wait for it in every step.",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a part of the loader adds to the time of a batch.
+
+    Attributes
+    ----------
+    name : str
+        For people.
+    category : {"read", "decode", "prep", "mix", "hand-over"}
+        Which verdict it leads to.
+    ms : tuple of float
+        Added time in each round; may be negative by noise.
+    """
+
+    name: str
+    category: str
+    ms: Series
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """What one of several processes measured: as in `Figures`."""
+
+    step_ms: Series | None
+    loader_ms: Series | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that a verdict depends on. What was not measured is None.
+
+    Attributes
+    ----------
+    step_ms : tuple of float, optional
+        The training step alone, on a constant batch.
+    loader_ms : tuple of float, optional
+        The loader alone, files in memory.
+    end_ms : tuple of float, optional
+        Loader and step together.
+    stages : tuple of Stage, optional
+        What the loader's time is made of; None if it cannot be cut.
+    cold_ms : tuple of float, optional
+        The loader alone, with files that are not in memory.
+    storage_measured : bool
+        Whether reading from storage was measured, with the files' absence from memory checked.
+    reads_cold : bool
+        Whether the training will read from storage in every epoch: more data than memory.
+    device : {"cuda", "cpu"}
+        Where the step runs.
+    ranks : tuple of RankFigures
+        Of all processes where there are several; the figures above are then those of the slowest process per round.
+    """
+
+    step_ms: Series | None = None
+    loader_ms: Series | None = None
+    end_ms: Series | None = None
+    stages: tuple[Stage, ...] | None = None
+    cold_ms: Series | None = None
+    storage_measured: bool = False
+    reads_cold: bool = False
+    device: str = "cpu"
+    ranks: tuple[RankFigures, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What holds the training back.
+
+    Attributes
+    ----------
+    name : str
+        One of `VERDICTS`.
+    why : str
+        One sentence.
+    next_step : str
+        What to do first.
+    stall : Interval or None
+        Share of the time, 0 to 1, by which the training is slower than its step alone; negative values are noise.
+    """
+
+    name: str
+    why: str
+    next_step: str
+    stall: Interval | None
+
+
+def decide(figures: Figures) -> Verdict:
+    """Say what holds the training back, or why that cannot be said.
+
+    Parameters
+    ----------
+    figures : Figures
+        As measured.
+
+    Returns
+    -------
+    Verdict
+
+    Raises
+    ------
+    ValueError
+        If series that belong together differ in length, a time is not positive, or a category is unknown.
+
+    Notes
+    -----
+    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. Otherwise the stalled time is divided
+    between the loader, ``max(loader - step, 0)``, and what the two cost each other,
+    ``max(end - max(loader, step), 0)``; the larger part names the verdict, CONTENTION for the second one. The loader's
+    part goes to the category of stages that costs most. Reading counts as DISK-BOUND only where storage was measured.
+
+    Examples
+    --------
+    >>> figures = Figures(step_ms=(10.0,) * 5, loader_ms=(40.0, 41.0, 40.5, 40.2, 40.1), end_ms=(41.0,) * 5)
+    >>> decide(figures).name
+    'LOADER-BOUND'
+    """
+    _check(figures)
+    step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
+    missing = [
+        what
+        for what, series in (("the step alone", step), ("the loader alone", loader), ("both together", end))
+        if series is None or len(series) < LEAST_WINDOWS
+    ]
+    if step is None or loader is None or end is None or missing:
+        why = f"Too little was measured to say: that takes {LEAST_WINDOWS} windows of {' and of '.join(missing)}."
+        return _inconclusive(why, None, "Give the tool a --step and more --seconds.")
+    stall = interval([1 - g / e for g, e in zip(step, end, strict=True)])
+
+    straggler = _straggler(figures, stall)
+    if straggler:
+        return straggler
+
+    cold = interval(figures.cold_ms) if figures.cold_ms and figures.reads_cold and figures.storage_measured else None
+    if cold:
+        return _decide_with_storage(figures, stall, cold)
+    verdict = _decide_warm(figures, stall)
+    if figures.reads_cold and verdict.name in {"GPU-BOUND", "COMPUTE-BOUND"}:
+        why = (
+            "The loader keeps up while the files are in memory, but they do not all fit, and storage was not measured."
+        )
+        return _inconclusive(why, stall, "Measure storage: see the report for why that was not possible here.")
+    return verdict
+
+
+def _decide_warm(figures: Figures, stall: Interval) -> Verdict:
+    step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
+    assert step is not None
+    assert loader is not None
+    assert end is not None
+    if stall.high < PASS_STALL:
+        name = "GPU-BOUND" if figures.device == "cuda" else "COMPUTE-BOUND"
+        why = f"The training runs at {_percent(1 - stall.median)} of the speed of its step alone: the loader keeps up."
+        return Verdict(name, why, _NEXT[name], stall)
+    if stall.low < PASS_STALL:
+        why = (
+            f"The stall is {_range(stall)}, on both sides of the {_percent(PASS_STALL)} line: the windows differ too "
+            "much to say whether the loader keeps up."
+        )
+        return _inconclusive(why, stall)
+
+    # The parts of the stalled time, in each round.
+    slow = [p - g for p, g in zip(loader, step, strict=True)]
+    clash = [e - max(p, g) for e, p, g in zip(end, loader, step, strict=True)]
+    more = interval([max(a, 0) - max(b, 0) for a, b in zip(slow, clash, strict=True)])
+    if more.high < 0 and interval(clash).low > 0:
+        apart = max(_median(loader), _median(step))
+        why = (
+            f"Together a batch takes {_ms(_median(end))}, although the loader alone needs {_ms(_median(loader))} and "
+            f"the step alone {_ms(_median(step))}: they hold each other up by {_ms(max(_median(end) - apart, 0))}."
+        )
+        return Verdict("CONTENTION", why, _NEXT["CONTENTION"], stall)
+    if more.low <= 0:
+        why = (
+            f"There is a stall of {_range(stall)}, but the loader's lack of speed ({_gap(slow)} a batch) and what the "
+            f"two cost each other ({_gap(clash)}) cannot be told apart within the spread."
+        )
+        return _inconclusive(why, stall)
+    return _loader_verdict(figures, stall, step, loader)
+
+
+def _decide_with_storage(figures: Figures, stall: Interval, cold: Interval) -> Verdict:
+    """Decide for a training that reads from storage, where `cold` is the time of the loader then."""
+    assert figures.step_ms is not None
+    assert figures.loader_ms is not None
+    assert figures.end_ms is not None
+    step, end, loader = interval(figures.step_ms), interval(figures.end_ms), interval(figures.loader_ms)
+    if cold.high < max(end.low, step.low / (1 - PASS_STALL)):
+        return _decide_warm(figures, stall)  # storage keeps up with what holds the training back anyway
+    cold_stall = Interval(
+        1 - step.median / cold.median, 1 - step.high / cold.low, 1 - step.low / cold.high, min(step.count, cold.count)
+    )
+    other = max(loader.high, step.high, end.high)
+    if cold.low <= other or cold_stall.low < PASS_STALL:
+        why = (
+            f"From storage a batch takes {_ms(cold.low)} to {_ms(cold.high)}, from memory up to {_ms(end.high)}: "
+            "within the spread it cannot be said whether the storage keeps up."
+        )
+        return _inconclusive(why, cold_stall)
+    # What storage adds against what is slow already.
+    adds, before = cold.low - other, max(end.high - step.low, 0)
+    if adds > before:
+        why = (
+            f"The data do not fit into memory, and from storage a batch takes {_ms(cold.median)}, against "
+            f"{_ms(end.median)} with the files in memory and {_ms(step.median)} for the step alone."
+        )
+        return Verdict("DISK-BOUND", why, _NEXT["DISK-BOUND"], cold_stall)
+    if cold.high - min(loader.low, end.low) < end.low - step.high:
+        return _decide_warm(figures, stall)
+    why = (
+        f"Storage ({_ms(cold.median)} a batch) and the rest ({_ms(end.median)} with the files in memory) both hold the "
+        "training back, and neither clearly more."
+    )
+    return _inconclusive(why, cold_stall)
+
+
+def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Series) -> Verdict:
+    """Say which part of a loader that is too slow costs most."""
+    slow = f"The loader alone needs {_ms(_median(loader))} a batch, the step {_ms(_median(step))}"
+    if not figures.stages or len(figures.stages[0].ms) < LEAST_WINDOWS:
+        return Verdict("LOADER-BOUND", f"{slow}; it could not be cut into stages.", _NEXT["LOADER-BOUND"], stall)
+    costs = {
+        category: [sum(values) for values in zip(*series, strict=True)]
+        for category in CATEGORIES
+        if (series := [stage.ms for stage in figures.stages if stage.category == category])
+    }
+    first, *others = sorted(costs, key=lambda category: -_median(costs[category]))
+    for other in others:
+        lead = interval([a - b for a, b in zip(costs[first], costs[other], strict=True)])
+        if lead.low <= 0:
+            why = (
+                f"{slow}, so the loader is too slow; but its dearest parts, {first} ({_gap(costs[first])}) and {other} "
+                f"({_gap(costs[other])}), cannot be told apart within the spread."
+            )
+            return _inconclusive(why, stall)
+    if interval(costs[first]).low <= 0:
+        return _inconclusive(f"{slow}, but the cost of each of its stages is below the noise.", stall)
+    share = _median([a / b for a, b in zip(costs[first], loader, strict=True)])
+    why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {_named(figures.stages, first)}."
+    name = _CATEGORY_VERDICTS.get(first, "LOADER-BOUND")
+    if name == "DISK-BOUND" and not figures.storage_measured:
+        name, why = "LOADER-BOUND", f"{why[:-1]}, and whether that is the storage was not measured."
+    return Verdict(name, why, _NEXT[name], stall)
+
+
+def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
+    """Find a process whose own work, its loader or its step, is clearly slower than that of the others."""
+    own = []
+    for rank in figures.ranks:
+        if rank.step_ms is None or rank.loader_ms is None:
+            return None
+        own.append([max(pair) for pair in zip(rank.step_ms, rank.loader_ms, strict=True)])
+    if len(own) < 2:
+        return None
+    slowest = max(range(len(own)), key=lambda rank: _median(own[rank]))
+    # The middle of the others in the same round; with two processes that is the other one.
+    others = [statistics.median(times) for times in zip(*(own[:slowest] + own[slowest + 1 :]), strict=True)]
+    lag = interval([1 - other / mine for other, mine in zip(others, own[slowest], strict=True)])
+    if lag.low < PASS_STALL or lag.count < LEAST_WINDOWS:
+        return None
+    rank = figures.ranks[slowest]
+    assert rank.step_ms is not None
+    assert rank.loader_ms is not None
+    what = "loader" if _median(rank.loader_ms) >= _median(rank.step_ms) else "step"
+    why = (
+        f"Process {slowest} of {len(own)} needs {_ms(_median(own[slowest]))} a batch for its own {what}, the others "
+        f"{_ms(_median(others))}: all of them go at its pace."
+    )
+    return Verdict("STRAGGLER", why, _NEXT["STRAGGLER"], stall)
+
+
+def _inconclusive(
+    why: str,
+    stall: Interval | None,
+    next_step: str = "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
+) -> Verdict:
+    return Verdict("INCONCLUSIVE", why, next_step, stall)
+
+
+def _check(figures: Figures) -> None:
+    together = {"step_ms": figures.step_ms, "loader_ms": figures.loader_ms, "end_ms": figures.end_ms}
+    together |= {f"stages[{stage.name!r}].ms": stage.ms for stage in figures.stages or ()}
+    for number, rank in enumerate(figures.ranks):
+        together |= {f"ranks[{number}].step_ms": rank.step_ms, f"ranks[{number}].loader_ms": rank.loader_ms}
+    counts = {name: len(series) for name, series in together.items() if series is not None}
+    if len(set(counts.values())) > 1:
+        msg = f"all series must have one value for each round, got {counts}"
+        raise ValueError(msg)
+    for name, series in {**together, "cold_ms": figures.cold_ms}.items():
+        if series is not None and not name.startswith("stages") and not all(value > 0 for value in series):
+            msg = f"{name} must be positive times, got {series}"
+            raise ValueError(msg)
+    for stage in figures.stages or ():
+        if stage.category not in CATEGORIES:
+            msg = f"category must be one of {', '.join(CATEGORIES)}, got {stage.category!r}"
+            raise ValueError(msg)
+    if figures.stages == ():
+        msg = "stages must be None where the loader was not cut, got ()"
+        raise ValueError(msg)
+
+
+def _named(stages: tuple[Stage, ...], category: str) -> str:
+    return " and ".join(stage.name for stage in stages if stage.category == category)
+
+
+def _median(values: list[float] | Series) -> float:
+    return statistics.median(values)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _range(stall: Interval) -> str:
+    return f"{100 * stall.median:.0f} % ({100 * stall.low:.0f} to {100 * stall.high:.0f})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def _gap(values: list[float]) -> str:
+    gap = interval(values)
+    return f"{gap.median:.1f} ms, {gap.low:.1f} to {gap.high:.1f}"

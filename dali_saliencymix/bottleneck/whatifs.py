@@ -1,0 +1,137 @@
+"""What would happen if: other settings, measured; other hardware, predicted. Each row says which of the two it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from dali_saliencymix.bottleneck import ranks
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.measure import Batches, LoaderAlone, measure_in_turns
+from dali_saliencymix.bottleneck.sources import Source
+from dali_saliencymix.bottleneck.spread import Interval, interval
+
+IMAGENET_IMAGES = 1_281_167
+
+_TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
+    "num_threads": ("DALI threads", lambda value: (max(value // 2, 1), value * 2)),
+    "prefetch_queue_depth": ("prefetch depth", lambda value: (value * 2,) if isinstance(value, int) else ()),
+    "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
+    "batch_size": ("batch size", lambda value: (max(value // 2, 1), value * 2)),
+}
+
+
+def measured_rows(
+    source: Source, *, seconds: float, synchronise: Callable[[], None], notify: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Measure the loader alone with other settings, in turns with the present ones.
+
+    Returns
+    -------
+    list of dict
+        A row for each setting and value; for a setting that this loader does not have, one with `change` None.
+    """
+    subjects: dict[str, LoaderAlone] = {}
+    rows = []
+    images: dict[str, int] = {}
+    variants: list[tuple[str, str, Any]] = [("now", "", None)]
+    for setting, (label, values) in _TRIED.items():
+        present = source.settings.get(setting)
+        tried = [value for value in values(present) if value != present] if present is not None else []
+        if not tried:
+            rows.append(_row(label, present, None, f"this loader has no {setting} that could be changed"))
+        variants += [(setting, label, value) for value in tried]
+    if len(variants) == 1:
+        return rows
+    refused: dict[tuple[str, Any], str] = {}
+    for setting, _, value in variants:
+        key = f"{setting}={value}"
+        batches, why = None, None
+        try:
+            loader = source.open({setting: value} if value is not None else {})
+            ahead = value if setting == "prefetch_queue_depth" and isinstance(value, int) else source.ahead
+            batches = Batches(loader, ahead=ahead)
+        except (BottleneckError, ValueError) as error:
+            why = str(error)
+        why = ranks.agree(why, lambda all_of_them: next((text for text in all_of_them if text), None))
+        if why or batches is None:
+            refused[setting, value] = why or "could not be opened"
+            continue
+        batches.first = None
+        subjects[key] = LoaderAlone(batches)
+        images[key] = batches.nominal or 1
+    found = measure_in_turns(subjects, seconds=seconds, rounds=5, synchronise=synchronise, notify=notify)
+    base = found["now=None"].ms if "now=None" in found else None
+    for setting, label, value in variants[1:]:
+        series = found.get(f"{setting}={value}")
+        if series is None or base is None:
+            rows.append(_row(label, source.settings.get(setting), value, refused.get((setting, value), "no baseline")))
+            continue
+        share = images[f"{setting}={value}"] / images["now=None"]  # per image, not per batch
+        change = interval([share * now / changed for now, changed in zip(base, series.ms, strict=True)])
+        rate = interval([1000 * images[f"{setting}={value}"] / ms for ms in series.ms])
+        rows.append(_row(label, source.settings.get(setting), value, None, change, rate))
+    return rows
+
+
+def _row(
+    label: str, now: Any, then: Any, why: str | None, change: Interval | None = None, rate: Interval | None = None
+) -> dict[str, Any]:
+    return {
+        "kind": "measured",
+        "what": label,
+        "now": now,
+        "then": then,
+        "loader_images_per_second": rate,
+        "change": change,
+        "not_measured": why,
+    }
+
+
+def predicted_rows(
+    *, step: float | None, loader: float | None, end: float | None, cold: float | None, threads: int | None, world: int
+) -> list[dict[str, Any]]:
+    """Predict from rates in images/s of one process; None is what was not measured.
+
+    Examples
+    --------
+    >>> rows = predicted_rows(step=1000.0, loader=500.0, end=400.0, cold=None, threads=4, world=1)
+    >>> rows[1]["text"]
+    "A GPU twice as fast: 400 images/s, 1.00 times today's"
+    """
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
+        rows.append({"kind": kind, "what": what, "value": value, "text": text})
+
+    if step and loader and threads:
+        needed = -(-threads * step // loader)
+        cores = len(os.sched_getaffinity(0))
+        more = f"; this machine has {cores} cores" if needed * world > cores else ""
+        text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
+        if step <= loader:
+            text = f"{threads} are enough now"
+        add("threads to reach the step's rate", needed, f"DALI threads to keep up with the step: {text}")
+    if step and loader and end:
+        limit = min(2 * step, loader, cold or loader)
+        # What the parts cost each other today stays.
+        kept = min(end / min(step, loader, cold or loader), 1.0)
+        value = limit * kept
+        add(
+            "a step twice as fast", value, f"A GPU twice as fast: {value:.0f} images/s, {value / end:.2f} times today's"
+        )
+    for name, rate, text, kind in (
+        ("epoch as it is", end, "at today's rate", "measured"),
+        ("epoch without a stall", step, "if the loader cost nothing", "predicted"),
+    ):
+        seconds = IMAGENET_IMAGES / (rate * world) if rate else None
+        shown = f"{_hours(seconds)} {text}" if seconds else "not measured"
+        # A rate that was measured, for a number of images that were not read.
+        add(name, seconds, f"An epoch of {IMAGENET_IMAGES:,} images: {shown}", kind)
+    return rows
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,817 @@
+"""The bottleneck tool on real pipelines and files, with faults that are far larger than any noise.
+
+No test looks at a time: what is looked at are verdicts of faults that are certain, and what reports say.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+from training_fixtures import torchrun
+
+from benchmarks import bottleneck_faults as faults
+from dali_saliencymix import bottleneck
+from dali_saliencymix.__main__ import main
+from dali_saliencymix.bottleneck import stages, storage
+from dali_saliencymix.bottleneck.command import step_of
+from dali_saliencymix.bottleneck.comparison import compare, comparison_text
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.measure import (
+    Batches,
+    EndToEnd,
+    LoaderAlone,
+    StepAlone,
+    images_in,
+    measure_in_turns,
+)
+from dali_saliencymix.bottleneck.page import page_html, save_page
+from dali_saliencymix.bottleneck.report import load_report, report_text, save_report
+from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, loader_source, pipeline_source
+
+pytest_plugins = ["training_fixtures"]
+
+QUICK = {"seconds": 1.5, "rounds": 5, "what_ifs": False, "storage": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    """JPEG files that are cheap to decode."""
+    return faults.make_files(tmp_path_factory.mktemp("small"), count=16, size=96)
+
+
+def decided(loader, step, **options) -> dict:
+    """A report with a verdict: on a busy machine the tool may rightly not know, and is asked again."""
+    for _ in range(4):
+        found = bottleneck.diagnose(loader, step, **options)
+        if found["verdict"]["name"] != "INCONCLUSIVE":
+            break
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(files) -> dict:
+    """The report of a pipeline, with everything measured. Not to be changed."""
+    define = functools.partial(faults.pipeline, files, detect=0.02)
+    return decided(define, faults.step_of(0.002), seconds=4, rounds=5)
+
+
+# Faults.
+
+
+def verdict_of(files, seconds_of_step=0.001, **options) -> str:
+    define = functools.partial(faults.pipeline, files, **options)
+    return decided(define, faults.step_of(seconds_of_step), **QUICK)["verdict"]["name"]
+
+
+def test_an_expensive_detector_is_found(report):
+    assert report["verdict"]["name"] == "MIX-BOUND"
+    assert "saliency" in report["verdict"]["why"]
+
+
+def test_a_slow_operator_is_found(files):
+    assert verdict_of(files, prep=0.03, mixed=False) == "CPU-PREP-BOUND"
+
+
+def test_a_huge_model_is_no_fault_of_the_loader(files):
+    assert verdict_of(files, seconds_of_step=0.2, mixed=False) == "COMPUTE-BOUND"
+
+
+def test_a_slow_read_is_found_where_storage_can_be_measured(files):
+    define = functools.partial(faults.pipeline, files, read=0.02, mixed=False)
+    found = decided(define, faults.step_of(0.001), **{**QUICK, "storage": True, "files": files})
+    measured = found["storage"]["not_measured"] is None
+    assert found["verdict"]["name"] == ("DISK-BOUND" if measured else "LOADER-BOUND")
+    assert (found["rates"]["storage"]["images_per_second"] is not None) == measured
+
+
+def test_two_that_wait_for_one_lock_are_in_contention(files):
+    define = functools.partial(faults.pipeline, files, prep=0.03, held=True, mixed=False)
+    found = decided(define, faults.step_of(0.03, held=True), **QUICK)
+    assert found["verdict"]["name"] == "CONTENTION"
+
+
+def test_a_slow_iterable_is_the_loader_as_a_whole():
+    class Slow:
+        def __iter__(self):
+            for _ in range(10):
+                time.sleep(0.03)
+                yield {"image": np.zeros((4, 3, 8, 8), np.float32)}
+
+    found = decided(Slow(), faults.step_of(0.0005), **QUICK)
+    assert found["verdict"]["name"] == "LOADER-BOUND"
+    assert found["stages"] is None
+    assert found["stages_note"] == "an iterable cannot be cut into stages: it is measured as a whole"
+    assert "stages of the loader: not measured (an iterable cannot be cut" in report_text(found)
+    assert found["conditions"]["images_per_batch"] == 4
+
+
+def test_a_slow_process_is_found(tmp_path):
+    output = tmp_path / "ranks.json"
+    command = ["-m", "dali_saliencymix", "bottleneck", "--loader", "benchmarks.bottleneck_faults:RankLoader"]
+    command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", "2", "--rounds", "5"]
+    ended = torchrun(*command, "--device", "cpu", "--no-what-ifs", "--no-storage", "-o", output)
+    found = load_report(output)
+    assert found["verdict"]["name"] == "STRAGGLER"
+    assert "Process 1 of 2" in found["verdict"]["why"]
+    assert [each["rank"] for each in found["ranks"]] == [0, 1]
+    assert ended.stdout.count("STRAGGLER") == 1  # one process talks
+
+
+# What is in a report.
+
+
+def test_the_verdict_comes_first_and_then_what_to_do(report):
+    lines = report_text(report).splitlines()
+    assert lines[0] == "MIX-BOUND"
+    assert lines[1].strip() == report["verdict"]["why"]
+    assert lines[2].startswith("  Next: ")
+
+
+def test_the_stages_are_those_of_the_graph(report):
+    names = [row["name"] for row in report["stages"]]
+    assert names == ["read", "decode", "resize", "paste", "saliency", "normalise", "hand-over"]
+    text = report_text(report)
+    for name in names:
+        assert re.search(rf"^{name}\b", text, re.MULTILINE)
+
+
+def test_the_stages_sum_up_to_the_loader(report):
+    """By hand, from the raw windows: what telescopes has to, and the rest is in the figures."""
+    loader = report["rates"]["loader"]["windows_ms"]
+    for number, whole in enumerate(loader):
+        assert sum(row["windows_ms"][number] for row in report["stages"]) == pytest.approx(whole)
+    assert report["stages_sum"]["loader_ms"] == pytest.approx(np.median(loader))
+
+
+def test_figures_follow_from_the_raw_windows(report):
+    for key in ("step", "loader", "end_to_end"):
+        figure = report["rates"][key]
+        assert figure["ms_per_batch"]["median"] == pytest.approx(np.median(figure["windows_ms"]))
+        speed = 1000 * faults.BATCH / np.median(figure["windows_ms"])
+        assert figure["images_per_second"]["median"] == pytest.approx(speed)
+        assert len(figure["windows_ms"]) >= 5
+    step, end = (np.array(report["rates"][key]["windows_ms"]) for key in ("step", "end_to_end"))
+    assert report["stall"]["median"] == pytest.approx(np.median(1 - step / end))
+    assert report["utilisation"] == pytest.approx(1 - report["stall"]["median"])
+    assert report["stall"]["band"] == "critical"
+    assert report["passes"] is False
+
+
+def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
+    assert {row["kind"] for row in report["what_ifs"]} == {"measured", "predicted"}
+    rows = {(row["what"], row.get("then")): row for row in report["what_ifs"]}
+    assert rows["DALI threads", 4]["change"] is not None
+    assert rows["prefetch depth", 4]["change"] is not None
+    assert rows["batch size", 16]["change"] is not None
+    assert rows["hw_decoder_load", None]["change"] is None
+    assert "hw_decoder_load: not measured" in report_text(report)
+    rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
+    assert rows["epoch as it is", None]["value"] == pytest.approx(1_281_167 / rate, rel=1e-6)
+
+
+def test_the_timeline_has_the_steps_of_all_windows(report):
+    timeline = report["timeline"]
+    count = report["conditions"]["steps_in_a_window"]["end to end"]
+    windows = len(report["rates"]["end_to_end"]["windows_ms"])
+    assert [len(window) for window in timeline["waits_ms"]] == [count] * windows
+    pairs = zip(np.ravel(timeline["waits_ms"]), np.ravel(timeline["steps_ms"]), strict=True)
+    assert all(0 <= wait <= step for wait, step in pairs)
+
+
+def test_a_report_is_strict_json_and_comes_back(report, tmp_path):
+    path = tmp_path / "made" / "report.json"
+    save_report(report, path)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == report
+    assert load_report(path) == report
+    assert report["schema"] == "dali-saliencymix/bottleneck"
+    assert report["version"] == 1
+    assert {"host", "settings", "command", "cache"} <= report["conditions"].keys()
+
+
+def test_nothing_that_was_not_measured_is_a_number(files):
+    define = functools.partial(faults.pipeline, files)
+    found = bottleneck.diagnose(define, None, **QUICK)
+    assert found["verdict"]["name"] == "INCONCLUSIVE"
+    for key in ("step", "end_to_end", "storage", "loader_from_storage"):
+        assert found["rates"][key]["images_per_second"] is None
+        assert found["rates"][key]["not_measured"]
+    assert found["stall"] is None
+    assert found["utilisation"] is None
+    assert found["passes"] is None
+    assert found["prediction"] is None
+    assert all(row["against_step"] is None for row in found["stages"])
+    assert found["rates"]["loader"]["images_per_second"]["median"] > 0
+    text = report_text(found)
+    assert text.count("not measured: no training step was given") == 2
+    assert "stall: not measured" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "not a JSON file"),
+        ("[]", "not a report"),
+        ('{"schema": "dali-saliencymix/bottleneck"}', "of version None"),
+    ],
+)
+def test_files_that_are_no_report_are_refused(content, text, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(BottleneckError, match=text):
+        load_report(path)
+
+
+# The page.
+
+
+def test_the_page_has_its_charts_and_needs_no_network(report, tmp_path):
+    path = tmp_path / "made" / "report.html"
+    save_page(report, path)
+    page = path.read_text()
+    assert page.count("<svg") == 3
+    assert "MIX-BOUND" in page
+    assert "<script" not in page
+    # Names of XML dialects look like addresses; nothing is fetched from them.
+    fetched = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!\#)[^"')\s]+""", page)
+    assert [found for found in fetched if "#" not in found] == []
+    assert not re.findall(r"@import|<link|<img|<iframe", page)
+
+
+def test_a_page_without_figures_says_so(report):
+    bare = {**report, "stages": None, "timeline": None, "stages_note": "why <not>"}
+    page = page_html(bare)
+    assert page.count("<svg") == 1
+    assert page.count("<p>not measured</p>") == 2
+    assert "why &lt;not&gt;" in page
+
+
+# Comparison.
+
+
+def shifted(report: dict, factor: float) -> dict:
+    """A report whose loader is that much faster."""
+    changed = json.loads(json.dumps(report))
+    speed = changed["rates"]["loader"]["images_per_second"]
+    speed |= {key: speed[key] * factor for key in ("median", "low", "high")}
+    changed["conditions"]["settings"]["num_threads"] = 16
+    return changed
+
+
+def test_a_report_compared_with_itself_has_not_changed(report):
+    found = compare(report, report)
+    assert found["conditions"] == {}
+    assert found["rates"]["loader"]["ratio"] == 1
+    assert not any(row["more_than_noise"] for row in found["rates"].values())
+    assert "measured under the same conditions" in comparison_text(found)
+
+
+def test_a_large_change_is_more_than_noise(report):
+    found = compare(report, shifted(report, 1000.0))
+    assert found["rates"]["loader"]["more_than_noise"] is True
+    assert found["rates"]["loader"]["ratio"] == pytest.approx(1000)
+    assert found["conditions"] == {"settings.num_threads": [2, 16]}
+    assert re.search(r"^loader .*1000.00x  more than noise", comparison_text(found), re.MULTILINE)
+
+
+def test_a_change_within_the_ranges_is_noise(report):
+    wide = json.loads(json.dumps(report))
+    wide["rates"]["loader"]["images_per_second"]["high"] *= 2
+    assert compare(wide, shifted(report, 1.5))["rates"]["loader"]["more_than_noise"] is False
+
+
+def test_what_one_report_lacks_is_not_compared(report):
+    without = json.loads(json.dumps(report))
+    without["rates"]["step"]["images_per_second"] = None
+    without["stages"] = None
+    found = compare(report, without)
+    assert found["rates"]["step"]["ratio"] is None
+    assert found["rates"]["step"]["more_than_noise"] is None
+    assert found["stages"]["decode"]["more_than_noise"] is None
+    assert "not measured in both" in comparison_text(found)
+
+
+# Stages.
+
+
+def test_a_cut_gives_what_the_next_operator_would_get(files):
+    cuts = stages.cut_pipeline(functools.partial(faults.pipeline, files))
+    by_name = {cut.name: cut.make().run() for cut in cuts}
+    assert [by_name[name][0].dtype.name for name in ("decode", "resize", "normalise")] == ["UINT8", "UINT8", "FLOAT"]
+    assert by_name["decode"][0].at(0).shape == (96, 96, 3)
+    assert by_name["resize"][0].at(0).shape == (64, 64, 3)
+    assert by_name["normalise"][0].at(0).shape == (3, 64, 64)
+    assert len(by_name["normalise"]) == 3  # the whole pipeline has all of its outputs
+
+
+def test_pasting_is_measured_without_a_search_for_saliency(files):
+    calls = []
+
+    def detector(images):
+        calls.append(len(images))
+        return images[..., 0].astype(np.float32)
+
+    from nvidia.dali import fn, pipeline_def
+
+    from dali_saliencymix.fn import saliencymix
+
+    @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+    def pipeline():
+        encoded, labels = fn.readers.file(files=files)
+        return saliencymix(fn.resize(fn.decoders.image(encoded), size=(8, 8)), labels, saliency=detector)
+
+    cuts = {cut.name: cut for cut in stages.cut_pipeline(pipeline)}
+    cuts["paste"].make().run()
+    assert calls == []
+    cuts["saliency"].make().run()
+    assert calls
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "released-code"])
+def test_every_preset_can_be_cut(files, preset):
+    from nvidia.dali import fn, pipeline_def
+
+    from dali_saliencymix.fn import saliencymix
+
+    @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+    def pipeline():
+        encoded, labels = fn.readers.file(files=files)
+        return saliencymix(fn.resize(fn.decoders.image(encoded), size=(24, 24)), labels, preset=preset)
+
+    cuts = stages.cut_pipeline(pipeline)
+    assert [cut.name for cut in cuts] == ["read", "decode", "resize", "paste", "saliency"]
+    for cut in cuts:
+        cut.make().run()
+
+
+def test_many_operators_are_joined_to_few_stages(files):
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+    def pipeline():
+        encoded, labels = fn.readers.file(files=files)
+        images = fn.resize(fn.decoders.image(encoded), size=(24, 24))
+        for _ in range(15):
+            images = fn.flip(images)
+        return images, labels
+
+    cuts = stages.cut_pipeline(pipeline)
+    assert len(cuts) == stages.MOST_STAGES
+    assert [cut.name for cut in cuts][:2] == ["read", "decode"]
+    cuts[4].make().run()
+
+
+def test_a_pipeline_that_cannot_be_cut_is_measured_as_a_whole(files):
+    def built():
+        pipeline = faults.pipeline(files)
+        pipeline.build()
+        return pipeline
+
+    found = bottleneck.diagnose(built, faults.step_of(0.01), **QUICK)
+    assert found["stages"] is None
+    assert "built already" in found["stages_note"]
+    assert "measured as a whole" in found["stages_note"]
+    assert found["rates"]["loader"]["images_per_second"]["median"] > 0
+
+
+def test_the_files_of_a_reader_are_known(files, tmp_path):
+    from nvidia.dali import Pipeline, fn
+
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"x")
+    (tmp_path / "list.txt").write_text("class/a.jpg 0\n")
+
+    def pipeline(where):
+        made = Pipeline(batch_size=1, num_threads=1, device_id=None)
+        with made:
+            made.set_outputs(*fn.readers.file(**where))
+        return made
+
+    for where in (
+        {"file_root": str(folder.parent), "file_filters": ["*.jpg"]},
+        {"file_list": str(tmp_path / "list.txt")},
+        {"files": [str(folder / "a.jpg")]},
+        {"file_root": str(tmp_path), "files": ["class/a.jpg"]},
+    ):
+        assert str(folder / "a.jpg") in stages.reader_files(functools.partial(pipeline, where))
+    assert stages.reader_files(functools.partial(faults.pipeline, files)) == sorted(files)
+    assert stages.reader_files(functools.partial(faults.pipeline, files, read=0.01)) is None
+
+
+# Storage.
+
+
+def test_dropped_files_are_gone_and_read_files_are_back(files):
+    storage.read_into_memory(files)
+    assert storage.resident_share(files) == 1.0
+    for file in files:  # does this file system forget at all?
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if storage.resident_share(files):
+        pytest.skip("this file system keeps its files in memory")
+    storage.read_into_memory(files)
+    assert storage.why_not_dropped(files) is None
+    assert storage.resident_share(files) == 0.0
+    storage.read_into_memory(files[:8])
+    assert 0.3 < storage.resident_share(files) < 0.7
+
+
+def test_files_that_stay_in_memory_are_not_measured(files, monkeypatch):
+    monkeypatch.setattr(storage, "resident_share", lambda files: 0.8)
+    define = functools.partial(faults.pipeline, files, read=0.02, mixed=False)
+    found = decided(define, faults.step_of(0.001), **{**QUICK, "storage": True, "files": files})
+    assert found["rates"]["storage"]["images_per_second"] is None
+    assert (
+        found["rates"]["storage"]["not_measured"] == "80% of the files' bytes stayed in memory after they were dropped"
+    )
+    assert found["verdict"]["name"] == "LOADER-BOUND"  # though reading is the dearest stage
+
+
+def test_residency_that_cannot_be_seen_is_not_taken_for_absence(files, monkeypatch):
+    monkeypatch.setattr(storage, "resident_share", lambda files: None)
+    assert "cannot be seen" in storage.why_not_dropped(files)
+
+
+def test_a_file_that_is_missing_is_a_reason(tmp_path):
+    assert "could not be dropped" in storage.why_not_dropped([str(tmp_path / "missing")])
+
+
+def test_unknown_files_are_a_reason():
+    found = bottleneck.diagnose([np.zeros((2, 4))] * 5, faults.step_of(0.01), **{**QUICK, "storage": True})
+    assert "which files the loader reads is not known" in found["rates"]["storage"]["not_measured"]
+
+
+# Windows.
+
+
+def test_windows_do_not_count_what_was_made_before():
+    """Each subject settles before each of its windows, and is run for the same number of batches in all of them."""
+    log = []
+
+    class Subject:
+        ahead = 0
+
+        def __init__(self, name):
+            self.name = name
+
+        def settle(self):
+            log.append((self.name, "settle"))
+
+        def run(self, count):
+            log.append((self.name, count))
+            return count
+
+    found = measure_in_turns({"a": Subject("a"), "b": Subject("b")}, seconds=0.01, rounds=5)
+    assert {name: len(series.ms) for name, series in found.items()} == {"a": 5, "b": 5}
+    windows = log[-20:]
+    assert [name for name, _ in windows] == ["a", "a", "b", "b"] * 5
+    assert [what == "settle" for _, what in windows] == [True, False] * 10
+
+
+def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length():
+    """Else noise that makes single steps slow would look like a difference between them."""
+    batches = Batches([np.zeros((4, 2))] * 50)
+    subjects = {
+        "step": StepAlone(lambda batch: None, batches.first),
+        "loader": LoaderAlone(batches),
+        "end to end": EndToEnd(lambda batch: time.sleep(0.001), batches),
+    }
+    found = measure_in_turns(subjects, seconds=0.5, rounds=5)
+    assert found["step"].steps == found["end to end"].steps < found["loader"].steps
+
+
+def test_times_are_per_full_batch(monkeypatch):
+    """Half a batch at the end of an epoch counts as half."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    class Loader:
+        def __iter__(self):
+            for size in (8, 8, 4):
+                now[0] += size / 8
+                yield np.zeros((size, 2))
+
+    found = measure_in_turns({"loader": LoaderAlone(Batches(Loader(), ahead=0))}, seconds=1000, rounds=5)
+    assert found["loader"].ms == pytest.approx([1000.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        (np.zeros((3, 2)), 3),
+        ([np.zeros((5, 2)), np.zeros(5)], 5),
+        ({"label": np.float32(1), "image": np.zeros((7, 2))}, 7),
+        (("name", np.zeros((2, 2))), 2),
+        (3.5, None),
+        ([], None),
+        ("text", None),
+    ],
+)
+def test_images_in_a_batch(batch, count):
+    assert images_in(batch) == count
+
+
+def test_a_subject_can_be_a_step():
+    taken = []
+    subject = StepAlone(taken.append, "batch")
+    subject.settle()
+    assert subject.run(3) == 3
+    assert taken == ["batch"] * 4
+
+
+# Bad input: one line each.
+
+
+def one_batch_then_error():
+    yield np.zeros((2, 4))
+    msg = "the disk is gone"
+    raise OSError(msg)
+
+
+def failing_step(batch):
+    msg = "the loss is\nnot finite"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    ("loader", "step", "text"),
+    [
+        ([], lambda batch: None, "the loader gives no batches"),
+        (iter([np.zeros((2, 4))] * 20), lambda batch: None, "the loader ended after 1 epoch and gives no more batches"),
+        (one_batch_then_error(), lambda batch: None, "the loader failed: OSError: the disk is gone"),
+        ([np.zeros((2, 4))] * 5, failing_step, "the training step failed: RuntimeError: the loss is not finite"),
+        ([1.5] * 5, lambda batch: None, "cannot see how many images a batch has, which is a float"),
+        (7, lambda batch: None, "the loader must be an iterable of batches, got a int"),
+    ],
+    ids=["empty", "iterator", "failing loader", "failing step", "batch of one number", "no iterable"],
+)
+def test_bad_input_is_one_clear_line(loader, step, text):
+    with pytest.raises(BottleneckError, match=re.escape(text)) as caught:
+        bottleneck.diagnose(loader, step, **QUICK)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_batch_size_can_be_given_where_it_cannot_be_seen():
+    found = bottleneck.diagnose([1.5] * 5, faults.step_of(0.01), batch_size=16, **QUICK)
+    assert found["conditions"]["images_per_batch"] == 16
+
+
+def test_what_dali_raises_becomes_one_line(tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"this is no image")
+    define = functools.partial(faults.pipeline, [str(broken)] * 8)
+    with pytest.raises(BottleneckError, match="the pipeline failed") as caught:
+        bottleneck.diagnose(define, faults.step_of(0.001), **QUICK)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_python_raises_within_dali_is_quoted(files):
+    from nvidia.dali import fn, pipeline_def
+
+    def refuse(samples):
+        msg = "no cats please"
+        raise ValueError(msg)
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=None)
+    def pipeline():
+        encoded, labels = fn.readers.file(files=files)
+        return fn.python_function(fn.decoders.image(encoded), function=refuse, batch_processing=True), labels
+
+    with pytest.raises(BottleneckError, match=r"the pipeline failed: ValueError: no cats please$"):
+        next(iter(PipelineBatches(pipeline())))
+
+
+def test_a_pipeline_without_an_argument_says_so(files):
+    def fixed():
+        return faults.pipeline(files)
+
+    assert bottleneck.diagnose(fixed, None, **QUICK)["conditions"]["batch_size"] == faults.BATCH
+    with pytest.raises(BottleneckError, match="fixed takes no batch_size"):
+        pipeline_source(fixed, {"batch_size": 4})
+
+
+def test_something_else_than_a_pipeline_is_refused():
+    with pytest.raises(BottleneckError, match="must return a DALI pipeline, got a list"):
+        bottleneck.diagnose(lambda: [1, 2], None, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("math", "--step must be module:function, got 'math'"),
+        ("no_such_module_here:f", "--step: no_such_module_here does not import: ModuleNotFoundError"),
+        ("math:nothing", "--step: module 'math' has no 'nothing'"),
+        ("math:pi", "--step: math:pi must be a function, got a float"),
+    ],
+)
+def test_functions_that_cannot_be_found(name, text):
+    with pytest.raises(BottleneckError, match=re.escape(text)):
+        load_function(name, "--step")
+
+
+def test_a_step_is_a_function_of_a_batch_or_makes_one():
+    made = []
+    assert step_of(made.append) == made.append
+    step = step_of(lambda: made.append)
+    step(5)
+    assert made == [5]
+    with pytest.raises(BottleneckError, match="got a int"):
+        step_of(lambda: 5)
+
+
+@pytest.mark.parametrize("option", [{"seconds": 0}, {"seconds": math.nan}, {"rounds": 4}, {"cache": "hot"}], ids=str)
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        bottleneck.diagnose([np.zeros((2, 4))] * 5, None, **{**QUICK, **option})
+
+
+# A torch DataLoader and the built-in step.
+
+
+@pytest.fixture
+def one_thread():
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_dataloader_tells_how_far_it_reads_ahead():
+    from torch.utils.data import DataLoader
+
+    data = [np.zeros(3, np.float32)] * 8
+    source = loader_source(DataLoader(data, batch_size=2, num_workers=2, prefetch_factor=3))
+    assert source.ahead == 6
+    assert loader_source(DataLoader(data, batch_size=2)).ahead == 2
+
+
+def test_a_dataloader_is_measured(files):
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader([np.zeros(3, np.float32)] * 9, batch_size=4)  # the last batch is short
+    found = bottleneck.diagnose(loader, faults.step_of(0.001), **{**QUICK, "storage": True}, files=files)
+    assert found["conditions"]["images_per_batch"] == 4
+    assert found["rates"]["loader"]["images_per_second"]["median"] > 0
+    # It reads none of the files that it was said to read: what storage adds is nothing, and no rate follows from that.
+    storage_rate = found["rates"]["storage"]
+    assert storage_rate["images_per_second"] is None or storage_rate["method"].endswith("less the same in memory")
+
+
+def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
+    import torch
+
+    from dali_saliencymix.bottleneck.steps import TrainingStep
+
+    torch.manual_seed(0)
+    step = TrainingStep("resnet18", torch.device("cpu"), num_classes=4)
+    before = {name: value.clone() for name, value in step.network.named_parameters()}
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    for batch in (
+        (images, labels, labels.flip(0), torch.tensor([0.5, 1.0])),
+        {"image": images.half(), "label": labels},
+        [images.permute(0, 2, 3, 1)],
+        images,
+    ):
+        step(batch)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in step.network.parameters())
+    step.alone(images)
+    assert all(torch.equal(value, before[name]) for name, value in step.network.named_parameters())
+    with pytest.raises(BottleneckError, match=re.escape("got int64 (2,); give your own with --step")):
+        step([labels])
+    with pytest.raises(BottleneckError, match="arch must be a network of torchvision, got 'resnet19'"):
+        TrainingStep("resnet19", torch.device("cpu"))
+
+
+# The command line.
+
+
+def lines_of(capfd) -> tuple[str, str]:
+    captured = capfd.readouterr()
+    return captured.out, captured.err
+
+
+def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thread):
+    output, page = tmp_path / "r.json", tmp_path / "r.html"
+    command = ["bottleneck", "-a", "resnet18", "-b", "8", "-j", "1", "--train-crop-size", "32", "--device", "cpu"]
+    command += ["--mix", "saliencymix", "--saliency", "fine_grained", str(data_folder), "--seconds", "3"]
+    command += ["--rounds", "5", "-o", str(output), "--html", str(page), "--fail-above-stall", "100"]
+    assert main(command) == 0
+    out, _ = lines_of(capfd)
+    found = load_report(output)
+    assert out.startswith(found["verdict"]["name"] + "\n")
+    assert [row["name"] for row in found["stages"]][3:5] == ["paste", "saliency"]
+    conditions = found["conditions"]
+    assert conditions["images_per_batch"] == 8
+    assert conditions["options"]["saliency"] == "fine_grained"
+    assert conditions["options"]["arch"] == conditions["step"] == "resnet18"
+    assert conditions["settings"] == {"batch_size": 8, "num_threads": 1, "prefetch_queue_depth": 2}
+    assert conditions["images_read"] == conditions["images_in_data_set"] == 48
+    assert "<svg" in page.read_text()
+    assert main(["compare", str(output), str(output)]) == 0
+    assert "as before" in lines_of(capfd)[0]
+
+
+def user_loader():
+    return [np.zeros((4, 3, 8, 8), np.float32)] * 20
+
+
+def user_slow_loader():
+    class Slow:
+        def __iter__(self):
+            for _ in range(20):
+                time.sleep(0.02)
+                yield np.zeros((4, 3, 8, 8), np.float32)
+
+    return Slow()
+
+
+def user_step(batch):
+    time.sleep(0.002)
+
+
+def user_pipeline(batch_size=4, num_threads=1):
+    return faults.pipeline(user_files, batch_size=batch_size, num_threads=num_threads)
+
+
+user_files: list[str] = []  # for it
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The name of this module for the command line."""
+    monkeypatch.setitem(sys.modules, "user_code", sys.modules[__name__])
+    return "user_code"
+
+
+FAST_COMMAND = ["--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-what-ifs", "--no-storage"]
+
+
+@pytest.mark.parametrize(("loader", "status"), [("user_loader", 0), ("user_slow_loader", 3)])
+def test_the_exit_status_tells_a_stall(loader, status, here, capfd):
+    command = ["bottleneck", "--loader", f"{here}:{loader}", "--step", f"{here}:user_step", *FAST_COMMAND]
+    assert main([*command, "--fail-above-stall", "40"]) == status
+    assert ("is above 40 %" in lines_of(capfd)[1]) == (status == 3)
+
+
+def test_the_command_measures_a_users_pipeline(here, files, capfd, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "user_files", files)
+    output = tmp_path / "r.json"
+    command = ["bottleneck", "--pipeline", f"{here}:user_pipeline", "--step", f"{here}:user_step", "-b", "2"]
+    assert main([*command, *FAST_COMMAND, "-o", str(output)]) == 0
+    assert load_report(output)["conditions"]["images_per_batch"] == 2
+    assert "saliency" in lines_of(capfd)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--loader", "no_such_module_here:f"], "no_such_module_here does not import"),
+        (["/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--loader", "user_code:user_loader", "--files", "/no/such/file"], "--files: /no/such/file: no such file"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
+    assert main(["bottleneck", *arguments, *FAST_COMMAND]) == 1
+    err = [line for line in lines_of(capfd)[1].splitlines() if "error:" in line]
+    assert len(err) == 1
+    assert text in err[0]
+    assert err[0].startswith("python -m dali_saliencymix bottleneck: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give one of DATA, --pipeline and --loader"),
+        (["DATA", "--loader", "a:b"], "give one of DATA, --pipeline and --loader"),
+        (["DATA", "--rounds", "4"], "--rounds must be at least 5"),
+        (["DATA", "--no-step", "--fail-above-stall", "20"], "leave out --no-step"),
+        (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),
+        (["DATA", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_arguments_that_make_no_sense_end_with_usage(arguments, text, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(["bottleneck", *arguments])
+    assert ended.value.code == 2
+    assert text in lines_of(capfd)[1]
+
+
+def test_away_from_the_repository_the_error_says_where_the_pipelines_are(data_folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pipelines.imagenet", None)  # as good as not there
+    assert main(["bottleneck", str(data_folder), *FAST_COMMAND]) == 1
+    assert "error: the ready-made pipelines are not part of the installed package: run this from" in lines_of(capfd)[1]

@@ -1,0 +1,351 @@
+"""The verdict as a pure function: made-up figures, and properties that hold for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dali_saliencymix.bottleneck.spread import COVERAGE, Interval, interval, rate
+from dali_saliencymix.bottleneck.verdict import (
+    CATEGORIES,
+    VERDICTS,
+    Figures,
+    RankFigures,
+    Stage,
+    decide,
+)
+
+STEADY = (1.0, 1.01, 0.99, 1.02, 0.98)
+NOISY = (1.0, 3.0, 0.4, 2.0, 0.5)
+
+
+def series(ms: float, shape: tuple[float, ...] = STEADY) -> tuple[float, ...]:
+    return tuple(ms * factor for factor in shape)
+
+
+def figures(step: float, loader: float, end: float, shape=STEADY, **others) -> Figures:
+    return Figures(series(step, shape), series(loader, shape), series(end, shape), **others)
+
+
+def stages(**ms: float) -> tuple[Stage, ...]:
+    """Stages by category, an underscore for the hyphen."""
+    return tuple(Stage(name, name.replace("_", "-"), series(value)) for name, value in ms.items())
+
+
+@pytest.mark.parametrize(
+    ("given_figures", "expected"),
+    [
+        pytest.param(figures(100, 20, 101), "COMPUTE-BOUND", id="huge model"),
+        pytest.param(figures(100, 20, 101, device="cuda"), "GPU-BOUND", id="huge model on a GPU"),
+        pytest.param(figures(100, 99, 108), "COMPUTE-BOUND", id="a stall of 7 %"),
+        pytest.param(figures(10, 50, 51), "LOADER-BOUND", id="no stages"),
+        pytest.param(figures(10, 50, 51, stages=stages(read=1, decode=40, prep=5, mix=3)), "DECODE-BOUND", id="decode"),
+        pytest.param(figures(10, 50, 51, stages=stages(read=1, decode=5, prep=40, mix=3)), "CPU-PREP-BOUND", id="prep"),
+        pytest.param(figures(10, 50, 51, stages=stages(read=1, decode=5, prep=3, mix=40)), "MIX-BOUND", id="mix"),
+        pytest.param(
+            figures(10, 50, 51, stages=stages(read=1, decode=5, hand_over=40)), "LOADER-BOUND", id="hand-over"
+        ),
+        pytest.param(
+            figures(10, 50, 51, stages=stages(read=40, decode=5), storage_measured=True), "DISK-BOUND", id="slow read"
+        ),
+        pytest.param(
+            figures(10, 50, 51, stages=stages(read=40, decode=5)), "LOADER-BOUND", id="slow read, storage unknown"
+        ),
+        pytest.param(
+            figures(50, 20, 51, cold_ms=series(200), storage_measured=True, reads_cold=True),
+            "DISK-BOUND",
+            id="more data than memory",
+        ),
+        pytest.param(
+            figures(50, 20, 51, cold_ms=series(200), storage_measured=True), "COMPUTE-BOUND", id="fits into memory"
+        ),
+        pytest.param(
+            figures(50, 20, 51, cold_ms=series(30), storage_measured=True, reads_cold=True),
+            "COMPUTE-BOUND",
+            id="storage keeps up",
+        ),
+        pytest.param(figures(50, 20, 51, reads_cold=True), "INCONCLUSIVE", id="storage would matter"),
+        pytest.param(
+            figures(10, 80, 81, cold_ms=series(100), storage_measured=True, reads_cold=True, stages=stages(decode=80)),
+            "DECODE-BOUND",
+            id="storage adds less than decoding",
+        ),
+        pytest.param(figures(50, 50, 100), "CONTENTION", id="no overlap"),
+        pytest.param(figures(50, 60, 100), "CONTENTION", id="mostly no overlap"),
+        pytest.param(figures(10, 60, 70), "LOADER-BOUND", id="no overlap, but a slow loader"),
+        pytest.param(figures(100, 20, 111), "INCONCLUSIVE", id="at the line, where the spread decides"),
+        pytest.param(figures(100, 20, 130), "CONTENTION", id="a stall of 23 % with a fast loader"),
+    ],
+)
+def test_made_up_figures(given_figures, expected):
+    if expected == "INCONCLUSIVE" and given_figures.end_ms == series(111):
+        # 10 % of stall on average, below it in some rounds and above it in others.
+        given_figures = dataclasses.replace(given_figures, end_ms=(105.0, 118.0, 108.0, 113.0, 111.0))
+    assert decide(given_figures).name == expected
+
+
+def test_a_stage_is_named_with_its_share():
+    verdict = decide(figures(10, 50, 51, stages=stages(read=1, decode=40, prep=9)))
+    assert "80 % of the loader's time goes to decode" in verdict.why
+
+
+def test_stages_of_one_category_count_together():
+    parts = (
+        Stage("decode", "decode", series(25)),
+        Stage("resize", "prep", series(15)),
+        Stage("normalise", "prep", series(15)),
+    )
+    verdict = decide(figures(10, 55, 56, stages=parts))
+    assert verdict.name == "CPU-PREP-BOUND"
+    assert "resize and normalise" in verdict.why
+
+
+def test_stages_that_cost_the_same_are_not_told_apart():
+    decode = Stage("decode", "decode", (25.0, 24.0, 26.0, 25.0, 23.0))
+    mix = Stage("mix", "mix", (24.0, 25.0, 25.0, 26.0, 24.0))
+    verdict = decide(figures(10, 50, 51, stages=(decode, mix)))
+    assert verdict.name == "INCONCLUSIVE"
+    assert "the loader is too slow" in verdict.why
+    assert "decode" in verdict.why
+    assert "mix" in verdict.why
+
+
+def test_rounds_are_compared_with_themselves():
+    """Noise that hits all of a round alike does not hide a verdict."""
+    assert decide(figures(10, 50, 51, shape=(1.0, 5.0, 0.3, 2.0, 0.9))).name == "LOADER-BOUND"
+
+
+def test_noise_within_a_round_is_not_overruled():
+    noisy = Figures(series(50), series(45), tuple(60 * factor for factor in NOISY))
+    verdict = decide(noisy)
+    assert verdict.name == "INCONCLUSIVE"
+    assert "10 % line" in verdict.why
+
+
+@pytest.mark.parametrize("more", [-2.0, 0.0, 2.0])
+def test_stall_from_two_causes_that_are_alike(more):
+    # The loader lacks 20 ms, and 16 to 24 ms come on top, somewhat more or less.
+    end = tuple(70 + clash + more for clash in (16.0, 24.0, 20.0, 19.0, 21.0))
+    verdict = decide(Figures((50.0,) * 5, (70.0,) * 5, end))
+    assert verdict.name == "INCONCLUSIVE"
+    assert "cannot be told apart" in verdict.why
+
+
+def test_straggler_is_named():
+    ranks = tuple(RankFigures(series(10), series(ms)) for ms in (12, 40, 13))
+    verdict = decide(figures(10, 40, 41, ranks=ranks))
+    assert verdict.name == "STRAGGLER"
+    assert "Process 1 of 3" in verdict.why
+    assert "loader" in verdict.why
+
+
+def test_straggling_step_is_seen_although_the_loader_keeps_up():
+    ranks = (RankFigures(series(10), series(5)), RankFigures(series(30), series(5)))
+    assert decide(figures(30, 5, 31, ranks=ranks)).name == "STRAGGLER"
+
+
+def test_processes_that_are_alike_are_no_stragglers():
+    ranks = tuple(RankFigures(series(10), series(ms)) for ms in (40, 42))
+    assert decide(figures(10, 42, 43, ranks=ranks)).name == "LOADER-BOUND"
+
+
+@pytest.mark.parametrize("missing", ["step_ms", "loader_ms", "end_ms"])
+def test_what_is_missing_is_said(missing):
+    verdict = decide(dataclasses.replace(figures(10, 50, 51), **{missing: None}))
+    assert verdict.name == "INCONCLUSIVE"
+    assert verdict.stall is None
+    said = {"step_ms": "the step alone", "loader_ms": "the loader alone", "end_ms": "both together"}
+    assert said[missing] in verdict.why
+
+
+def test_four_windows_are_too_few():
+    assert decide(Figures((10.0,) * 4, (50.0,) * 4, (51.0,) * 4)).name == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (Figures((1.0,) * 3, (1.0,) * 4, (1.0,) * 3), "one value for each round"),
+        (Figures((1.0, 0.0, 1.0), (1.0,) * 3, (1.0,) * 3), "step_ms must be positive"),
+        (Figures((1.0,) * 3, (1.0,) * 3, (1.0, float("nan"), 1.0)), "end_ms must be positive"),
+        (figures(1, 2, 3, stages=(Stage("x", "paint", series(1)),)), "category must be one of"),
+        (figures(1, 2, 3, stages=()), "stages must be None"),
+    ],
+)
+def test_figures_that_make_no_sense_are_refused(wrong, text):
+    with pytest.raises(ValueError, match=text):
+        decide(wrong)
+
+
+# Properties.
+
+times = st.floats(0.5, 500)
+
+
+@st.composite
+def any_figures(draw) -> Figures:
+    rounds = draw(st.integers(4, 9))
+    ms = st.lists(times, min_size=rounds, max_size=rounds).map(tuple)
+    added = st.lists(st.floats(-20, 200), min_size=rounds, max_size=rounds).map(tuple)
+    stage = st.builds(Stage, st.sampled_from(["a", "b", "c"]), st.sampled_from(CATEGORIES), added)
+    steady = draw(st.booleans())
+    if steady:  # figures that mostly decide something
+        ms = times.map(lambda middle: tuple(middle * (1 + 0.01 * (i % 3)) for i in range(rounds)))
+    rank = st.builds(RankFigures, ms, ms)
+    return Figures(
+        draw(ms),
+        draw(ms),
+        draw(ms),
+        draw(st.none() | st.lists(stage, min_size=1, max_size=5).map(tuple)),
+        draw(st.none() | st.lists(times, min_size=5, max_size=5).map(tuple)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from(["cpu", "cuda"])),
+        draw(st.just(()) | st.lists(rank, min_size=2, max_size=3).map(tuple)),
+    )
+
+
+@given(any_figures())
+def test_every_verdict_is_known_and_said_in_words(found):
+    verdict = decide(found)
+    assert verdict.name in VERDICTS
+    assert verdict.why.endswith(".")
+    assert verdict.next_step
+
+
+@given(any_figures())
+def test_never_disk_bound_without_measured_storage(found):
+    assert decide(dataclasses.replace(found, storage_measured=False)).name != "DISK-BOUND"
+
+
+@given(any_figures())
+def test_never_a_stage_without_stages(found):
+    verdict = decide(dataclasses.replace(found, stages=None, reads_cold=False))
+    assert verdict.name not in {"DECODE-BOUND", "CPU-PREP-BOUND", "MIX-BOUND", "DISK-BOUND"}
+
+
+@given(any_figures())
+def test_never_a_straggler_among_one(found):
+    assert decide(dataclasses.replace(found, ranks=found.ranks[:1])).name != "STRAGGLER"
+
+
+@given(any_figures())
+def test_never_the_step_where_the_stall_may_be_above_the_line(found):
+    verdict = decide(found)
+    if verdict.name in {"GPU-BOUND", "COMPUTE-BOUND"}:
+        assert verdict.stall.high < 0.1
+        assert verdict.name == ("GPU-BOUND" if found.device == "cuda" else "COMPUTE-BOUND")
+        # Both causes of a wrong answer are excluded: no round but few may contradict.
+        slower = [end / step > 1 / 0.9 for end, step in zip(found.end_ms, found.step_ms, strict=True)]
+        assert sum(slower) <= len(slower) / 4
+
+
+@given(any_figures())
+def test_never_contention_unless_together_is_slower_than_apart(found):
+    if decide(found).name == "CONTENTION":
+        longer = [e > max(p, g) for e, p, g in zip(found.end_ms, found.loader_ms, found.step_ms, strict=True)]
+        assert sum(longer) > len(longer) / 2
+
+
+@given(any_figures())
+def test_never_the_loader_unless_it_is_slower_than_the_step(found):
+    if decide(found).name in {"LOADER-BOUND", "DECODE-BOUND", "CPU-PREP-BOUND", "MIX-BOUND"}:
+        slower = [p > g for p, g in zip(found.loader_ms, found.step_ms, strict=True)]
+        assert sum(slower) > len(slower) / 2
+
+
+def rescaled(found: Figures, factor: float) -> Figures:
+    def scaled(ms):
+        return None if ms is None else tuple(value * factor for value in ms)
+
+    return dataclasses.replace(
+        found,
+        step_ms=scaled(found.step_ms),
+        loader_ms=scaled(found.loader_ms),
+        end_ms=scaled(found.end_ms),
+        cold_ms=scaled(found.cold_ms),
+        stages=None
+        if found.stages is None
+        else tuple(dataclasses.replace(stage, ms=scaled(stage.ms)) for stage in found.stages),
+        ranks=tuple(RankFigures(scaled(rank.step_ms), scaled(rank.loader_ms)) for rank in found.ranks),
+    )
+
+
+@given(any_figures(), st.sampled_from([0.125, 2.0, 1024.0]))  # powers of two: no rounding
+def test_the_unit_of_time_does_not_matter(found, factor):
+    assert decide(rescaled(found, factor)).name == decide(found).name
+
+
+@given(any_figures(), st.randoms(use_true_random=False))
+def test_the_order_of_the_rounds_does_not_matter(found, random):
+    order = list(range(len(found.step_ms)))
+    random.shuffle(order)
+
+    def mixed(ms):
+        return tuple(ms[i] for i in order)
+
+    changed = dataclasses.replace(
+        found,
+        step_ms=mixed(found.step_ms),
+        loader_ms=mixed(found.loader_ms),
+        end_ms=mixed(found.end_ms),
+        stages=None
+        if found.stages is None
+        else tuple(dataclasses.replace(stage, ms=mixed(stage.ms)) for stage in found.stages),
+        ranks=tuple(RankFigures(mixed(rank.step_ms), mixed(rank.loader_ms)) for rank in found.ranks),
+    )
+    assert decide(changed).name == decide(found).name
+
+
+def test_equal_stages_are_confused_seldom():
+    rng = np.random.default_rng(4)
+    decided = 0
+    for _ in range(400):
+        parts = tuple(Stage(name, name, tuple(rng.normal(20, 5, 9))) for name in ("decode", "mix"))
+        decided += decide(figures(5, 50, 51, shape=(1.0,) * 9, stages=parts)).name != "INCONCLUSIVE"
+    # The range misses the median of the difference in 4 % of the cases (9 values); 400 draws leave some room.
+    assert decided / 400 < 0.08
+
+
+# The interval.
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
+def test_an_interval_holds_its_median_and_is_made_of_values(values):
+    found = interval(values)
+    assert found.low <= found.median <= found.high
+    assert {found.low, found.high} <= set(values)
+    assert found.median == statistics.median(values)
+    assert found.count == len(values)
+
+
+@pytest.mark.parametrize("count", range(5, 14))
+def test_an_interval_covers_as_promised_and_no_more_than_needed(count):
+    """Against the exact probability, by going through all ways to lie below or above the median."""
+    values = list(range(count))
+    found = interval(values)
+    rank = values.index(found.low) + 1
+
+    def coverage(rank: int) -> float:
+        ways = [sum(below) for below in itertools.product([0, 1], repeat=count)]
+        return sum(rank <= heads <= count - rank for heads in ways) / len(ways)
+
+    assert coverage(rank) >= COVERAGE
+    assert 2 * (rank + 1) > count or coverage(rank + 1) < COVERAGE
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
+def test_an_interval_needs_numbers(values):
+    with pytest.raises(ValueError, match="values must be at least one finite number"):
+        interval(values)
+
+
+def test_a_rate_turns_the_interval_round():
+    assert rate(Interval(100.0, 50.0, 200.0, 5), 10) == Interval(100.0, 50.0, 200.0, 5)
+    assert rate(Interval(10.0, 5.0, 40.0, 5), 8) == Interval(800.0, 200.0, 1600.0, 5)
