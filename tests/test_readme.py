@@ -61,7 +61,9 @@ def test_the_presets_are_those_of_the_code():
 def test_the_options_that_it_names_exist():
     options = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - {"--nproc_per_node", "--nproc"}
     shown = ""
-    for command in (["train.py"], ["-m", "dali_saliencymix", "preview"], ["-m", "benchmarks.bench_pipeline"]):
+    package = ["-m", "dali_saliencymix"]
+    programs = (["train.py"], [*package, "preview"], [*package, "bottleneck"], ["-m", "benchmarks.bench_pipeline"])
+    for command in programs:
         shown += subprocess.run(
             [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
