@@ -35,7 +35,7 @@ $(installed): pyproject.toml
 demo: $(installed)
 	rm -rf $(DEMO)/data $(DEMO)/run
 	$(python) -m dali_saliencymix sample-data $(DEMO)/data
-	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --seed 1
+	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --min-crop-area 0.35 --seed 1
 	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 2 --lr 0.05 --lr-warmup-epochs 1 \
 	  --train-crop-size 64 --val-resize-size 64 --val-crop-size 64 --min-crop-area 0.35 \
 	  --print-freq 10 --output-dir $(DEMO)/run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -15,23 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dali_saliencymix
 from benchmarks import measure
+from dali_saliencymix._versions import versions
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "numpy",
-    "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "numba",
-    "scipy",
-    "opencv-contrib-python-headless",
-    "opencv-python-headless",
-    "pillow",
-)
+# Beside those that the package itself works with.
+_PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
 
 # Counts for a given time, beginning at a given moment: what one core can do.
 _BUSY = """
@@ -94,7 +81,7 @@ def conditions(options: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
         "device": f"CPU, {cores()} threads",
         "cuda": None,
         **(_gpu() if gpu else {}),
-        "versions": _versions(),
+        "versions": versions(*_PACKAGES),
         "machine": machine,
         "command": command(options),
         "commit": _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"]),
@@ -114,16 +101,6 @@ def command(options: argparse.Namespace) -> str:
             shown.append("DATA" if word == str(getattr(options, "data", None)) else word)
     threads = os.environ.get("OMP_NUM_THREADS")
     return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(shown)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "dali-saliencymix": dali_saliencymix.__version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _gpu() -> dict[str, Any]:

@@ -46,6 +46,15 @@ def check_images(images: Array) -> Namespace:
     return xp
 
 
+def check_maps(saliency_map: Array) -> Namespace:
+    """Require maps (N, h, w), and at least one of at least one pixel; return their array library."""
+    xp = check_array(saliency_map, "saliency_map")
+    if saliency_map.ndim != 3 or 0 in saliency_map.shape:
+        msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
+        raise ValueError(msg)
+    return xp
+
+
 _KINDS = {"iu": "integer", "f": "floating", "biuf": "real"}
 
 

@@ -16,6 +16,7 @@ from dali_saliencymix._checks import (
     check_boxes,
     check_choice,
     check_lam,
+    check_maps,
     check_per_image,
     check_points,
     check_range,
@@ -54,10 +55,7 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     >>> saliency_peaks(np.eye(4, dtype=np.float32)[None], 8, 8).tolist()
     [[3, 3]]
     """
-    xp = check_array(saliency_map, "saliency_map")
-    if saliency_map.ndim != 3 or 0 in saliency_map.shape:
-        msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
-        raise ValueError(msg)
+    xp = check_maps(saliency_map)
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, is_host
 from dali_saliencymix._checks import (
-    check_choice,
     check_images,
     check_lam,
     check_per_image,
     check_range,
     check_source_index,
 )
-from dali_saliencymix.boxes import BOXES, boxes_at, kept_fraction, points_at
+from dali_saliencymix.boxes import boxes_at, kept_fraction, points_at
 from dali_saliencymix.mixing import blend_images, blend_onto, paste_boxes
 from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import check_given_points, resolve_placement, salient_boxes
@@ -323,7 +322,6 @@ def _pasted(images: Array, source_index: Array, boxes: Array, source_boxes: Arra
 def _boxes_around(images: Array, point: Array, lam: Array, box: str) -> Array:
     """Return CutMix boxes: around `point`, which is fractions of the image."""
     xp = array_namespace(images)
-    check_choice(box, "box", BOXES)
     check_per_image(point, "point", xp, len(images), "f", trailing=(2,))
     check_range(point, "point", 0, 1, "in [0, 1]")
     size = images.shape[1:3]

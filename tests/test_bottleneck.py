@@ -33,7 +33,8 @@ from dali_saliencymix.bottleneck.measure import (
     measure_in_turns,
 )
 from dali_saliencymix.bottleneck.page import page_html, save_page
-from dali_saliencymix.bottleneck.report import load_report, report_text, save_report
+from dali_saliencymix.bottleneck.report import load_report, save_report
+from dali_saliencymix.bottleneck.report_text import report_text
 from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, loader_source, pipeline_source
 
 pytest_plugins = ["training_fixtures"]

@@ -22,7 +22,8 @@ from dali_saliencymix.bottleneck.comparison import compare, comparison_text
 from dali_saliencymix.bottleneck.diagnose import measure_source
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.monitor import Monitor
-from dali_saliencymix.bottleneck.report import load_report, report_text, save_report
+from dali_saliencymix.bottleneck.report import load_report, save_report
+from dali_saliencymix.bottleneck.report_text import report_text
 from dali_saliencymix.bottleneck.sources import loader_source, pipeline_source
 from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, Verdict, decide
 

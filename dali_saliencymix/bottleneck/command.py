@@ -12,7 +12,8 @@ from dali_saliencymix.bottleneck import ranks
 from dali_saliencymix.bottleneck.comparison import compare, comparison_text
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
-from dali_saliencymix.bottleneck.report import Report, load_report, report_text, save_report
+from dali_saliencymix.bottleneck.report import Report, load_report, save_report
+from dali_saliencymix.bottleneck.report_text import report_text
 from dali_saliencymix.bottleneck.sources import (
     Source,
     load_function,

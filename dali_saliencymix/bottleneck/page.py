@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix.bottleneck.report import Report, report_text
+from dali_saliencymix.bottleneck.report import Report
+from dali_saliencymix.bottleneck.report_text import report_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant
-from dali_saliencymix._checks import check_array, check_choice, check_lam, check_points, check_source_index
+from dali_saliencymix._checks import check_array, check_choice, check_lam, check_maps, check_points, check_source_index
 from dali_saliencymix.boxes import BOXES, closeness_to_centre
 from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_step
 
@@ -36,10 +36,7 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     TypeError
         If the maps are not float32.
     """
-    xp = check_array(saliency_map, "saliency_map")
-    if saliency_map.ndim != 3 or 0 in saliency_map.shape:
-        msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
-        raise ValueError(msg)
+    xp = check_maps(saliency_map)
     if saliency_map.dtype != np.float32:
         msg = f"saliency_map must be float32 for the kernel, got {saliency_map.dtype}"
         raise TypeError(msg)

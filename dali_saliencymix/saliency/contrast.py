@@ -11,6 +11,7 @@ from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
 from dali_saliencymix._threads import in_chunks
+from dali_saliencymix.saliency.filters import with_margin
 from dali_saliencymix.saliency.grey import luma
 from dali_saliencymix.saliency.lab import channel_planes, lab
 
@@ -193,13 +194,8 @@ def _binomial(planes: Array) -> Array:
     """Blur (N, C, H, W) `planes` with weights 1-4-6-4-1 over 16 along rows and columns, mirrored at the border."""
     xp = array_namespace(planes)
     for axis in (2, 3):
-        planes = xp.take(planes, constant(xp, _with_margin, planes.shape[axis]), axis=axis)
+        planes = xp.take(planes, constant(xp, with_margin, planes.shape[axis], 2), axis=axis)
         # The weights are those of adding neighbours four times; each time there is one pixel less.
         for _ in range(4):
             planes = planes[:, :, 1:] + planes[:, :, :-1] if axis == 2 else planes[..., 1:] + planes[..., :-1]
     return planes * xp.float32(1 / 256)
-
-
-def _with_margin(size: int) -> np.ndarray:
-    """Index of each pixel with two more at either end, mirrored, (size + 4,)."""
-    return np.pad(np.arange(size), 2, mode="reflect")

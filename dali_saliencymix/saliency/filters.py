@@ -32,7 +32,7 @@ def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
     for axis in (1, 2):
         reach = len(weights) - 1
         size = maps.shape[axis]
-        padded = xp.take(maps, constant(xp, _with_margin, size, reach), axis=axis)
+        padded = xp.take(maps, constant(xp, with_margin, size, reach), axis=axis)
         shifted = [padded[:, i : i + size] if axis == 1 else padded[:, :, i : i + size] for i in range(2 * reach + 1)]
         maps = shifted[reach] * xp.float32(weights[0])
         for i in range(1, reach + 1):
@@ -40,7 +40,7 @@ def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
     return maps
 
 
-def _with_margin(size: int, reach: int) -> np.ndarray:
+def with_margin(size: int, reach: int) -> np.ndarray:
     """Index of each pixel with `reach` more at either end, mirrored, (size + 2 * reach,)."""
     return np.pad(np.arange(size), reach, mode="reflect")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,30 +12,15 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-Batch = TypeVar("Batch")
+from dali_saliencymix._versions import versions
 
-_PACKAGES = (
-    "dali-saliencymix",
-    "torch",
-    "torchvision",
-    "numpy",
-    "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-)
+Batch = TypeVar("Batch")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions and the device that a result depends on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions, "device": name, "cuda": torch.version.cuda if device.type == "cuda" else None}
+    return {"versions": versions(), "device": name, "cuda": torch.version.cuda if device.type == "cuda" else None}
 
 
 class JsonLines:
