@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from scipy import fft
 
-from dali_saliencymix._array import Array
+from dali_saliencymix._array import Array, constant
 from dali_saliencymix.saliency.contrast import SURROUNDS
 from dali_saliencymix.saliency.grey import BLUE, GREEN, RED, SHIFT
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
@@ -19,7 +19,10 @@ from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
 
 _kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 
-_MEAN, _GAUSSIAN = (np.array(weights, np.float32) for weights in (MEAN, GAUSSIAN))
+_REACH = 2  # of the filters of spectral_residual, in pixels to either side
+# Weights of the centre and outwards. The mean has none at that distance: adding 0 changes no bit.
+_GAUSSIAN = tuple(np.float32(weight) for weight in GAUSSIAN)
+_MEAN = (*(np.float32(weight) for weight in MEAN), np.float32(0))
 
 _MARGIN = max(SURROUNDS)
 _LARGEST_SUM = len(SURROUNDS) * 255
@@ -29,8 +32,9 @@ def small_luma(images: Array, height: int, width: int) -> Array:
     """Return what `dali_saliencymix.saliency.grey.small_luma` returns, in float32."""
     count, full_height, full_width, _ = images.shape
     grey = np.empty((count, height, width), np.float32)
-    rows, columns = (tap_indices(*sizes) for sizes in ((full_height, height), (full_width, width)))
-    row_weights, column_weights = (tap_weights(*sizes) for sizes in ((full_height, height), (full_width, width)))
+    rows, columns = constant(np, tap_indices, full_height, height), constant(np, tap_indices, full_width, width)
+    row_weights = constant(np, tap_weights, full_height, height)
+    column_weights = constant(np, tap_weights, full_width, width)
     _small_luma(images, rows, columns, row_weights, column_weights, grey)
     return grey
 
@@ -94,15 +98,15 @@ def _residual(log_amplitude, weights, residual):  # type: ignore[no-untyped-def]
     """From the half of a spectrum that is stored to the whole residual."""
     count, height, stored = log_amplitude.shape
     width = residual.shape[2]
-    whole = np.empty((height, width), np.float32)
+    tall, wide = _margins(height, width)
+    whole = tall[_REACH : _REACH + height]
     mean = np.empty((height, width), np.float32)
-    padded = np.empty(width + 2, np.float32)
     for i in range(count):
         for y in range(height):
             whole[y, :stored] = log_amplitude[i, y]
             for x in range(stored, width):
                 whole[y, x] = log_amplitude[i, -y % height, width - x]
-        _filter(whole, weights, padded, mean)
+        _filter(tall, weights, wide, mean)
         for y in range(height):
             for x in range(width):
                 residual[i, y, x] = whole[y, x] - mean[y, x]
@@ -136,25 +140,15 @@ def _whiten(spectrum, amplitude, factor, whitened):  # type: ignore[no-untyped-d
 def _smooth_and_square(maps, weights, grey):  # type: ignore[no-untyped-def]
     """Filter in place, square, and bring each map to a maximum of 1; where `grey` has one level only, to 0."""
     count, height, width = maps.shape
-    smooth = np.empty((height, width), np.float32)
-    padded = np.empty(width + 2 * (weights.size - 1), np.float32)
+    tall, wide = _margins(height, width)
     tops = np.empty(width, np.float32)  # of the columns: side by side they use the vector units
     for i in range(count):
         if _has_one_level(grey[i]):
             maps[i] = 0
             continue
-        _filter(maps[i], weights, padded, smooth)
-        tops[:] = 0
-        for y in range(height):
-            _raise_to(smooth[y], tops)
-        top = np.float32(0)
-        for x in range(width):
-            top = max(top, tops[x])
-        top *= top
-        if top == 0:
-            top = np.float32(1)
-        for y in range(height):
-            _square_and_divide(smooth[y], top, maps[i, y])
+        tall[_REACH : _REACH + height] = maps[i]
+        _filter(tall, weights, wide, maps[i])
+        _square_and_divide(maps[i], tops)
 
 
 @_kernel
@@ -168,51 +162,67 @@ def _has_one_level(grey):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def _raise_to(row, tops):  # type: ignore[no-untyped-def]
-    for x in range(tops.size):
-        tops[x] = max(tops[x], row[x])
-
-
-@_kernel
-def _square_and_divide(row, top, result):  # type: ignore[no-untyped-def]
-    for x in range(result.size):
-        result[x] = row[x] * row[x] / top
-
-
-@_kernel
-def _filter(image, weights, padded, filtered):  # type: ignore[no-untyped-def]
-    """Filter by symmetric weights along columns, then along rows, mirrored at the border."""
-    height, width = image.shape
-    reach = weights.size - 1
+def _square_and_divide(saliency_map, tops):  # type: ignore[no-untyped-def]
+    height, width = saliency_map.shape
+    tops[:] = 0
     for y in range(height):
-        _scale(image[y], weights[0], padded[reach : reach + width])
-        for i in range(1, reach + 1):
-            _add_pair(
-                image[_mirrored(y - i, height)],
-                image[_mirrored(y + i, height)],
-                weights[i],
-                padded[reach : reach + width],
-            )
-        for i in range(1, reach + 1):
-            padded[reach - i] = padded[reach + _mirrored(-i, width)]
-            padded[reach + width - 1 + i] = padded[reach + _mirrored(width - 1 + i, width)]
-        _scale(padded[reach : reach + width], weights[0], filtered[y])
-        for i in range(1, reach + 1):
-            _add_pair(
-                padded[reach - i : reach - i + width], padded[reach + i : reach + i + width], weights[i], filtered[y]
+        for x in range(width):
+            tops[x] = max(tops[x], saliency_map[y, x])
+    top = np.float32(0)
+    for x in range(width):
+        top = max(top, tops[x])
+    top *= top
+    if top == 0:
+        top = np.float32(1)
+    for y in range(height):
+        for x in range(width):
+            saliency_map[y, x] = saliency_map[y, x] * saliency_map[y, x] / top
+
+
+@_kernel
+def _margins(height, width):  # type: ignore[no-untyped-def]
+    """Room for a map with margins above and below, and for one with margins to its left and right."""
+    return np.empty((height + 2 * _REACH, width), np.float32), np.empty((height, width + 2 * _REACH), np.float32)
+
+
+@_kernel
+def _filter(tall, weights, wide, filtered):  # type: ignore[no-untyped-def]
+    """Filter by symmetric weights along columns, then along rows, mirrored at the border.
+
+    The map lies in `tall`, between margins that are filled here.
+    """
+    height, width = filtered.shape
+    for i in range(1, _REACH + 1):
+        tall[_REACH - i] = tall[_REACH + _mirrored(-i, height)]
+        tall[_REACH + height - 1 + i] = tall[_REACH + _mirrored(height - 1 + i, height)]
+    _filter_columns(tall, weights, wide)
+    for y in range(height):
+        for i in range(1, _REACH + 1):
+            wide[y, _REACH - i] = wide[y, _REACH + _mirrored(-i, width)]
+            wide[y, _REACH + width - 1 + i] = wide[y, _REACH + _mirrored(width - 1 + i, width)]
+    _filter_rows(wide, weights, filtered)
+
+
+@_kernel
+def _filter_columns(tall, weights, wide):  # type: ignore[no-untyped-def]
+    centre, near, far = weights
+    height, width = len(wide), tall.shape[1]
+    for y in range(height):
+        for x in range(width):
+            wide[y, _REACH + x] = (
+                tall[y + 2, x] * centre + (tall[y + 1, x] + tall[y + 3, x]) * near + (tall[y, x] + tall[y + 4, x]) * far
             )
 
 
 @_kernel
-def _scale(row, weight, scaled):  # type: ignore[no-untyped-def]
-    for x in range(scaled.size):
-        scaled[x] = row[x] * weight
-
-
-@_kernel
-def _add_pair(first, second, weight, total):  # type: ignore[no-untyped-def]
-    for x in range(total.size):
-        total[x] += (first[x] + second[x]) * weight
+def _filter_rows(wide, weights, filtered):  # type: ignore[no-untyped-def]
+    centre, near, far = weights
+    height, width = filtered.shape
+    for y in range(height):
+        for x in range(width):
+            filtered[y, x] = (
+                wide[y, x + 2] * centre + (wide[y, x + 1] + wide[y, x + 3]) * near + (wide[y, x] + wide[y, x + 4]) * far
+            )
 
 
 @_kernel
