@@ -1,0 +1,139 @@
+"""Accuracy under the fast gradient sign method (FGSM) of Goodfellow et al., 2015: one white-box step.
+
+Each image becomes x' = clip(x + epsilon * sign(dL/dx), 0, 1), with L the cross-entropy against the true label. The step
+is taken and bounded where pixels are in [0, 1]; the network takes them normalised, (x - mean) / std.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from dali_saliencymix.training import distributed, logs, metrics
+from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.evaluation import ValidationLoader
+
+DEFAULT_EPSILON = "8/255"
+
+
+def fgsm(
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    epsilon: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attack a batch with one step along the sign of the gradient.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Gives logits (N, K); in evaluation mode, in which no image has an influence on another one.
+    images : tensor of shape (N, C, H, W), floating
+        Normalised images.
+    labels : tensor of shape (N,), int64
+        True labels.
+    epsilon : float
+        Largest change of a pixel value, of 1.
+    mean, std : sequence of float
+        What the images were normalised with, C values each, for pixels in [0, 1].
+
+    Returns
+    -------
+    attacked : tensor of shape (N, C, H, W), float32
+        Normalised as `images`; the pixels behind them are in [0, 1] and not rounded to 8 bits.
+    logits : tensor of shape (N, K), float32
+        Of the images before the attack.
+
+    Notes
+    -----
+    All of it is computed in float32, whatever autocast says. Only signs of gradients count: in float16 those of well
+    classified images underflow to 0 and such an image would not be attacked at all, and bfloat16 has signs wrong where
+    terms cancel.
+    """
+    offset, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+        leaf = images.detach().float().requires_grad_()
+        logits = model(leaf)
+        # The sum, not the mean: what happens to an image does not depend on the size of its batch.
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    pixels = leaf.detach() * scale + offset
+    # The gradient by the pixels is that by the normalised ones divided by `std`, which changes no sign.
+    moved = (pixels + epsilon * gradient.sign()).clamp(0, 1)
+    return (moved - offset) / scale, logits.detach()
+
+
+def attacked_accuracy(
+    model: nn.Module,
+    loader: ValidationLoader,
+    processes: Processes,
+    *,
+    epsilon: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> dict[str, float]:
+    """Return the top-1 accuracy before and after the attack on the same images; all processes have to call this.
+
+    Parameters
+    ----------
+    model, loader, processes
+        As for `dali_saliencymix.training.evaluation.evaluate`.
+    epsilon, mean, std
+        As for `fgsm`.
+
+    Returns
+    -------
+    dict
+        ``"epsilon"``; ``"clean_top1"`` and ``"attacked_top1"`` in percent; ``"images"``, how many there were. The same
+        in all processes.
+    """
+    distributed.copy_buffers_from_main(model)
+    model.eval()
+    totals = metrics.Totals("clean", "attacked", "images", device=processes.device)
+    progress = logs.Progress("FGSM", len(loader), enabled=processes.is_main)
+    for images, labels in loader:
+        if len(images):  # a shard that ends early gives empty batches
+            attacked, clean_logits = fgsm(model, images, labels, epsilon=epsilon, mean=mean, std=std)
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                attacked_logits = model(attacked)
+            right = (metrics.correct_in_top(logits, labels, 1) for logits in (clean_logits, attacked_logits))
+            totals.add(*right, len(images))
+        progress.advance()
+    progress.close()
+    sums = totals.over_processes()
+    return {
+        "epsilon": epsilon,
+        "clean_top1": 100 * sums["clean"] / sums["images"],
+        "attacked_top1": 100 * sums["attacked"] / sums["images"],
+        "images": int(sums["images"]),
+    }
+
+
+def read_epsilon(text: str) -> float:
+    """Read the option: a number or a fraction such as ``8/255``, in [0, 1].
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is none.
+
+    Examples
+    --------
+    >>> read_epsilon("51/255")
+    0.2
+    """
+    try:
+        epsilon = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        epsilon = -1.0
+    if not 0 <= epsilon <= 1:
+        msg = f"must be a number or a fraction in [0, 1], such as 8/255, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return epsilon
