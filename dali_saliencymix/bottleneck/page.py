@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix.bottleneck.report import Report
-from dali_saliencymix.bottleneck.report_text import report_text
+from dali_saliencymix.bottleneck.report_text import report_text, stall_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +24,10 @@ _COLOURS = {
     "step": "#16a34a",
     "wait": "#dc2626",
 }
+_OUT_OF_SIGHT = 8  # times as long as the others: they could not be seen beside such a bar
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111827; }
-h1 { margin-bottom: 0; } pre { overflow-x: auto; background: #f3f4f6; padding: 1rem; font-size: 13px; }
+h1 { margin-bottom: 0; } pre { white-space: pre-wrap; background: #f3f4f6; padding: 1rem; font-size: 13px; }
 svg { max-width: 100%; height: auto; } .next { border-left: 4px solid #2563eb; padding-left: 1rem; }
 """
 
@@ -58,6 +59,7 @@ def page_html(report: Report) -> str:
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{verdict["name"]}</title><style>{_STYLE}</style></head>',
         f"<body><h1>{verdict['name']}</h1><p>{verdict['why']}</p><p class='next'>{verdict['next']}</p>",
+        f"<p>{'<br>'.join(html.escape(line) for line in stall_lines(report))}</p>",
     ]
     for title, chart in (
         ("What a batch is made of", stage_waterfall(report)),
@@ -88,9 +90,13 @@ def stage_waterfall(report: Report) -> str | None:
         names.append(f"{stage['name']} ({added:.1f} ms)")
     step = report["rates"]["step"]["ms_per_batch"]
     if step:
-        axes.axvline(step["median"], color=_COLOURS["step"], linestyle="--")
         names.append(f"the step alone ({step['median']:.1f} ms)")
         axes.barh(len(stages), step["median"], color=_COLOURS["step"])
+        if step["median"] > _OUT_OF_SIGHT * start:  # the stages would be lines
+            axes.set_xlim(0, 1.3 * start)
+            axes.text(1.29 * start, len(stages), "goes on", ha="right", va="center", color="white")
+        else:
+            axes.axvline(step["median"], color=_COLOURS["step"], linestyle="--")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("ms per batch")
@@ -111,7 +117,11 @@ def rate_bars(report: Report) -> str | None:
         axes.plot([speed["low"], speed["high"]], [row, row], color="#111827", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{name}: {speed['median']:,.0f}" for name, speed in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("images per second")
+    medians = sorted(speed["median"] for _, speed in rows)
+    apart = medians[-1] > _OUT_OF_SIGHT * medians[0]
+    if apart:
+        axes.set_xscale("log")
+    axes.set_xlabel("images per second" + (", on a logarithmic scale" if apart else ""))
     return _svg(figure)
 
 
@@ -129,6 +139,7 @@ def wait_timeline(report: Report) -> str | None:
     for window in timeline["waits_ms"][:-1]:
         edge += len(window)
         axes.axvline(edge - 0.5, color="#9ca3af", linewidth=0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step (lines: between two windows)")
     axes.set_ylabel("ms, as the host sees it")
     axes.set_ylim(bottom=0)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def report_text(report: Report) -> str:
     """Return a report for the screen: the verdict first, then tables."""
     verdict = report["verdict"]
-    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", "", *_stall_lines(report), ""]
+    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", "", *stall_lines(report), ""]
     lines += [*_rate_lines(report), "", *_stage_lines(report)]
     if report["ranks"]:
         lines += ["", f"{'process':<26}{'step images/s':>18}{'loader images/s':>18}"]
@@ -31,7 +31,8 @@ def _machine(conditions: dict[str, Any]) -> str:
     return f"{conditions['processes']} process(es), step on {where}, load average {machine['load_average']:.1f}"
 
 
-def _stall_lines(report: Report) -> list[str]:
+def stall_lines(report: Report) -> list[str]:
+    """Return the stall and the utilisation in words."""
     stall = report["stall"]
     if stall is None:
         return ["stall: not measured"]
