@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
+from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -14,16 +18,23 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from dali_saliencymix.image_folder import ImageFolder, find_unreadable, why_unreadable
 from pipelines.imagenet import training_pipeline, validation_pipeline
 
+# Makes the pipeline that reads these files with these labels, from its own beginning or from a checkpoint.
+Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
+
 
 class LoaderError(RuntimeError):
     """A batch could not be made. The text says why in one line, and names the file where it is known."""
 
 
-class LoaderState(TypedDict):
-    """Where a loader stands: what DALI saves, and how many batches of the epoch it has given."""
-
+class _Place(TypedDict):
     pipeline: bytes
     step: int
+
+
+class LoaderState(_Place, total=False):
+    """Where a loader stands: what DALI saves, batches given in the epoch, and which file stands in for which."""
+
+    replaced: dict[int, int]
 
 
 class Loader:
@@ -33,52 +44,61 @@ class Loader:
     tensor of a batch is images (N, C, H, W), channels-last in memory where the pipeline gives HWC; the others are
     (N,), labels int64 and weights float32. All lie where the pipeline's outputs lie.
 
+    A file that cannot be read or decoded is named on stderr and left out from then on: the pipeline is built again
+    from where it stood before the batch that failed, with the next file in its place. So the number of batches stays
+    what it was, on this shard and on all others, and the other images of the batch come as they would have come.
+
     Parameters
     ----------
-    pipeline : nvidia.dali.Pipeline
-        With a reader named ``"reader"`` that pads its last batch.
+    build : callable
+        ``(files, labels, checkpoint) -> pipeline``, with a reader named ``"reader"`` that pads its last batch, and the
+        labels as second output.
     names : sequence of str
         Names of the pipeline's outputs; those that are called labels come out as int64.
-    files : sequence of str
-        What the pipeline reads, to look for a broken file in.
+    folder : ImageFolder
+        The files and their labels.
     drop_last : bool
         If true, every batch is full, no image comes twice in an epoch, and all shards give the same number of batches;
         up to one batch of images of each shard is left out. Otherwise every image comes exactly once, and the last
-        batch of a shard may be short, or even empty.
+        batch of a shard may be short, or even empty; of a bad file no image comes at all.
     channels_last : bool
         Whether the pipeline gives images as HWC.
+    max_bad_batches : int
+        Number of bad files, each of which makes a batch fail, that are left out before the next one is an error.
     state : LoaderState, optional
-        The state that `pipeline` was restored from.
+        The state to go on from.
     """
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        build: Build,
         names: Sequence[str],
-        files: Sequence[str],
+        folder: ImageFolder,
         *,
         drop_last: bool,
         channels_last: bool = False,
+        max_bad_batches: int = 0,
         state: LoaderState | None = None,
     ) -> None:
-        # DALI's own policy for dropping leaves the padded end of a larger shard in the reader, from where it gets into
-        # the next epoch: shards overlap then. Reading all of the padded epoch and passing over its end is exact.
-        policy = LastBatchPolicy.FILL if drop_last else LastBatchPolicy.PARTIAL
-        self._iterator = DALIGenericIterator(
-            [pipeline],
-            list(names),
-            reader_name="reader",
-            last_batch_policy=policy,
-            auto_reset=True,
-            prepare_first_batch=False,
-        )
+        self._build = build
+        self._names = names
+        self._folder = folder
+        self._drop_last = drop_last
+        self._channels_last = channels_last
+        self._max_bad_batches = max_bad_batches
+        self._step = state["step"] if state else 0
+        self._replaced = dict(state.get("replaced", {})) if state else {}
+        self._start(state["pipeline"] if state else None)
+
+    def _start(self, checkpoint: bytes | None) -> None:
+        files, labels = self._in_place()
+        pipeline = self._build(files, labels, checkpoint)
+        self._iterator = _iterate(pipeline, self._names, self._drop_last)
         meta = pipeline.reader_meta("reader")
         smallest_shard = meta["epoch_size"] // meta["number_of_shards"]
-        self._length = smallest_shard // pipeline.max_batch_size if drop_last else len(self._iterator)
-        self._names = names
-        self._files = files
-        self._channels_last = channels_last
-        self._step = state["step"] if state else 0
+        self._length = smallest_shard // pipeline.max_batch_size if self._drop_last else len(self._iterator)
+        self._started_from: bytes | None = checkpoint
+        self._gave_none = True
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch: the same for all shards."""
@@ -86,28 +106,140 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Give the batches that are left of the epoch."""
-        batches = iter(self._iterator)
         while True:
             try:
-                (batch,) = next(batches)
+                batch = self._next()
             except StopIteration:
                 self._step = 0
                 return
-            except RuntimeError as error:
-                raise LoaderError(_explained(str(error), self._files)) from error
             self._step += 1
             if self._step <= self._length:
-                yield tuple(self._as_documented(name, batch[name]) for name in self._names)
+                yield self._as_documented(batch)
 
     def state(self) -> LoaderState:
         """Return where the loader stands; taken between two batches, it leads to the second one."""
         (pipeline,) = self._iterator.checkpoints()
-        return {"pipeline": pipeline, "step": self._step}
+        return {"pipeline": pipeline, "step": self._step, "replaced": dict(self._replaced)}
 
-    def _as_documented(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == "images":
-            return tensor.permute(0, 3, 1, 2) if self._channels_last else tensor
-        return tensor.flatten().long() if "labels" in name else tensor
+    @property
+    def bad_files(self) -> list[str]:
+        """Files that were left out, in the order in which they were found."""
+        return [self._folder.files[index] for index in self._replaced]
+
+    def _next(self) -> dict[str, torch.Tensor]:
+        while True:
+            try:
+                (batch,) = next(self._iterator)
+            except RuntimeError as error:
+                self._leave_out_bad_files(str(error))
+            else:
+                self._gave_none = False
+                return batch
+
+    def _leave_out_bad_files(self, text: str) -> None:
+        """Build the pipeline again without the files that made the coming batch fail, or raise LoaderError."""
+        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|peek_image_shape|decoders)\b", text):
+            raise LoaderError(_without_traceback(text))
+        # After a failure DALI's own checkpoint is still that of the batch before.
+        checkpoint = self._started_from if self._gave_none else self._iterator.checkpoints()[0]
+        # A pipeline ends here, in the main thread, and not when Python's collector happens to run in one of DALI's.
+        del self._iterator
+        gc.collect()
+        for index, why in self._find_bad_files(text, checkpoint):
+            described = f"{self._folder.files[index]}: {why}"
+            if len(self._replaced) >= self._max_bad_batches:
+                count = len(self._replaced) + 1
+                raise LoaderError(described + (f"; {count} batches have failed by now" if count > 1 else ""))
+            self._replaced[index] = self._stand_in(index)
+            stand_in = self._folder.files[self._replaced[index]]
+            place = f"{stand_in} takes its place" if self._drop_last else "its image is left out"
+            count_of = f"{len(self._replaced)} of at most {self._max_bad_batches}"
+            sys.stderr.write(f"warning: a batch failed ({count_of}): {described}; {place}\n")
+        self._start(checkpoint)
+
+    def _find_bad_files(self, text: str, checkpoint: bytes | None) -> list[tuple[int, str]]:
+        files, _ = self._in_place()
+        named = re.search(r"(?:Failed to decode sample #\d+ :|File mapping failed:|Failed to open \S+) *(.+)", text)
+        if named and named[1].strip() in files:
+            file = named[1].strip()
+            why = why_unreadable(file) or "cannot be decoded"
+            return [(index, why) for index, name in enumerate(files) if name == file]
+        indices = self._coming_batch(checkpoint)
+        found = dict(find_unreadable([files[index] for index in indices], limit=len(indices)))
+        if not found:
+            # What Pillow bears and DALI does not shows when DALI decodes the images one by one.
+            found = {files[index]: "cannot be decoded" for index in indices if not _decodes(files[index])}
+        if not found:
+            msg = f"one of {len(indices)} images cannot be decoded, and which one could not be found out"
+            raise LoaderError(msg)
+        return [(index, found[files[index]]) for index in indices if files[index] in found]
+
+    def _coming_batch(self, checkpoint: bytes | None) -> list[int]:
+        """Return which files the next batch after `checkpoint` is made of."""
+        # The same pipeline over one readable image and with numbers as labels makes that batch without failing.
+        count = len(self._folder)
+        readable = self._folder.files[self._stand_in(-1)]
+        iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._names, self._drop_last)
+        labels = next(iterator)[0]["labels"].flatten().tolist()
+        del iterator
+        gc.collect()
+        return sorted(set(labels))
+
+    def _in_place(self) -> tuple[list[str], list[int]]:
+        """Return files and labels with the bad ones replaced, by label -1 where images must not come twice."""
+        files, labels = list(self._folder.files), list(self._folder.labels)
+        for index, stand_in in self._replaced.items():
+            files[index] = self._folder.files[stand_in]
+            labels[index] = self._folder.labels[stand_in] if self._drop_last else -1
+        return files, labels
+
+    def _stand_in(self, index: int) -> int:
+        """Return the next file that can be opened and looks like an image."""
+        files = self._folder.files
+        for candidate in ((index + step) % len(files) for step in range(1, min(len(files), 1000))):
+            if candidate not in self._replaced and why_unreadable(files[candidate]) is None:
+                return candidate
+        msg = f"{files[index]}: not readable, nor is any of the files after it"
+        raise LoaderError(msg)
+
+    def _as_documented(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        tensors = []
+        for name in self._names:
+            if name == "images":
+                tensors.append(batch[name].permute(0, 3, 1, 2) if self._channels_last else batch[name])
+            else:
+                tensors.append(batch[name].flatten().long() if "labels" in name else batch[name])
+        if self._replaced and not self._drop_last:
+            of_good_files = batch["labels"].flatten() >= 0
+            tensors = [tensor[of_good_files] for tensor in tensors]
+        return tuple(tensors)
+
+
+def _iterate(pipeline: Pipeline, names: Sequence[str], drop_last: bool) -> DALIGenericIterator:
+    # DALI's own policy for dropping leaves the padded end of a larger shard in the reader, from where it gets into
+    # the next epoch: shards overlap then. Reading all of the padded epoch and passing over its end is exact.
+    return DALIGenericIterator(
+        [pipeline],
+        list(names),
+        reader_name="reader",
+        last_batch_policy=LastBatchPolicy.FILL if drop_last else LastBatchPolicy.PARTIAL,
+        auto_reset=True,
+        prepare_first_batch=False,
+    )
+
+
+@pipeline_def(batch_size=1, num_threads=1, device_id=None)
+def _decoding(file: str) -> Any:
+    encoded, _ = fn.readers.file(files=[file])
+    return fn.decoders.image(encoded), fn.peek_image_shape(encoded)
+
+
+def _decodes(file: str) -> bool:
+    try:
+        _decoding(file).run()
+    except RuntimeError:
+        return False
+    return True
 
 
 def training_loader(
@@ -120,6 +252,7 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
+    max_bad_batches: int = 0,
     state: LoaderState | None = None,
     **options: Any,
 ) -> Loader:
@@ -141,6 +274,8 @@ def training_loader(
         Which of how many processes this is.
     prefetch : int
         Batches that are made in advance.
+    max_bad_batches : int
+        Number of bad files that are left out before the next one is an error.
     state : LoaderState, optional
         To go on from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
     **options
@@ -160,21 +295,21 @@ def training_loader(
     if seed < 0:
         msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
         raise ValueError(msg)
-    pipeline = training_pipeline(
-        folder.files,
-        folder.labels,
+    build = functools.partial(
+        _build,
+        training_pipeline,
         device=_dali_device(device),
         shard_id=rank,
         num_shards=world_size,
         shuffle_seed=seed,
         seed=seed + rank,
-        checkpoint=state["pipeline"] if state else None,
         **_pipeline_arguments(device, batch_size, num_threads, prefetch),
         **options,
     )
     names = ["images", "labels", "source_labels", "lam"]
     channels_last = options.get("channels_last", False)
-    return Loader(pipeline, names, folder.files, drop_last=True, channels_last=channels_last, state=state)
+    common = {"channels_last": channels_last, "max_bad_batches": max_bad_batches, "state": state}
+    return Loader(build, names, folder, drop_last=True, **common)
 
 
 def validation_loader(
@@ -186,6 +321,7 @@ def validation_loader(
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
+    max_bad_batches: int = 0,
     **options: Any,
 ) -> Loader:
     """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
@@ -200,17 +336,27 @@ def validation_loader(
     if len(folder) < world_size:
         msg = f"{folder.root}: {len(folder)} images are too few for {world_size} processes"
         raise ValueError(msg)
-    pipeline = validation_pipeline(
-        folder.files,
-        folder.labels,
+    build = functools.partial(
+        _build,
+        validation_pipeline,
         device=_dali_device(device),
         shard_id=rank,
         num_shards=world_size,
         **_pipeline_arguments(device, batch_size, num_threads, prefetch),
         **options,
     )
-    channels_last = options.get("channels_last", False)
-    return Loader(pipeline, ["images", "labels"], folder.files, drop_last=False, channels_last=channels_last)
+    common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
+    return Loader(build, ["images", "labels"], folder, drop_last=False, **common)
+
+
+def _build(
+    pipeline: Callable[..., Pipeline],
+    files: Sequence[str],
+    labels: Sequence[int],
+    checkpoint: bytes | None,
+    **arguments: Any,
+) -> Pipeline:
+    return pipeline(files, labels, checkpoint=checkpoint, **arguments)
 
 
 def _dali_device(device: torch.device) -> str:
@@ -229,18 +375,7 @@ def _pipeline_arguments(device: torch.device, batch_size: int, num_threads: int,
     }
 
 
-def _explained(text: str, files: Sequence[str]) -> str:
-    """Turn what DALI says about a failed batch into one line."""
-    named = re.search(r"(?:Failed to decode sample #\d+ :|File mapping failed:) (.+)", text)
-    if named:
-        file = named[1].strip()
-        return f"{file}: {why_unreadable(file) or 'cannot be decoded'}"
-    if "nvImageCodec failure" in text:
-        found = find_unreadable(files)
-        if found:
-            return "; ".join(f"{file}: {why}" for file, why in found)
-        return f"one of {len(files)} images cannot be decoded, and which one could not be found out"
+def _without_traceback(text: str) -> str:
+    """Turn what DALI says about an error in a Python operator into one line."""
     raised = re.search(r"\b\w*(?:Error|Exception|Interrupt): ((?:.|\n)*?)\n\s*\nAt:", text)
-    if raised:
-        return " ".join(raised[1].split())
-    return " ".join(text.split())
+    return " ".join((raised[1] if raised else text).split())

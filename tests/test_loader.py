@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,77 @@ def test_a_broken_file_is_named_in_one_line(folder, tmp_path, kind, name, conten
     assert str(raised.value).startswith(f"{path}: ")
     assert re.search(message, str(raised.value))
     assert "\n" not in str(raised.value)
+
+
+def spoilt(folder, tmp_path, bad):
+    """Return the data set with files that fail, and the same one in which the file after each stands in for it."""
+    whole = Path(folder.files[0]).read_bytes()
+    contents = [whole[: len(whole) // 2], b"no picture\n" * 40, b"", None, whole[:24]]
+    files, stand_ins, labels = list(folder.files), list(folder.files), list(folder.labels)
+    for index, content in zip(bad, contents, strict=False):
+        files[index] = str(tmp_path / f"{index}.jpg")
+        if content is not None:
+            Path(files[index]).write_bytes(content)
+        stand_in = (index + 1) % len(files)
+        stand_ins[index], labels[index] = folder.files[stand_in], folder.labels[stand_in]
+    return replace(folder, files=files), replace(folder, files=stand_ins, labels=labels)
+
+
+@pytest.mark.parametrize("bad", [[0, 4, 9, 14, 20], [30, 2, 12, 7, 17]])
+def test_a_bad_file_is_left_out_and_nothing_else_changes_from_there_on_and_after_resuming(folder, tmp_path, capfd, bad):
+    with_bad, without = spoilt(folder, tmp_path, bad)
+    make = functools.partial(train, mix=functools.partial(saliencymix, prob=0.6), seed=7, max_bad_batches=5)
+    loader, other = make(with_bad), make(without)
+    batches, states, expected = [], [], []
+    for _ in range(2):
+        expected += epoch(other)
+        for batch in loader:
+            batches.append([tensor.clone() for tensor in batch])
+            states.append(loader.state())
+        states[-1] = loader.state()
+    assert_equal_batches(batches, expected)
+    assert sorted(loader.bad_files) == sorted(with_bad.files[index] for index in bad)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: a batch failed")]
+    assert [f"({number} of at most 5)" in line for number, line in enumerate(lines, start=1)] == [True] * 5
+    assert all(any(f": {file}: " in line for line in lines) for file in loader.bad_files)
+    for position in (1, 3, 6, 8, 11, 14):
+        restored = make(with_bad, state=states[position - 1])
+        rest = epoch(restored)
+        while len(rest) < len(batches) - position:
+            rest += epoch(restored)
+        assert_equal_batches(rest, batches[position:])
+
+
+def test_a_bad_file_on_one_shard_leaves_all_shards_with_as_many_batches(folder, tmp_path):
+    with_bad, _ = spoilt(folder, tmp_path, [5])
+    for rank in (0, 1):
+        loader = train(with_bad, rank=rank, world_size=2, max_bad_batches=1)
+        for _ in range(2):
+            assert len(epoch(loader)) == len(loader) == 4
+        assert loader.bad_files == [with_bad.files[5]]
+
+
+def test_more_bad_files_than_are_allowed_end_with_their_count(folder, tmp_path):
+    with_bad, _ = spoilt(folder, tmp_path, [3, 11, 22])
+    loader = train(with_bad, max_bad_batches=2)
+    with pytest.raises(LoaderError, match=r"/\d+\.jpg: .*; 3 batches have failed by now$"):
+        epoch(loader)
+    assert len(loader.bad_files) == 2
+
+
+def test_validation_leaves_out_the_image_of_a_bad_file_and_counts_the_others_once(folder, tmp_path):
+    with_bad, _ = spoilt(folder, tmp_path, [3, 17])
+    loader = validate(with_bad, batch_size=5, max_bad_batches=2)
+    for _ in range(2):
+        assert sorted(ids(epoch(loader))) == [number for number in range(32) if number not in (3, 17)]
+
+
+def test_a_data_set_that_has_vanished_is_an_error_that_names_a_file(folder, tmp_path):
+    root = shutil.copytree(folder.root, tmp_path / "train")
+    loader = train(list_image_folder(root), max_bad_batches=5)
+    shutil.rmtree(root)
+    with pytest.raises(LoaderError, match=f"^{root}/.*jpg: "):
+        epoch(loader)
 
 
 def test_what_a_detector_raises_arrives_as_one_line(folder):
