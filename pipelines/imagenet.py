@@ -29,7 +29,10 @@ def training_pipeline(
     *,
     crop_size: int = 224,
     min_crop_area: float = 0.08,
+    hflip_prob: float = 0.5,
+    color_jitter: float = 0.0,
     mix: Mix | None = None,
+    process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
     channels_last: bool = False,
@@ -38,7 +41,7 @@ def training_pipeline(
     shuffle_seed: int = 0,
     hw_decoder_load: float = 0.65,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Decode a random crop, resize, mix, mirror at random, normalise.
+    """Decode a random crop, resize, change colours, mix, mirror at random, normalise.
 
     Parameters
     ----------
@@ -48,12 +51,19 @@ def training_pipeline(
         Height and width of the images that come out.
     min_crop_area : float
         Least area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
+    hflip_prob : float
+        Probability that an image is mirrored.
+    color_jitter : float
+        Brightness, contrast and saturation are multiplied by factors drawn from [1 - color_jitter, 1 + color_jitter],
+        before the mixing. In [0, 1].
     mix : callable, optional
         ``(images, labels) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`, with its
         options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
         labels.
+    process_on : {"cpu", "gpu"}, optional
+        Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
-        Where images are decoded and processed.
+        Where they come out; "gpu" if `process_on` is.
     fp16 : bool
         Images come out as float16, else as float32.
     channels_last : bool
@@ -77,6 +87,9 @@ def training_pipeline(
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
         raise ValueError(msg)
+    if not 0 <= color_jitter <= 1:
+        msg = f"color_jitter must be in [0, 1], got {color_jitter}"
+        raise ValueError(msg)
     encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
@@ -86,13 +99,18 @@ def training_pipeline(
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
     )
-    images = decode_window(encoded, start, shape, device, hw_decoder_load)
+    images = decode_window(encoded, start, shape, process_on or device, hw_decoder_load)
     images = fn.resize(images, size=(crop_size, crop_size))
+    if color_jitter:
+        factors = [fn.random.uniform(range=[1 - color_jitter, 1 + color_jitter]) for _ in range(3)]
+        images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
     if mix is None:
         source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
     else:
         images, label, source_label, lam = mix(images, label)
-    images = _normalised(images, (crop_size, crop_size), fp16, channels_last, mirror=fn.random.coin_flip())
+    mirror = fn.random.coin_flip(probability=hflip_prob)
+    # On the way to another device the pixels are still bytes.
+    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, channels_last, mirror)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
@@ -103,6 +121,7 @@ def validation_pipeline(
     *,
     resize_size: int = 256,
     crop_size: int = 224,
+    process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
     channels_last: bool = False,
@@ -118,7 +137,7 @@ def validation_pipeline(
         Length of the short side before the crop.
     crop_size : int
         Height and width of the crop, at most `resize_size`.
-    files, labels, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
+    files, labels, process_on, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
         As for `training_pipeline`. The last batch is filled up with its last image, for the iterator to cut off.
 
     Returns
@@ -131,9 +150,11 @@ def validation_pipeline(
         raise ValueError(msg)
     encoded, label = read_files(files, labels, shard_id, num_shards)
     shape = fn.peek_image_shape(encoded)[:2]
-    images = decode_window(encoded, shape * 0, shape, device, hw_decoder_load)
+    images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
     images = fn.resize(images, resize_shorter=resize_size)
-    images = _normalised(images, (crop_size, crop_size), fp16, channels_last)
+    # The centre is cut out here, not while normalising, where that would be all on the way to another device.
+    images = fn.crop(images, crop=(crop_size, crop_size))
+    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, channels_last)
     return to_device(device, images), to_device(device, label)
 
 

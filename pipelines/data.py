@@ -1,0 +1,471 @@
+"""From the options of a run to its batches: which data set, and who makes the batches of it.
+
+`open_data` looks at the data set once; what it returns makes the loaders of each process. A training batch is
+``(images, labels, source_labels, lam)``, one of validation ``(images, labels)``: see `pipelines.loader.Loader`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import dali_saliencymix.fn as mix_fn
+from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.placement import resolve_placement
+from dali_saliencymix.training.distributed import Processes
+from pipelines import cifar, imagenet
+from pipelines.cifar_archive import DATASETS as CIFAR_DATASETS
+from pipelines.cifar_archive import SIZE as CIFAR_SIZE
+from pipelines.cifar_archive import CifarImages, read_cifar
+from pipelines.loader import training_loader, validation_loader
+from pipelines.torch_loader import (
+    FolderImages,
+    Mixing,
+    PaddedImages,
+    TorchLoader,
+    TrainingBatches,
+    ValidationBatches,
+)
+
+DATASETS = ("folder", *CIFAR_DATASETS)
+BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
+
+_FILES_LOOKED_AT = 1000  # for their sizes: asking a file server for those of all of ImageNet takes minutes
+
+
+class Batches(Protocol):
+    """What all loaders are."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch, the same for all processes."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Give the batches that are left of the epoch."""
+
+    def state(self) -> Any:
+        """Return plain values from which another loader of the same making goes on."""
+
+
+@dataclass(frozen=True)
+class Data(ABC):
+    """A data set and who makes batches of it.
+
+    Attributes
+    ----------
+    classes : list of str
+        Names of the classes; a label is an index into this list.
+    train_images, val_images : int
+        How many images there are.
+    root : Path
+        Where the training images are.
+    fingerprint : dict from str to str or int
+        What decides the batches of a training beside its options. A training that goes on has to find the same.
+    """
+
+    classes: list[str]
+    train_images: int
+    val_images: int
+    root: Path
+    fingerprint: dict[str, str | int]
+
+    @abstractmethod
+    def train_loader(
+        self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
+    ) -> Batches:
+        """Return the training batches of this process, from where `state` stands.
+
+        Parameters
+        ----------
+        args : argparse.Namespace
+            Options of the run.
+        processes : Processes
+            Which process this is, and where it computes.
+        crop_size : int
+            Height and width of the images.
+        state : dict, optional
+            What ``state()`` of such a loader gave, in a run with the same options.
+
+        Raises
+        ------
+        ValueError
+            If an option does not fit the data set or the device; it is named.
+        """
+
+    @abstractmethod
+    def val_loader(self, args: argparse.Namespace, processes: Processes) -> Batches:
+        """Return the validation batches of this process: all together have every image exactly once."""
+
+
+def open_data(args: argparse.Namespace) -> Data:
+    """Look at the data set that the options of a run name.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        `dataset`, `data_backend` and what these need: `data`, or `train_dir` and `val_dir` with `train_list` and
+        `val_list`, or `synthetic_classes` and `synthetic_steps`.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    FileNotFoundError, NotADirectoryError, ValueError
+        If the data set is not there, is damaged, or an option is wrong.
+    """
+    backend = chosen_backend(args)
+    if backend == "synthetic":
+        images = args.synthetic_steps * args.batch_size
+        names = [f"class {number}" for number in range(args.synthetic_classes)]
+        fingerprint = _fingerprint(args, images, images, "")
+        return SyntheticData(names, images, images, Path("synthetic"), fingerprint, args.synthetic_steps)
+    if args.dataset in CIFAR_DATASETS:
+        if args.data is None:
+            msg = f"DATA is needed with --dataset {args.dataset}: the folder that the archive was unpacked in"
+            raise ValueError(msg)
+        train, val = read_cifar(args.data, args.dataset)
+        fingerprint = _fingerprint(args, len(train), len(val), _digest(train.images.tobytes(), train.labels.tobytes()))
+        return CifarData(train.classes, len(train), len(val), Path(args.data), fingerprint, train, val)
+    train_folder = list_image_folder(args.train_dir)
+    if len(train_folder.classes) < 2:
+        msg = f"{args.train_dir}: one class only, {train_folder.classes[0]!r}; there must be at least two"
+        raise ValueError(msg)
+    val_folder = list_image_folder(args.val_dir, classes=train_folder.classes)
+    if args.train_list is not None:
+        train_folder = _those_of_list(train_folder, args.train_list, "--train-list")
+    if args.val_list is not None:
+        val_folder = _those_of_list(val_folder, args.val_list, "--val-list")
+    counts = len(train_folder), len(val_folder)
+    fingerprint = _fingerprint(args, *counts, _digest_of_files(train_folder))
+    return FolderData(train_folder.classes, *counts, train_folder.root, fingerprint, train_folder, val_folder)
+
+
+def chosen_backend(args: argparse.Namespace) -> str:
+    """Return who makes the batches: what is asked for, or else DALI, on a GPU where the run has one."""
+    if args.data_backend is not None:
+        return str(args.data_backend)
+    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    return "dali-gpu" if on_gpu else "dali-cpu"
+
+
+def mix_operator(args: argparse.Namespace) -> imagenet.Mix | None:
+    """Return the DALI operator that mixes, with its options."""
+    if args.mix == "none":
+        return None
+    return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **_mix_options(args))
+
+
+def _mix_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the function that mixes takes beside what is drawn, in DALI and on arrays."""
+    options: dict[str, Any] = {"per_batch": args.per_batch if args.mix == "saliencymix" else bool(args.per_batch)}
+    if args.mix == "saliencymix":
+        options |= {name: getattr(args, name) for name in ("preset", "saliency", "source", "destination", "box")}
+    elif args.mix == "cutmix":
+        options["box"] = args.box or "clip"
+    return options
+
+
+def _mixing(args: argparse.Namespace, **changed: Any) -> Mixing | None:
+    if args.mix == "none":
+        return None
+    return Mixing(args.mix, args.mix_alpha, args.mix_prob, {**_mix_options(args), **changed})
+
+
+@dataclass(frozen=True)
+class FolderData(Data):
+    """Two folders of images, with one folder for each class."""
+
+    train: ImageFolder
+    val: ImageFolder
+
+    def train_loader(
+        self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
+    ) -> Batches:
+        """Return the training batches of this process, from where `state` stands."""
+        _check_training(args, processes, self.train, self.root)
+        if not 0 < args.min_crop_area <= 1:
+            msg = f"--min-crop-area must be in (0, 1], got {args.min_crop_area}"
+            raise ValueError(msg)
+        if not 0 <= args.color_jitter <= 1:
+            msg = f"--color-jitter must be in [0, 1], got {args.color_jitter}"
+            raise ValueError(msg)
+        augmentation = {
+            "crop_size": crop_size,
+            "min_crop_area": args.min_crop_area,
+            "color_jitter": args.color_jitter,
+        }
+        if chosen_backend(args) == "pytorch":
+            batches = _training_batches(args, processes, FolderImages(self.train, **augmentation), _mixing(args))
+            return _torch_loader(args, processes, batches, *_IMAGENET_PIXELS, state=state)
+        return training_loader(
+            self.train,
+            **_dali_options(args, processes),
+            **augmentation,
+            hflip_prob=args.hflip_prob,
+            seed=args.seed,
+            mix=mix_operator(args),
+            state=state,
+        )
+
+    def val_loader(self, args: argparse.Namespace, processes: Processes) -> Batches:
+        """Return the validation batches of this process: all together have every image exactly once."""
+        sizes = {"resize_size": args.val_resize_size, "crop_size": args.val_crop_size}
+        if args.val_crop_size > args.val_resize_size:
+            msg = f"--val-crop-size must be at most --val-resize-size {args.val_resize_size}, got {args.val_crop_size}"
+            raise ValueError(msg)
+        if chosen_backend(args) == "pytorch":
+            batches = _validation_batches(args, processes, FolderImages(self.val, **sizes))
+            return _torch_loader(args, processes, batches, *_IMAGENET_PIXELS)
+        return validation_loader(self.val, **_dali_options(args, processes), **sizes)
+
+
+@dataclass(frozen=True)
+class CifarData(Data):
+    """CIFAR-10 or CIFAR-100, in memory."""
+
+    train: CifarImages
+    val: CifarImages
+
+    def train_loader(
+        self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
+    ) -> Batches:
+        """Return the training batches of this process, from where `state` stands."""
+        if crop_size != CIFAR_SIZE:
+            msg = f"--train-crop-size must be {CIFAR_SIZE} with --dataset {args.dataset}, got {crop_size}"
+            raise ValueError(msg)
+        if args.color_jitter:
+            msg = f"--color-jitter must be 0 with --dataset {args.dataset}, got {args.color_jitter}"
+            raise ValueError(msg)
+        _check_training(args, processes, self.train, self.root)
+        detector = _detector_before_padding(args)
+        changed = {} if detector is None else {"saliency": None}
+        if chosen_backend(args) == "pytorch":
+            source = PaddedImages(self.train, args.crop_padding, detector)
+            batches = _training_batches(args, processes, source, _mixing(args, **changed))
+            return _torch_loader(args, processes, batches, cifar.MEAN, cifar.STD, state=state)
+        operator = mix_operator(args)
+        if detector is not None and operator is not None:
+            operator = functools.partial(operator, **changed)
+        return cifar.CifarLoader(
+            self.train,
+            **_dali_options(args, processes),
+            seed=args.seed,
+            mix=operator,
+            find_peaks=None if detector is None else functools.partial(mix_fn.saliency_peaks, saliency=detector),
+            padding=args.crop_padding,
+            hflip_prob=args.hflip_prob,
+            state=state,
+        )
+
+    def val_loader(self, args: argparse.Namespace, processes: Processes) -> Batches:
+        """Return the validation batches of this process: all together have every image exactly once."""
+        batches = _validation_batches(args, processes, PaddedImages(self.val))
+        # There is nothing to do but to normalise: other processes would only get in the way.
+        return _torch_loader(args, processes, batches, cifar.MEAN, cifar.STD, workers=0)
+
+
+def _detector_before_padding(args: argparse.Namespace) -> str | None:
+    """Return the detector that has to look at images before they are padded; None where the mix can do it itself."""
+    if args.mix != "saliencymix" or not args.crop_padding:
+        return None
+    for option in ("source", "destination"):
+        if getattr(args, option) == "non_salient":
+            msg = (
+                f"--{option} must not be non_salient with --crop-padding {args.crop_padding}: the least salient pixel "
+                "could be one of the padding; --crop-padding 0 goes with it"
+            )
+            raise ValueError(msg)
+    return str(resolve_placement(args.preset, {"saliency": args.saliency}).saliency)
+
+
+@dataclass(frozen=True)
+class SyntheticData(Data):
+    """No data: one constant batch, to see how fast a training goes when no loader holds it back."""
+
+    steps: int
+
+    def train_loader(
+        self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
+    ) -> Batches:
+        """Return the training batches of this process, from where `state` stands."""
+        images, labels = self._batch(args, processes, crop_size)
+        lam = torch.full((args.batch_size,), 1.0 if args.mix == "none" else 0.5, device=processes.device)
+        return SyntheticLoader((images, labels, labels.roll(1), lam), self.steps, state=state)
+
+    def val_loader(self, args: argparse.Namespace, processes: Processes) -> Batches:
+        """Return the validation batches of this process."""
+        return SyntheticLoader(self._batch(args, processes, args.val_crop_size), self.steps)
+
+    def _batch(self, args: argparse.Namespace, processes: Processes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(args.seed)
+        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        images = torch.randn(args.batch_size, 3, size, size, generator=generator)
+        labels = torch.randint(len(self.classes), (args.batch_size,), generator=generator)
+        return images.to(processes.device, memory_format=memory_format), labels.to(processes.device)
+
+
+class SyntheticLoader:
+    """The same batch at every step of an epoch.
+
+    Parameters
+    ----------
+    batch : tuple of torch.Tensor
+        What every step gets.
+    steps : int
+        Batches in an epoch.
+    state : dict, optional
+        ``{"step": int}``, to go on from.
+    """
+
+    def __init__(self, batch: tuple[torch.Tensor, ...], steps: int, *, state: dict[str, int] | None = None) -> None:
+        self._batch = batch
+        self._steps = steps
+        self._step = state["step"] if state else 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Give the batches that are left of the epoch."""
+        while self._step < self._steps:
+            self._step += 1
+            yield self._batch
+        self._step = 0
+
+    def state(self) -> dict[str, int]:
+        """Return where the loader stands."""
+        return {"step": self._step}
+
+
+_IMAGENET_PIXELS = ([255 * mean for mean in imagenet.MEAN], [255 * std for std in imagenet.STD])
+
+
+def _shard(args: argparse.Namespace, processes: Processes) -> dict[str, int]:
+    return {"batch_size": args.batch_size, "rank": processes.rank, "world_size": processes.world_size}
+
+
+def _dali_options(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    backend = chosen_backend(args)
+    if backend == "dali-gpu" and processes.device.type != "cuda":
+        msg = f"--data-backend dali-gpu needs a run on a GPU, and this one is on {processes.device}; take dali-cpu"
+        raise ValueError(msg)
+    return {
+        "process_on": "gpu" if backend == "dali-gpu" else "cpu",
+        "num_threads": args.workers,
+        "device": processes.device,
+        "channels_last": args.channels_last,
+        **_shard(args, processes),
+    }
+
+
+def _training_batches(
+    args: argparse.Namespace, processes: Processes, source: FolderImages | PaddedImages, mixing: Mixing | None
+) -> TrainingBatches:
+    shard = _shard(args, processes)
+    return TrainingBatches(source, mixing=mixing, hflip_prob=args.hflip_prob, seed=args.seed, **shard)
+
+
+def _validation_batches(
+    args: argparse.Namespace, processes: Processes, source: FolderImages | PaddedImages
+) -> ValidationBatches:
+    if len(source.labels) < processes.world_size:
+        msg = f"{len(source.labels)} validation images are too few for {processes.world_size} processes"
+        raise ValueError(msg)
+    return ValidationBatches(source, **_shard(args, processes))
+
+
+def _torch_loader(
+    args: argparse.Namespace,
+    processes: Processes,
+    batches: TrainingBatches | ValidationBatches,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    workers: int | None = None,
+    state: Any = None,
+) -> TorchLoader:
+    return TorchLoader(
+        batches,
+        mean=mean,
+        std=std,
+        workers=args.workers if workers is None else workers,
+        device=processes.device,
+        channels_last=args.channels_last,
+        state=state,
+    )
+
+
+def _check_training(args: argparse.Namespace, processes: Processes, train: Sized, root: Path) -> None:
+    share = len(train) // processes.world_size
+    if share < args.batch_size:
+        msg = (
+            f"--batch-size must be at most {share}, the share that each of {processes.world_size} processes has of the "
+            f"{len(train)} images in {root}, got {args.batch_size}"
+        )
+        raise ValueError(msg)
+    if args.seed < 0:
+        msg = f"--seed must not be negative, got {args.seed}"
+        raise ValueError(msg)
+    if not 0 <= args.hflip_prob <= 1:
+        msg = f"--hflip-prob must be in [0, 1], got {args.hflip_prob}"
+        raise ValueError(msg)
+
+
+def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
+    """Return the images whose paths, relative to the folder, are the lines of a text file; their order stays."""
+    wanted: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line and wanted.setdefault(line, number) != number:
+            msg = f"{option} {path}, line {number}: the same image as in line {wanted[line]}: {line}"
+            raise ValueError(msg)
+    kept = [number for number, name in enumerate(_relative_names(folder)) if wanted.pop(name, 0)]
+    if wanted:
+        line, number = next(iter(wanted.items()))
+        msg = f"{option} {path}, line {number}: no such image in {folder.root}: {line}"
+        raise ValueError(msg)
+    if not kept:
+        msg = f"{option} {path}: names no image"
+        raise ValueError(msg)
+    return replace(
+        folder, files=[folder.files[number] for number in kept], labels=[folder.labels[number] for number in kept]
+    )
+
+
+def _relative_names(folder: ImageFolder) -> list[str]:
+    start = len(str(folder.root / "x")) - 1
+    return [file[start:] for file in folder.files]
+
+
+def _fingerprint(args: argparse.Namespace, train: int, val: int, digest: str) -> dict[str, str | int]:
+    return {
+        "dataset": args.dataset,
+        "data_backend": chosen_backend(args),
+        "train_images": train,
+        "val_images": val,
+        "train_digest": digest,
+    }
+
+
+def _digest_of_files(folder: ImageFolder) -> str:
+    """Return a digest of the names of all files and the sizes of some of them, spread evenly."""
+    step = max(len(folder) // _FILES_LOOKED_AT, 1)
+    sizes = [str(os.stat(file).st_size) for file in folder.files[::step]]
+    return _digest("\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode())
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

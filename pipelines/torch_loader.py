@@ -1,0 +1,334 @@
+"""Batches without DALI: PyTorch's ``DataLoader``, torchvision's transforms, and this project's array functions.
+
+The way of an image is that of `pipelines.imagenet` and `pipelines.cifar`: a random crop, mixed as uint8, mirrored,
+normalised. Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so
+the number of workers changes nothing, and where a loader stands is two numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch.utils import data
+from torchvision.transforms import v2
+
+from dali_saliencymix import core, get_detector, saliency_peaks
+from dali_saliencymix._threads import limited_to
+from dali_saliencymix.image_folder import ImageFolder, why_unreadable
+from dali_saliencymix.params import draw_mix_params
+from dali_saliencymix.placement import resolve_placement
+from pipelines.cifar_archive import CifarImages
+from pipelines.loader import LoaderError
+
+Images = NDArray[np.uint8]  # (N, H, W, 3)
+
+
+class TorchLoaderState(TypedDict):
+    """Where a loader stands: whole epochs that it has given, and batches of the one after these."""
+
+    epoch: int
+    step: int
+
+
+# What is drawn for: NumPy seeds alike what differs in zeros at the end only, so this comes first.
+_ORDER, _IMAGE, _BATCH = 1, 2, 3
+
+
+def _generator(purpose: int, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng([purpose, *numbers])
+
+
+class Source(Protocol):
+    """Where the images of a batch come from."""
+
+    @property
+    def labels(self) -> Sequence[int] | NDArray[np.int32]:
+        """The label of each image."""
+
+    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
+        """Return the images with these indices, and their most salient pixels (N, 2) where they have to be given."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a batch is mixed.
+
+    Attributes
+    ----------
+    mode : {"saliencymix", "cutmix", "mixup"}
+        The function of `dali_saliencymix`.
+    alpha, prob : float
+        As for `dali_saliencymix.draw_params`.
+    options : dict
+        Of the function: `box`, `per_batch`, and of saliencymix `preset`, `saliency`, `source`, `destination`.
+    """
+
+    mode: str
+    alpha: float = 1.0
+    prob: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, images: Images, labels: NDArray[np.int64], peaks: NDArray[np.int64] | None, rng: np.random.Generator
+    ) -> tuple[Images, NDArray[np.int64], NDArray[np.float32]]:
+        """Return mixed images, the labels of the sources, and the weights of the labels."""
+        drawn = draw_mix_params(rng, len(images), modes={self.mode: 1.0}, alpha=self.alpha, prob=self.prob)
+        mix = functools.partial(getattr(core, self.mode), images, drawn.source_index, drawn.lam, **self.options)
+        if self.mode == "cutmix":
+            mixed = mix(drawn.point)
+        elif self.mode == "mixup":
+            mixed = mix()
+        else:
+            given = {name: value for name, value in self.options.items() if name != "preset"}
+            at_random = resolve_placement(self.options["preset"], given).destination == "random"
+            mixed = mix(peaks=peaks, point=drawn.point if at_random else None)
+        return mixed.images, labels[drawn.source_index], mixed.lam
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Files of a folder, each a random crop, or for validation the centre.
+
+    Attributes
+    ----------
+    folder : ImageFolder
+        The files.
+    crop_size : int
+        Height and width of what comes out.
+    min_crop_area, color_jitter : float
+        As for `pipelines.imagenet.training_pipeline`.
+    resize_size : int, optional
+        For validation: length of the short side, before the centre is cut out.
+    """
+
+    folder: ImageFolder
+    crop_size: int
+    min_crop_area: float = 0.08
+    color_jitter: float = 0.0
+    resize_size: int | None = None
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each file."""
+        return self.folder.labels
+
+    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, None]:
+        """Decode, crop and resize."""
+        steps: list[Any]
+        if self.resize_size is not None:
+            steps = [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
+        else:
+            steps = [v2.RandomResizedCrop(self.crop_size, scale=(self.min_crop_area, 1.0), ratio=(3 / 4, 4 / 3))]
+            if self.color_jitter:
+                steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
+        cut = v2.Compose(steps)
+        images = np.empty((len(indices), self.crop_size, self.crop_size, 3), np.uint8)
+        # torchvision draws from PyTorch's own generator, which is given back as it was.
+        with torch.random.fork_rng(devices=[]):
+            for place, index in enumerate(indices):
+                torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
+                images[place] = np.asarray(cut(_decoded(self.folder.files[index])))
+        return images, None
+
+
+def _decoded(file: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        msg = f"{file}: {why_unreadable(file) or error}"
+        raise LoaderError(msg) from error
+
+
+@dataclass(frozen=True)
+class PaddedImages:
+    """Small images in memory, each a random crop of the image with a border of zeros.
+
+    Attributes
+    ----------
+    cifar : CifarImages
+        The images.
+    padding : int
+        Width of the border.
+    saliency : str, optional
+        Detector that looks for the most salient pixels before there is a border.
+    """
+
+    cifar: CifarImages
+    padding: int = 0
+    saliency: str | None = None
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """The label of each image."""
+        return self.cifar.labels
+
+    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
+        """Pad and crop."""
+        images = self.cifar.images[indices]
+        size = images.shape[1]
+        peaks = None
+        if self.saliency is not None:
+            peaks = saliency_peaks(get_detector(self.saliency)(images), size, size).astype(np.int64)
+        if not self.padding:
+            return images, peaks
+        draws = (_generator(_IMAGE, seed, epoch, index) for index in indices)
+        corners = np.array([rng.integers(0, 2 * self.padding, 2, endpoint=True) for rng in draws]).reshape(-1, 2)
+        border = (self.padding, self.padding)
+        padded = np.pad(images, [(0, 0), border, border, (0, 0)])
+        for place, (y, x) in enumerate(corners):
+            images[place] = padded[place, y : y + size, x : x + size]
+        if peaks is not None:
+            peaks = (peaks + self.padding - corners).clip(0, size - 1)
+        return images, peaks
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """Batches by epoch and step: every image of the shard once an epoch, but for the end that fills no batch."""
+
+    source: Source
+    batch_size: int
+    mixing: Mixing | None = None
+    hflip_prob: float = 0.5
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """Return the batches of an epoch, the same for all shards."""
+        return len(self.source.labels) // self.world_size // self.batch_size
+
+    def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
+        """Return which images a batch is made of."""
+        order = _generator(_ORDER, self.seed, epoch).permutation(len(self.source.labels))
+        first = step * self.batch_size
+        return order[self.rank :: self.world_size][first : first + self.batch_size]
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return images (N, H, W, 3) uint8, labels, labels of the sources, and weights."""
+        epoch, step = place
+        indices = self.indices(epoch, step)
+        images, peaks = self.source.read(indices, epoch, self.seed)
+        labels = np.array([self.source.labels[index] for index in indices], np.int64)
+        rng = _generator(_BATCH, self.seed, epoch, step, self.rank)
+        source_labels, lam = labels, np.ones(len(labels), np.float32)
+        if self.mixing is not None:
+            images, source_labels, lam = self.mixing(images, labels, peaks, rng)
+        mirrored = rng.random(len(images)) < self.hflip_prob
+        images[mirrored] = images[mirrored, :, ::-1]
+        return tuple(torch.from_numpy(array) for array in (images, labels, source_labels, lam))
+
+
+@dataclass(frozen=True)
+class ValidationBatches:
+    """Batches by epoch and step: every image once over all shards; a shard's last batch may be short, or empty."""
+
+    source: Source
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """Return the batches of an epoch, the same for all shards."""
+        largest_shard = -(-len(self.source.labels) // self.world_size)
+        return -(-largest_shard // self.batch_size)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return images (N, H, W, 3) uint8 and labels."""
+        _, step = place
+        shard = np.arange(self.rank, len(self.source.labels), self.world_size)
+        indices = shard[step * self.batch_size : (step + 1) * self.batch_size]
+        images, _ = self.source.read(indices, 0, 0)
+        labels = np.array([self.source.labels[index] for index in indices], np.int64)
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+class TorchLoader:
+    """Batches on a device, normalised, made in advance by worker processes: what `pipelines.loader.Loader` is to DALI.
+
+    Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
+
+    Parameters
+    ----------
+    batches : TrainingBatches or ValidationBatches
+        Makes a batch of its epoch and step.
+    mean, std : sequence of float
+        Of the normalisation, for pixels in 0..255.
+    workers : int
+        Processes that make batches; with 0 this one does it when it is asked for one.
+    device : torch.device
+        Where the tensors lie.
+    channels_last : bool
+        Images are channels-last in memory, else contiguous.
+    state : TorchLoaderState, optional
+        To go on from; `batches` has to be like that of its loader.
+    """
+
+    def __init__(
+        self,
+        batches: TrainingBatches | ValidationBatches,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        workers: int,
+        device: torch.device,
+        channels_last: bool = False,
+        state: TorchLoaderState | None = None,
+    ) -> None:
+        self._length = len(batches)
+        self._epoch, self._step = (state["epoch"], state["step"]) if state else (0, 0)
+        self._places: list[tuple[int, int]] = []
+        self._loader: data.DataLoader[Any] = data.DataLoader(
+            _Attempts(batches, one_thread=workers > 0),
+            batch_size=None,
+            sampler=self._places,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        self._device = device
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+
+    def __len__(self) -> int:
+        """Return the number of batches in a whole epoch: the same for all shards."""
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Give the batches that are left of the epoch."""
+        self._places[:] = [(self._epoch, step) for step in range(self._step, self._length)]
+        for batch in self._loader:
+            if isinstance(batch, LoaderError):
+                raise batch
+            pixels, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
+            images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
+            self._step += 1
+            yield images.contiguous(memory_format=self._memory_format), *others
+        self._epoch, self._step = self._epoch + 1, 0
+
+    def state(self) -> TorchLoaderState:
+        """Return where the loader stands; taken between two batches, it leads to the second one."""
+        return {"epoch": self._epoch, "step": self._step}
+
+
+class _Attempts(data.Dataset[Any]):
+    """Hands an error over as a batch: raised in a worker, it would arrive wrapped in the text of its stack."""
+
+    def __init__(self, batches: TrainingBatches | ValidationBatches, *, one_thread: bool) -> None:
+        self._batches = batches
+        self._threads = 1 if one_thread else 0  # beside other workers a worker has one core
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...] | LoaderError:
+        try:
+            with limited_to(self._threads):
+                return self._batches[place]
+        except LoaderError as error:
+            return error
