@@ -1,0 +1,145 @@
+"""Classifiers by name: torchvision's ResNets, and those for images of 32x32 pixels that papers on CIFAR compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+
+def model_names() -> list[str]:
+    """Return the names that `make_model` knows."""
+    return [*_CIFAR_RESNETS, _WIDE, *_torchvision_names()]
+
+
+def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> nn.Module:
+    """Make a classifier with fresh weights, drawn from PyTorch's generator.
+
+    Parameters
+    ----------
+    name : str
+        A ResNet of torchvision (those with ``resne`` in their names), ``"cifar_resnet18"``, ``"cifar_resnet50"`` or
+        ``"wrn_28_10"``.
+    num_classes : int
+        K, the length of the vector of logits.
+    dropout : float, optional
+        Of ``"wrn_28_10"``: probability in [0, 1) that a value between the convolutions of a block is dropped. By
+        default 0.3, with which the SaliencyMix paper trains it. The other models have no dropout.
+
+    Returns
+    -------
+    torch.nn.Module
+        Takes images (N, 3, H, W), returns logits (N, K).
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or `dropout` is out of its range or given for a model that has none.
+    """
+    if name not in model_names():
+        msg = f"name must be one of {', '.join(model_names())}, got {name!r}"
+        raise ValueError(msg)
+    if name == _WIDE:
+        return WideResNet(28, 10, num_classes, dropout=0.3 if dropout is None else dropout)
+    if dropout is not None:
+        msg = f"dropout must be left out for {name}, which has none, got {dropout}"
+        raise ValueError(msg)
+    if name in _CIFAR_RESNETS:
+        return _cifar_resnet(_CIFAR_RESNETS[name], num_classes)
+    return torchvision.models.get_model(name, num_classes=num_classes)
+
+
+_WIDE = "wrn_28_10"
+_CIFAR_RESNETS = {"cifar_resnet18": (BasicBlock, [2, 2, 2, 2]), "cifar_resnet50": (Bottleneck, [3, 4, 6, 3])}
+
+
+def _torchvision_names() -> list[str]:
+    return [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+
+
+def _cifar_resnet(blocks: Any, num_classes: int) -> nn.Module:
+    """Make torchvision's ResNet with a stem that keeps the size of small images: a 3x3 convolution, no pooling."""
+    model = ResNet(*blocks, num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+class WideResNet(nn.Module):
+    """Wide residual network for images of 32x32 pixels: normalise, ReLU, convolve, in three groups of blocks.
+
+    Parameters
+    ----------
+    depth : int
+        Number of layers with weights, 6 n + 4 with n blocks in each group.
+    width : int
+        Factor of the channels: 16, 32 and 64 times this in the three groups.
+    num_classes : int
+        Length of the vector of logits.
+    dropout : float
+        Probability in [0, 1) that a value between the convolutions of a block is dropped.
+
+    Raises
+    ------
+    ValueError
+        If `depth` or `dropout` is out of its range.
+
+    Notes
+    -----
+    Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016. Convolutions start with He's normal initialisation.
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        count, rest = divmod(depth - 4, 6)
+        if count < 1 or rest:
+            msg = f"depth must be 6 n + 4 with n of at least 1, got {depth}"
+            raise ValueError(msg)
+        if not 0 <= dropout < 1:
+            msg = f"dropout must be in [0, 1), got {dropout}"
+            raise ValueError(msg)
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        blocks = []
+        for group in range(3):
+            for number in range(count):
+                first = number == 0
+                inputs = channels[group] if first else channels[group + 1]
+                stride = 2 if first and group > 0 else 1
+                blocks.append(_WideBlock(inputs, channels[group + 1], stride, dropout))
+        self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, K) of images (N, 3, H, W)."""
+        features = functional.relu(self.bn(self.blocks(self.conv1(images))))
+        return self.fc(features.mean(dim=(2, 3)))
+
+
+class _WideBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        alike = inputs == outputs and stride == 1
+        self.shortcut = None if alike else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        active = functional.relu(self.bn1(features))
+        # Where the shape changes, the shortcut starts behind the normalisation, which both ways share.
+        shortcut = features if self.shortcut is None else self.shortcut(active)
+        active = functional.relu(self.bn2(self.conv1(active)))
+        return self.conv2(self.dropout(active)) + shortcut
