@@ -9,8 +9,10 @@ All GPUs of a machine:
     torchrun --nproc_per_node=8 train.py DATA -a resnet50 -b 128 --lr 0.4 --amp --channels-last
 
 DATA holds train/ and val/, each with a folder of images for each class. The output folder gets checkpoint_last.pt and
-checkpoint_best.pt (by validation top-1), each with the weights under "model" as plain torchvision loads them, and
-log.jsonl, whose first line holds the configuration, the versions and the device.
+checkpoint_best.pt (by validation top-1), each with the weights under "model" as plain torchvision loads them, args.yaml
+with all options of the run, and log.jsonl, whose first line holds the configuration, the versions and the device.
+
+Words: a step is one batch in each process; an update changes the weights, after --accumulation-steps steps.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import itertools
 import math
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,180 +33,258 @@ import torch
 import torchvision
 from torch import nn
 
-from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
-from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.training import checkpoints, distributed, logs, metrics
-from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments
+from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.distributed import Processes
-from dali_saliencymix.training.schedule import learning_rate
-from pipelines.imagenet import Mix
-from pipelines.loader import Loader, LoaderError, training_loader, validation_loader
+from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
+from pipelines.data import Batches, chosen_backend, open_data
+from pipelines.loader import LoaderError
 
 # What a checkpoint holds: see Trainer.checkpoint.
-ENTRIES = ("model", "optimizer", "epoch", "best_top1", "config", "classes", "train_images", "loaders")
-
-
-def mix_operator(args: argparse.Namespace) -> Mix | None:
-    """Return the DALI operator that mixes, with its options."""
-    if args.mix == "none":
-        return None
-    options = {"alpha": args.mix_alpha, "prob": args.mix_prob, "per_batch": args.per_batch}
-    if args.mix == "saliencymix":
-        options |= {name: getattr(args, name) for name in ("preset", "saliency", "source", "destination", "box")}
-    elif args.mix == "cutmix":
-        options["box"] = args.box or "clip"
-    return functools.partial(getattr(mix_fn, args.mix), **options)
+ENTRIES = (
+    *("model", "optimizer", "scaler", "epoch", "step", "totals", "best_top1"),
+    *("config", "classes", "data", "loaders"),
+)
+Figures = dict[str, float]
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """Everything that one process holds during a run."""
+    """Everything that one process holds during a run.
 
-    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The options.
+    processes : Processes
+        Which process this is.
+    resume : path, optional
+        Checkpoint to go on from, or to validate.
+
+    Attributes
+    ----------
+    epoch, step : int
+        Whole epochs done, and steps done of the present one.
+    totals : Totals
+        Sums of this process over these steps.
+    """
+
+    def __init__(self, args: argparse.Namespace, processes: Processes, resume: Path | None = None) -> None:
         self.args = args
         self.processes = processes
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         self.config["world_size"] = processes.world_size
+        saved = checkpoints.load_checkpoint(resume, ENTRIES) if resume else None
 
-        self.train_folder = list_image_folder(args.train_dir)
-        if len(self.train_folder.classes) < 2:
-            msg = f"{args.train_dir}: one class only, {self.train_folder.classes[0]!r}; there must be at least two"
-            raise ValueError(msg)
-        self.val_folder = list_image_folder(args.val_dir, classes=self.train_folder.classes)
+        # Validating needs no training images: the checkpoint knows the classes.
+        self.data = open_data(args, classes=saved["classes"] if args.evaluate and saved else None)
 
         torch.manual_seed(args.seed)
-        model = torchvision.models.get_model(args.arch, num_classes=len(self.train_folder.classes))
+        model = torchvision.models.get_model(args.arch, num_classes=len(self.data.classes))
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.to(processes.device, memory_format=self.memory_format)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=args.lr,
-            momentum=args.momentum,
-            nesterov=args.nesterov and args.momentum > 0,
-            weight_decay=args.weight_decay,
-        )
-        self.epoch = 0
+        self.updater = Updater(self.model, args)
+        self.epoch = self.step = 0
         self.best_top1 = -math.inf
+        self.totals = self.new_totals()
+        self.lossless_steps = torch.zeros((), device=processes.device)  # without a finite loss, up to now
+        self.steps_run = 0  # by this process, whatever was resumed
+        self.loader: Batches | None = None
+        self.loader_phase: Phase | None = None
+        self.loader_state: Any = None
+        if saved:
+            self.restore(saved, resume)
+
+        # The network is the model as it is trained: with an exchange of gradients, and compiled in place, so that the
+        # names of the model's weights are as they were.
+        self.network: nn.Module = self.model
+        if processes.world_size > 1 and not args.evaluate:
+            self.network = nn.parallel.DistributedDataParallel(self.model)
+        if args.compile:
+            self.network.compile()
         # Every process watches its own loader; the main one's words are enough.
         self.monitor = Monitor(say=functools.partial(logs.warn, enabled=processes.is_main))
 
-    def restore(self, path: Path) -> dict[str, Any]:
+    def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
-        checkpoint = checkpoints.load_checkpoint(path, ENTRIES)
-        arch, classes = checkpoint["config"]["arch"], checkpoint["classes"]
+        arch, classes = saved["config"]["arch"], saved["classes"]
         if arch != self.args.arch:
             msg = f"{path}: holds a {arch}, which --arch has to say, got {self.args.arch!r}"
             raise ValueError(msg)
-        if classes != self.train_folder.classes:
-            pairs = itertools.zip_longest(classes, self.train_folder.classes)
+        if classes != self.data.classes:
+            pairs = itertools.zip_longest(classes, self.data.classes)
             was, now = next(pair for pair in pairs if pair[0] != pair[1])
-            msg = f"{path}: its classes are not those of {self.train_folder.root}: there was {was!r}, there is {now!r}"
+            msg = f"{path}: its classes are not those of {self.data.root}: there was {was!r}, there is {now!r}"
             raise ValueError(msg)
-        self.model.load_state_dict(checkpoint["model"])
+        self.model.load_state_dict(saved["model"])
+        self.updater.restore(saved)
         if self.args.evaluate:
-            return checkpoint
-        for option in (*DATA_OPTIONS, "world_size"):
-            if checkpoint["config"][option] != self.config[option]:
-                was, now = checkpoint["config"][option], self.config[option]
-                msg = f"{path}: cannot go on with other data: {option} was {was}, is now {now}"
+            return
+        # Where mixing ends depends on where the training ends.
+        options = (*DATA_OPTIONS, "world_size", *(("epochs",) if self.args.mix_off_epochs else ()))
+        before = {name: saved["config"][name] for name in options} | saved["data"]
+        present = {name: self.config[name] for name in options} | self.data.fingerprint
+        for name, now in present.items():
+            if before[name] != now:
+                msg = f"{path}: cannot go on with other data: {name} was {before[name]}, is now {now}"
                 raise ValueError(msg)
-        if checkpoint["train_images"] != len(self.train_folder):
-            was, now = checkpoint["train_images"], len(self.train_folder)
-            msg = f"{path}: cannot go on with other data: there were {was} training images, there are now {now}"
-            raise ValueError(msg)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.epoch, self.best_top1 = checkpoint["epoch"], checkpoint["best_top1"]
-        return checkpoint
+        self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
+        self.totals.restore(saved["totals"][self.processes.rank])
+        self.loader_state = saved["loaders"][self.processes.rank]
 
-    def checkpoint(self, loader: Loader) -> dict[str, Any]:
-        """Return all that is needed to go on after this epoch; every process has to call this."""
+    def checkpoint(self) -> dict[str, Any]:
+        """Return all that is needed to go on from here, between two updates; every process has to call this."""
+        assert self.loader is not None
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.updater.state(),
             "epoch": self.epoch,
+            "step": self.step,
+            "totals": distributed.gather_from_processes(self.totals.state()),
             "best_top1": self.best_top1,
             "config": self.config,
-            "classes": self.train_folder.classes,
-            "train_images": len(self.train_folder),
-            "loaders": distributed.gather_from_processes(loader.state()),
+            "classes": self.data.classes,
+            "data": self.data.fingerprint,
+            "loaders": distributed.gather_from_processes(self.loader.state()),
         }
 
-    def train_loader(self, checkpoint: dict[str, Any] | None) -> Loader:
-        """Return this process's training batches, from where the checkpoint stands."""
-        return training_loader(
-            self.train_folder,
-            **self.loader_options(),
-            seed=self.args.seed,
-            crop_size=self.args.train_crop_size,
-            min_crop_area=self.args.min_crop_area,
-            mix=mix_operator(self.args),
-            state=checkpoint["loaders"][self.processes.rank] if checkpoint else None,
+    def phase(self, epoch: int) -> Phase:
+        """Return how the images of an epoch are made."""
+        args = self.args
+        return phase_at(
+            epoch,
+            epochs=args.epochs,
+            crop_size=args.train_crop_size,
+            progressive_size=args.progressive_size,
+            mix_off_epochs=args.mix_off_epochs,
         )
 
-    def val_loader(self) -> Loader:
-        """Return this process's validation batches."""
-        sizes = {"resize_size": self.args.val_resize_size, "crop_size": self.args.val_crop_size}
-        return validation_loader(self.val_folder, **self.loader_options(), **sizes)
+    def train_loader(self) -> Batches:
+        """Return this process's training batches from where the training stands; a new loader for each phase."""
+        phase = self.phase(self.epoch)
+        if self.loader is not None and self.loader_phase == phase:
+            return self.loader
+        self.loader = None
+        gc.collect()  # the old pipeline's memory is free for the new one
+        # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
+        # with it orders of the files, of its own.
+        changed: dict[str, Any] = {"seed": self.args.seed + phase.begin * self.processes.world_size}
+        if not phase.mixing:
+            changed["mix"] = "none"
+        self.loader = self.data.train_loader(
+            argparse.Namespace(**{**vars(self.args), **changed}),
+            self.processes,
+            crop_size=phase.crop_size,
+            state=self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None,
+        )
+        self.loader_phase, self.loader_state = phase, None
+        return self.loader
 
-    def loader_options(self) -> dict[str, Any]:
-        """Return what both loaders have in common."""
-        return {
-            "batch_size": self.args.batch_size,
-            "num_threads": self.args.workers,
-            "device": self.processes.device,
-            "rank": self.processes.rank,
-            "world_size": self.processes.world_size,
-            "channels_last": self.args.channels_last,
-        }
+    def val_loader(self) -> Batches:
+        """Return this process's validation batches."""
+        return self.data.val_loader(self.args, self.processes)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for forward passes."""
-        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.args.amp)
+        dtype = AMP_DTYPES[self.args.amp_dtype]
+        return torch.autocast(self.processes.device.type, dtype, enabled=self.args.amp)
 
-    def train_epoch(self, network: nn.Module, loader: Loader) -> dict[str, float]:
-        """Train for one epoch; `network` is the model, wrapped for several processes where there are several."""
-        args, device = self.args, self.processes.device
-        network.train()
-        totals = metrics.Totals("loss", "correct", "images", device=device)
+    def exchange(self, *, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context for the passes of a step, with or without an exchange of gradients at their end."""
+        if wanted or not isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.network.no_sync()
+
+    def train_epoch(self) -> Figures:
+        """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
+        args, loader = self.args, self.train_loader()
+        steps, begun = len(loader), self.step
+        self.network.train()
         watch = logs.Stopwatch()
-        progress = logs.Progress(f"epoch {self.epoch + 1}/{args.epochs}", len(loader), enabled=self.processes.is_main)
-        lr = args.lr
-        for step, (images, labels, source_labels, lam) in enumerate(self.monitor.watch(watch.timed(loader))):
-            lr = self.set_learning_rate(self.epoch + step / len(loader))
-            with self.autocast():
-                logits = network(images)
-                loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            totals.add(loss * len(images), metrics.mixed_correct(logits, labels, source_labels, lam), len(images))
+        progress = logs.Progress(f"epoch {self.epoch + 1}/{args.epochs}", steps, enabled=self.processes.is_main)
+        for _ in range(begun):
             progress.advance()
-            if (step + 1) % args.print_freq == 0 or step + 1 == len(loader):
+        lr = args.lr
+        for images, labels, source_labels, lam in self.monitor.watch(watch.timed(loader)):
+            group = accumulation_group(self.step, steps, args.accumulation_steps)
+            is_update = self.step == group[-1]
+            lr = self.set_learning_rate(self.epoch + group[0] / steps)
+            with self.exchange(wanted=is_update):
+                with self.autocast():
+                    logits = self.network(images)
+                    loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, args.label_smoothing)
+                self.updater.backward(loss, len(group))
+            if is_update:
+                self.updater.update()
+            self.totals.add(loss * len(images), metrics.mixed_correct(logits, labels, source_labels, lam), len(images))
+            self.lossless_steps = torch.where(loss.detach().isfinite(), 0, self.lossless_steps + 1)
+            self.step += 1
+            self.steps_run += 1
+            progress.advance()
+            if self.step % args.print_freq == 0 or self.step == steps:
                 shown = loss.item()
-                if not math.isfinite(shown):
-                    msg = f"the loss became {shown} in epoch {self.epoch + 1}, step {step + 1}; a smaller --lr may help"
-                    raise ValueError(msg)
-                rate = (step + 1) * len(images) * self.processes.world_size / watch.seconds
-                left = (args.epochs - self.epoch) * len(loader) - step - 1
+                self.check_loss(shown)
+                rate = (self.step - begun) * len(images) * self.processes.world_size / watch.seconds
+                left = (args.epochs - self.epoch) * steps - self.step
                 progress.show(
                     loss=f"{shown:.3f}",
                     images_s=f"{rate:.0f}",
                     data_wait=f"{watch.wait_share:.0%}",
-                    eta=logs.duration(left * watch.seconds / (step + 1)),
+                    eta=logs.duration(left * watch.seconds / (self.step - begun)),
                 )
+            # Between two updates: here a run may be saved or stopped, for nothing is half done.
+            if is_update and self.is_over:
+                break
         progress.close()
         seconds = watch.seconds
-        sums = totals.over_processes()
+        sums = self.totals.over_processes()
+        done = (self.step - begun) * args.batch_size * self.processes.world_size
+        if self.step == steps:
+            self.epoch, self.step = self.epoch + 1, 0
+            self.totals = self.new_totals()
         return {
             "loss": sums["loss"] / sums["images"],
             "mixed_top1": 100 * sums["correct"] / sums["images"],
             "images": int(sums["images"]),
-            "images_per_second": sums["images"] / seconds,
+            "images_per_second": done / seconds,
             "data_wait_share": watch.wait_share,
             "lr": lr,
             "seconds": seconds,
         }
+
+    @property
+    def is_over(self) -> bool:
+        """Whether --max-steps or --epochs are done."""
+        args = self.args
+        return self.epoch >= args.epochs or (args.max_steps is not None and self.steps_run >= args.max_steps)
+
+    def new_totals(self) -> metrics.Totals:
+        """Return the sums of an epoch that begins."""
+        return metrics.Totals("loss", "correct", "images", device=self.processes.device)
+
+    def check_loss(self, loss: float) -> None:
+        """End the run where there was no loss for --max-nan-steps steps; this waits for the GPU."""
+        count = int(self.lossless_steps)
+        if count >= self.args.max_nan_steps:
+            first = max(self.step - count + 1, 1)
+            msg = f"the loss became {loss} in epoch {self.epoch + 1}, step {first}; {self.advice()}"
+            raise ValueError(msg)
+
+    def check_weights(self) -> None:
+        """End the run where a weight is no number, before a good checkpoint is overwritten; this waits for the GPU."""
+        if not self.updater.is_finite():
+            msg = f"some weights are not finite after epoch {self.epoch}, step {self.step}; {self.advice()}"
+            raise ValueError(msg)
+
+    def advice(self) -> str:
+        """Say what may help against a training that diverges, and what is left of it."""
+        last = self.args.output_dir / checkpoints.LAST
+        return "a smaller --lr may help, more --lr-warmup-epochs, --clip-grad-norm 1, or --amp-dtype bf16; " + (
+            f"{last} is from before" if last.exists() else "there is no checkpoint yet"
+        )
 
     def set_learning_rate(self, epoch: float) -> float:
         """Set the learning rate for a point of the training, and return it."""
@@ -215,21 +298,24 @@ class Trainer:
             milestones=sorted(args.lr_milestones),
             gamma=args.lr_gamma,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.updater.set_learning_rate(lr)
         return lr
 
     @torch.no_grad()
-    def validate(self, loader: Loader) -> dict[str, float]:
-        """Return loss, top-1 and top-5 in percent over all validation images, each counted once."""
-        distributed.copy_buffers_from_main(self.model)
-        self.model.eval()
+    def validate(self, loader: Batches, model: nn.Module | None = None) -> Figures:
+        """Return loss, top-1 and top-5 in percent over all validation images, each counted once.
+
+        This is of the model that is trained, or of another one, such as the moving average.
+        """
+        model = self.model if model is None else model
+        distributed.copy_buffers_from_main(model)
+        model.eval()
         totals = metrics.Totals("loss", "top1", "top5", "images", device=self.processes.device)
         progress = logs.Progress("validation", len(loader), enabled=self.processes.is_main)
         for images, labels in loader:
             if len(images):  # a shard that ends early gives empty batches
                 with self.autocast():
-                    logits = self.model(images)
+                    logits = model(images)
                     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
                 right = (metrics.correct_in_top(logits, labels, top) for top in (1, 5))
                 totals.add(loss, *right, len(images))
@@ -245,80 +331,119 @@ class Trainer:
         }
 
 
-def banner(trainer: Trainer, loader: Loader) -> str:
-    """Say in two lines what is about to run."""
+def banner(trainer: Trainer) -> str:
+    """Say in a few lines what is about to run."""
     args, processes = trainer.args, trainer.processes
     environment = logs.environment(processes.device)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     mixing = args.mix if args.mix == "none" else f"{args.mix} (alpha {args.mix_alpha:g}, prob {args.mix_prob:g})"
+    global_batch = args.batch_size * processes.world_size * args.accumulation_steps
+    accumulated = f", an update after every {args.accumulation_steps} steps" if args.accumulation_steps > 1 else ""
     return (
         f"{environment['device']} x {processes.world_size}  |  {versions}\n"
-        f"{args.arch}, {len(trainer.train_folder.classes)} classes, {len(trainer.train_folder)} images, "
-        f"global batch {args.batch_size * processes.world_size}, {len(loader)} steps per epoch, mix {mixing}, "
-        f"{args.workers} DALI threads"
+        f"{args.arch}, {len(trainer.data.classes)} classes, {trainer.data.train_images} images, global batch "
+        f"{global_batch}, {len(trainer.train_loader())} steps per epoch{accumulated}, mix {mixing}, batches of "
+        f"{args.batch_size} by {chosen_backend(args)} with {args.workers} threads"
     )
 
 
-def run(args: argparse.Namespace, processes: Processes) -> None:
-    """Train, or only validate or measure the loader, in one process of the run."""
-    if args.profile_loader:
-        profile_training(args, processes)
-        return
+def find_resume(args: argparse.Namespace, processes: Processes) -> Path | None:
+    """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
     last = args.output_dir / checkpoints.LAST
     resume = checkpoints.find_checkpoint(args.resume, args.output_dir) if args.resume else None
-    if args.evaluate and resume is None:
-        msg = f"{last}: no such checkpoint"
-        raise ValueError(msg)
-    if not args.evaluate and last.exists() and (resume is None or not last.samefile(resume)):
+    if args.evaluate:
+        if resume is None:
+            msg = f"{last}: no such checkpoint"
+            raise ValueError(msg)
+        return resume
+    if last.exists() and not args.no_checkpoints and (resume is None or not last.samefile(resume)):
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
         raise ValueError(msg)
     if args.resume and resume is None:
         logs.say(f"no {last} yet: starting anew", enabled=processes.is_main)
-    trainer = Trainer(args, processes)
-    checkpoint = trainer.restore(resume) if resume else None
-    val_loader = trainer.val_loader()
-    if args.evaluate:
-        val = trainer.validate(val_loader)
-        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
-        logs.say(result, enabled=processes.is_main)
-        return
+    return resume
 
-    loader = trainer.train_loader(checkpoint)
-    network: nn.Module = trainer.model
-    if processes.world_size > 1:
-        network = nn.parallel.DistributedDataParallel(trainer.model)
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """Train, or only validate or measure the loader, in one process of the run."""
+    started = time.monotonic()
+    if args.profile_loader:
+        profile_training(args, processes)
+        return
+    resume = find_resume(args, processes)
+    trainer = Trainer(args, processes, resume)
+    if args.evaluate:
+        evaluate(trainer)
+        return
+    val_loader = None if args.training_only else trainer.val_loader()
     if processes.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(args, args.output_dir / "args.yaml")
     log = logs.JsonLines(args.output_dir / "log.jsonl" if processes.is_main else None, anew=resume is None)
     log.write("resume" if resume else "start", config=trainer.config, **logs.environment(processes.device))
-    logs.say(banner(trainer, loader), enabled=processes.is_main)
+    logs.say(banner(trainer), enabled=processes.is_main)
 
-    while trainer.epoch < args.epochs:
-        train = trainer.train_epoch(network, loader)
-        val = trainer.validate(val_loader)
-        trainer.epoch += 1
-        best = val["top1"] > trainer.best_top1
-        trainer.best_top1 = max(val["top1"], trainer.best_top1)
-        saved = trainer.checkpoint(loader)
-        if processes.is_main:
-            checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.LAST)
-            if best:
-                checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.BEST)
-        log.write("epoch", epoch=trainer.epoch, train=train, val=val, best_top1=trainer.best_top1)
-        logs.say(
-            f"epoch {trainer.epoch}/{args.epochs}  "
-            f"val top-1 {val['top1']:.2f}  top-5 {val['top5']:.2f}  loss {val['loss']:.3f}  |  "
-            f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
-            f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}",
-            enabled=processes.is_main,
-        )
-    result = f"best validation top-1 {trainer.best_top1:.2f} % after {trainer.epoch} epochs: {args.output_dir}"
-    logs.say(result, enabled=processes.is_main)
+    while not trainer.is_over:
+        train = trainer.train_epoch()
+        val = trainer.validate(val_loader) if val_loader else None
+        ema = trainer.validate(val_loader, trainer.updater.ema.module) if val_loader and trainer.updater.ema else None
+        judged = ema or val
+        is_best = judged is not None and judged["top1"] > trainer.best_top1
+        if judged:
+            trainer.best_top1 = max(judged["top1"], trainer.best_top1)
+        trainer.check_weights()
+        if not args.no_checkpoints:
+            saved = trainer.checkpoint()
+            if processes.is_main:
+                checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.LAST)
+                if is_best:
+                    checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.BEST)
+        # The figures of an epoch: here they go to whatever shows or keeps them.
+        best = trainer.best_top1 if math.isfinite(trainer.best_top1) else None
+        log.write("epoch", epoch=trainer.epoch, step=trainer.step, train=train, val=val, val_ema=ema, best_top1=best)
+        logs.say(summary(trainer, train, val, ema), enabled=processes.is_main)
+    took = f"in {logs.duration(time.monotonic() - started)}"
+    result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
+    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {args.output_dir}", enabled=processes.is_main)
+
+
+def summary(trainer: Trainer, train: Figures, val: Figures | None, ema: Figures | None) -> str:
+    """Say in one line how an epoch went."""
+    line = f"epoch {trainer.epoch}/{trainer.args.epochs}  "
+    if trainer.step:
+        line = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}, stopped after step {trainer.step}  "
+    if val:
+        line += f"val top-1 {val['top1']:.2f}  top-5 {val['top5']:.2f}  loss {val['loss']:.3f}  |  "
+    if ema:
+        line += f"moving average top-1 {ema['top1']:.2f}  top-5 {ema['top5']:.2f}  loss {ema['loss']:.3f}  |  "
+    return line + (
+        f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
+        f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}"
+    )
+
+
+def evaluate(trainer: Trainer) -> None:
+    """Validate the model of a checkpoint, and its moving average where --model-ema asks for it."""
+    loader, ema = trainer.val_loader(), trainer.updater.ema
+    for name, model in (("", trainer.model), ("moving average: ", ema.module if ema else None)):
+        if model is not None:
+            val = trainer.validate(loader, model)
+            result = f"{name}top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
+            logs.say(result, enabled=trainer.processes.is_main)
+
+
+def choose_kernels(args: argparse.Namespace) -> None:
+    """Have PyTorch take the fastest kernels, or with --deterministic those that always give the same bits."""
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
 
 
 def main() -> int:
     """Run from the command line; return the exit status."""
     args = parse_arguments()
+    choose_kernels(args)
     try:
         run(args, distributed.start_processes(args.device))
     except (LoaderError, OSError, ValueError) as error:

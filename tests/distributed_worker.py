@@ -67,7 +67,7 @@ def one_epoch(arguments: list[str], processes) -> dict:
     """Train for an epoch with the trainer of train.py; report what must be the same in all processes."""
     trainer = train.Trainer(parse_arguments(arguments), processes)
     begin = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
-    trained = trainer.train_epoch(DistributedDataParallel(trainer.model), trainer.train_loader(None))
+    trained = trainer.train_epoch()
     val = trainer.validate(trainer.val_loader())
     state = [part.double().sum().item() for part in trainer.model.state_dict().values()]
     sums = {name: trained[name] for name in ("loss", "mixed_top1", "images")}

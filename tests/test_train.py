@@ -83,7 +83,7 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
 
 def test_checkpoints_hold_plain_weights_that_torchvision_loads(full_run):
     output_dir, _ = full_run
-    assert sorted(path.name for path in output_dir.iterdir()) == [BEST, LAST, "log.jsonl"]
+    assert sorted(path.name for path in output_dir.iterdir()) == ["args.yaml", BEST, LAST, "log.jsonl"]
     _, *epochs = read_log(output_dir)
     best = max(epochs, key=lambda line: line["val"]["top1"])["epoch"]
     for name, epoch in ((LAST, 2), (BEST, best)):
@@ -235,10 +235,10 @@ def test_options_reach_the_optimizer_and_the_learning_rate(data_folder):
     )
     trainer = Trainer(args, Processes(0, 0, 1, torch.device("cpu")))
     expected = {"momentum": 0.8, "weight_decay": 5e-5, "nesterov": True}
-    (group,) = trainer.optimizer.param_groups
+    (group,) = trainer.updater.optimizer.param_groups
     assert expected.items() <= group.items()
     rates = {1: 0.2, 2: 0.4, 4: 0.2, 8.5: 0.1}
     assert {epoch: trainer.set_learning_rate(epoch) for epoch in rates} == rates
     assert group["lr"] == 0.1
     args.nesterov = False
-    assert not Trainer(args, Processes(0, 0, 1, torch.device("cpu"))).optimizer.param_groups[0]["nesterov"]
+    assert not Trainer(args, Processes(0, 0, 1, torch.device("cpu"))).updater.optimizer.param_groups[0]["nesterov"]

@@ -261,11 +261,11 @@ def own_source(args: argparse.Namespace, device: torch.device, *, images: int) -
         How many of the data set's images to read at most, for each process; spread evenly over it.
     """
     try:
+        from pipelines.data import mix_operator
         from pipelines.imagenet import training_pipeline
         from pipelines.loader import training_loader
-        from train import mix_operator
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in {"pipelines", "train"}:
+        if (error.name or "").partition(".")[0] != "pipelines":
             raise
         msg = (
             "the ready-made pipelines are not part of the installed package: run this from the root of the repository, "

@@ -1,20 +1,29 @@
-"""The options of the training script."""
+"""The options of the training script: from the command line, and from a YAML file that the command line overrides."""
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torchvision
+import yaml
 
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
+from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
+
+DATASETS = ("folder", "cifar10", "cifar100")
+BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
 # The options that decide which batches a run sees: a run that goes on has to keep them.
 DATA_OPTIONS = (
-    *("batch_size", "seed", "train_crop_size", "min_crop_area"),
+    *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
+    *("color_jitter", "progressive_size", "mix_off_epochs"),
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
 
@@ -23,31 +32,140 @@ _OF_SALIENCYMIX = ("preset", "saliency", "source", "destination")
 _UNUSED = {
     "cutmix": _OF_SALIENCYMIX,
     "mixup": (*_OF_SALIENCYMIX, "box"),
-    "none": (*_OF_SALIENCYMIX, "box", "per_batch", "mix_alpha", "mix_prob"),
+    "none": (*_OF_SALIENCYMIX, "box", "per_batch", "mix_alpha", "mix_prob", "mix_off_epochs"),
 }
+
+_RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "a positive number": (lambda value: 0 < value < math.inf, ("mix_alpha", "lr", "lr_gamma", "clip_grad_norm")),
+    "a number of at least 0": (
+        lambda value: 0 <= value < math.inf,
+        ("weight_decay", "norm_weight_decay", "bias_weight_decay", "lr_warmup_epochs"),
+    ),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, ("mix_prob", "hflip_prob", "color_jitter")),
+    "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing")),
+    "in (0, 1]": (lambda value: 0 < value <= 1, ("min_crop_area",)),
+    "in (0, 1)": (lambda value: 0 < value < 1, ("model_ema_decay",)),
+}
+
+_EPILOG = """
+A configuration file is YAML with the long names of options as keys, such as "batch-size: 128", and DATA as "data".
+What the command line says comes before it. The output folder gets the options of the run as args.yaml, which is such
+a file. Several processes: torchrun --nproc_per_node=8 train.py ...; which process is which, and where the main one
+listens, is torchrun's business, so there is no --dist-url here.
+"""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the options of the training script, and end it with a message where they make no sense."""
-    parser = argparse.ArgumentParser(
-        description="Train a torchvision ResNet on a folder of images, mixed by SaliencyMix inside DALI.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    """Read the options of the training script, and end it with a message where they make no sense.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        The command line; by default that of this process.
+    """
+    parser = make_parser()
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)
+    config.add_argument("-c", "--config")
+    path = config.parse_known_args(arguments)[0].config
+    from_file = _read_config(parser, Path(path)) if path is not None else argparse.Namespace()
+    mix = getattr(from_file, "mix", None)
+    args = parser.parse_args(arguments, from_file)
+    if mix not in (None, args.mix):  # a recipe tried with another way to mix
+        for option in _UNUSED.get(args.mix, ()):
+            setattr(args, option, parser.get_default(option))
+    _complete(parser, args)
+    _check(parser, args)
+    return args
+
+
+def save_config(args: argparse.Namespace, path: Path) -> None:
+    """Write the options of a run as a file for ``--config``."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    del values["config"]
+    for name in ("train", "val"):  # so that another DATA on the command line means its own folders
+        if args.data is not None and getattr(args, f"{name}_dir") == args.data / name:
+            del values[f"{name}_dir"]
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def make_parser() -> _Parser:
+    """Return the parser of the command line."""
+    parser = _Parser(
+        usage="%(prog)s DATA [options]",
+        description="Train a ResNet on a folder of images, mixed by SaliencyMix inside DALI.",
+        epilog=_EPILOG,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="file of options, such as configs/*.yaml")
+
     data = parser.add_argument_group("data")
-    data.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder that holds train/ and val/")
+    data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="holds train/, val/")
+    data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="the same")
+    data.add_argument(
+        "--dataset", choices=DATASETS, default="folder", help="what DATA is: class folders, or CIFAR's archive"
+    )
+    data.add_argument(
+        "--data-backend",
+        choices=BACKENDS,
+        help="who makes the batches (default: dali-gpu on a GPU, else dali-cpu); synthetic: one batch over and over, "
+        "without DATA",
+    )
     data.add_argument("--train-dir", type=Path, help="folder of training images, instead of DATA/train")
     data.add_argument("--val-dir", type=Path, help="folder of validation images, instead of DATA/val")
-    data.add_argument("-b", "--batch-size", type=_positive_int, default=256, help="images per process and step")
-    data.add_argument("-j", "--workers", type=_positive_int, default=4, help="DALI threads per process")
-    data.add_argument("--train-crop-size", type=_positive_int, default=224, help="size of training images")
+    data.add_argument(
+        "-b", "--batch-size", type=_positive_int, default=256, help="images of each process (GPU) in a step"
+    )
+    data.add_argument("-j", "--workers", type=_positive_int, default=4, help="DALI's CPU threads in each process")
+    data.add_argument("--train-list", type=Path, metavar="FILE", help="take only the images whose paths are its lines")
+    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for validation")
+    data.add_argument(
+        "--train-crop-size", type=_positive_int, help="size of training images (default: 224, with CIFAR 32)"
+    )
+    data.add_argument(
+        "--progressive-size",
+        nargs="+",
+        type=_size_at_epoch,
+        metavar="SIZE@EPOCH",
+        default=[],
+        help="size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
+    )
     data.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
+    data.add_argument("--hflip-prob", type=float, default=0.5, metavar="P", help="probability of mirroring an image")
+    data.add_argument(
+        "--color-jitter",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
+    )
+    data.add_argument(
+        "--crop-padding",
+        type=_whole_number,
+        default=4,
+        metavar="N",
+        help="with CIFAR: zeros around an image to crop from",
+    )
     data.add_argument("--val-resize-size", type=_positive_int, default=256, help="short side of validation images")
     data.add_argument("--val-crop-size", type=_positive_int, default=224, help="centre crop of validation images")
+    data.add_argument("--synthetic-classes", type=_positive_int, default=1000, metavar="N", help="of synthetic data")
+    data.add_argument("--synthetic-steps", type=_positive_int, default=100, metavar="N", help="steps of its epochs")
 
     mix = parser.add_argument_group("mixing")
     mix.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
-    mix.add_argument("--mix-alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
-    mix.add_argument("--mix-prob", type=float, default=1.0, help="probability that an image is mixed")
+    mix.add_argument(
+        "--mix-alpha", "--beta", type=float, default=1.0, metavar="ALPHA", help="lam is drawn from Beta(ALPHA, ALPHA)"
+    )
+    mix.add_argument(
+        *("--mix-prob", "--salmix_prob"),
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="probability that an image is mixed",
+    )
+    mix.add_argument(
+        "--mix-off-epochs", type=_whole_number, default=0, metavar="N", help="no mixing in the last N epochs"
+    )
     mix.add_argument(
         "--preset", choices=list(PRESETS), default="default", help="of saliencymix: defaults of what follows"
     )
@@ -55,37 +173,183 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     mix.add_argument("--source", choices=SOURCES, help="what to cut out of the source")
     mix.add_argument("--destination", choices=DESTINATIONS, help="where to paste it")
     mix.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out; with cutmix clip by default")
-    mix.add_argument("--per-batch", action="store_true", default=None, help="one box for the whole batch")
+    mix.add_argument("--per-batch", action=_YES_OR_NO, help="one box for the whole batch")
 
     model = parser.add_argument_group("model and optimiser")
-    model.add_argument("-a", "--arch", default="resnet50", help="a ResNet of torchvision")
+    model.add_argument("-a", "--arch", "--model", default="resnet50", metavar="NAME", help="a ResNet of torchvision")
     model.add_argument("--epochs", type=_positive_int, default=300, help="length of the training")
-    model.add_argument("--lr", type=float, default=0.1, help="learning rate for the global batch, not scaled")
+    model.add_argument(
+        *("--accumulation-steps",),
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="steps whose gradients make one update of the weights",
+    )
+    model.add_argument(
+        "--lr",
+        type=float,
+        default=0.1,
+        help="learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
+        "0.1 for each 256 images is the usual rule",
+    )
     model.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
-    model.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum")
-    model.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
+    model.add_argument("--nesterov", action=_YES_OR_NO, default=True, help="Nesterov momentum")
+    model.add_argument(
+        *("--wd", "--weight-decay"), type=float, default=1e-4, dest="weight_decay", metavar="WD", help="weight decay"
+    )
+    model.add_argument("--norm-weight-decay", type=float, metavar="WD", help="that of normalisation layers, often 0")
+    model.add_argument("--bias-weight-decay", type=float, metavar="WD", help="that of all biases, often 0")
+    model.add_argument("--label-smoothing", type=float, default=0.0, metavar="S", help="smoothing of the mixed labels")
+    model.add_argument("--clip-grad-norm", type=float, metavar="NORM", help="largest norm of the gradients")
+    model.add_argument("--model-ema", action=_YES_OR_NO, default=False, help="keep a moving average of the weights")
+    model.add_argument(
+        "--model-ema-decay", type=float, default=0.9999, metavar="D", help="how much of it stays at each update"
+    )
     model.add_argument("--lr-scheduler", choices=("cosine", "step"), default="cosine", help="how the rate falls")
     model.add_argument("--lr-warmup-epochs", type=float, default=0.0, help="epochs of linear warm-up")
-    model.add_argument("--lr-milestones", type=float, nargs="+", default=[75, 150, 225], help="epochs of the steps")
+    model.add_argument(
+        "--lr-milestones", type=float, nargs="+", default=[75.0, 150.0, 225.0], help="epochs of the steps"
+    )
     model.add_argument("--lr-gamma", type=float, default=0.1, help="factor of each step")
 
+    speed = parser.add_argument_group("speed and precision")
+    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    speed.add_argument("--amp", action=_YES_OR_NO, default=False, help="compute in 16 bits where that is safe")
+    speed.add_argument(
+        "--amp-dtype", type=_amp_dtype, choices=("bf16", "fp16"), default="bf16", help="of --amp; fp16 scales the loss"
+    )
+    speed.add_argument(
+        "--channels-last", action=_YES_OR_NO, default=False, help="channels-last memory, straight from DALI"
+    )
+    speed.add_argument("--compile", action=_YES_OR_NO, default=False, help="compile the model with torch.compile")
+    speed.add_argument(
+        "--deterministic", action=_YES_OR_NO, default=False, help="deterministic kernels of PyTorch: slower, repeatable"
+    )
+
     run = parser.add_argument_group("run")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    run.add_argument("--amp", action="store_true", help="compute in bfloat16 where that is safe")
-    run.add_argument("--channels-last", action="store_true", help="channels-last memory, straight from DALI")
     run.add_argument("--seed", type=int, default=0, help="seed of weights, file order and augmentation")
     run.add_argument("--output-dir", type=Path, default=Path("output"), help="folder for checkpoints and log")
     run.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: from the output folder's")
-    run.add_argument("-e", "--evaluate", action="store_true", help="only validate the checkpoint named by --resume")
-    run.add_argument("--profile-loader", action="store_true", help="only measure whether the loader is the bottleneck")
+    run.add_argument(
+        *("-e", "--evaluate", "--test-only"),
+        action="store_true",
+        help="only validate the checkpoint named by --resume; needs no training images",
+    )
+    run.add_argument(
+        "--max-nan-steps", type=_positive_int, default=3, metavar="N", help="stop after N steps in a row without a loss"
+    )
     run.add_argument("-p", "--print-freq", type=_positive_int, default=10, help="steps between two displays")
-    args = parser.parse_args(arguments)
 
-    for option, name in (("train_dir", "train"), ("val_dir", "val")):
+    short = parser.add_argument_group("short runs")
+    short.add_argument(
+        "--profile-loader", action="store_true", help="only measure whether the loader is the bottleneck"
+    )
+    short.add_argument("--max-steps", "--prof", type=_positive_int, metavar="N", help="end after N steps of this run")
+    short.add_argument("--training-only", action=_YES_OR_NO, default=False, help="do not validate")
+    short.add_argument("--no-checkpoints", action="store_true", help="save no checkpoints")
+    return parser
+
+
+_YES_OR_NO = argparse.BooleanOptionalAction  # --amp and --no-amp: so that a configuration file can be overridden
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of all options before it."""
+
+    reading: Path | None = None  # the configuration file that its arguments come from
+
+    def error(self, message: str) -> NoReturn:
+        where = f"{self.reading}: " if self.reading else ""
+        self.exit(2, f"{self.prog}: error: {where}{message}\n")
+
+
+class _SetIfGiven(argparse.Action):
+    """Stores a value: an argument that is left out does not take away what another one has set."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
+    """Return the options of a file, read and checked as if they stood on the command line."""
+    parser.reading = path
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(str(error.strerror))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"not YAML: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error("must hold options as 'name: value'")
+    actions = {"data": None} | {
+        name.lstrip("-").replace("-", "_"): action
+        for action in parser._actions
+        for name in (*action.option_strings, action.dest)
+        if action.dest not in ("help", "config", "data")
+    }
+    arguments: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            parser.error(f"{key} is no option")
+        arguments += _as_arguments(parser, str(key), value, actions[name])
+    options = parser.parse_args(arguments)
+    parser.reading = None
+    return options
+
+
+def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action | None) -> list[str]:
+    """Return what would say the same on a command line."""
+    name = action.option_strings[-1] if action else "--data-dir"
+    if value is None:  # not given
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction) or (action is not None and action.nargs == 0):
+        if not isinstance(value, bool):
+            parser.error(f"{key} must be true or false, got {value!r}")
+        named = [option for option in action.option_strings if option.startswith("--no-") != value]
+        return named[:1]
+    if isinstance(value, list):
+        if action is None or action.nargs != "+":
+            parser.error(f"{key} must be one value, got {value!r}")
+        return [name, *map(str, value)] if value else []
+    if isinstance(value, dict):
+        parser.error(f"{key} must be a value, got {value!r}")
+    return [f"{name}={value}"]
+
+
+def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what follows from other options."""
+    if args.train_crop_size is None:
+        args.train_crop_size = 224 if args.dataset == "folder" else 32
+    if args.data_backend == "synthetic":
+        return
+    folders = {"train_dir": "train", "val_dir": "val"}
+    if args.dataset != "folder":
+        for option in (*folders, "train_list", "val_list"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
+        if args.data is None:
+            parser.error("DATA is needed")
+        return
+    for option, name in folders.items():
         if getattr(args, option) is None:
             if args.data is None:
                 parser.error(f"DATA is needed, or --{name}-dir")
             setattr(args, option, args.data / name)
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the script where options do not fit each other, or are out of range."""
     for option in _UNUSED.get(args.mix, ()):
         if getattr(args, option) != parser.get_default(option):
             parser.error(f"--{option.replace('_', '-')} does nothing with --mix {args.mix}: leave it out")
@@ -93,12 +357,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
         parser.error(f"--resume: {args.resume}: no such file")
-    if not 0 <= args.lr_warmup_epochs < args.epochs:
-        parser.error(f"--lr-warmup-epochs must be in [0, --epochs {args.epochs}), got {args.lr_warmup_epochs:g}")
+    for rule, (right, options) in _RANGES.items():
+        for option in options:
+            value = getattr(args, option)
+            if value is not None and not right(value):
+                parser.error(f"--{option.replace('_', '-')} must be {rule}, got {value}")
+    if args.val_crop_size > args.val_resize_size:
+        parser.error(
+            f"--val-crop-size must be at most --val-resize-size {args.val_resize_size}, got {args.val_crop_size}"
+        )
+    if args.lr_warmup_epochs >= args.epochs:
+        parser.error(f"--lr-warmup-epochs must be below --epochs {args.epochs}, got {args.lr_warmup_epochs:g}")
+    if args.mix_off_epochs > args.epochs:
+        parser.error(f"--mix-off-epochs must be at most --epochs {args.epochs}, got {args.mix_off_epochs}")
+    if args.seed < 0:
+        parser.error(f"--seed must not be negative, got {args.seed}")
+    starts = [int(change.partition("@")[2]) for change in args.progressive_size]
+    if starts != sorted(set(starts)):
+        parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
     known = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
     if args.arch not in known:
         parser.error(f"--arch must be one of {', '.join(known)}, got {args.arch!r}")
-    return args
 
 
 def _positive_int(text: str) -> int:
@@ -107,3 +386,24 @@ def _positive_int(text: str) -> int:
         msg = f"must be a whole number of at least 1, got {text}"
         raise argparse.ArgumentTypeError(msg)
     return int(text)
+
+
+def _whole_number(text: str) -> int:
+    """Read an integer that is not negative."""
+    if not text.strip().isdecimal():
+        msg = f"must be a whole number of at least 0, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
+
+
+def _size_at_epoch(text: str) -> str:
+    """Check a size and the epoch that it begins at. The text stays: it is what files and checkpoints hold."""
+    if not SIZE_AT_EPOCH.fullmatch(text):
+        msg = f"must be SIZE@EPOCH, such as 160@6, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return text
+
+
+def _amp_dtype(text: str) -> str:
+    """Take timm's and PyTorch's names too."""
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(text, text)

@@ -13,11 +13,19 @@ from dali_saliencymix.training.distributed import sum_over_processes
 
 
 def mixed_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, source_labels: torch.Tensor, lam: torch.Tensor
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    source_labels: torch.Tensor,
+    lam: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return the mean over the batch of lam * CE(labels) + (1 - lam) * CE(source_labels)."""
-    own = functional.cross_entropy(logits, labels, reduction="none")
-    source = functional.cross_entropy(logits, source_labels, reduction="none")
+    """Return the mean over the batch of lam * CE(labels) + (1 - lam) * CE(source_labels).
+
+    With `label_smoothing` in [0, 1] both are against smoothed labels, which is the cross-entropy against the mixed
+    labels after smoothing.
+    """
+    own = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    source = functional.cross_entropy(logits, source_labels, reduction="none", label_smoothing=label_smoothing)
     return (lam * own + (1 - lam) * source).mean()
 
 
@@ -58,3 +66,12 @@ class Totals:
     def over_processes(self) -> dict[str, float]:
         """Return the sums over all processes, all of which have to call this."""
         return dict(zip(self._names, sum_over_processes(self._sums).tolist(), strict=True))
+
+    def state(self) -> list[float]:
+        """Return the sums of this process, one for each name, for `restore`."""
+        sums: list[float] = self._sums.tolist()
+        return sums
+
+    def restore(self, sums: list[float]) -> None:
+        """Go on from the sums that `state` gave."""
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
