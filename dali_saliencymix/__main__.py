@@ -1,4 +1,4 @@
-"""The command line: ``python -m dali_saliencymix sample-data | preview | bottleneck | compare``."""
+"""The command line: ``python -m dali_saliencymix sample-data | preview | scan | bottleneck | compare``."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("--per-batch", action="store_true", default=None, help="one box for all samples")
     preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
 
+    scan = add_command("scan", help="decode every file of a data set once and list those that a training can use")
+    scan.add_argument("root", type=Path, metavar="DATA", help="folder with train/ and val/, or of class folders")
+    scan.add_argument("-o", "--output", type=Path, default=Path("scan"), help="folder for the lists and scan.json")
+    scan.add_argument("--min-size", type=int, default=8, help="exclude images with a shorter side than this, in pixels")
+    scan.add_argument("--strict", action="store_true", help="exclude files that the decoder warns of, too")
+    scan.add_argument("-j", "--workers", type=int, help="processes that decode; all cores if not given")
+    scan.add_argument("--timeout", type=float, default=60.0, help="seconds after which a file is given up")
+
     # Its options include those of train.py, which only a parser that knows PyTorch can read.
     add_command("bottleneck", help="say whether the loader or the training step is the bottleneck", add_help=False)
 
@@ -69,13 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
             from dali_saliencymix.bottleneck.command import run_compare
 
             return run_compare(prog=f"{parser.prog} compare", **args)
+        elif command == "scan":
+            from dali_saliencymix.scan import run_scan
+
+            return run_scan(**args)
         else:
             from dali_saliencymix.preview import save_preview
 
             save_preview(args.pop("root"), args.pop("output"), **args)
     except (ImportError, OSError, ValueError) as error:
         sys.stderr.write(f"{parser.prog} {command}: error: {error}\n")
-        return 1
+        return 2 if command == "scan" else 1  # where 1 stands for a scan that found something
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{parser.prog} {command}: interrupted\n")
+        return 130
     return 0
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # The first bytes of the formats above.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"P2", b"P3", b"P5", b"P6", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"P2", b"P3", b"P5", b"P6", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 _CHUNK = 1024  # files examined between two looks at the clock
 
@@ -176,7 +176,7 @@ def why_unreadable(file: str) -> str | None:
         return error.strerror or str(error)
     if not head:
         return "empty file"
-    if not head.startswith(_SIGNATURES):
+    if not head.startswith(SIGNATURES):
         return "not an image"
     if head.startswith(b"\xff\xd8") and tail != b"\xff\xd9":
         return _why_not_decodable(file)

@@ -1,0 +1,328 @@
+"""A scan of a data set: decodes every file once, in parallel, and writes a list of those that a training can use.
+
+DATA is a folder with ``train/`` and perhaps ``val/``, or a folder of class folders. Each of these has one list, named
+in `LIST_NAMES`: paths relative to the folder, one on a line, in the order of `list_image_folder`. A list does not say
+which classes there are; that is for the folder, so that an empty class keeps its label.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import TimeoutError as TaskTimeoutError
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pebble import ProcessExpired, ProcessPool
+from tqdm import tqdm
+
+from dali_saliencymix._checks import check_at_least, check_positive
+from dali_saliencymix._versions import versions
+from dali_saliencymix.image_damage import EXCLUDED, NOTED, Examined, examine
+from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+
+SCHEMA, VERSION = "dali-saliencymix/scan", 1
+REPORT_NAME = "scan.json"
+LIST_NAMES = {"train": "train.txt", "val": "val.txt", "all": "files.txt"}
+
+_CHUNK = 32  # files that a worker takes at once
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The result of a scan.
+
+    Attributes
+    ----------
+    report : dict
+        What ``scan.json`` holds; docs/scan.md explains every entry.
+    lists : dict from str to list of str
+        For each part (``"train"``, ``"val"``, or ``"all"``) the files that a training can use, relative to its folder.
+    """
+
+    report: dict[str, Any]
+    lists: dict[str, list[str]]
+
+    @property
+    def excluded(self) -> int:
+        """How many files are not in the lists."""
+        return sum(part["excluded"] for part in self.report["parts"].values())
+
+
+def scan(
+    root: str | Path,
+    *,
+    min_size: int = 8,
+    strict: bool = False,
+    workers: int | None = None,
+    timeout: float = 60.0,
+) -> Scan:
+    """Decode every image below a folder and sort out the files that a training stumbles over.
+
+    Parameters
+    ----------
+    root : path
+        Folder with ``train/`` and perhaps ``val/``, or folder of class folders.
+    min_size : int
+        Images with a shorter side than this, in pixels, are excluded.
+    strict : bool
+        Whether to exclude files that the decoder warns of as well.
+    workers : int, optional
+        Processes that decode; by default as many as there are cores for this process.
+    timeout : float
+        Seconds after which reading and decoding one file is given up.
+
+    Returns
+    -------
+    Scan
+
+    Raises
+    ------
+    OSError
+        If `root` is not there or holds no images.
+    ValueError
+        If a number is out of range, ``val/`` has a class that ``train/`` has not, or a name is not UTF-8.
+
+    Notes
+    -----
+    The files are decoded in processes of their own: one that makes the decoder crash, or take for ever, is a finding.
+    As everywhere with processes, a script that calls this needs ``if __name__ == "__main__":`` around it.
+    """
+    check_at_least(min_size, "min_size", 1)
+    check_positive(timeout, "timeout")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    check_at_least(workers, "workers", 1)
+    begun, start = time.time(), time.monotonic()
+    parts, lists = {}, {}
+    for name, folder in _folders(Path(root)).items():
+        found = _Findings()
+        task = functools.partial(examine, min_size=min_size)
+        examinations = examined_in_processes(folder.files, task, workers=workers, timeout=timeout)
+        bar = tqdm(total=len(folder), desc=name, unit="file", disable=None)  # on terminals only
+        with bar, contextlib.closing(examinations):
+            for index, examined in examinations:
+                found.add(index, os.path.relpath(folder.files[index], folder.root), examined)
+                bar.update()
+        lists[name], parts[name] = _part(folder, found, {*EXCLUDED, "bit_rot"} if strict else set(EXCLUDED))
+    report = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "root": str(Path(root).absolute()),
+        "begun": round(begun, 3),
+        "seconds": round(time.monotonic() - start, 3),
+        "options": {"min_size": min_size, "strict": strict, "workers": workers, "timeout": timeout},
+        "versions": versions("pillow", "simplejpeg"),
+        "parts": parts,
+    }
+    return Scan(report, lists)
+
+
+def _folders(root: Path) -> dict[str, ImageFolder]:
+    if not (root / "train").is_dir():
+        return {"all": list_image_folder(root)}
+    folders = {"train": list_image_folder(root / "train")}
+    if (root / "val").is_dir():
+        folders["val"] = list_image_folder(root / "val", classes=folders["train"].classes)
+    return folders
+
+
+def examined_in_processes(
+    files: Sequence[str], task: Callable[[str], Examined], *, workers: int, timeout: float
+) -> Generator[tuple[int, Examined], None, None]:
+    """Examine files in processes that may die or hang, and give each file's index and result, in any order.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Paths.
+    task : callable
+        Examines one file; another process has to be able to import it.
+    workers : int
+        Number of processes.
+    timeout : float
+        Seconds for one file. Files are handed out in chunks; one that fails in whole is taken again file by file.
+    """
+    pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
+    try:
+        indices = range(len(files))
+        chunks = [indices[begin : begin + _CHUNK] for begin in range(0, len(files), _CHUNK)]
+        while chunks:
+            again = []
+            waiting = {}
+            for chunk in chunks:
+                paths = [files[i] for i in chunk]
+                waiting[pool.schedule(_examine_all, args=(task, paths), timeout=timeout)] = chunk
+            for future in as_completed(waiting):
+                chunk = waiting[future]  # type: ignore[index]  # as_completed forgets of what kind its futures are
+                try:
+                    yield from zip(chunk, future.result(), strict=True)
+                except (ProcessExpired, TaskTimeoutError) as error:
+                    if len(chunk) == 1:
+                        yield chunk[0], _lost(error, timeout)
+                    else:
+                        again += [chunk[i : i + 1] for i in range(len(chunk))]
+            chunks = again
+    finally:
+        pool.stop()  # type: ignore[no-untyped-call]
+        pool.join()
+
+
+def _examine_all(task: Callable[[str], Examined], files: Sequence[str]) -> list[Examined]:
+    return [task(file) for file in files]
+
+
+def _lost(error: Exception, timeout: float) -> Examined:
+    if isinstance(error, ProcessExpired):
+        return Examined({"crashed": f"{EXCLUDED['crashed']} (exit code {error.exitcode})"})
+    return Examined({"timed_out": f"not done after {timeout:g} seconds"})
+
+
+@dataclass
+class _Findings:
+    """What is kept of the examinations of one folder: little for each file, since there may be millions."""
+
+    files: list[tuple[int, str, str, str]] = field(default_factory=list)  # index, relative path, kind, words
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)  # width, height, bytes, where there is an image
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, index: int, path: str, examined: Examined) -> None:
+        findings = examined.findings
+        if len(path.splitlines()) > 1:
+            findings = {"unlistable": EXCLUDED["unlistable"], **findings}
+        self.files += [(index, path, kind, words) for kind, words in findings.items()]
+        if examined.size is not None:
+            self.sizes.append((*examined.size, examined.file_bytes))
+            self.formats[examined.format] += 1
+            self.modes[examined.mode] += 1
+
+
+def _part(folder: ImageFolder, found: _Findings, excluded_kinds: set[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the list of a folder and its part of the report."""
+    excluded = {index for index, _, kind, _ in found.files if kind in excluded_kinds}
+    clean = [index for index in range(len(folder)) if index not in excluded]
+    left = Counter(folder.labels[index] for index in clean)
+    widths, heights, lengths = np.array(found.sizes, np.int64).reshape(-1, 3).T
+    return [os.path.relpath(folder.files[index], folder.root) for index in clean], {
+        "root": str(folder.root.absolute()),
+        "files": len(folder),
+        "excluded": len(excluded),
+        "classes": len(folder.classes),
+        "classes_without_a_usable_file": [name for label, name in enumerate(folder.classes) if not left[label]],
+        "counts": dict(Counter(kind for _, _, kind, _ in found.files)),
+        "formats": dict(found.formats.most_common()),
+        "modes": dict(found.modes.most_common()),
+        "width": _spread(widths),
+        "height": _spread(heights),
+        "short_side": _spread(np.minimum(widths, heights)),
+        "file_bytes": _spread(lengths),
+        "findings": [
+            {"file": path, "kind": kind, "words": words, "excluded": kind in excluded_kinds}
+            for _, path, kind, words in sorted(found.files)
+        ],
+    }
+
+
+def _spread(values: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    marks = {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
+    spread = {name: float(value) for name, value in zip(marks, np.percentile(values, [*marks.values()]), strict=True)}
+    return spread | {"mean": round(float(values.mean()), 2)}
+
+
+def check_output(root: str | Path, output: str | Path) -> None:
+    """Refuse an output folder in which a scan would do harm; to be called before the hours that a scan may take.
+
+    Raises
+    ------
+    ValueError
+        If `output` lies where it would become a class folder, or holds lists that no scan has written.
+    """
+    root, output = Path(root), Path(output)
+    data = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
+    for folder in data:
+        if output.resolve().is_relative_to(folder.resolve()):
+            msg = f"output must not lie within {folder}, where it would become a class folder, got {output}"
+            raise ValueError(msg)
+    if not (output / REPORT_NAME).exists():
+        for name in LIST_NAMES.values():
+            if (output / name).exists():
+                msg = f"{output / name}: would be overwritten, and is from no scan; choose another output folder"
+                raise ValueError(msg)
+
+
+def write_scan(result: Scan, output: str | Path) -> None:
+    """Write the lists and ``scan.json`` into a folder, which is made if need be. An earlier scan is replaced.
+
+    Every file appears with all of its content or not at all.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {LIST_NAMES[part]: "".join(f"{file}\n" for file in files) for part, files in result.lists.items()}
+    texts[REPORT_NAME] = json.dumps(result.report, indent=1, allow_nan=False) + "\n"
+    unfinished = {name: output / f".{name}.{os.getpid()}" for name in texts}
+    try:
+        for name, text in texts.items():
+            unfinished[name].write_text(text, encoding="utf-8")
+        for name, path in unfinished.items():
+            path.replace(output / name)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+    for name in set(LIST_NAMES.values()) - set(texts):  # of an earlier scan of other folders
+        (output / name).unlink(missing_ok=True)
+
+
+def scan_table(result: Scan) -> str:
+    """Return what a scan found as a table for people."""
+    report = result.report
+    lines = []
+    for name, part in report["parts"].items():
+        usable = part["files"] - part["excluded"]
+        lines.append(f"{name}: {part['files']} files in {part['classes']} classes, {usable} of them usable")
+        firsts: dict[str, dict[str, Any]] = {}
+        for finding in part["findings"]:
+            firsts.setdefault(finding["kind"], finding)
+        for kind in (kind for kind in (*EXCLUDED, *NOTED) if kind in firsts):
+            first = firsts[kind]
+            fate = "excluded" if first["excluded"] else "kept"
+            file = ascii(first["file"]) if kind == "unlistable" else first["file"]
+            lines.append(f"  {kind:14} {part['counts'][kind]:8}  {fate:8}  {file}: {first['words']}")
+        sizes = part["short_side"]
+        if sizes:
+            lines.append(f"  short side {sizes['min']:g} to {sizes['max']:g} pixels, median {sizes['median']:g}")
+        without = part["classes_without_a_usable_file"]
+        if without:
+            shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
+            lines.append(f"  {len(without)} classes without a usable file: {shown}")
+    files = sum(part["files"] for part in report["parts"].values())
+    rate = files / max(report["seconds"], 1e-9)
+    lines.append(f"{files} files in {report['seconds']:.1f} s, {rate:.0f} a second")
+    return "\n".join(lines)
+
+
+def run_scan(root: Path, output: Path, **options: Any) -> int:
+    """Scan, write and print; return the exit status of the command: 0 if no file is excluded, else 1."""
+    check_output(root, output)
+    result = scan(root, **options)
+    write_scan(result, output)
+    lists = ", ".join(LIST_NAMES[part] for part in result.lists)
+    sys.stdout.write(f"{scan_table(result)}\nwritten to {output}: {lists}, {REPORT_NAME}\n")
+    return 1 if result.excluded else 0

@@ -1,0 +1,23 @@
+"""Stand-ins for decoders that fail, which the processes of a scan import: so this imports little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from dali_saliencymix.image_damage import Examined
+
+
+def die_on_bad(file: str) -> Examined:
+    """Be killed by one file."""
+    if "bad" in file:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Examined({"words": file})
+
+
+def hang_on_bad(file: str) -> Examined:
+    """Never come back from one file."""
+    while "bad" in file:
+        time.sleep(1)
+    return Examined({"words": file})
