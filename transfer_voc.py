@@ -1,0 +1,326 @@
+"""Fine-tune torchvision's Faster R-CNN on Pascal VOC from the backbone of a classifier that train.py has trained.
+
+    python transfer_voc.py VOC --checkpoint runs/r50/checkpoint_best.pt --output-dir runs/r50-voc
+
+VOC is the folder that holds VOCdevkit/VOC2007 and VOCdevkit/VOC2012. The settings by default are those of the paper's
+table 3: trained on 2007 and 2012 trainval, batch 8, learning rate 4e-3, 41 000 iterations, divided by ten after 33 000,
+tested on 2007 test. One process, on a GPU if there is one. The output folder gets checkpoint_last.pt, log.jsonl and, at
+the end, voc.json with the average precision of each class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from dali_saliencymix.training import checkpoints, distributed, logs
+from dali_saliencymix.training.evaluation import write_report
+from dali_saliencymix.training.voc import CLASSES, TrainingOrder, VocImages, as_lists, training_target
+from dali_saliencymix.training.voc_ap import Detections, average_precision
+
+ENTRIES = ("model", "optimizer", "iteration", "config", "random")
+# The options that decide what is trained: a run that goes on has to keep them.
+TRAINING_OPTIONS = (
+    *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
+    *("trainable_layers", "min_size", "max_size", "seed"),
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the options, and end with a message where they make no sense."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune torchvision's Faster R-CNN on Pascal VOC from the backbone of a trained classifier.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("data", type=Path, metavar="VOC", help="folder that holds VOCdevkit/")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="classifier whose backbone is taken")
+    parser.add_argument(
+        "--train-sets", nargs="+", default=["2007:trainval", "2012:trainval"], metavar="YEAR:SET", help="trained on"
+    )
+    parser.add_argument("--test-set", default="2007:test", metavar="YEAR:SET", help="what the result is measured on")
+    parser.add_argument("--iterations", type=int, default=41000, help="length of the training, in batches")
+    parser.add_argument("-b", "--batch-size", type=int, default=8, help="images in a batch")
+    parser.add_argument("--lr", type=float, default=4e-3, help="learning rate")
+    parser.add_argument("--lr-milestones", type=int, nargs="*", default=[33000], help="iterations of the steps")
+    parser.add_argument("--lr-gamma", type=float, default=0.1, help="factor of each step")
+    parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    parser.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
+    parser.add_argument(
+        "--trainable-layers", type=int, default=3, help="stages of the backbone that are trained, from the last one"
+    )
+    parser.add_argument("--min-size", type=int, default=800, help="short side that images are resized to")
+    parser.add_argument("--max-size", type=int, default=1333, help="limit of the long side")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("-j", "--workers", type=int, default=4, help="processes that decode images; 0: this one")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights, order and mirroring")
+    parser.add_argument("--output-dir", type=Path, default=Path("output-voc"), help="folder for checkpoint and log")
+    parser.add_argument(
+        "--resume", choices=("auto",), help="go on from the output folder's checkpoint, if there is one"
+    )
+    parser.add_argument("--save-freq", type=int, default=1000, help="iterations between two checkpoints")
+    parser.add_argument("-p", "--print-freq", type=int, default=50, help="iterations between two displays")
+    args = parser.parse_args(arguments)
+    limits = {"iterations": 1, "batch_size": 1, "min_size": 1, "save_freq": 1, "print_freq": 1}
+    for name, least in {**limits, "workers": 0, "seed": 0, "trainable_layers": 0, "max_size": args.min_size}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.trainable_layers > 5:
+        parser.error(f"--trainable-layers must be at most 5, got {args.trainable_layers}")
+    return args
+
+
+def build_detector(
+    classifier: dict[str, Any],
+    path: Path,
+    *,
+    trainable_layers: int,
+    min_size: int,
+    max_size: int,
+    **options: Any,
+) -> tuple[FasterRCNN, int]:
+    """Make a Faster R-CNN with a feature pyramid on the backbone of a classifier.
+
+    Parameters
+    ----------
+    classifier : dict
+        A checkpoint of train.py.
+    path : Path
+        Where it comes from, for messages.
+    trainable_layers : int
+        0 to 5: how many stages of the backbone are trained, counted from the last one.
+    min_size, max_size : int
+        Pixels that the short side is resized to, and limit of the long one.
+    **options
+        Others of torchvision's ``FasterRCNN``.
+
+    Returns
+    -------
+    model : FasterRCNN
+        All weights behind the backbone are new. Statistics and factors of its batch normalisation are frozen, as is
+        usual where batches are small.
+    taken : int
+        Number of tensors that come from the classifier: all of the backbone.
+
+    Raises
+    ------
+    ValueError
+        If the classifier is no ResNet of torchvision or its tensors are not exactly those of the backbone.
+    """
+    arch = classifier["config"]["arch"]
+    if arch not in torchvision.models.list_models(torchvision.models) or "resne" not in arch:
+        msg = f"{path}: the backbone has to be a ResNet of torchvision, got {arch!r}"
+        raise ValueError(msg)
+    backbone = resnet_fpn_backbone(
+        backbone_name=arch, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=trainable_layers
+    )
+    taken = take_backbone(backbone.body, classifier["model"], path)
+    return FasterRCNN(backbone, 1 + len(CLASSES), min_size=min_size, max_size=max_size, **options), taken
+
+
+def take_backbone(body: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> int:
+    """Load all but the last layer of a classifier, exactly or not at all; return the number of tensors."""
+    # The classifier's own layer has other classes, and frozen batch normalisation counts no batches.
+    taken = {
+        name: value
+        for name, value in weights.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+    wanted = body.state_dict()
+    wrong = sorted(taken.keys() ^ wanted.keys())
+    wrong += [name for name in wanted if name in taken and taken[name].shape != wanted[name].shape]
+    if wrong:
+        msg = f"{path}: {len(wrong)} tensors are missing, left over or of another shape than in the backbone, "
+        msg += f"the first is {wrong[0]!r}"
+        raise ValueError(msg)
+    body.load_state_dict(taken)
+    return len(taken)
+
+
+class Transfer:
+    """Detector, optimiser and place in the training."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        classifier = checkpoints.load_checkpoint(args.checkpoint, ("model", "config"))
+        self.config["arch"] = classifier["config"]["arch"]
+        torch.manual_seed(args.seed)
+        sizes = {name: getattr(args, name) for name in ("trainable_layers", "min_size", "max_size")}
+        model, self.taken = build_detector(classifier, args.checkpoint, **sizes)
+        self.model = model.to(device)
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=args.lr,
+            momentum=args.momentum,
+            weight_decay=args.weight_decay,
+        )
+        self.iteration = 0
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of this script."""
+        saved = checkpoints.load_checkpoint(path, ENTRIES)
+        for option in (*TRAINING_OPTIONS, "arch"):
+            was, now = saved["config"].get(option), self.config[option]
+            if was != now:
+                msg = f"{path}: cannot go on with other options: {option} was {was}, is now {now}"
+                raise ValueError(msg)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.iteration = saved["iteration"]
+        # The detector draws the regions that it is trained on; the order of the images needs no state.
+        torch.set_rng_state(saved["random"]["cpu"])
+        if self.device.type == "cuda" and saved["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+
+    def save(self) -> None:
+        """Write all that is needed to go on."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "config": self.config,
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+        checkpoints.save_checkpoint(checkpoint, self.args.output_dir / checkpoints.LAST)
+
+    def train(self, images: VocImages, log: logs.JsonLines) -> None:
+        """Train to the last iteration."""
+        args = self.args
+        order = TrainingOrder(
+            len(images), batch_size=args.batch_size, seed=args.seed, start=self.iteration, stop=args.iterations
+        )
+        # With a generator of its own, the loader draws nothing from the detector's.
+        loader = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=order,
+            collate_fn=as_lists,
+            num_workers=args.workers,
+            generator=torch.Generator(),
+        )
+        self.model.train()
+        watch = logs.Stopwatch()
+        progress = logs.Progress("training", args.iterations - self.iteration, enabled=True)
+        for batch, objects in watch.timed(loader):
+            lr = args.lr * args.lr_gamma ** bisect_right(sorted(args.lr_milestones), self.iteration)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            targets = [training_target(each, self.device) for each in objects]
+            losses = self.model([image.to(self.device) for image in batch], targets)
+            loss = sum(losses.values())
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.iteration += 1
+            progress.advance()
+            at_the_end = self.iteration == args.iterations
+            saved = self.iteration % args.save_freq == 0 or at_the_end
+            if self.iteration % args.print_freq == 0 or saved:
+                figures = {name: value.item() for name, value in {"loss": loss, **losses}.items()}
+                if not math.isfinite(figures["loss"]):
+                    msg = f"the loss became {figures['loss']} in iteration {self.iteration}; a smaller --lr may help"
+                    raise ValueError(msg)
+                log.write("train", iteration=self.iteration, lr=lr, data_wait_share=watch.wait_share, **figures)
+                progress.show(loss=f"{figures['loss']:.3f}", lr=f"{lr:g}", data_wait=f"{watch.wait_share:.0%}")
+            if saved:
+                self.save()
+        progress.close()
+
+    @torch.inference_mode()
+    def test(self, images: VocImages) -> dict[str, Any]:
+        """Return the average precision of each class, and the means over the classes that occur."""
+        self.model.eval()
+        loader = torch.utils.data.DataLoader(
+            images,
+            sampler=[(number, False) for number in range(len(images))],
+            batch_size=self.args.batch_size,
+            collate_fn=as_lists,
+            num_workers=self.args.workers,
+            generator=torch.Generator(),
+        )
+        found: list[Detections] = []
+        progress = logs.Progress("test", len(loader), enabled=True)
+        for batch, _ in loader:
+            for each in self.model([image.to(self.device) for image in batch]):
+                found.append(Detections(*(each[name].cpu() for name in ("boxes", "labels", "scores"))))
+            progress.advance()
+        progress.close()
+        classes = {
+            name: average_precision(found, images.objects, label)._asdict() for label, name in enumerate(CLASSES, 1)
+        }
+        occurring = [each for each in classes.values() if each["objects"]]
+        if not occurring:
+            msg = f"{self.args.test_set}: no objects to find in the {len(images)} images of this set"
+            raise ValueError(msg)
+        means = {
+            f"map_{form}": sum(each[form] for each in occurring) / len(occurring) for form in ("eleven_point", "area")
+        }
+        return {**means, "classes_with_objects": len(occurring), "images": len(images), "classes": classes}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, test, and write what came of it."""
+    last = args.output_dir / checkpoints.LAST
+    if last.exists() and not args.resume:
+        msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
+        raise ValueError(msg)
+    processes = distributed.start_processes(args.device)
+    if processes.world_size > 1:
+        msg = f"this script runs in one process, got {processes.world_size} of torchrun"
+        raise ValueError(msg)
+    device = processes.device
+    train_images, test_images = VocImages(args.data, args.train_sets), VocImages(args.data, [args.test_set])
+    transfer = Transfer(args, device)
+    resumed = last.exists()
+    if resumed:
+        transfer.restore(last)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log = logs.JsonLines(args.output_dir / "log.jsonl", anew=not resumed)
+    log.write("resume" if resumed else "start", config=transfer.config, **logs.environment(device))
+    logs.say(
+        f"Faster R-CNN, {transfer.config['arch']} with a feature pyramid: all {transfer.taken} tensors of its backbone "
+        f"taken from {args.checkpoint}\n{len(train_images)} images to train on, {len(test_images)} to test on, "
+        f"iterations {transfer.iteration} to {args.iterations}"
+    )
+    if transfer.iteration < args.iterations:
+        transfer.train(train_images, log)
+    result = transfer.test(test_images)
+    report = args.output_dir / "voc.json"
+    write_report(report, {"iteration": transfer.iteration, "test_set": args.test_set, **result})
+    log.write("test", iteration=transfer.iteration, **{key: result[key] for key in result if key != "classes"})
+    logs.say(
+        f"mAP at an overlap of 0.5 over {result['classes_with_objects']} classes: {result['map_eleven_point']:.2f} % "
+        f"(11-point, VOC 2007), {result['map_area']:.2f} % (area, VOC 2010); {report}"
+    )
+
+
+def main() -> int:
+    """Run from the command line; return the exit status."""
+    args = parse_arguments()
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        # What a worker of the loader raised comes with its traceback, the message in the last line.
+        sys.stderr.write(f"transfer_voc.py: error: {str(error).strip().splitlines()[-1]}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("transfer_voc.py: interrupted; --resume auto goes on from the last checkpoint\n")
+        return 130
+    finally:
+        distributed.stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
