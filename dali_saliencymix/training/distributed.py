@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import datetime
 import os
+import re
+import signal
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+# Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the other.
+_control: dist.ProcessGroup | None = None
+# What the processes leave for each other to read. It is kept by torchrun, and outlives them.
+_board: Store | None = None
+
+# Only a last resort: whoever waits that long is stopped by its watchdog first.
+_PATIENCE = datetime.timedelta(hours=6)
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the run has failed, and says why itself: this one cannot go on either."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,12 @@ def start_processes(device: str = "auto") -> Processes:
     ValueError
         If a GPU is asked for and there is none for this process.
     """
+    global _board, _control
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    if "RANK" in os.environ:
+        _die_with_parent()
+        store, _, _ = next(rendezvous("env://"))
+        _board = PrefixStore("board", store)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = device
     if device == "auto":
@@ -62,19 +85,72 @@ def start_processes(device: str = "auto") -> Processes:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
         if device == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
+            dist.init_process_group("nccl", device_id=chosen, store=store, rank=rank, world_size=world_size)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return Processes(rank, local_rank, world_size, chosen)
 
 
 _TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
+def _die_with_parent() -> None:
+    """Have the system send SIGTERM to this process when ``torchrun`` is gone: it would run on without it for ever."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def stop_processes() -> None:
     """Leave the process group, if there is one."""
+    global _board, _control
     if dist.is_initialized():
         dist.destroy_process_group()
+    _board = _control = None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error says that another process can no longer be reached."""
+    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)) is not None
+
+
+def report_failure(error: BaseException, program: str) -> None:
+    """Write the line of an error to stderr, unless another process has written it or has named the cause of it.
+
+    Parameters
+    ----------
+    error : exception
+        What this process ends with.
+    program : str
+        Name of the program, which begins the line.
+    """
+    lost = is_lost_connection(error)
+    if isinstance(error, OtherProcessError) and not str(error):
+        return
+    text = "another process of the run has ended without a word; was it killed?" if lost else str(error)
+    if _claims(text, needs_to_be_first=lost):
+        sys.stderr.write(f"{program}: error: {text}\n")
+
+
+def _claims(text: str, *, needs_to_be_first: bool) -> bool:
+    """Return whether this process is the one to write an error, the same one only once or the first of the run only."""
+    if _board is None:
+        return True
+    try:
+        number = _board.add("errors", 1)
+        return number == 1 if needs_to_be_first else _board.add(f"error: {text}", 1) == 1
+    except RuntimeError:  # whoever kept the board is gone too
+        return True
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process without waiting for what others should have sent it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,13 +162,34 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def sum_of_counts(counts: list[int]) -> list[int]:
+    """Return the sums of small whole numbers over all processes, all of which have to call this.
+
+    It waits for all processes, and for no GPU.
+    """
+    if _control is None:
+        return [int(count) for count in counts]
+    total = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(total, group=_control)
+    return total.tolist()
+
+
 def gather_from_processes(value: Any) -> list[Any]:
     """Return the values of all processes by rank; all have to call this."""
-    if not dist.is_initialized():
+    if _control is None:
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_control)
     return values
+
+
+def from_main_process(value: Any) -> Any:
+    """Return the main process's value in all of them, all of which have to call this."""
+    if _control is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=_control)
+    return values[0]
 
 
 def copy_buffers_from_main(model: torch.nn.Module) -> None:

@@ -1,0 +1,179 @@
+"""A thread that ends a process which has stood still for too long, and says what it was waiting for."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# How much longer than for data to wait in what may take its time: a process that waits for another one which waits
+# for a file has to leave the word to it, and a first step compiles.
+_PATIENCE = {"waiting for data": 1.0}
+_PATIENCE_ELSEWHERE = 1.5
+_PATIENCE_AT_THE_START = 3.0
+_FIRST_BEATS = 10
+
+_PROBE_SECONDS = 5.0
+
+# System calls that may hang on a file, with the number of the argument that points to its name.
+_NAMES_A_FILE = {
+    "x86_64": {2: 0, 4: 0, 6: 0, 257: 1, 262: 1, 332: 1},  # open, stat, lstat, openat, newfstatat, statx
+    "aarch64": {56: 1, 79: 1, 291: 1},  # openat, newfstatat, statx
+}
+
+
+class Watchdog:
+    """Ends the process with status 1 if no `beat` comes for too long.
+
+    It writes what the process was doing, the files that it was waiting for where that can be found out, and the
+    Python stack of every thread.
+
+    Parameters
+    ----------
+    seconds : float
+        Time to wait for data before the process is ended; for other things half as long again. 0 waits for ever.
+    rank : int
+        Number of this process in the run.
+    roots : sequence of path
+        Folders of the data, whose files are worth naming.
+    """
+
+    def __init__(self, seconds: float, rank: int = 0, roots: Sequence[str | Path] = ()) -> None:
+        self._seconds = seconds
+        self._rank = rank
+        # As they are given to a reader, and as the system knows them.
+        self._roots = [way(root) for root in roots for way in (os.path.abspath, os.path.realpath)]
+        self._beats = 0
+        self._last = ("starting", time.monotonic())
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds > 0:
+            self._last = ("starting", time.monotonic())
+            self._arm_timer()
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self, doing: str) -> None:
+        """Note that the process goes on, and what it does next: "waiting for data", "in a step", ..."""
+        self._beats += 1
+        self._last = (doing, time.monotonic())
+
+    def _watch(self) -> None:
+        pause = min(self._seconds / 10, 5.0)
+        while not self._closed.wait(pause):
+            doing, since = self._last
+            patience = _PATIENCE.get(doing, _PATIENCE_ELSEWHERE)
+            if self._beats < _FIRST_BEATS:
+                patience *= _PATIENCE_AT_THE_START
+            if time.monotonic() - since > patience * self._seconds:
+                self._give_up(doing, time.monotonic() - since)
+            self._arm_timer()
+
+    def _arm_timer(self) -> None:
+        # Where C code hangs without letting go of Python's lock, the watching thread hangs too; a timer of C does not.
+        faulthandler.dump_traceback_later(2 * _PATIENCE_AT_THE_START * self._seconds, exit=True)
+
+    def _give_up(self, doing: str, seconds: float) -> None:
+        stalled, open_files = stalled_files(self._roots)
+        if stalled:
+            why = f"; no answer from {', '.join(stalled[:5])}"
+        elif open_files:
+            why = f"; open at this moment: {', '.join(open_files[:5])}"
+        else:
+            why = ""
+        after = f"no progress for {seconds:.0f} seconds (--stall-timeout {self._seconds:g})"
+        sys.stderr.write(f"train.py: error: process {self._rank}: {after} while {doing}{why}\n")
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(1)
+
+
+def stalled_files(roots: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files below `roots` that do not answer, and those that this process has open.
+
+    A thread that hangs in a system call with a file's name is taken at its word; an open or mapped file is opened and
+    read once more, which has to succeed within a few seconds.
+    """
+    waited_for = [path for path in _files_in_system_calls() if _is_below(path, roots)]
+    open_files = [path for path in _open_files() if _is_below(path, roots) and path not in waited_for]
+    candidates = [*waited_for, *open_files[:100]]
+    answers = {path: threading.Event() for path in candidates}
+    for path, answered in answers.items():
+        threading.Thread(target=_read_a_little, args=(path, answered), daemon=True).start()
+    deadline = time.monotonic() + _PROBE_SECONDS
+    silent = [path for path, answered in answers.items() if not answered.wait(max(deadline - time.monotonic(), 0))]
+    return silent, [*waited_for, *open_files]
+
+
+def _read_a_little(path: str, answered: threading.Event) -> None:
+    try:
+        with open(path, "rb") as stream:
+            stream.read(1)
+    except OSError:  # an error is an answer
+        pass
+    answered.set()
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path == root or path.startswith(root.rstrip("/") + "/") for root in roots)
+
+
+def _files_in_system_calls() -> list[str]:
+    """Return the names of files that threads of this process are waiting for in the system."""
+    arguments = _NAMES_A_FILE.get(platform.machine(), {})
+    paths = []
+    for task in _listed("/proc/self/task"):
+        try:
+            words = Path(f"/proc/self/task/{task}/syscall").read_text().split()
+            if words[0].isdecimal() and int(words[0]) in arguments:
+                address = int(words[1 + arguments[int(words[0])]], 16)
+                paths.append(os.path.abspath(os.fsdecode(_text_at(address))))
+        except (OSError, ValueError, IndexError):
+            continue
+    return list(dict.fromkeys(paths))
+
+
+def _text_at(address: int) -> bytes:
+    """Return the text in the memory of this process that begins at an address and ends with a zero."""
+    # Through the file system, where an address that is no longer valid is an error and not the end of the process.
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        return os.pread(memory, 4096, address).split(b"\0")[0]
+    finally:
+        os.close(memory)
+
+
+def _open_files() -> list[str]:
+    """Return the files that this process has open, and those that it has mapped into memory."""
+    paths = []
+    for number in _listed("/proc/self/fd"):
+        try:
+            paths.append(os.readlink(f"/proc/self/fd/{number}"))
+        except OSError:
+            continue
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        maps = []
+    paths += [line[line.index("/") :] for line in maps if "/" in line]
+    return list(dict.fromkeys(paths))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

@@ -1,0 +1,93 @@
+"""A process that stands still is ended, and says what it waited for: real processes, and files that give nothing."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from training_fixtures import run_program
+
+from dali_saliencymix.training.watchdog import Watchdog, stalled_files
+
+pytest_plugins = ["training_fixtures"]
+
+LOAD = """
+import sys, torch
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.training.watchdog import Watchdog
+from pipelines.loader import training_loader
+folder = list_image_folder(sys.argv[1])
+loader = training_loader(folder, batch_size=8, num_threads=1, device=torch.device("cpu"), crop_size=32)
+with Watchdog(4, rank=3, roots=[sys.argv[1]]) as watchdog:
+    while True:
+        for number, batch in enumerate(loader):
+            watchdog.beat("in a step")
+            watchdog.beat("waiting for data")
+"""
+
+HANG = """
+import ctypes, sys, time
+from dali_saliencymix.training.watchdog import Watchdog
+with Watchdog(1, roots=["/tmp"]) as watchdog:
+    for _ in range(20):
+        watchdog.beat("in a step")
+    if sys.argv[1] == "sleep":
+        time.sleep(1000)
+    if sys.argv[1] == "holding Python's lock":
+        ctypes.PyDLL(None).sleep(1000)
+    for _ in range(40):
+        time.sleep(0.1)
+        watchdog.beat("waiting for data")
+print("done")
+"""
+
+
+def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
+    file = own_data / "train" / "red_square" / "00003.jpg"
+    file.unlink()
+    os.mkfifo(file)  # opening it waits for a writer, as a file of a dead network disk waits for its server
+    (tmp_path / "load.py").write_text(LOAD)
+    ended = run_program(tmp_path / "load.py", own_data / "train", check=False)
+    assert ended.returncode == 1
+    (line,) = (line for line in ended.stderr.splitlines() if "error:" in line)
+    assert "process 3: no progress for " in line
+    assert line.endswith(f"(--stall-timeout 4) while waiting for data; no answer from {file}")
+    assert "in share_outputs" in ended.stderr  # the stack of the thread that waits
+
+
+@pytest.mark.parametrize("how", ["sleep", "holding Python's lock"])
+def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how):
+    (tmp_path / "hang.py").write_text(HANG)
+    ended = run_program(tmp_path / "hang.py", how, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert 'hang.py", line' in ended.stderr
+    assert ("while in a step" in ended.stderr) == (how == "sleep")
+
+
+def test_a_process_that_goes_on_is_left_alone(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    ended = run_program(tmp_path / "hang.py", "beats for four times as long as it may stand still")
+    assert ended.stdout == "done\n"
+    assert ended.stderr == ""
+
+
+def test_nothing_is_watched_with_0_seconds():
+    with Watchdog(0) as watchdog:
+        watchdog.beat("waiting for data")
+        assert not watchdog._thread.is_alive()
+
+
+def test_files_that_answer_are_told_from_those_that_do_not(tmp_path):
+    whole, pipe, elsewhere = tmp_path / "data" / "a.jpg", tmp_path / "data" / "b.jpg", tmp_path / "c"
+    whole.parent.mkdir()
+    whole.write_bytes(b"x")
+    elsewhere.write_bytes(b"x")
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)  # opens at once, and reading waits
+    with open(whole, "rb"), open(elsewhere, "rb"):
+        silent, known = stalled_files([str(tmp_path / "data")])
+    os.write(end, b"x")  # for the thread that reads
+    os.close(end)
+    assert silent == [str(pipe)]
+    assert sorted(known) == [str(whole), str(pipe)]
