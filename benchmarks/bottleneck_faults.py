@@ -7,7 +7,9 @@ enough to be the truth: in the reading, behind the resize, in the saliency detec
 sleeps stands for one on an accelerator, which the CPU waits for. Faults take turns, so that what else the machine does
 hits all of them alike. A verdict is right, INCONCLUSIVE, or wrong.
 
-The second part compares the predicted rate, the slower of step and loader, with the measured one over a small grid.
+The second part compares the predicted rate, that of the slowest of step, loader and storage, with the measured one over
+small grids: with the files in memory, and with files that have to be fetched. Storage is made slow by a pause for each
+file whose pages are not in memory; files are dropped from it as the tool does.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
+from dali_saliencymix.bottleneck import storage
 
 BATCH = 8
 SLOW, FAST = 0.03, 0.001  # seconds a batch
@@ -67,9 +70,31 @@ class ThrottledReader:
     def __call__(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the next batch."""
         time.sleep(self._seconds)
-        chosen = [self._files[(self._next + i) % len(self._files)] for i in range(BATCH)]
-        self._next += BATCH
-        return [np.fromfile(file, np.uint8) for file in chosen], [np.zeros(1, np.int32) for _ in chosen]
+        self._next += 1
+        return read_batch(self._files, self._next - 1)
+
+
+class ColdReader:
+    """The same for a process that reads ahead, with pauses only for files that are not in memory."""
+
+    def __init__(self, files: list[str], seconds: float) -> None:
+        self._files, self._seconds = files, seconds
+
+    def __call__(self, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the batch with this number."""
+        chosen = files_of_batch(self._files, number)
+        time.sleep(self._seconds * sum(1 - (storage.resident_share([file]) or 0) for file in chosen) / BATCH)
+        return read_batch(self._files, number)
+
+
+def files_of_batch(files: list[str], number: int) -> list[str]:
+    """Return the files of a batch, in order, from the beginning again after the last."""
+    return [files[(number * BATCH + i) % len(files)] for i in range(BATCH)]
+
+
+def read_batch(files: list[str], number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Read the files of a batch; return their bytes, and labels."""
+    return [np.fromfile(file, np.uint8) for file in files_of_batch(files, number)], [np.zeros(1, np.int32)] * BATCH
 
 
 @do_not_convert
@@ -90,10 +115,11 @@ def slow_detector(images: np.ndarray, seconds: float) -> np.ndarray:
     return spectral_residual(images)
 
 
-@pipeline_def(batch_size=BATCH, num_threads=2, device_id=None, seed=1)
+@pipeline_def(batch_size=BATCH, num_threads=2, device_id=None, seed=1, py_num_workers=1, py_start_method="fork")
 def pipeline(
     files: list[str],
     read: float = 0.0,
+    fetch: float = 0.0,
     prep: float = 0.0,
     detect: float = 0.0,
     held: bool = False,
@@ -103,6 +129,8 @@ def pipeline(
     """Read, decode, resize, mix, normalise, with pauses at these places."""
     if read > 0:
         encoded, labels = fn.external_source(source=ThrottledReader(files, read), num_outputs=2)
+    elif fetch > 0:
+        encoded, labels = fn.external_source(source=ColdReader(files, fetch), num_outputs=2, parallel=True)
     else:
         encoded, labels = fn.readers.file(files=files, labels=[0] * len(files), random_shuffle=True, name="reader")
     images = fn.resize(fn.decoders.image(encoded), size=(size, size))
@@ -193,11 +221,11 @@ def rank_step(batch: Any) -> None:
         torch.distributed.barrier()
 
 
-def diagnosed_ranks(output: Path) -> dict[str, Any]:
+def diagnosed_ranks(output: Path, seconds: float) -> dict[str, Any]:
     """Return the report of two processes of which one has a slow loader."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "dali_saliencymix", "bottleneck", "--loader", "benchmarks.bottleneck_faults:RankLoader"]
-    command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", "3", "--device", "cpu"]
+    command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", str(seconds), "--device", "cpu"]
     command += ["--no-what-ifs", "--no-storage", "-o", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1], env=environment)
@@ -214,22 +242,67 @@ def files_of(fault: str, folder: Path) -> list[str]:
     return sorted(str(path) for path in place.iterdir())
 
 
-def prediction_grid(folder: Path) -> list[dict[str, Any]]:
+def prediction_grid(folder: Path, seconds: float) -> list[dict[str, Any]]:
     """Compare prediction and measurement for loaders and steps from fast to slow."""
     rows = []
     for loader, step in ((a, b) for a in (0.0, 0.02, SLOW) for b in (FAST, 0.02, SLOW)):
         define = functools.partial(pipeline, files_of("", folder), prep=loader, mixed=False)
-        report = bottleneck.diagnose(define, step_of(step), seconds=3, what_ifs=False, storage=False)
+        report = bottleneck.diagnose(define, step_of(step), seconds=seconds, what_ifs=False, storage=False)
         error = report["prediction"]["end_to_end_takes_longer_by"]
         total = report["stages_sum"]["ratio"]
         rows.append({"loader_pause_s": loader, "step_s": step, "takes_longer_by": error, "stages_sum_ratio": total})
     return rows
 
 
+def storage_grid(folder: Path, seconds: float) -> list[dict[str, Any]]:
+    """Compare prediction and measurement where files come from storage, with loaders and steps from fast to slow."""
+    files = make_files(_made(folder / "storage"), count=96)
+    rows = []
+    for fetch, prep, step in ((a, b, c) for a in (0.02, 0.06) for b in (0.0, 0.04) for c in (FAST, 0.03)):
+        define = functools.partial(pipeline, files, fetch=fetch, prep=prep, mixed=False)
+        report = bottleneck.diagnose(
+            define, step_of(step), seconds=seconds, what_ifs=False, storage=True, files=files, cache="cold"
+        )
+        rates = {key: report["rates"][key]["ms_per_batch"] for key in ("step", "loader", "storage")}
+        missing = [key for key, rate in rates.items() if rate is None]
+        if missing:
+            msg = f"{missing[0]} was not measured: {report['storage']}"
+            raise RuntimeError(msg)
+        predicted = max(rate["median"] for rate in rates.values())
+        passes = [pass_from_storage(define, files, step_of(step)) for _ in range(5)]
+        longer = sorted(taken / predicted - 1 for taken in passes)
+        figures = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
+        row = {"fetch_pause_s": fetch, "prep_pause_s": prep, "step_s": step, "predicted_ms": predicted}
+        rows.append({**row, "takes_longer_by": figures, "verdict": report["verdict"]["name"]})
+        sys.stderr.write(f"{rows[-1]}\n")
+    return rows
+
+
+def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callable[[Any], None]) -> float:
+    """Return the ms that a batch takes, loader and step together, over files that were dropped from memory."""
+    built = define()
+    built.build()
+    why = storage.why_not_dropped(files)
+    if why:
+        raise RuntimeError(why)
+    step(built.run())  # while the first batch is made, nothing overlaps yet
+    count = len(files) // BATCH - 1
+    start = time.perf_counter()
+    for _ in range(count):
+        step(built.run())
+    return 1000 * (time.perf_counter() - start) / count
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
 def main() -> None:
     """Run all faults in turns, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=10, help="runs of each fault")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time asked for each run")
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
@@ -241,20 +314,23 @@ def main() -> None:
         for run in range(args.runs):
             for fault in args.faults:
                 if fault == "slow rank":
-                    report = diagnosed_ranks(folder / "ranks.json")
+                    report = diagnosed_ranks(folder / "ranks.json", args.seconds)
                 else:
-                    report = diagnosed(files_of(fault, folder), fault, run)
+                    report = diagnosed(files_of(fault, folder), fault, run, args.seconds)
                 name = report["verdict"]["name"]
                 table[fault][name] = table[fault].get(name, 0) + 1
                 if name != EXPECTED[fault]:
                     whys[fault].append(f"{name}: {report['verdict']['why']}")
                 taken = report["conditions"]["seconds_taken"]
                 sys.stderr.write(f"run {run + 1} {fault}: {name}, {taken} s\n")
-        grid = [] if args.no_grid else prediction_grid(folder)
-    result: dict[str, Any] = {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys, "grid": grid}
-    if grid:
-        longer = sorted(row["takes_longer_by"]["median"] for row in grid)
-        result["prediction_error"] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
+        grid = [] if args.no_grid else prediction_grid(folder, args.seconds)
+        cold = [] if args.no_grid else storage_grid(folder, 2 * args.seconds)
+    result: dict[str, Any] = {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
+    result |= {"grid": grid, "storage_grid": cold}
+    for name, rows in (("prediction_error", grid), ("storage_prediction_error", cold)):
+        longer = sorted(row["takes_longer_by"]["median"] for row in rows)
+        if longer:
+            result[name] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
     result["conditions"] = {"runs": args.runs, "command": " ".join(sys.argv), **report["conditions"]["host"]}
     lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
     for fault, verdicts in table.items():
@@ -262,7 +338,8 @@ def main() -> None:
         undecided = 0 if EXPECTED[fault] == "INCONCLUSIVE" else verdicts.get("INCONCLUSIVE", 0)
         wrong = sum(verdicts.values()) - right - undecided
         lines.append(f"| {fault} | {EXPECTED[fault]} | {right} | {undecided} | {wrong} |")
-    sys.stdout.write("\n".join([*lines, "", json.dumps(result.get("prediction_error"))]) + "\n")
+    errors = {name: result.get(name) for name in ("prediction_error", "storage_prediction_error")}
+    sys.stdout.write("\n".join([*lines, "", json.dumps(errors)]) + "\n")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,12 +6,14 @@ No test looks at a time: what is looked at are verdicts of faults that are certa
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import math
 import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -673,6 +675,29 @@ def test_a_dataloader_is_measured(files):
     assert storage_rate["images_per_second"] is None or storage_rate["method"].endswith("less the same in memory")
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_webdataset_is_measured_from_memory_and_from_storage(files, tmp_path):
+    import torch
+    import webdataset
+
+    shard = tmp_path / "shard.tar"
+    with webdataset.TarWriter(str(shard)) as writer:
+        for number, file in enumerate(files):
+            writer.write({"__key__": f"{number:03d}", "jpg": Path(file).read_bytes(), "cls": number % 3})
+    dataset = webdataset.WebDataset(str(shard), shardshuffle=False).decode("torchrgb").to_tuple("jpg", "cls")
+    loader = webdataset.WebLoader(dataset.batched(4), batch_size=None)
+    step = torch.nn.Conv2d(3, 1, 1)
+    found = bottleneck.diagnose(
+        loader, lambda batch: step(batch[0]), **{**QUICK, "storage": True}, files=[str(shard)], cache="cold"
+    )
+    assert found["conditions"]["images_per_batch"] == 4
+    assert found["storage"]["not_measured"] is None
+    assert found["rates"]["loader_from_storage"]["images_per_second"]["median"] > 0
+    assert found["stages"] is None
+    del dataset, loader
+    gc.collect()  # it leaves its files open until here, with a warning for each
+
+
 def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     import torch
 
@@ -725,6 +750,20 @@ def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thr
     assert "<svg" in page.read_text()
     assert main(["compare", str(output), str(output)]) == 0
     assert "as before" in lines_of(capfd)[0]
+
+
+def test_two_processes_train_the_built_in_step_together(data_folder, tmp_path):
+    output = tmp_path / "r.json"
+    command = ["-m", "dali_saliencymix", "bottleneck", data_folder, "-a", "resnet18", "-b", "4", "-j", "1"]
+    command += ["--train-crop-size", "32", "--device", "cpu", "--seconds", "3", "--rounds", "5", "--no-what-ifs"]
+    ended = torchrun(*command, "-o", output)
+    found = load_report(output)
+    assert ended.stdout.count(found["verdict"]["name"] + "\n") == 1  # one process talks
+    assert found["conditions"]["processes"] == 2
+    for each in found["ranks"]:  # each step alone is one without the exchange of gradients
+        assert each["step"]["ms_per_batch"]["median"] > 0
+        assert each["loader"]["ms_per_batch"]["median"] > 0
+    assert found["rates"]["end_to_end"]["images_per_second"]["median"] > 0
 
 
 def user_loader():

@@ -70,6 +70,20 @@ def stages(**ms: float) -> tuple[Stage, ...]:
             "COMPUTE-BOUND",
             id="storage keeps up",
         ),
+        pytest.param(
+            figures(
+                10,
+                80,
+                81,
+                cold_ms=series(110),
+                reading_ms=series(108),
+                storage_measured=True,
+                reads_cold=True,
+                stages=stages(decode=80),
+            ),
+            "DISK-BOUND",
+            id="storage slower than a slow loader",
+        ),
         pytest.param(figures(50, 20, 51, reads_cold=True), "INCONCLUSIVE", id="storage would matter"),
         pytest.param(
             figures(10, 80, 81, cold_ms=series(100), storage_measured=True, reads_cold=True, stages=stages(decode=80)),
@@ -203,11 +217,12 @@ def any_figures(draw) -> Figures:
         draw(ms),
         draw(ms),
         draw(st.none() | st.lists(stage, min_size=1, max_size=5).map(tuple)),
-        draw(st.none() | st.lists(times, min_size=5, max_size=5).map(tuple)),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.sampled_from(["cpu", "cuda"])),
-        draw(st.just(()) | st.lists(rank, min_size=2, max_size=3).map(tuple)),
+        cold_ms=draw(st.none() | st.lists(times, min_size=5, max_size=5).map(tuple)),
+        reading_ms=draw(st.none() | st.lists(times, min_size=5, max_size=5).map(tuple)),
+        storage_measured=draw(st.booleans()),
+        reads_cold=draw(st.booleans()),
+        device=draw(st.sampled_from(["cpu", "cuda"])),
+        ranks=draw(st.just(()) | st.lists(rank, min_size=2, max_size=3).map(tuple)),
     )
 
 
@@ -270,6 +285,7 @@ def rescaled(found: Figures, factor: float) -> Figures:
         loader_ms=scaled(found.loader_ms),
         end_ms=scaled(found.end_ms),
         cold_ms=scaled(found.cold_ms),
+        reading_ms=scaled(found.reading_ms),
         stages=None
         if found.stages is None
         else tuple(dataclasses.replace(stage, ms=scaled(stage.ms)) for stage in found.stages),

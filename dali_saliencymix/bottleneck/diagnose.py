@@ -262,6 +262,7 @@ def _figures(
         end_ms=slowest("end to end"),
         stages=tuple(stages) or None,
         cold_ms=stored.from_storage(statistics.median(loader)),
+        reading_ms=stored.reading(statistics.median(stages[0].ms)) if stages else None,
         storage_measured=stored.not_measured is None,
         reads_cold=reads_cold,
         device=device,

@@ -24,7 +24,8 @@ MOST_FILES = 20_000
 class StorageRates:
     """Times of passes over the files, ms per batch, and why there are none where there are none.
 
-    A pass begins with a new loader, which has nothing ready: passes are compared with passes, not with windows.
+    A pass begins with a new loader, which has nothing ready, and reads ahead of the batches that it gives. How much was
+    read from storage is seen by what is in memory after the pass: the time of a cold pass is that of as many batches.
 
     Attributes
     ----------
@@ -47,18 +48,16 @@ class StorageRates:
 
     def from_storage(self, loader_ms: float) -> tuple[float, ...] | None:
         """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
-        return _added(loader_ms, self.cold_ms, self.warm_ms)
+        return _at_least(loader_ms, self.cold_ms)
 
     def reading(self, read_ms: float) -> tuple[float, ...] | None:
         """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
-        return _added(read_ms, self.read_cold_ms, self.read_warm_ms)
+        return _at_least(read_ms, self.read_cold_ms)
 
 
-def _added(warm_window: float, cold: list[float], warm: list[float]) -> tuple[float, ...] | None:
-    if not cold or len(cold) != len(warm):
-        return None
+def _at_least(warm_window: float, cold: list[float]) -> tuple[float, ...] | None:
     # Storage does not make a loader faster; what looks so is noise.
-    return tuple(warm_window + max(c - w, 0.0) for c, w in zip(cold, warm, strict=True))
+    return tuple(max(warm_window, ms) for ms in cold) or None
 
 
 def measure_storage(
@@ -113,7 +112,10 @@ def measure_storage(
             if why:
                 return StorageRates(not_measured=why)
             times: list[float] = getattr(found, f"{which}{temperature}_ms")
-            times.append(ranks.agree(_pass(loader, found.batches, images, synchronise), max))
+            taken, given = _pass(loader, found.batches, images, synchronise)
+            if temperature == "cold":
+                given = max(given, (storage.resident_share(files) or 0) * len(files) / images / ranks.count())
+            times.append(ranks.agree(taken / given, max))
     except BottleneckError as error:
         return StorageRates(not_measured=str(error))
     return found
@@ -134,7 +136,8 @@ def _prepare(files: list[str], *, cold: bool) -> str | None:
     return ranks.agree(why, _first)
 
 
-def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> float:
+def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> tuple[float, float]:
+    """Return how many ms the next batches of a loader took, and how many full batches they make up."""
     start = time.perf_counter()
     batches = Batches(loader, nominal=images)
     batches.first = None
@@ -142,4 +145,4 @@ def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[
     for _ in range(count - 1):
         done += batches.size(batches.next())
     synchronise()
-    return 1000 * (time.perf_counter() - start) / done
+    return 1000 * (time.perf_counter() - start), done

@@ -89,6 +89,8 @@ class Figures:
         What the loader's time is made of; None if it cannot be cut.
     cold_ms : tuple of float, optional
         The loader alone, with files that are not in memory.
+    reading_ms : tuple of float, optional
+        Reading alone, with files that are not in memory; None if the loader cannot be cut.
     storage_measured : bool
         Whether reading from storage was measured, with the files' absence from memory checked.
     reads_cold : bool
@@ -104,6 +106,7 @@ class Figures:
     end_ms: Series | None = None
     stages: tuple[Stage, ...] | None = None
     cold_ms: Series | None = None
+    reading_ms: Series | None = None
     storage_measured: bool = False
     reads_cold: bool = False
     device: str = "cpu"
@@ -244,9 +247,10 @@ def _decide_with_storage(figures: Figures, stall: Interval, cold: Interval) -> V
             "within the spread it cannot be said whether the storage keeps up."
         )
         return _inconclusive(why, cold_stall)
-    # What storage adds against what is slow already.
+    # Storage is the slowest of all, or it adds more than what is slow already.
+    slowest = figures.reading_ms is not None and interval(figures.reading_ms).low > other
     adds, before = cold.low - other, max(end.high - step.low, 0)
-    if adds > before:
+    if slowest or adds > before:
         why = (
             f"The data do not fit into memory, and from storage a batch takes {_ms(cold.median)}, against "
             f"{_ms(end.median)} with the files in memory and {_ms(step.median)} for the step alone."
@@ -333,7 +337,7 @@ def _check(figures: Figures) -> None:
     if len(set(counts.values())) > 1:
         msg = f"all series must have one value for each round, got {counts}"
         raise ValueError(msg)
-    for name, series in {**together, "cold_ms": figures.cold_ms}.items():
+    for name, series in {**together, "cold_ms": figures.cold_ms, "reading_ms": figures.reading_ms}.items():
         if series is not None and not name.startswith("stages") and not all(value > 0 for value in series):
             msg = f"{name} must be positive times, got {series}"
             raise ValueError(msg)
