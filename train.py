@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from dali_saliencymix.bottleneck import Monitor
@@ -38,6 +37,7 @@ from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.training import checkpoints, distributed, logs, metrics
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 from pipelines.data import Batches, chosen_backend, open_data
@@ -83,9 +83,9 @@ class Trainer:
         self.data = open_data(args, classes=saved["classes"] if args.evaluate and saved else None)
 
         torch.manual_seed(args.seed)
-        model = torchvision.models.get_model(args.arch, num_classes=len(self.data.classes))
+        model = make_model(args.arch, len(self.data.classes), dropout=args.dropout)
         self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = model.to(processes.device, memory_format=self.memory_format)
+        self.model: nn.Module = model.to(processes.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.updater = Updater(self.model, args)
         self.epoch = self.step = 0
         self.best_top1 = -math.inf

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments
+from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 
 # Option and value as given, name and value that come out.
 OPTIONS = [
@@ -16,7 +16,17 @@ OPTIONS = [
     ("--batch-size 32", "batch_size", 32),
     ("-j 2", "workers", 2),
     ("--workers 2", "workers", 2),
+    ("--model resnet18", "arch", "resnet18"),
+    ("-a cifar_resnet18", "arch", "cifar_resnet18"),
+    ("--dropout 0.1", "dropout", 0.1),
     ("--epochs 7", "epochs", 7),
+    ("--accumulation-steps 4", "accumulation_steps", 4),
+    ("--norm-weight-decay 0", "norm_weight_decay", 0.0),
+    ("--bias-weight-decay 0", "bias_weight_decay", 0.0),
+    ("--label-smoothing 0.1", "label_smoothing", 0.1),
+    ("--clip-grad-norm 1", "clip_grad_norm", 1.0),
+    ("--model-ema", "model_ema", True),
+    ("--model-ema-decay 0.99", "model_ema_decay", 0.99),
     ("--lr 0.4", "lr", 0.4),
     ("--wd 5e-5", "weight_decay", 5e-5),
     ("--weight-decay 5e-5", "weight_decay", 5e-5),
@@ -31,6 +41,9 @@ OPTIONS = [
     ("--mix none", "mix", "none"),
     ("--mix-alpha 0.2", "mix_alpha", 0.2),
     ("--mix-prob 0.5", "mix_prob", 0.5),
+    ("--beta 0.2", "mix_alpha", 0.2),
+    ("--salmix_prob 0.5", "mix_prob", 0.5),
+    ("--mix-off-epochs 20", "mix_off_epochs", 20),
     ("--saliency fine_grained", "saliency", "fine_grained"),
     ("--preset paper", "preset", "paper"),
     ("--source non_salient", "source", "non_salient"),
@@ -38,18 +51,36 @@ OPTIONS = [
     ("--box clip", "box", "clip"),
     ("--per-batch", "per_batch", True),
     ("--amp", "amp", True),
+    ("--amp-dtype fp16", "amp_dtype", "fp16"),
+    ("--amp-dtype float16", "amp_dtype", "fp16"),
+    ("--compile", "compile", True),
+    ("--deterministic", "deterministic", True),
     ("--channels-last", "channels_last", True),
     ("--device cpu", "device", "cpu"),
     ("--seed 3", "seed", 3),
     ("--output-dir out", "output_dir", Path("out")),
     ("--resume auto", "resume", "auto"),
     ("--profile-loader", "profile_loader", True),
+    ("--max-nan-steps 9", "max_nan_steps", 9),
+    ("--max-steps 50", "max_steps", 50),
+    ("--prof 50", "max_steps", 50),
+    ("--training-only", "training_only", True),
+    ("--no-checkpoints", "no_checkpoints", True),
     ("-p 100", "print_freq", 100),
     ("--print-freq 100", "print_freq", 100),
     ("--train-dir here", "train_dir", Path("here")),
     ("--val-dir there", "val_dir", Path("there")),
     ("--train-crop-size 176", "train_crop_size", 176),
     ("--min-crop-area 0.35", "min_crop_area", 0.35),
+    ("--progressive-size 128@0 160@6", "progressive_size", ["128@0", "160@6"]),
+    ("--data-backend pytorch", "data_backend", "pytorch"),
+    ("--train-list some.txt", "train_list", Path("some.txt")),
+    ("--val-list some.txt", "val_list", Path("some.txt")),
+    ("--hflip-prob 0", "hflip_prob", 0.0),
+    ("--color-jitter 0.4", "color_jitter", 0.4),
+    ("--crop-padding 2", "crop_padding", 2),
+    ("--synthetic-classes 10", "synthetic_classes", 10),
+    ("--synthetic-steps 10", "synthetic_steps", 10),
     ("--val-resize-size 232", "val_resize_size", 232),
     ("--val-crop-size 200", "val_crop_size", 200),
 ]
@@ -64,7 +95,7 @@ def test_every_option_is_there_and_changes_what_it_says(given, name, value):
 
 
 def test_evaluate_goes_with_resume():
-    for flag in ("-e", "--evaluate"):
+    for flag in ("-e", "--evaluate", "--test-only"):
         assert parse_arguments(["data", flag, "--resume", "auto"]).evaluate
 
 
@@ -75,6 +106,16 @@ def test_the_folders_follow_from_the_data_folder():
     assert (args.train_dir, args.val_dir) == (Path("some/data/train"), Path("other"))
     args = parse_arguments(["--train-dir", "a", "--val-dir", "b"])
     assert (args.train_dir, args.val_dir) == (Path("a"), Path("b"))
+    for option in ("--data-dir", "--data-path"):
+        assert parse_arguments([option, "some/data"]).train_dir == Path("some/data/train")
+
+
+def test_cifar_is_one_folder_of_small_images_and_synthetic_data_is_none():
+    args = parse_arguments(["some/data", "--dataset", "cifar10"])
+    assert (args.data, args.train_dir, args.val_dir) == (Path("some/data"), None, None)
+    assert args.train_crop_size == 32
+    args = parse_arguments(["--data-backend", "synthetic"])
+    assert (args.data, args.train_dir, args.train_crop_size) == (None, None, 224)
 
 
 def test_the_options_that_must_not_change_on_resuming_exist():
@@ -100,12 +141,29 @@ WRONG = [
     ("data --saliency deep", "argument --saliency: invalid choice: 'deep'"),
     ("data --box round", "argument --box: invalid choice: 'round'"),
     ("data --lr-scheduler linear", "argument --lr-scheduler: invalid choice: 'linear'"),
-    ("data -a vgg16", "--arch must be one of resnet101, resnet152, resnet18"),
+    ("data -a vgg16", "--arch must be one of cifar_resnet18, cifar_resnet50, wrn_28_10, resnet101, resnet152"),
     ("data -a ResNet18", "got 'ResNet18'"),
     ("data --evaluate", "--evaluate needs --resume"),
     ("data --resume /no/such.pt", "--resume: /no/such.pt: no such file"),
     ("data --epochs 5 --lr-warmup-epochs 5", "--lr-warmup-epochs must be "),
     ("data --optimizer adam", "unrecognized arguments: --optimizer"),
+    ("data --epoch 5", "unrecognized arguments: --epoch"),
+    ("data --mix-alpha inf", "--mix-alpha must be a positive number, got inf"),
+    ("data --mix-prob nan", "--mix-prob must be in [0, 1], got nan"),
+    ("data --momentum 1", "--momentum must be in [0, 1), got 1.0"),
+    ("data --norm-weight-decay -1", "--norm-weight-decay must be a number of at least 0, got -1.0"),
+    ("data --label-smoothing 1", "--label-smoothing must be in [0, 1), got 1.0"),
+    ("data --clip-grad-norm 0", "--clip-grad-norm must be a positive number, got 0.0"),
+    ("data --model-ema-decay 1", "--model-ema-decay must be in (0, 1), got 1.0"),
+    ("data --mix-off-epochs 301", "--mix-off-epochs must be at most --epochs 300, got 301"),
+    ("data --mix none --mix-off-epochs 3", "--mix-off-epochs does nothing with --mix none"),
+    ("data --progressive-size 128:0", "argument --progressive-size: must be SIZE@EPOCH, such as 160@6, got 128:0"),
+    ("data --progressive-size 128@6 160@6", "--progressive-size must name later and later epochs, got 128@6 160@6"),
+    ("data --amp-dtype fp8", "argument --amp-dtype: invalid choice: 'fp8'"),
+    ("data --data-backend ffcv", "argument --data-backend: invalid choice: 'ffcv'"),
+    ("--dataset cifar10", "DATA is needed"),
+    ("data --dataset cifar10 --val-dir d", "--val-dir is for folders of images, not for --dataset cifar10"),
+    ("data --config /no/such.yaml", "/no/such.yaml: No such file or directory"),
 ]
 
 
@@ -129,3 +187,103 @@ def test_no_option_is_without_help(capsys):
         assert given.split()[0] in out
     assert "(default: 256)" in out
     assert "images of each process (GPU) in a step" in out
+
+
+CONFIG = """
+# a comment
+arch: resnet18
+batch-size: 32
+lr: 1e-2
+lr_milestones: [30, 60.5]
+wd: 5e-5
+mix: none
+amp: true
+nesterov: off
+no-checkpoints: yes
+progressive-size: [128@0, 160@6]
+clip-grad-norm: null
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a function that writes a configuration file and gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_configuration_file_says_what_the_command_line_would(config):
+    path = config(CONFIG)
+    command_line = (
+        "-a resnet18 -b 32 --lr 0.01 --lr-milestones 30 60.5 --wd 5e-5 --mix none --amp --no-nesterov --no-checkpoints "
+        "--progressive-size 128@0 160@6"
+    )
+    for option in ("-c", "--config"):
+        args = vars(parse_arguments(["data", option, path]))
+        assert args | {"config": None} == vars(parse_arguments(["data", *command_line.split()]))
+
+
+def test_the_command_line_comes_before_the_configuration_file(config):
+    path = config(CONFIG + "data: some/data\n")
+    args = parse_arguments(["--no-amp", "--lr", "0.5", "--config", path, "--lr-milestones", "7"])
+    assert (args.amp, args.lr, args.lr_milestones, args.batch_size) == (False, 0.5, [7.0], 32)
+    assert args.train_dir == Path("some/data/train")
+    assert parse_arguments(["other", "--config", path]).train_dir == Path("other/train")
+
+
+def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
+    path = config("{mix: saliencymix, saliency: fine_grained, mix-alpha: 0.5, destination: random}")
+    args = parse_arguments(["data", "--config", path, "--mix", "cutmix"])
+    assert (args.mix, args.mix_alpha, args.saliency, args.destination) == ("cutmix", 0.5, None, None)
+    assert parse_arguments(["data", "--config", path, "--mix", "none"]).mix_alpha == 1
+
+
+WRONG_CONFIGS = [
+    ("learning-rate: 0.1", "config.yaml: learning-rate is no option"),
+    ("lr: fast", "config.yaml: argument --lr: invalid float value: 'fast'"),
+    ("batch_size: 0", "config.yaml: argument -b/--batch-size: must be a whole number of at least 1, got 0"),
+    ("mix: resizemix", "config.yaml: argument --mix: invalid choice: 'resizemix'"),
+    ("no-amp: true", "config.yaml: no-amp is no option"),
+    ("amp: 1", "config.yaml: amp must be true or false, got 1"),
+    ("lr: [0.1, 0.2]", "config.yaml: lr must be one value, got [0.1, 0.2]"),
+    ("lr: {a: 1}", "config.yaml: lr must be a value, got {'a': 1}"),
+    ("config: other.yaml", "config.yaml: config is no option"),
+    ("help: true", "config.yaml: help is no option"),
+    ("- lr", "config.yaml: must hold options as 'name: value'"),
+    ("", "config.yaml: must hold options as 'name: value'"),
+    ("lr: [", "config.yaml: not YAML"),
+    ("progressive-size: [128:0]", "config.yaml: argument --progressive-size: must be SIZE@EPOCH"),
+    ("{mix: none, mix-alpha: 0.2}", "--mix-alpha does nothing with --mix none: leave it out"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_CONFIGS, ids=[text or "empty" for text, _ in WRONG_CONFIGS])
+def test_a_wrong_configuration_file_is_named_with_what_is_wrong_in_it(config, text, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["data", "--config", config(text)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_saved_configuration_gives_the_same_run_and_follows_another_data_folder(tmp_path, config):
+    given = ["some/data", "--config", config(CONFIG), "--val-dir", "held out", "--seed", "3", "--color-jitter", "0.2"]
+    args = parse_arguments(given)
+    saved = tmp_path / "args.yaml"
+    save_config(args, saved)
+    again = parse_arguments(["--config", str(saved)])
+    assert vars(again) | {"config": None} == vars(args) | {"config": None}
+    other = parse_arguments(["other", "--config", str(saved)])
+    assert (other.train_dir, other.val_dir) == (Path("other/train"), Path("held out"))
+
+
+def test_all_options_can_stand_in_a_configuration_file(config, capsys):
+    """Whatever option there is or will be: none is read in another way than the others."""
+    args = vars(parse_arguments(["data"]))
+    text = "".join(f"{name}: null\n" for name in args if name != "config")
+    assert vars(parse_arguments(["data", "--config", config(text)])) | {"config": None} == args

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torchvision
 import yaml
 
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
+from dali_saliencymix.training.models import model_names
 from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
 
 DATASETS = ("folder", "cifar10", "cifar100")
@@ -42,7 +42,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         ("weight_decay", "norm_weight_decay", "bias_weight_decay", "lr_warmup_epochs"),
     ),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("mix_prob", "hflip_prob", "color_jitter")),
-    "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing")),
+    "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing", "dropout")),
     "in (0, 1]": (lambda value: 0 < value <= 1, ("min_crop_area",)),
     "in (0, 1)": (lambda value: 0 < value < 1, ("model_ema_decay",)),
 }
@@ -111,16 +111,28 @@ def make_parser() -> _Parser:
         help="who makes the batches (default: dali-gpu on a GPU, else dali-cpu); synthetic: one batch over and over, "
         "without DATA",
     )
-    data.add_argument("--train-dir", type=Path, help="folder of training images, instead of DATA/train")
-    data.add_argument("--val-dir", type=Path, help="folder of validation images, instead of DATA/val")
     data.add_argument(
-        "-b", "--batch-size", type=_positive_int, default=256, help="images of each process (GPU) in a step"
+        "--train-dir", type=Path, metavar="FOLDER", help="folder of training images, instead of DATA/train"
     )
-    data.add_argument("-j", "--workers", type=_positive_int, default=4, help="DALI's CPU threads in each process")
+    data.add_argument("--val-dir", type=Path, metavar="FOLDER", help="folder of validation images, instead of DATA/val")
+    data.add_argument(
+        "-b",
+        "--batch-size",
+        type=_positive_int,
+        default=256,
+        metavar="N",
+        help="images of each process (GPU) in a step",
+    )
+    data.add_argument(
+        "-j", "--workers", type=_positive_int, default=4, metavar="N", help="DALI's CPU threads in each process"
+    )
     data.add_argument("--train-list", type=Path, metavar="FILE", help="take only the images whose paths are its lines")
     data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for validation")
     data.add_argument(
-        "--train-crop-size", type=_positive_int, help="size of training images (default: 224, with CIFAR 32)"
+        "--train-crop-size",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="size of training images (default: 224, with CIFAR 32)",
     )
     data.add_argument(
         "--progressive-size",
@@ -130,7 +142,9 @@ def make_parser() -> _Parser:
         default=[],
         help="size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
     )
-    data.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
+    data.add_argument(
+        "--min-crop-area", type=float, default=0.08, metavar="A", help="least area of the random crop, of 1"
+    )
     data.add_argument("--hflip-prob", type=float, default=0.5, metavar="P", help="probability of mirroring an image")
     data.add_argument(
         "--color-jitter",
@@ -146,8 +160,12 @@ def make_parser() -> _Parser:
         metavar="N",
         help="with CIFAR: zeros around an image to crop from",
     )
-    data.add_argument("--val-resize-size", type=_positive_int, default=256, help="short side of validation images")
-    data.add_argument("--val-crop-size", type=_positive_int, default=224, help="centre crop of validation images")
+    data.add_argument(
+        "--val-resize-size", type=_positive_int, default=256, metavar="PIXELS", help="short side of validation images"
+    )
+    data.add_argument(
+        "--val-crop-size", type=_positive_int, default=224, metavar="PIXELS", help="centre crop of validation images"
+    )
     data.add_argument("--synthetic-classes", type=_positive_int, default=1000, metavar="N", help="of synthetic data")
     data.add_argument("--synthetic-steps", type=_positive_int, default=100, metavar="N", help="steps of its epochs")
 
@@ -176,10 +194,18 @@ def make_parser() -> _Parser:
     mix.add_argument("--per-batch", action=_YES_OR_NO, help="one box for the whole batch")
 
     model = parser.add_argument_group("model and optimiser")
-    model.add_argument("-a", "--arch", "--model", default="resnet50", metavar="NAME", help="a ResNet of torchvision")
-    model.add_argument("--epochs", type=_positive_int, default=300, help="length of the training")
     model.add_argument(
-        *("--accumulation-steps",),
+        "-a",
+        "--arch",
+        "--model",
+        default="resnet50",
+        metavar="NAME",
+        help="a ResNet of torchvision, or a model for CIFAR",
+    )
+    model.add_argument("--dropout", type=float, metavar="P", help="dropout of a model that has it")
+    model.add_argument("--epochs", type=_positive_int, default=300, metavar="N", help="length of the training")
+    model.add_argument(
+        "--accumulation-steps",
         type=_positive_int,
         default=1,
         metavar="N",
@@ -192,7 +218,7 @@ def make_parser() -> _Parser:
         help="learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
         "0.1 for each 256 images is the usual rule",
     )
-    model.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    model.add_argument("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD")
     model.add_argument("--nesterov", action=_YES_OR_NO, default=True, help="Nesterov momentum")
     model.add_argument(
         *("--wd", "--weight-decay"), type=float, default=1e-4, dest="weight_decay", metavar="WD", help="weight decay"
@@ -206,11 +232,16 @@ def make_parser() -> _Parser:
         "--model-ema-decay", type=float, default=0.9999, metavar="D", help="how much of it stays at each update"
     )
     model.add_argument("--lr-scheduler", choices=("cosine", "step"), default="cosine", help="how the rate falls")
-    model.add_argument("--lr-warmup-epochs", type=float, default=0.0, help="epochs of linear warm-up")
+    model.add_argument("--lr-warmup-epochs", type=float, default=0.0, metavar="N", help="epochs of linear warm-up")
     model.add_argument(
-        "--lr-milestones", type=float, nargs="+", default=[75.0, 150.0, 225.0], help="epochs of the steps"
+        "--lr-milestones",
+        type=float,
+        nargs="+",
+        default=[75.0, 150.0, 225.0],
+        metavar="EPOCH",
+        help="epochs of the steps",
     )
-    model.add_argument("--lr-gamma", type=float, default=0.1, help="factor of each step")
+    model.add_argument("--lr-gamma", type=float, default=0.1, metavar="F", help="factor of each step")
 
     speed = parser.add_argument_group("speed and precision")
     speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
@@ -227,8 +258,10 @@ def make_parser() -> _Parser:
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="seed of weights, file order and augmentation")
-    run.add_argument("--output-dir", type=Path, default=Path("output"), help="folder for checkpoints and log")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights, file order and augmentation")
+    run.add_argument(
+        "--output-dir", type=Path, default=Path("output"), metavar="FOLDER", help="folder for checkpoints and log"
+    )
     run.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: from the output folder's")
     run.add_argument(
         *("-e", "--evaluate", "--test-only"),
@@ -236,9 +269,15 @@ def make_parser() -> _Parser:
         help="only validate the checkpoint named by --resume; needs no training images",
     )
     run.add_argument(
-        "--max-nan-steps", type=_positive_int, default=3, metavar="N", help="stop after N steps in a row without a loss"
+        "--max-nan-steps",
+        type=_positive_int,
+        default=3,
+        metavar="N",
+        help="end with an error after N steps in a row whose loss is no number",
     )
-    run.add_argument("-p", "--print-freq", type=_positive_int, default=10, help="steps between two displays")
+    run.add_argument(
+        "-p", "--print-freq", type=_positive_int, default=10, metavar="N", help="steps between two displays"
+    )
 
     short = parser.add_argument_group("short runs")
     short.add_argument(
@@ -274,10 +313,12 @@ class _SetIfGiven(argparse.Action):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are any."""
+    """Shows defaults, but for those that say no more than that an option is not given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+        if action.default is None or action.default is False or action.default == []:
+            return (action.help or "").replace(" (default: %(default)s)", "")  # of BooleanOptionalAction
+        return super()._get_help_string(action)
 
 
 def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
@@ -295,7 +336,7 @@ def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
         name.lstrip("-").replace("-", "_"): action
         for action in parser._actions
         for name in (*action.option_strings, action.dest)
-        if action.dest not in ("help", "config", "data")
+        if action.dest not in ("help", "config", "data") and not _negates(action, name)
     }
     arguments: list[str] = []
     for key, value in values.items():
@@ -313,11 +354,10 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
     name = action.option_strings[-1] if action else "--data-dir"
     if value is None:  # not given
         return []
-    if isinstance(action, argparse.BooleanOptionalAction) or (action is not None and action.nargs == 0):
+    if action is not None and action.nargs == 0:
         if not isinstance(value, bool):
             parser.error(f"{key} must be true or false, got {value!r}")
-        named = [option for option in action.option_strings if option.startswith("--no-") != value]
-        return named[:1]
+        return [option for option in action.option_strings if _negates(action, option) != value][:1]
     if isinstance(value, list):
         if action is None or action.nargs != "+":
             parser.error(f"{key} must be one value, got {value!r}")
@@ -325,6 +365,11 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
     if isinstance(value, dict):
         parser.error(f"{key} must be a value, got {value!r}")
     return [f"{name}={value}"]
+
+
+def _negates(action: argparse.Action, option: str) -> bool:
+    """Return whether this name of an option takes it back."""
+    return isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
 
 
 def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -375,9 +420,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     starts = [int(change.partition("@")[2]) for change in args.progressive_size]
     if starts != sorted(set(starts)):
         parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
-    known = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
-    if args.arch not in known:
-        parser.error(f"--arch must be one of {', '.join(known)}, got {args.arch!r}")
+    if args.arch not in model_names():
+        parser.error(f"--arch must be one of {', '.join(model_names())}, got {args.arch!r}")
 
 
 def _positive_int(text: str) -> int:
