@@ -82,3 +82,25 @@ def test_totals_keep_small_summands_beside_a_large_sum():
     sums = totals.over_processes()
     assert sums == {"loss": 2**30 + 50, "images": 108}
     assert all(type(value) is float for value in sums.values())
+
+
+def test_totals_go_on_from_their_state():
+    device = torch.device("cpu")
+    totals = Totals("loss", "images", device=device)
+    totals.add(torch.tensor(0.1), 3)
+    again = Totals("loss", "images", device=device)
+    again.restore(totals.state())
+    for either in (totals, again):
+        either.add(torch.tensor(1e9), 4)
+    assert again.over_processes() == totals.over_processes() == {"loss": pytest.approx(1e9 + 0.1), "images": 7}
+    assert again.state() == totals.state()
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+def test_a_smoothed_loss_is_the_cross_entropy_against_the_mixed_labels_smoothed(batch, smoothing):
+    logits, labels, source_labels, lam = batch
+    arrays = labels.numpy(), source_labels.numpy(), lam.numpy()
+    targets = torch.from_numpy(soft_labels(*arrays, num_classes=5, smoothing=smoothing)).double()
+    expected = cross_entropy(logits, targets)
+    torch.testing.assert_close(mixed_cross_entropy(*batch, smoothing), expected, rtol=1e-6, atol=0)
+    assert abs(mixed_cross_entropy(*batch) - expected) > 0.01

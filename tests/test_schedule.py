@@ -1,4 +1,4 @@
-"""The learning rate over a training."""
+"""What changes over a training: learning rate, image size, mixing, and which steps make an update."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dali_saliencymix.training.schedule import learning_rate
+from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
 POINTS = np.linspace(0, 90, 901)[:-1]
 
@@ -61,3 +61,35 @@ def test_steps_come_at_the_milestones_and_not_before():
 
 def test_the_rate_scales_with_the_base():
     assert learning_rate(20, base=0.8, epochs=90) == 2 * learning_rate(20, base=0.4, epochs=90)
+
+
+def phases(epochs: int, **options) -> list[Phase]:
+    return [phase_at(epoch, epochs=epochs, crop_size=224, **options) for epoch in range(epochs)]
+
+
+def test_without_options_there_is_one_phase():
+    assert set(phases(9)) == {Phase(0, 224, True)}
+
+
+def test_sizes_hold_from_their_epoch_to_the_next_one():
+    found = phases(8, progressive_size=["128@0", "160@3", "192@5"])
+    assert [phase.crop_size for phase in found] == [128] * 3 + [160] * 2 + [192] * 3
+    assert [phase.begin for phase in found] == [0] * 3 + [3] * 2 + [5] * 3
+    found = phases(4, progressive_size=["256@2"])
+    assert [(phase.begin, phase.crop_size) for phase in found] == [(0, 224)] * 2 + [(2, 256)] * 2
+
+
+def test_mixing_ends_before_the_last_epochs_in_a_phase_of_its_own():
+    assert phases(5, mix_off_epochs=2) == [Phase(0, 224, True)] * 3 + [Phase(3, 224, False)] * 2
+    assert phases(2, mix_off_epochs=2) == [Phase(0, 224, False)] * 2
+    found = phases(6, progressive_size=["128@0", "160@4"], mix_off_epochs=3)
+    assert found == [Phase(0, 128, True)] * 3 + [Phase(3, 128, False)] + [Phase(4, 160, False)] * 2
+
+
+@pytest.mark.parametrize(("steps", "size"), [(12, 1), (12, 4), (13, 4), (3, 4), (1, 1)])
+def test_groups_of_accumulated_steps_divide_an_epoch(steps, size):
+    groups = [accumulation_group(step, steps, size) for step in range(steps)]
+    assert all(step in group for step, group in enumerate(groups))
+    assert [step for group in dict.fromkeys(groups) for step in group] == list(range(steps))
+    lengths = [len(group) for group in dict.fromkeys(groups)]
+    assert lengths == [size] * (steps // size) + [steps % size] * (steps % size > 0)
