@@ -6,8 +6,8 @@ accounts for. So the peaks are found before the padding and move with the crop.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -210,11 +210,8 @@ class CifarLoader:
     ) -> None:
         self._length = len(cifar) // world_size // batch_size
         on_gpu = device.type == "cuda"
-        take = functools.partial(
-            _batch, cifar=cifar, batch_size=batch_size, steps=self._length, seed=seed, rank=rank, world_size=world_size
-        )
         pipeline = cifar_array_pipeline(
-            take,
+            _Batches(cifar, batch_size, self._length, seed, rank, world_size),
             batch_size=batch_size,
             num_threads=num_threads,
             device_id=(device.index or 0) if on_gpu else None,
@@ -226,6 +223,7 @@ class CifarLoader:
         )
         # The source never ends: epochs are counted here.
         self._iterator = DALIGenericIterator([pipeline], list(_NAMES), prepare_first_batch=False)
+        self.bad_files: list[str] = []  # of no file: they are arrays by now
         self._channels_last = channels_last
         self._step = state["step"] if state else 0
 
@@ -255,11 +253,19 @@ class CifarLoader:
 _NAMES = ("images", "labels", "source_labels", "lam")
 
 
-def _batch(
-    info: BatchInfo, *, cifar: CifarImages, batch_size: int, steps: int, seed: int, rank: int, world_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Return the images and labels of a batch, which is one of epoch ``info.iteration // steps``."""
-    epoch, step = divmod(info.iteration, steps)
-    shard = np.random.default_rng([seed, epoch]).permutation(len(cifar))[rank::world_size]
-    indices = shard[step * batch_size : (step + 1) * batch_size]
-    return cifar.images[indices], cifar.labels[indices, None]
+@dataclass(frozen=True)
+class _Batches:
+    """Makes batches by their number alone, so that DALI's checkpoint, which holds that number, says all of it."""
+
+    cifar: CifarImages
+    batch_size: int
+    steps: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def __call__(self, info: BatchInfo) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        epoch, step = divmod(info.iteration, self.steps)
+        shard = np.random.default_rng([self.seed, epoch]).permutation(len(self.cifar))[self.rank :: self.world_size]
+        indices = shard[step * self.batch_size : (step + 1) * self.batch_size]
+        return self.cifar.images[indices], self.cifar.labels[indices, None]

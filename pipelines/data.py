@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -67,6 +67,8 @@ class Data(ABC):
         How many images there are.
     root : Path
         Where the training images are.
+    mean, std : tuple of float
+        What images are normalised with, for pixels in 0..1.
     fingerprint : dict from str to str or int
         What decides the batches of a training beside its options. A training that goes on has to find the same.
     """
@@ -76,6 +78,9 @@ class Data(ABC):
     val_images: int
     root: Path
     fingerprint: dict[str, str | int]
+
+    mean: ClassVar[tuple[float, ...]] = imagenet.MEAN
+    std: ClassVar[tuple[float, ...]] = imagenet.STD
 
     @abstractmethod
     def train_loader(
@@ -105,14 +110,16 @@ class Data(ABC):
         """Return the validation batches of this process: all together have every image exactly once."""
 
 
-def open_data(args: argparse.Namespace) -> Data:
+def open_data(args: argparse.Namespace, classes: list[str] | None = None) -> Data:
     """Look at the data set that the options of a run name.
 
     Parameters
     ----------
     args : argparse.Namespace
-        `dataset`, `data_backend` and what these need: `data`, or `train_dir` and `val_dir` with `train_list` and
-        `val_list`, or `synthetic_classes` and `synthetic_steps`.
+        Of `dali_saliencymix.training.arguments.parse_arguments`.
+    classes : list of str, optional
+        Names of the classes in label order, where nothing is trained: the training images, which the names are of
+        otherwise, are not looked at and need not be there.
 
     Returns
     -------
@@ -123,31 +130,39 @@ def open_data(args: argparse.Namespace) -> Data:
     FileNotFoundError, NotADirectoryError, ValueError
         If the data set is not there, is damaged, or an option is wrong.
     """
-    backend = chosen_backend(args)
-    if backend == "synthetic":
+    if chosen_backend(args) == "synthetic":
         images = args.synthetic_steps * args.batch_size
-        names = [f"class {number}" for number in range(args.synthetic_classes)]
+        names = classes or [f"class {number}" for number in range(args.synthetic_classes)]
         fingerprint = _fingerprint(args, images, images, "")
         return SyntheticData(names, images, images, Path("synthetic"), fingerprint, args.synthetic_steps)
-    if args.dataset in CIFAR_DATASETS:
-        if args.data is None:
-            msg = f"DATA is needed with --dataset {args.dataset}: the folder that the archive was unpacked in"
+    return _open_folder(args, classes) if args.dataset == "folder" else _open_cifar(args, classes)
+
+
+def _open_folder(args: argparse.Namespace, classes: list[str] | None) -> FolderData:
+    if classes is not None:
+        train = ImageFolder(args.train_dir, classes, [], [])
+    else:
+        train = list_image_folder(args.train_dir)
+        if len(train.classes) < 2:
+            msg = f"{args.train_dir}: one class only, {train.classes[0]!r}; there must be at least two"
             raise ValueError(msg)
-        train, val = read_cifar(args.data, args.dataset)
-        fingerprint = _fingerprint(args, len(train), len(val), _digest(train.images.tobytes(), train.labels.tobytes()))
-        return CifarData(train.classes, len(train), len(val), Path(args.data), fingerprint, train, val)
-    train_folder = list_image_folder(args.train_dir)
-    if len(train_folder.classes) < 2:
-        msg = f"{args.train_dir}: one class only, {train_folder.classes[0]!r}; there must be at least two"
-        raise ValueError(msg)
-    val_folder = list_image_folder(args.val_dir, classes=train_folder.classes)
-    if args.train_list is not None:
-        train_folder = _those_of_list(train_folder, args.train_list, "--train-list")
+        if args.train_list is not None:
+            train = _those_of_list(train, args.train_list, "--train-list")
+    val = list_image_folder(args.val_dir, classes=train.classes)
     if args.val_list is not None:
-        val_folder = _those_of_list(val_folder, args.val_list, "--val-list")
-    counts = len(train_folder), len(val_folder)
-    fingerprint = _fingerprint(args, *counts, _digest_of_files(train_folder))
-    return FolderData(train_folder.classes, *counts, train_folder.root, fingerprint, train_folder, val_folder)
+        val = _those_of_list(val, args.val_list, "--val-list")
+    counts = len(train), len(val)
+    return FolderData(train.classes, *counts, train.root, _fingerprint(args, *counts, _files_digest(train)), train, val)
+
+
+def _open_cifar(args: argparse.Namespace, classes: list[str] | None) -> CifarData:
+    train, val = read_cifar(args.data, args.dataset)
+    if classes is not None and classes != train.classes:
+        msg = f"{args.data}: holds other classes than those asked for, the first of which is {classes[0]!r}"
+        raise ValueError(msg)
+    counts = len(train), len(val)
+    fingerprint = _fingerprint(args, *counts, _digest(train.images.tobytes(), train.labels.tobytes()))
+    return CifarData(train.classes, *counts, Path(args.data), fingerprint, train, val)
 
 
 def chosen_backend(args: argparse.Namespace) -> str:
@@ -193,12 +208,6 @@ class FolderData(Data):
     ) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
         _check_training(args, processes, self.train, self.root)
-        if not 0 < args.min_crop_area <= 1:
-            msg = f"--min-crop-area must be in (0, 1], got {args.min_crop_area}"
-            raise ValueError(msg)
-        if not 0 <= args.color_jitter <= 1:
-            msg = f"--color-jitter must be in [0, 1], got {args.color_jitter}"
-            raise ValueError(msg)
         augmentation = {
             "crop_size": crop_size,
             "min_crop_area": args.min_crop_area,
@@ -206,7 +215,7 @@ class FolderData(Data):
         }
         if chosen_backend(args) == "pytorch":
             batches = _training_batches(args, processes, FolderImages(self.train, **augmentation), _mixing(args))
-            return _torch_loader(args, processes, batches, *_IMAGENET_PIXELS, state=state)
+            return _torch_loader(args, processes, batches, self.mean, self.std, state=state)
         return training_loader(
             self.train,
             **_dali_options(args, processes),
@@ -214,19 +223,18 @@ class FolderData(Data):
             hflip_prob=args.hflip_prob,
             seed=args.seed,
             mix=mix_operator(args),
+            max_bad_batches=getattr(args, "max_bad_batches", 0),
             state=state,
         )
 
     def val_loader(self, args: argparse.Namespace, processes: Processes) -> Batches:
         """Return the validation batches of this process: all together have every image exactly once."""
         sizes = {"resize_size": args.val_resize_size, "crop_size": args.val_crop_size}
-        if args.val_crop_size > args.val_resize_size:
-            msg = f"--val-crop-size must be at most --val-resize-size {args.val_resize_size}, got {args.val_crop_size}"
-            raise ValueError(msg)
         if chosen_backend(args) == "pytorch":
             batches = _validation_batches(args, processes, FolderImages(self.val, **sizes))
-            return _torch_loader(args, processes, batches, *_IMAGENET_PIXELS)
-        return validation_loader(self.val, **_dali_options(args, processes), **sizes)
+            return _torch_loader(args, processes, batches, self.mean, self.std)
+        max_bad_batches = getattr(args, "max_bad_batches", 0)
+        return validation_loader(self.val, **_dali_options(args, processes), max_bad_batches=max_bad_batches, **sizes)
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,8 @@ class CifarData(Data):
 
     train: CifarImages
     val: CifarImages
+    mean = tuple(value / 255 for value in cifar.MEAN)
+    std = tuple(value / 255 for value in cifar.STD)
 
     def train_loader(
         self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
@@ -252,7 +262,7 @@ class CifarData(Data):
         if chosen_backend(args) == "pytorch":
             source = PaddedImages(self.train, args.crop_padding, detector)
             batches = _training_batches(args, processes, source, _mixing(args, **changed))
-            return _torch_loader(args, processes, batches, cifar.MEAN, cifar.STD, state=state)
+            return _torch_loader(args, processes, batches, self.mean, self.std, state=state)
         operator = mix_operator(args)
         if detector is not None and operator is not None:
             operator = functools.partial(operator, **changed)
@@ -271,7 +281,7 @@ class CifarData(Data):
         """Return the validation batches of this process: all together have every image exactly once."""
         batches = _validation_batches(args, processes, PaddedImages(self.val))
         # There is nothing to do but to normalise: other processes would only get in the way.
-        return _torch_loader(args, processes, batches, cifar.MEAN, cifar.STD, workers=0)
+        return _torch_loader(args, processes, batches, self.mean, self.std, workers=0)
 
 
 def _detector_before_padding(args: argparse.Namespace) -> str | None:
@@ -293,6 +303,8 @@ class SyntheticData(Data):
     """No data: one constant batch, to see how fast a training goes when no loader holds it back."""
 
     steps: int
+    mean = (0.0, 0.0, 0.0)
+    std = (1.0, 1.0, 1.0)
 
     def train_loader(
         self, args: argparse.Namespace, processes: Processes, *, crop_size: int, state: Any = None
@@ -346,9 +358,6 @@ class SyntheticLoader:
     def state(self) -> dict[str, int]:
         """Return where the loader stands."""
         return {"step": self._step}
-
-
-_IMAGENET_PIXELS = ([255 * mean for mean in imagenet.MEAN], [255 * std for std in imagenet.STD])
 
 
 def _shard(args: argparse.Namespace, processes: Processes) -> dict[str, int]:
@@ -414,12 +423,6 @@ def _check_training(args: argparse.Namespace, processes: Processes, train: Sized
             f"{len(train)} images in {root}, got {args.batch_size}"
         )
         raise ValueError(msg)
-    if args.seed < 0:
-        msg = f"--seed must not be negative, got {args.seed}"
-        raise ValueError(msg)
-    if not 0 <= args.hflip_prob <= 1:
-        msg = f"--hflip-prob must be in [0, 1], got {args.hflip_prob}"
-        raise ValueError(msg)
 
 
 def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
@@ -457,11 +460,18 @@ def _fingerprint(args: argparse.Namespace, train: int, val: int, digest: str) ->
     }
 
 
-def _digest_of_files(folder: ImageFolder) -> str:
+def _files_digest(folder: ImageFolder) -> str:
     """Return a digest of the names of all files and the sizes of some of them, spread evenly."""
     step = max(len(folder) // _FILES_LOOKED_AT, 1)
-    sizes = [str(os.stat(file).st_size) for file in folder.files[::step]]
+    sizes = [_size(file) for file in folder.files[::step]]
     return _digest("\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode())
+
+
+def _size(file: str) -> str:
+    try:
+        return str(os.stat(file).st_size)
+    except OSError:  # a link to nothing, or another bad file: the loader says so when it comes to it
+        return "none"
 
 
 def _digest(*parts: bytes) -> str:

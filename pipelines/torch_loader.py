@@ -261,7 +261,7 @@ class TorchLoader:
     batches : TrainingBatches or ValidationBatches
         Makes a batch of its epoch and step.
     mean, std : sequence of float
-        Of the normalisation, for pixels in 0..255.
+        Of the normalisation, for pixels in 0..1.
     workers : int
         Processes that make batches; with 0 this one does it when it is asked for one.
     device : torch.device
@@ -294,9 +294,10 @@ class TorchLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
+        self.bad_files: list[str] = []  # none is left out: the first one is an error
         self._device = device
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._mean, self._std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+        self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch: the same for all shards."""
@@ -307,7 +308,7 @@ class TorchLoader:
         self._places[:] = [(self._epoch, step) for step in range(self._step, self._length)]
         for batch in self._loader:
             if isinstance(batch, LoaderError):
-                raise batch
+                raise LoaderError(str(batch))  # another one: its traceback leads here, where `batch` is
             pixels, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
             images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
             self._step += 1

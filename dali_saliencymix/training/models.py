@@ -114,6 +114,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(channels[3])
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -123,7 +124,7 @@ class WideResNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, K) of images (N, 3, H, W)."""
         features = functional.relu(self.bn(self.blocks(self.conv1(images))))
-        return self.fc(features.mean(dim=(2, 3)))
+        return self.fc(self.avgpool(features).flatten(1))
 
 
 class _WideBlock(nn.Module):

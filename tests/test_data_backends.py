@@ -1,0 +1,570 @@
+"""From options to batches: every backend gives the same kind of batches, shards, epochs and states."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cifar_files import python2_pickle, write_cifar
+
+from dali_saliencymix import core
+from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.training import arguments
+from dali_saliencymix.training.distributed import Processes
+from pipelines import data as data_module
+from pipelines.cifar_archive import read_cifar
+from pipelines.data import chosen_backend, open_data
+from pipelines.loader import LoaderError
+from pipelines.torch_loader import Mixing, PaddedImages, TrainingBatches
+
+CPU = torch.device("cpu")
+FOLDER_SIZES = ("--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32")
+KINDS = ["folder dali-cpu", "folder pytorch", "cifar10 dali-cpu", "cifar10 pytorch"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Holds 32 images in folders, 8 for validation, and 30 images of CIFAR-10, 15 for its test."""
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=4, val=1)
+    write_cifar(root, "cifar10", train=30, test=15)
+    return root
+
+
+def options(root, kind="folder dali-cpu", *more):
+    dataset, backend = kind.split()
+    line = [str(root), "--dataset", dataset, "--data-backend", backend, "-b", "4", "-j", "2", "--device", "cpu"]
+    return arguments.parse_arguments([*line, *(FOLDER_SIZES if dataset == "folder" else ()), *more])
+
+
+def process(rank=0, world_size=1, device=CPU):
+    return Processes(rank, 0, world_size, device)
+
+
+def numbered(data):
+    """Return the data with numbers as labels, to tell who is who."""
+    if isinstance(data, data_module.CifarData):
+        parts = {name: getattr(data, name) for name in ("train", "val")}
+        return replace(data, **{n: replace(p, labels=np.arange(len(p), dtype=np.int32)) for n, p in parts.items()})
+    parts = {name: getattr(data, name) for name in ("train", "val")}
+    return replace(data, **{name: replace(part, labels=list(range(len(part)))) for name, part in parts.items()})
+
+
+def train(args, *, state=None, data=None, **where):
+    data = numbered(open_data(args)) if data is None else data
+    return data.train_loader(args, process(**where), crop_size=args.train_crop_size, state=state)
+
+
+def epoch(loader):
+    return [[tensor.clone() for tensor in batch] for batch in loader]
+
+
+def ids(batches):
+    return [label for _, labels, *_ in batches for label in labels.tolist()]
+
+
+def assert_equal_batches(ours, theirs):
+    assert len(ours) == len(theirs)
+    for our_batch, their_batch in zip(ours, theirs, strict=True):
+        for our_tensor, their_tensor in zip(our_batch, their_batch, strict=True):
+            assert torch.equal(our_tensor, their_tensor)
+
+
+def test_names_are_those_of_the_command_line():
+    assert arguments.DATASETS == data_module.DATASETS
+    assert arguments.BACKENDS == data_module.BACKENDS
+
+
+@pytest.mark.parametrize("mix", ["saliencymix", "cutmix", "mixup", "none"])
+@pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])
+def test_a_training_batch_is_what_a_model_wants(root, kind, mix):
+    args = options(root, kind, "--mix", mix, "--channels-last", "--synthetic-classes", "7")
+    data = open_data(args)
+    images, labels, source_labels, lam = next(iter(train(args, data=data)))
+    assert images.shape == (4, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert [tensor.dtype for tensor in (images, labels, source_labels, lam)] == [
+        *(torch.float32, torch.int64, torch.int64, torch.float32)
+    ]
+    assert labels.shape == source_labels.shape == lam.shape == (4,)
+    assert set(labels.tolist()) <= set(range(len(data.classes)))
+    assert images.abs().max() < 6
+    assert images.std() > 0.3
+    if mix == "none":
+        assert lam.tolist() == [1] * 4
+    else:
+        assert sorted(labels.tolist()) == sorted(source_labels.tolist())
+        assert ((lam >= 0) & (lam <= 1)).all()
+        assert (lam < 1).any()
+
+
+@each_kind
+def test_an_epoch_gives_each_image_once_and_the_next_one_another_order(root, kind):
+    args = options(root, kind, "-b", "5")
+    loader = train(args)
+    epochs = [ids(epoch(loader)) for _ in range(3)]
+    assert len(loader) == 6
+    assert all(len(order) == len(set(order)) == 30 for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+    assert ids(epoch(train(args))) == epochs[0]
+    assert ids(epoch(train(options(root, kind, "-b", "5", "--seed", "1")))) != epochs[0]
+
+
+@each_kind
+def test_shards_are_disjoint_and_of_equal_length_in_every_epoch(root, kind):
+    args = options(root, kind, "-b", "3")
+    data = numbered(open_data(args))
+    loaders = [train(args, data=data, rank=rank, world_size=3) for rank in range(3)]
+    for _ in range(2):
+        batches = [epoch(loader) for loader in loaders]
+        assert {len(shard) for shard in batches} == {len(loaders[0])} == {3}
+        seen = Counter(label for shard in batches for label in ids(shard))
+        assert set(seen.values()) == {1}
+        assert len(seen) == 27
+
+
+@each_kind
+@pytest.mark.parametrize(("processes", "batch_size"), [(1, 4), (4, 3)])
+def test_validation_gives_each_image_exactly_once(root, kind, processes, batch_size):
+    args = options(root, kind, "-b", str(batch_size))
+    data = numbered(open_data(args))
+    loaders = [data.val_loader(args, process(rank, processes)) for rank in range(processes)]
+    for _ in range(2):
+        batches = [epoch(loader) for loader in loaders]
+        assert len({len(shard) for shard in batches}) == 1
+        assert sorted(label for shard in batches for label in ids(shard)) == list(range(data.val_images))
+        assert all(images.shape == (len(labels), 3, 32, 32) for shard in batches for images, labels in shard)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[1:], "folder synthetic"])
+def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(root, kind):
+    args = options(root, kind, "-b", "7", "--mix-prob", "0.6", "--seed", "5", "--synthetic-steps", "4")
+    data = open_data(args)
+    data = data if kind == "folder synthetic" else numbered(data)
+    loader = train(args, data=data)
+    assert len(loader) == 4
+    batches, states = [], []
+    for _ in range(3):
+        for batch in loader:
+            batches.append([tensor.clone() for tensor in batch])
+            states.append(pickle.loads(pickle.dumps(loader.state())))
+        states[-1] = loader.state()  # after the last batch: at the beginning of the next epoch
+    for position, state in enumerate(states[:-1], start=1):
+        restored = train(args, data=data, state=state)
+        rest = epoch(restored)
+        assert len(rest) == 4 - position % 4
+        while len(rest) < len(batches) - position:
+            rest += epoch(restored)
+        assert_equal_batches(rest, batches[position:])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])
+def test_behind_the_last_batch_nothing_is_left_of_the_epoch(root, kind):
+    args = options(root, kind, "-b", "10", "--synthetic-steps", "3")
+    data = open_data(args)
+    loader = train(args, data=data)
+    for _ in loader:
+        state = loader.state()
+    restored = train(args, data=data, state=state)
+    assert epoch(restored) == []
+    assert_equal_batches(epoch(restored), epoch(loader))
+
+
+def test_the_number_of_workers_changes_nothing(root):
+    batches = [epoch(train(options(root, "folder pytorch", "-j", workers))) for workers in ("1", "2")]
+    assert_equal_batches(*batches)
+
+
+def test_an_epoch_that_was_left_goes_on_where_it_was(root):
+    args = options(root, "folder pytorch")
+    whole, loader = epoch(train(args)), train(args)
+    for _ in zip(range(3), loader, strict=False):
+        pass
+    rest = epoch(loader)
+    assert_equal_batches(rest, whole[3:])
+
+
+def test_pytorch_and_dali_decode_resize_and_normalise_alike(root):
+    batches = [
+        epoch(numbered(open_data(args)).val_loader(args, process()))
+        for args in (options(root, f"folder {backend}", "-b", "8") for backend in ("dali-cpu", "pytorch"))
+    ]
+    (ours, our_ids), (theirs, their_ids) = batches[0][0], batches[1][0]
+    assert torch.equal(our_ids, their_ids)
+    # One level of 256 is 0.017; JPEG decoders and filters differ by little more.
+    assert (ours - theirs).abs().mean() < 0.05
+
+
+def test_data_says_how_it_normalises(root):
+    args = options(root, "cifar10 pytorch")
+    data = open_data(args)
+    images, _ = next(iter(data.val_loader(args, process())))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+    assert np.allclose(255 * (images * std + mean).permute(0, 2, 3, 1), data.val.images[:4], atol=1e-3)
+    assert data.mean[0] == pytest.approx(125.3 / 255)
+    assert open_data(options(root)).mean == (0.485, 0.456, 0.406)
+
+
+def test_pytorch_and_dali_crop_alike(root):
+    crops = {}
+    for backend in ("dali-cpu", "pytorch"):
+        args = options(root, f"folder {backend}", "-b", "32", "--mix", "none", "--min-crop-area", "0.3")
+        loader, images, labels = train(args), [], []
+        for _ in range(6):
+            for batch in loader:
+                images.append(batch[0].clone())
+                labels += batch[1].tolist()
+        images = torch.cat(images)[np.argsort(labels)].view(32, 6, 3, 32, 32)
+        crops[backend] = images.mean(dim=(0, 1, 3, 4)), images.std(), images.mean(dim=1).std()
+    for ours, theirs in zip(crops["dali-cpu"], crops["pytorch"], strict=True):
+        assert torch.allclose(ours, theirs, atol=0.05)
+
+
+@each_kind
+def test_mirroring_is_as_probable_as_the_option_says(root, kind):
+    batches = [
+        epoch(train(options(root, kind, "--hflip-prob", prob, "--mix-prob", "0.5"))) for prob in ("0", "1", "0.5")
+    ]
+    as_it_is, mirrored, half = (torch.cat([images for images, *_ in part]) for part in batches)
+    assert torch.allclose(mirrored, as_it_is.flip(-1))
+    alike = [torch.allclose(image, other) for image, other in zip(as_it_is, half, strict=True)]
+    flipped = [torch.allclose(image, other) for image, other in zip(mirrored, half, strict=True)]
+    assert all(a != f for a, f in zip(alike, flipped, strict=True))
+    assert 5 < sum(flipped) < len(flipped) - 5
+
+
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+def test_colours_change_by_the_factors_that_are_allowed(root, backend):
+    common = ("--mix", "none", "--min-crop-area", "1", "--hflip-prob", "0", "-b", "16")
+    plain, changed = (
+        torch.cat([images for images, *_ in epoch(train(options(root, f"folder {backend}", *common, *jitter)))])
+        for jitter in ((), ("--color-jitter", "0.4"))
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    brightness = [(images * std + mean).mean(dim=(1, 2, 3)) for images in (plain, changed)]
+    ratio = brightness[1] / brightness[0]
+    assert 0.05 < ratio.std() < 0.4
+    assert ((ratio > 0.5) & (ratio < 1.5)).all()
+    saturation = [(images * std).std(dim=1).mean(dim=(1, 2)) for images in (plain, changed)]
+    assert (saturation[1] / saturation[0] / ratio).std() > 0.05
+
+
+@pytest.mark.parametrize("mode", ["saliencymix", "cutmix", "mixup"])
+def test_a_batch_of_pytorch_is_mixed_as_the_array_functions_do_it(root, mode):
+    cifar, _ = read_cifar(root, "cifar10")
+    given = {"preset": "default"} if mode == "saliencymix" else {}
+    batches = TrainingBatches(PaddedImages(cifar), 8, Mixing(mode, options=given), hflip_prob=0.0, seed=3)
+    pixels, labels, source_labels, lam = (tensor.numpy() for tensor in batches[2, 1])
+    originals = cifar.images[batches.indices(2, 1)]
+    assert labels.tolist() == cifar.labels[batches.indices(2, 1)].tolist()
+    own = (pixels == originals).all(axis=3)
+    for number in range(8):
+        candidates = [s for s in range(8) if cifar.labels[batches.indices(2, 1)][s] == source_labels[number]]
+        if mode == "mixup":
+            blends = [lam[number] * originals[number] + (1 - lam[number]) * originals[s] for s in candidates]
+            assert min(np.abs(blend - pixels[number]).max() for blend in blends) < 0.51
+        else:
+            sources = [(pixels[number] == originals[s]).all(axis=2) for s in candidates]
+            assert any((own[number] | source).all() for source in sources)
+            if not own[number].all():
+                assert own[number].mean() == pytest.approx(lam[number], abs=2e-3)
+    assert len(np.unique(lam)) == 8
+
+
+def recorded(monkeypatch):
+    calls, function = [], core.saliencymix
+
+    def record(images, *others, **given):
+        calls.append((np.array(images), given.get("peaks")))
+        return function(images, *others, **given)
+
+    monkeypatch.setattr(core, "saliencymix", record)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+@pytest.mark.parametrize("saliency", ["fine_grained", "spectral_residual"])
+def test_no_peak_of_cifar_lies_in_the_padding(root, monkeypatch, backend, saliency):
+    calls = recorded(monkeypatch)
+    args = options(root, f"cifar10 {backend}", "-b", "30", "--saliency", saliency)
+    # In this process: a call in another one would leave nothing here to look at.
+    make = data_module.TorchLoader
+    monkeypatch.setattr(data_module, "TorchLoader", lambda *given, **k: make(*given, **{**k, "workers": 0}))
+    epoch(train(args))
+    images, peaks = calls[0]
+    assert ((images == 0).all(axis=3)).mean() > 0.05
+    assert not (images[np.arange(30), peaks[:, 0], peaks[:, 1]] == 0).all(axis=1).any()
+    calls.clear()
+    epoch(train(options(root, f"cifar10 {backend}", "-b", "30", "--saliency", saliency, "--crop-padding", "0")))
+    images, peaks = calls[0]
+    assert peaks is None
+    assert not (images == 0).all(axis=3).any()
+
+
+def test_peaks_of_padded_images_move_with_the_crop(root):
+    cifar, _ = read_cifar(root, "cifar10")
+    indices = np.arange(30)
+    before = PaddedImages(cifar, 0, "fine_grained").read(indices, 0, 0)[1]
+    images, after = PaddedImages(cifar, 4, "fine_grained").read(indices, 0, 0)
+    corners = set()
+    for original, image, own, moved in zip(cifar.images, images, before, after, strict=True):
+        padded = np.pad(original, [(4, 4), (4, 4), (0, 0)])
+        places = [(y, x) for y, x in np.ndindex(9, 9) if np.array_equal(padded[y : y + 32, x : x + 32], image)]
+        assert len(places) == 1
+        assert moved.tolist() == (own + 4 - np.array(places[0])).clip(0, 31).tolist()
+        corners |= set(places)
+    assert {0, 8} <= {side for corner in corners for side in corner}
+    again = PaddedImages(cifar, 4, "fine_grained").read(indices[::-1], 0, 0)[0][::-1]
+    assert np.array_equal(again, images)  # an image's crop is the same wherever in a batch it stands
+    assert not np.array_equal(PaddedImages(cifar, 4, None).read(indices, 1, 0)[0], images)
+
+
+def test_schemes_of_cifar_that_need_the_least_salient_pixel_do_without_padding(root):
+    args = options(root, "cifar10 dali-cpu", "--source", "non_salient")
+    with pytest.raises(ValueError, match="--source must not be non_salient with --crop-padding 4"):
+        train(args)
+    args = options(root, "cifar10 dali-cpu", "--source", "non_salient", "--crop-padding", "0")
+    assert len(epoch(train(args))) == 7
+
+
+def test_a_synthetic_batch_comes_again_and_again_without_any_data(tmp_path):
+    args = options(tmp_path / "nowhere", "folder synthetic", "--synthetic-classes", "5", "--synthetic-steps", "6")
+    data = open_data(args)
+    assert len(data.classes) == 5
+    batches = list(train(args, data=data))
+    assert len(batches) == 6
+    assert data.train_images == 24
+    assert all(batch is batches[0] for batch in batches)
+    assert [len(labels) for _, labels in data.val_loader(args, process())] == [4] * 6
+
+
+@pytest.mark.parametrize("option", ["train", "val"])
+def test_a_list_says_which_images_there_are(root, tmp_path, option):
+    everything = open_data(options(root))
+    names = [str(Path(file).relative_to(root / option)) for file in getattr(everything, option).files]
+    chosen = names[1::3]
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(reversed(chosen)) + "\n\n")
+    data = open_data(options(root, "folder dali-cpu", f"--{option}-list", str(listed)))
+    assert data.classes == everything.classes
+    part = getattr(data, option)
+    assert part.files == [str(root / option / name) for name in chosen]
+    assert part.labels == [everything.classes.index(name.split("/")[0]) for name in chosen]
+    assert getattr(data, f"{option}_images") == len(chosen)
+    for text, message in (
+        ("no/such.jpg\n", f"--{option}-list {listed}, line 1: no such image in {root / option}: no/such.jpg"),
+        (f"{names[0]}\n{names[0]}\n", f"line 2: the same image as in line 1: {names[0]}"),
+        ("\n", f"--{option}-list {listed}: names no image"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match="list") as raised:
+            open_data(options(root, "folder dali-cpu", f"--{option}-list", str(listed)))
+        assert message in str(raised.value)
+
+
+def test_validation_alone_needs_no_training_images(root, tmp_path):
+    (tmp_path / "val").symlink_to(root / "val")
+    classes = open_data(options(root)).classes
+    args = options(tmp_path)
+    data = open_data(args, classes)
+    assert (data.train_images, data.val_images, data.classes) == (0, 8, classes)
+    assert len(ids(epoch(data.val_loader(args, process())))) == 8
+    with pytest.raises(ValueError, match="is not one of the 7 known classes"):
+        open_data(args, classes[1:])
+
+
+def test_the_fingerprint_says_whether_the_images_are_the_same(root, tmp_path):
+    def fingerprint(folder, *more):
+        return open_data(options(folder, *more)).fingerprint
+
+    assert fingerprint(root)["train_images"] == 32
+    assert fingerprint(root)["val_images"] == 8
+    make_sample_data(tmp_path / "same", train=4, val=1)
+    assert fingerprint(root) == fingerprint(tmp_path / "same")
+    assert fingerprint(root) != fingerprint(root, "folder pytorch")
+    file = Path(open_data(options(tmp_path / "same")).train.files[3])
+    content = file.read_bytes()
+    file.write_bytes(content + b"\0")
+    assert fingerprint(root) != fingerprint(tmp_path / "same")
+    file.with_name("renamed.jpg").write_bytes(content)
+    file.unlink()
+    assert fingerprint(root) != fingerprint(tmp_path / "same")
+    write_cifar(tmp_path / "a", "cifar10", seed=0)
+    write_cifar(tmp_path / "b", "cifar10", seed=1)
+    digests = [fingerprint(tmp_path / name, "cifar10 dali-cpu") for name in "aab"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_without_a_backend_dali_works_where_the_run_does(root):
+    args = options(root)
+    args.data_backend = None
+    found = {device: setattr(args, "device", device) or chosen_backend(args) for device in ("cpu", "cuda", "auto")}
+    assert found == {
+        "cpu": "dali-cpu",
+        "cuda": "dali-gpu",
+        "auto": found["cuda" if torch.cuda.is_available() else "cpu"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("folder dali-gpu", "", "--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"),
+        ("folder pytorch", "-b 33", "--batch-size must be at most 32, .* 32 images in .*, got 33"),
+        ("cifar10 dali-cpu", "-b 31", "--batch-size must be at most 30, .* got 31"),
+        ("cifar10 pytorch", "--train-crop-size 64", "--train-crop-size must be 32 with --dataset cifar10, got 64"),
+        ("cifar10 dali-cpu", "--color-jitter 0.4", "--color-jitter must be 0 with --dataset cifar10, got 0.4"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(root, kind, more, message):
+    args = options(root, kind, *more.split())
+    with pytest.raises(ValueError, match=message):
+        train(args)
+
+
+def test_too_few_validation_images_are_named(root):
+    args = options(root, "folder pytorch")
+    with pytest.raises(ValueError, match="8 validation images are too few for 9 processes"):
+        open_data(args).val_loader(args, process(0, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no image\n" * 50, "not an image"), (b"", "empty file"), (None, "No such file")],
+    ids=["text", "empty", "gone"],
+)
+def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):
+    make_sample_data(tmp_path, train=1, val=1)
+    args = options(tmp_path, "folder pytorch")
+    data = open_data(args)
+    broken = Path(data.train.files[5])
+    broken.unlink() if content is None else broken.write_bytes(content)
+    said = ""
+    # Not pytest.raises, which keeps the frames: workers whose loader waits for Python's collector end late.
+    try:
+        epoch(train(args, data=data))
+    except LoaderError as error:
+        said = str(error)
+    assert said.startswith(f"{broken}: {message}")
+    assert "\n" not in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*KINDS, "folder dali-gpu", "cifar10 dali-gpu"])
+def test_batches_arrive_on_the_gpu(root, kind):
+    args = options(root, kind, "--channels-last")
+    device = torch.device("cuda", 0)
+    on_gpu = epoch(train(args, device=device))
+    assert {tensor.device for batch in on_gpu for tensor in batch} == {device}
+    assert on_gpu[0][0].is_contiguous(memory_format=torch.channels_last)
+    data = numbered(open_data(args))
+    assert {tensor.device for batch in data.val_loader(args, process(device=device)) for tensor in batch} == {device}
+    if "dali-gpu" not in kind:  # the same work on the CPU, then the normalisation on the other device
+        for batch, other in zip(on_gpu, epoch(train(args)), strict=True):
+            for ours, theirs in zip(batch, other, strict=True):
+                assert torch.allclose(ours.cpu(), theirs, atol=1e-4)
+
+
+class Hostile:
+    """Pickled, it asks whoever reads it to call a function."""
+
+    def __init__(self, function, *given):
+        self.call = function, given
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "named"),
+    [
+        (os.system, "touch {}", "posix.system"),
+        (os.mkdir, "{}", "posix.mkdir"),
+        (eval, "__import__('os').mkdir({!r})", "(__builtin__|builtins).eval"),
+        (np.savetxt, "{}", r"numpy\S*.savetxt"),
+    ],
+    ids=["system", "mkdir", "eval", "numpy"],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_hostile_archive_is_refused_before_it_does_anything(tmp_path, function, given, named, protocol):
+    folder, witness = write_cifar(tmp_path, "cifar10"), tmp_path / "witness"
+    more = ([1.0],) if function is np.savetxt else ()
+    attack = pickle.dumps({"data": Hostile(function, given.format(str(witness)), *more)}, protocol=protocol)
+    (folder / "data_batch_3").write_bytes(attack)
+    with pytest.raises(ValueError, match=rf"data_batch_3: not read: it asks for {named}, and only arrays"):
+        read_cifar(tmp_path, "cifar10")
+    assert not witness.exists()
+    pickle.loads(attack)  # it would have worked
+    assert witness.exists()
+
+
+def test_only_the_one_codec_of_arrays_is_run(tmp_path):
+    import codecs
+
+    folder = write_cifar(tmp_path, "cifar10")
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": Hostile(codecs.encode, "abc", "rot13")}, protocol=2))
+    with pytest.raises(ValueError, match="test_batch: not read: it asks for the codec rot13"):
+        read_cifar(tmp_path, "cifar10")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_archives_are_read_as_they_are_written(tmp_path, dataset):
+    folder = write_cifar(tmp_path, dataset)
+    for root in (tmp_path, folder):
+        train_part, test_part = read_cifar(root, dataset)
+        assert (len(train_part), len(test_part)) == (40, 15)
+        assert train_part.classes[3] == "kind 3"
+    names = [f"data_batch_{number}" for number in range(1, 6)] if dataset == "cifar10" else ["train"]
+    contents = [pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in names]
+    rows = np.concatenate([content["data"] for content in contents])
+    # The first 1024 of a row are its red pixels, row by row of the image.
+    for channel in range(3):
+        assert np.array_equal(
+            train_part.images[7, :, :, channel].ravel(), rows[7, 1024 * channel : 1024 * (channel + 1)]
+        )
+    key = "labels" if dataset == "cifar10" else "fine_labels"
+    assert train_part.labels.tolist() == [label for content in contents for label in content[key]]
+    # Written by Python 3 in the same protocol, an array is made in another way.
+    for name, content in zip(names, contents, strict=True):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    assert np.array_equal(read_cifar(tmp_path, dataset)[0].images, train_part.images)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data_batch_2", b"\x80\x02", "data_batch_2: not read: damaged, or not a pickle"),
+        ("data_batch_2", python2_pickle({"labels": [1]}), "its 'data' is no array of uint8 with 3072 columns"),
+        ("data_batch_2", python2_pickle({"data": np.zeros((2, 10), np.uint8), "labels": [1, 2]}), "with 3072 columns"),
+        ("test_batch", python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), "no list of 2 labels"),
+        (
+            "test_batch",
+            python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}),
+            r"no list of 2 labels in \[0, 10\)",
+        ),
+        ("batches.meta", python2_pickle({}), "it has no list 'label_names'"),
+        ("batches.meta", python2_pickle({})[:2] + b"].", "it holds no dictionary"),
+    ],
+)
+def test_what_is_wrong_with_an_archive_is_said(tmp_path, name, content, message):
+    folder = write_cifar(tmp_path, "cifar10")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_cifar(tmp_path, "cifar10")
+    assert str(raised.value).startswith(str(folder / name))
+
+
+def test_an_archive_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no cifar100 here; .* a folder cifar-100-python"):
+        read_cifar(tmp_path, "cifar100")
+    folder = write_cifar(tmp_path, "cifar10")
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_4"):
+        read_cifar(tmp_path, "cifar10")
