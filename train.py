@@ -32,13 +32,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
-from dali_saliencymix.training import checkpoints, distributed, logs, metrics
+from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
+from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.lockstep import Lockstep
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
+from dali_saliencymix.training.resources import resources_in_use
+from dali_saliencymix.training.robustness import attacked_accuracy
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 from pipelines.data import Batches, chosen_backend, open_data
 from pipelines.loader import LoaderError
@@ -88,6 +94,14 @@ class Trainer:
         self.model: nn.Module = model.to(processes.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.updater = Updater(self.model, args)
         self.epoch = self.step = 0
+        self.restarts = 0  # epochs begun anew on other data: see restore
+        self.lockstep = Lockstep(
+            processes,
+            checkpoint_every=args.checkpoint_every,
+            checkpoint_interval=args.checkpoint_interval or None,
+            stall_timeout=args.stall_timeout,
+            roots=[folder for folder in (args.data, args.train_dir, args.val_dir) if folder],
+        )
         self.best_top1 = -math.inf
         self.totals = self.new_totals()
         self.lossless_steps = torch.zeros((), device=processes.device)  # without a finite loss, up to now
@@ -127,13 +141,24 @@ class Trainer:
         options = (*DATA_OPTIONS, "world_size", *(("epochs",) if self.args.mix_off_epochs else ()))
         before = {name: saved["config"][name] for name in options} | saved["data"]
         present = {name: self.config[name] for name in options} | self.data.fingerprint
-        for name, now in present.items():
-            if before[name] != now:
-                msg = f"{path}: cannot go on with other data: {name} was {before[name]}, is now {now}"
-                raise ValueError(msg)
-        self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
+        changed = checkpoints.differences(before, present)
+        is_main = self.processes.is_main
+        self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
+        if changed and not self.args.restart_epoch:
+            anew = f"--restart-epoch goes on with them from the beginning of epoch {self.epoch + 1}"
+            msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {anew}"
+            raise ValueError(msg)
+        if self.args.restart_epoch:
+            self.restarts += 1
+            why = f" with other data: {'; '.join(changed)}" if changed else ""
+            logs.warn(f"epoch {self.epoch + 1} begins anew{why}", enabled=is_main)
+            return
+        for change in checkpoints.differences(saved.get("versions", {}), versions()):
+            logs.warn(f"warning: the bits may differ from those of an unbroken run: {change}", enabled=is_main)
+        self.step = saved["step"]
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
+        checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
 
     def checkpoint(self) -> dict[str, Any]:
         """Return all that is needed to go on from here, between two updates; every process has to call this."""
@@ -145,11 +170,26 @@ class Trainer:
             "step": self.step,
             "totals": distributed.gather_from_processes(self.totals.state()),
             "best_top1": self.best_top1,
+            "restarts": self.restarts,
+            "random": distributed.gather_from_processes(checkpoints.random_state(self.processes.device)),
+            "versions": versions(),
             "config": self.config,
             "classes": self.data.classes,
             "data": self.data.fingerprint,
             "loaders": distributed.gather_from_processes(self.loader.state()),
         }
+
+    def save(self, *, is_best: bool = False) -> None:
+        """Write a checkpoint of where the training stands, between two updates; every process has to call this."""
+        args = self.args
+        if args.no_checkpoints:
+            return
+        self.lockstep.writing(self.step)
+        self.check_weights()
+        saved = self.checkpoint()
+        if self.processes.is_main:
+            place = {"epoch": self.epoch, "step": self.step}
+            checkpoints.save_progress(saved, args.output_dir, **place, keep=args.keep_checkpoints, best=is_best)
 
     def phase(self, epoch: int) -> Phase:
         """Return how the images of an epoch are made."""
@@ -171,14 +211,15 @@ class Trainer:
         gc.collect()  # the old pipeline's memory is free for the new one
         # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
         # with it orders of the files, of its own.
-        changed: dict[str, Any] = {"seed": self.args.seed + phase.begin * self.processes.world_size}
+        seed = self.args.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
+        changed: dict[str, Any] = {"seed": seed}
         if not phase.mixing:
             changed["mix"] = "none"
         self.loader = self.data.train_loader(
             argparse.Namespace(**{**vars(self.args), **changed}),
             self.processes,
             crop_size=phase.crop_size,
-            state=self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None,
+            state=self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None,  # None after a restart
         )
         self.loader_phase, self.loader_state = phase, None
         return self.loader
@@ -207,8 +248,12 @@ class Trainer:
         progress = logs.Progress(f"epoch {self.epoch + 1}/{args.epochs}", steps, enabled=self.processes.is_main)
         for _ in range(begun):
             progress.advance()
-        lr = args.lr
-        for images, labels, source_labels, lam in self.monitor.watch(watch.timed(loader)):
+        lr = self.set_learning_rate(
+            self.epoch + accumulation_group(max(begun - 1, 0), steps, args.accumulation_steps)[0] / steps
+        )
+        # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
+        batches = self.monitor.watch(watch.timed(loader)) if begun < steps else ()
+        for images, labels, source_labels, lam in self.lockstep.batches(batches):
             group = accumulation_group(self.step, steps, args.accumulation_steps)
             is_update = self.step == group[-1]
             lr = self.set_learning_rate(self.epoch + group[0] / steps)
@@ -235,16 +280,18 @@ class Trainer:
                     data_wait=f"{watch.wait_share:.0%}",
                     eta=logs.duration(left * watch.seconds / (self.step - begun)),
                 )
-            # Between two updates: here a run may be saved or stopped, for nothing is half done.
-            if is_update and self.is_over:
-                break
+            # Between two updates: here a run may be saved or stopped, for nothing is half done. After the last one
+            # the loader has to come to the end of its epoch first.
+            if is_update and self.step < steps:
+                if self.is_over:
+                    break
+                if self.lockstep.checkpoint_is_due(self.step):
+                    self.save()
+                self.lockstep.stop_if_asked()
         progress.close()
         seconds = watch.seconds
         sums = self.totals.over_processes()
         done = (self.step - begun) * args.batch_size * self.processes.world_size
-        if self.step == steps:
-            self.epoch, self.step = self.epoch + 1, 0
-            self.totals = self.new_totals()
         return {
             "loss": sums["loss"] / sums["images"],
             "mixed_top1": 100 * sums["correct"] / sums["images"],
@@ -254,6 +301,12 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
         }
+
+    def end_epoch(self) -> None:
+        """Count the epoch, if it is trained to its end."""
+        if self.step == len(self.train_loader()):
+            self.epoch, self.step = self.epoch + 1, 0
+            self.totals = self.new_totals()
 
     @property
     def is_over(self) -> bool:
@@ -301,34 +354,15 @@ class Trainer:
         self.updater.set_learning_rate(lr)
         return lr
 
-    @torch.no_grad()
-    def validate(self, loader: Batches, model: nn.Module | None = None) -> Figures:
+    def validate(
+        self, loader: Batches, model: nn.Module | None = None, per_class: evaluation.PerClass | None = None
+    ) -> Figures:
         """Return loss, top-1 and top-5 in percent over all validation images, each counted once.
 
         This is of the model that is trained, or of another one, such as the moving average.
         """
         model = self.model if model is None else model
-        distributed.copy_buffers_from_main(model)
-        model.eval()
-        totals = metrics.Totals("loss", "top1", "top5", "images", device=self.processes.device)
-        progress = logs.Progress("validation", len(loader), enabled=self.processes.is_main)
-        for images, labels in loader:
-            if len(images):  # a shard that ends early gives empty batches
-                with self.autocast():
-                    logits = model(images)
-                    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-                right = (metrics.correct_in_top(logits, labels, top) for top in (1, 5))
-                totals.add(loss, *right, len(images))
-            progress.advance()
-        progress.close()
-        sums = totals.over_processes()
-        count = sums["images"]
-        return {
-            "loss": sums["loss"] / count,
-            "top1": 100 * sums["top1"] / count,
-            "top5": 100 * sums["top5"] / count,
-            "images": int(count),
-        }
+        return evaluation.evaluate(model, loader, self.processes, autocast=self.autocast, per_class=per_class)
 
 
 def banner(trainer: Trainer) -> str:
@@ -347,20 +381,21 @@ def banner(trainer: Trainer) -> str:
     )
 
 
-def find_resume(args: argparse.Namespace, processes: Processes) -> Path | None:
+def find_resume(args: argparse.Namespace) -> Path | None:
     """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
     last = args.output_dir / checkpoints.LAST
-    resume = checkpoints.find_checkpoint(args.resume, args.output_dir) if args.resume else None
+    resume = checkpoints.find_checkpoint(args.resume, args.output_dir, logs.warn) if args.resume else None
     if args.evaluate:
         if resume is None:
             msg = f"{last}: no such checkpoint"
             raise ValueError(msg)
         return resume
-    if last.exists() and not args.no_checkpoints and (resume is None or not last.samefile(resume)):
+    takes_over = args.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
+    if last.exists() and not args.no_checkpoints and not takes_over:
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
         raise ValueError(msg)
     if args.resume and resume is None:
-        logs.say(f"no {last} yet: starting anew", enabled=processes.is_main)
+        logs.say(f"no {last} yet: starting anew")
     return resume
 
 
@@ -370,10 +405,11 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     if args.profile_loader:
         profile_training(args, processes)
         return
-    resume = find_resume(args, processes)
+    resume = distributed.from_main_process(find_resume(args) if processes.is_main else None)
     trainer = Trainer(args, processes, resume)
     if args.evaluate:
-        evaluate(trainer)
+        assert resume is not None
+        evaluate(trainer, resume)
         return
     val_loader = None if args.training_only else trainer.val_loader()
     if processes.is_main:
@@ -385,22 +421,37 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
     while not trainer.is_over:
         train = trainer.train_epoch()
-        val = trainer.validate(val_loader) if val_loader else None
-        ema = trainer.validate(val_loader, trainer.updater.ema.module) if val_loader and trainer.updater.ema else None
+        val = ema = None
+        try:
+            if val_loader:
+                val = trainer.validate(val_loader)
+                ema = trainer.validate(val_loader, trainer.updater.ema.module) if trainer.updater.ema else None
+        except Preempted:
+            trainer.save()  # the trained epoch; the run that goes on validates it
+            raise
+        bad_files = distributed.gather_from_processes(getattr(trainer.train_loader(), "bad_files", []))
+        trainer.end_epoch()
         judged = ema or val
         is_best = judged is not None and judged["top1"] > trainer.best_top1
         if judged:
             trainer.best_top1 = max(judged["top1"], trainer.best_top1)
         trainer.check_weights()
-        if not args.no_checkpoints:
-            saved = trainer.checkpoint()
-            if processes.is_main:
-                checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.LAST)
-                if is_best:
-                    checkpoints.save_checkpoint(saved, args.output_dir / checkpoints.BEST)
         # The figures of an epoch: here they go to whatever shows or keeps them.
         best = trainer.best_top1 if math.isfinite(trainer.best_top1) else None
-        log.write("epoch", epoch=trainer.epoch, step=trainer.step, train=train, val=val, val_ema=ema, best_top1=best)
+        log.write(
+            "epoch",
+            epoch=trainer.epoch,
+            step=trainer.step,
+            train=train,
+            val=val,
+            val_ema=ema,
+            best_top1=best,
+            bad_files=sorted({file for files in bad_files for file in files}),
+            resources=resources_in_use(),
+        )
+        trainer.save(
+            is_best=is_best
+        )  # after the log: a run killed in between writes the line twice, and never not at all
         logs.say(summary(trainer, train, val, ema), enabled=processes.is_main)
     took = f"in {logs.duration(time.monotonic() - started)}"
     result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
@@ -422,14 +473,58 @@ def summary(trainer: Trainer, train: Figures, val: Figures | None, ema: Figures 
     )
 
 
-def evaluate(trainer: Trainer) -> None:
-    """Validate the model of a checkpoint, and its moving average where --model-ema asks for it."""
+def evaluate(trainer: Trainer, path: Path) -> None:
+    """Validate the model of a checkpoint, and its moving average where --model-ema asks for it, and report.
+
+    What else is asked for is of the moving average where there is one.
+    """
+    args, processes, classes = trainer.args, trainer.processes, trainer.data.classes
+    if args.cam_class is not None and args.cam_class not in classes:
+        msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {args.cam_class!r}"
+        raise ValueError(msg)
     loader, ema = trainer.val_loader(), trainer.updater.ema
-    for name, model in (("", trainer.model), ("moving average: ", ema.module if ema else None)):
-        if model is not None:
-            val = trainer.validate(loader, model)
-            result = f"{name}top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
-            logs.say(result, enabled=trainer.processes.is_main)
+    models: dict[str, nn.Module] = {"val": trainer.model} | ({"val_ema": ema.module} if ema else {})
+    *_, (judged, model) = models.items()
+    counts = evaluation.PerClass(len(classes), processes.device) if args.per_class_csv else None
+    mean, std = trainer.data.mean, trainer.data.std
+
+    report: dict[str, Any] = {"checkpoint": str(path), "arch": args.arch, "amp": args.amp_dtype if args.amp else None}
+    for name in models:
+        val = report[name] = trainer.validate(loader, models[name], counts if name == judged else None)
+        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
+        logs.say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
+    if args.fgsm is not None:
+        robustness = attacked_accuracy(model, loader, processes, epsilon=args.fgsm, mean=mean, std=std)
+        report["fgsm"] = robustness
+        clean, attacked = robustness["clean_top1"], robustness["attacked_top1"]
+        result = f"FGSM with epsilon {args.fgsm:.4g}: top-1 {attacked:.2f} % attacked, {clean:.2f} % clean"
+        logs.say(result, enabled=processes.is_main)
+    per_class = counts.over_processes() if counts else None
+    if not processes.is_main:
+        return
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if per_class:
+        table = evaluation.unused_path(args.output_dir / "per_class.csv")
+        evaluation.write_per_class(table, classes, *per_class)
+        report["per_class_csv"] = str(table)
+    if args.cam:
+        small = args.dataset != "folder"  # images of CIFAR are taken as they are
+        pictures = save_activation_maps(
+            model,
+            args.cam,
+            args.output_dir / "cam",
+            classes=classes,
+            resize_size=args.train_crop_size if small else args.val_resize_size,
+            crop_size=args.train_crop_size if small else args.val_crop_size,
+            mean=mean,
+            std=std,
+            label=None if args.cam_class is None else classes.index(args.cam_class),
+        )
+        report["cam"] = [str(picture) for picture in pictures]
+    target = args.report or evaluation.unused_path(args.output_dir / "evaluation.json")
+    evaluation.write_report(target, report)
+    logs.say(f"result: {target}")
 
 
 def choose_kernels(args: argparse.Namespace) -> None:
@@ -446,15 +541,21 @@ def main() -> int:
     choose_kernels(args)
     try:
         run(args, distributed.start_processes(args.device))
-    except (LoaderError, OSError, ValueError) as error:
-        sys.stderr.write(f"train.py: error: {error}\n")
-        return 1
+    except Preempted as signal:
+        return distributed.end(f"stopped by {signal}{going_on(args)}", EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        sys.stderr.write("train.py: interrupted; --resume auto goes on from the last whole epoch\n")
-        return 130
+        return distributed.end(f"interrupted{going_on(args)}", 130)
+    except Exception as error:
+        return distributed.fail(error, expected=(LoaderError, OSError, ValueError))
     finally:
         distributed.stop_processes()
     return 0
+
+
+def going_on(args: argparse.Namespace) -> str:
+    """Say how a run that was stopped goes on."""
+    last = args.output_dir / checkpoints.LAST
+    return f"; --resume auto goes on from {last}" if last.exists() else "; there is no checkpoint to go on from yet"
 
 
 if __name__ == "__main__":

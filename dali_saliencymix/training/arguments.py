@@ -15,6 +15,7 @@ from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 from dali_saliencymix.training.models import model_names
+from dali_saliencymix.training.robustness import DEFAULT_EPSILON, read_epsilon
 from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
 
 DATASETS = ("folder", "cifar10", "cifar100")
@@ -39,7 +40,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "a positive number": (lambda value: 0 < value < math.inf, ("mix_alpha", "lr", "lr_gamma", "clip_grad_norm")),
     "a number of at least 0": (
         lambda value: 0 <= value < math.inf,
-        ("weight_decay", "norm_weight_decay", "bias_weight_decay", "lr_warmup_epochs"),
+        (
+            *("weight_decay", "norm_weight_decay", "bias_weight_decay", "lr_warmup_epochs"),
+            *("checkpoint_interval", "stall_timeout"),
+        ),
     ),
     "in [0, 1]": (lambda value: 0 <= value <= 1, ("mix_prob", "hflip_prob", "color_jitter")),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing", "dropout")),
@@ -269,6 +273,32 @@ def make_parser() -> _Parser:
         help="only validate the checkpoint named by --resume; needs no training images",
     )
     run.add_argument(
+        "--checkpoint-every", type=_positive_int, metavar="STEPS", help="write checkpoints within an epoch too"
+    )
+    run.add_argument(
+        "--checkpoint-interval", type=float, default=30.0, metavar="MINUTES", help="the same by the clock; 0: never"
+    )
+    run.add_argument("--keep-checkpoints", type=_positive_int, default=2, metavar="K", help="keep the last K of them")
+    run.add_argument(
+        "--restart-epoch",
+        action="store_true",
+        help="with --resume: begin the epoch anew, with other data options, images or processes than before",
+    )
+    run.add_argument(
+        "--max-bad-batches",
+        type=_whole_number,
+        default=10,
+        metavar="N",
+        help="end with an error after more than N batches with a bad file, which is left out from then on",
+    )
+    run.add_argument(
+        "--stall-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end with an error after so long a time without progress; 0: wait for ever",
+    )
+    run.add_argument(
         "--max-nan-steps",
         type=_positive_int,
         default=3,
@@ -278,6 +308,20 @@ def make_parser() -> _Parser:
     run.add_argument(
         "-p", "--print-freq", type=_positive_int, default=10, metavar="N", help="steps between two displays"
     )
+
+    evaluation = parser.add_argument_group("with --evaluate")
+    evaluation.add_argument("--report", type=Path, metavar="JSON", help="file for the result, not evaluation.json")
+    evaluation.add_argument("--per-class-csv", action="store_true", help="write the accuracy of each class")
+    evaluation.add_argument(
+        "--fgsm",
+        nargs="?",
+        type=read_epsilon,
+        const=read_epsilon(DEFAULT_EPSILON),
+        metavar="EPSILON",
+        help=f"accuracy under attack, by at most EPSILON of 1 in each pixel value; {DEFAULT_EPSILON} if left out",
+    )
+    evaluation.add_argument("--cam", nargs="+", metavar="IMAGE", help="draw class activation maps of these images")
+    evaluation.add_argument("--cam-class", metavar="CLASS", help="of this class, not of the one that is predicted")
 
     short = parser.add_argument_group("short runs")
     short.add_argument(
@@ -400,6 +444,20 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{option.replace('_', '-')} does nothing with --mix {args.mix}: leave it out")
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
+    if args.restart_epoch and not args.resume:
+        parser.error("--restart-epoch needs --resume, the checkpoint to go on from")
+    for option in () if args.evaluate else ("report", "per_class_csv", "fgsm", "cam", "cam_class"):
+        if getattr(args, option) not in (None, False):
+            parser.error(f"--{option.replace('_', '-')} needs --evaluate")
+    if args.report is not None and args.report.exists():
+        parser.error(f"--report: {args.report}: exists already")
+    for file in args.cam or ():
+        if not Path(file).is_file():
+            parser.error(f"--cam: {file}: no such file")
+    if args.cam_class is not None and not args.cam:
+        parser.error("--cam-class needs --cam, the images to draw")
+    if args.data_backend == "synthetic" and (args.fgsm is not None or args.cam):
+        parser.error("--fgsm and --cam need real images, not --data-backend synthetic")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
         parser.error(f"--resume: {args.resume}: no such file")
     for rule, (right, options) in _RANGES.items():

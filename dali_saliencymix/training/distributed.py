@@ -8,8 +8,9 @@ import os
 import re
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,22 +118,42 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)) is not None
 
 
-def report_failure(error: BaseException, program: str) -> None:
-    """Write the line of an error to stderr, unless another process has written it or has named the cause of it.
+def end(line: str, status: int) -> int:
+    """Write the main process's last line to stderr, and return the status."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"train.py: {line}\n")
+    return status
+
+
+def fail(error: Exception, expected: tuple[type[Exception], ...]) -> int:
+    """Write the line of an error to stderr and return the status 1; of several processes, end this one at once.
+
+    What several processes have to say is written once, and nothing is written by those that only fail because another
+    one has failed.
 
     Parameters
     ----------
     error : exception
         What this process ends with.
-    program : str
-        Name of the program, which begins the line.
+    expected : tuple of types
+        Errors whose text says it all. Others come with their traceback.
     """
     lost = is_lost_connection(error)
-    if isinstance(error, OtherProcessError) and not str(error):
-        return
     text = "another process of the run has ended without a word; was it killed?" if lost else str(error)
-    if _claims(text, needs_to_be_first=lost):
-        sys.stderr.write(f"{program}: error: {text}\n")
+    is_named_elsewhere = isinstance(error, OtherProcessError) and not text
+    if not is_named_elsewhere and _claims(text, needs_to_be_first=lost):
+        if lost or isinstance(error, (*expected, OtherProcessError)):
+            sys.stderr.write(f"train.py: error: {text}\n")
+        elif dist.is_initialized():
+            traceback.print_exception(error)
+        else:
+            raise error
+    if dist.is_initialized():
+        # Leaving the group in good order would wait for processes that may be gone, and so would unwritten messages.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 1
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:
@@ -144,13 +165,6 @@ def _claims(text: str, *, needs_to_be_first: bool) -> bool:
         return number == 1 if needs_to_be_first else _board.add(f"error: {text}", 1) == 1
     except RuntimeError:  # whoever kept the board is gone too
         return True
-
-
-def end_at_once(status: int) -> NoReturn:
-    """End this process without waiting for what others should have sent it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

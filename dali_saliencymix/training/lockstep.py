@@ -1,14 +1,15 @@
 """Batches for all processes of a run in step: what befalls one of them is known to all before the next step.
 
-Before each step, the processes add up a few small numbers (`distributed.sum_of_counts`): who has received a signal,
-whose loader has failed or has come to its end, and whether the main process finds it time for a checkpoint. So all of
-them stop after the same step, and none waits in a sum of gradients for another that will never come.
+Before each step, the processes add up a few small numbers: who has received a signal, whose loader has failed or has
+come to its end, and whether the main process finds it time for a checkpoint. So all of them stop after the same step,
+and none waits in a sum of gradients for another that will never come.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from dali_saliencymix.training import distributed
@@ -22,37 +23,49 @@ Batch = TypeVar("Batch")
 class Lockstep:
     """Gives the batches of loaders, and says after which step to write a checkpoint or to stop.
 
+    As a context it takes signals and watches over the progress; outside of one it only gives batches.
+
     Parameters
     ----------
     processes : Processes
         Which process of the run this is.
-    signals : StopSignals
-        What has been received.
-    watchdog : Watchdog
-        Is told what this process is doing.
-    checkpoint_every : int or None
-        Steps from one checkpoint to the next, counted from the epoch's beginning.
-    checkpoint_minutes : float or None
+    checkpoint_every : int, optional
+        Steps from one checkpoint of an epoch to the next.
+    checkpoint_interval : float, optional
         Minutes from one checkpoint to the next, by the main process's clock.
+    stall_timeout : float
+        Seconds without progress after which the process is ended, see `Watchdog`; 0 waits for ever.
+    roots : sequence of path
+        Folders of the data.
     """
 
     def __init__(
         self,
         processes: Processes,
-        signals: StopSignals,
-        watchdog: Watchdog,
         *,
         checkpoint_every: int | None = None,
-        checkpoint_minutes: float | None = None,
+        checkpoint_interval: float | None = None,
+        stall_timeout: float = 0.0,
+        roots: Sequence[str | Path] = (),
     ) -> None:
         self._processes = processes
-        self._signals = signals
-        self._watchdog = watchdog
         self._checkpoint_every = checkpoint_every
-        self._checkpoint_minutes = checkpoint_minutes
+        self._checkpoint_interval = checkpoint_interval
+        self._signals = StopSignals()
+        self._watchdog = Watchdog(stall_timeout, processes.rank, roots)
         self._saved_at = time.monotonic()
-        self._time_to_save = False
-        self.stop_signal: str | None = None
+        self._saved_step = 0
+        self._interval_is_over = False
+        self._stop_signal: str | None = None
+
+    def __enter__(self) -> Lockstep:
+        self._signals.__enter__()
+        self._watchdog.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._watchdog.__exit__(*raised)
+        self._signals.__exit__(*raised)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Give the batches of a loader, as long as no process has failed.
@@ -88,27 +101,32 @@ class Lockstep:
             yield batch
 
     def _agree(self, *, failed: bool, ended: bool) -> tuple[int, int]:
+        """Return how many loaders have failed and have ended, and note what else the processes have to say."""
         minutes = (time.monotonic() - self._saved_at) / 60
-        due = self._processes.is_main and self._checkpoint_minutes is not None and minutes >= self._checkpoint_minutes
-        counts = distributed.sum_of_counts([*self._signals.received, failed, ended, due])
-        *signals, failures, ends, due_now = counts
-        for number, count in zip(STOP_SIGNALS, signals, strict=True):
-            if count and self.stop_signal is None:
-                self.stop_signal = number.name
-        self._time_to_save = due_now > 0
+        interval = self._checkpoint_interval
+        is_over = self._processes.is_main and interval is not None and minutes >= interval
+        counts = distributed.sum_of_counts([failed, ended, is_over, *self._signals.received])
+        failures, ends, over, *received = counts
+        self._interval_is_over = over > 0
+        for number, count in zip(STOP_SIGNALS, received, strict=True):
+            if count and self._stop_signal is None:
+                self._stop_signal = number.name
         return failures, ends
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is to be written after this step of the epoch, in all processes alike."""
+        """Return whether to write a checkpoint after this step of the epoch; it is the same in all processes."""
+        if self._stop_signal is not None or self._interval_is_over:
+            return True
         every = self._checkpoint_every
-        return self.stop_signal is not None or self._time_to_save or (every is not None and step % every == 0)
+        return every is not None and step // every > self._saved_step // every
 
-    def saved(self) -> None:
-        """Start the time to the next checkpoint anew."""
-        self._saved_at = time.monotonic()
-        self._time_to_save = False
+    def writing(self, step: int) -> None:
+        """Note that a checkpoint is written now, after this step of the epoch."""
+        self._watchdog.beat("writing a checkpoint")
+        self._saved_at, self._saved_step = time.monotonic(), step
+        self._interval_is_over = False
 
     def stop_if_asked(self) -> None:
-        """Raise `Preempted` if a process has received a signal before the step that is just over."""
-        if self.stop_signal is not None:
-            raise Preempted(self.stop_signal)
+        """Raise `Preempted` if a process had received a signal before the step that is just over."""
+        if self._stop_signal is not None:
+            raise Preempted(self._stop_signal)
