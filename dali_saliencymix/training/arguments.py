@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from dali_saliencymix.boxes import BOXES
+from dali_saliencymix.image_folder import why_unreadable
 from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
@@ -305,6 +306,12 @@ def make_parser() -> _Parser:
         metavar="N",
         help="end with an error after N steps in a row whose loss is no number",
     )
+    run.add_argument("--tensorboard", action=_YES_OR_NO, default=False, help="write for TensorBoard as well")
+    run.add_argument("--log-wandb", action=_YES_OR_NO, default=False, help="log to Weights & Biases as well")
+    run.add_argument("--wandb-project", default="dali-saliencymix", metavar="NAME", help="project to log to there")
+    run.add_argument(
+        "--save-images", type=_whole_number, default=0, metavar="N", help="draw N images of the first batch, as mixed"
+    )
     run.add_argument(
         "-p", "--print-freq", type=_positive_int, default=10, metavar="N", help="steps between two displays"
     )
@@ -447,13 +454,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.restart_epoch and not args.resume:
         parser.error("--restart-epoch needs --resume, the checkpoint to go on from")
     for option in () if args.evaluate else ("report", "per_class_csv", "fgsm", "cam", "cam_class"):
-        if getattr(args, option) not in (None, False):
+        value = getattr(args, option)
+        if value is not None and value is not False:  # 0 is a value
             parser.error(f"--{option.replace('_', '-')} needs --evaluate")
     if args.report is not None and args.report.exists():
         parser.error(f"--report: {args.report}: exists already")
     for file in args.cam or ():
-        if not Path(file).is_file():
-            parser.error(f"--cam: {file}: no such file")
+        if why := why_unreadable(file):
+            parser.error(f"--cam: {file}: {why}")
     if args.cam_class is not None and not args.cam:
         parser.error("--cam-class needs --cam, the images to draw")
     if args.data_backend == "synthetic" and (args.fgsm is not None or args.cam):
