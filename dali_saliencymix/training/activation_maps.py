@@ -67,7 +67,8 @@ def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int 
     seen: list[torch.Tensor] = []
     hook = pooling.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:
-        logits = model(images)
+        # Not through the module's own call, which may be compiled: a compiled network runs past hooks set later.
+        logits = model.forward(images)
     finally:
         hook.remove()
     labels = logits.argmax(dim=1) if label is None else torch.full((len(images),), label, device=images.device)
