@@ -137,9 +137,9 @@ def test_a_run_counts_all_images_once_and_only_the_main_process_writes(full_run)
     assert ended.stderr.count("epoch 1/2") == STEPS // 2
 
 
-def test_one_process_finds_the_figures_of_two(full_run, odd_data, train_here):
+def test_one_process_finds_the_figures_of_two(full_run, odd_data, tmp_path, train_here):
     output_dir, _ = full_run
-    ended = train_here(odd_data, *TINY, "--evaluate", "--resume", output_dir / LAST)
+    ended = train_here(odd_data, *TINY, "--evaluate", "--resume", output_dir / LAST, "--output-dir", tmp_path)
     val = read_log(output_dir)[-1]["val"]
     assert ended.status == 0
     assert f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} " in ended.out
