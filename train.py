@@ -38,6 +38,7 @@ from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
 from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
+from dali_saliencymix.training.banner import banner, run_facts
 from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.lockstep import Lockstep
 from dali_saliencymix.training.models import make_model
@@ -45,6 +46,8 @@ from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
 from dali_saliencymix.training.resources import resources_in_use
 from dali_saliencymix.training.robustness import attacked_accuracy
+from dali_saliencymix.training.run_record import RunRecord
+from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 from pipelines.data import Batches, chosen_backend, open_data
 from pipelines.loader import LoaderError
@@ -108,6 +111,8 @@ class Trainer:
         self.steps_run = 0  # by this process, whatever was resumed
         self.loader: Batches | None = None
         self.loader_phase: Phase | None = None
+        self.sampled: Batches | None = None  # the loader of which --save-images has drawn a batch
+        self.record = RunRecord(None, {})
         self.loader_state: Any = None
         if saved:
             self.restore(saved, resume)
@@ -254,6 +259,9 @@ class Trainer:
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
         batches = self.monitor.watch(watch.timed(loader)) if begun < steps else ()
         for images, labels, source_labels, lam in self.lockstep.batches(batches):
+            if loader is not self.sampled:
+                self.save_samples(images, labels, source_labels, lam)
+                self.sampled = loader
             group = accumulation_group(self.step, steps, args.accumulation_steps)
             is_update = self.step == group[-1]
             lr = self.set_learning_rate(self.epoch + group[0] / steps)
@@ -274,6 +282,9 @@ class Trainer:
                 self.check_loss(shown)
                 rate = (self.step - begun) * len(images) * self.processes.world_size / watch.seconds
                 left = (args.epochs - self.epoch) * steps - self.step
+                self.record.write_step(
+                    self.total_steps, loss=shown, lr=lr, images_per_second=rate, data_wait_share=watch.wait_share
+                )
                 progress.show(
                     loss=f"{shown:.3f}",
                     images_s=f"{rate:.0f}",
@@ -301,6 +312,29 @@ class Trainer:
             "lr": lr,
             "seconds": seconds,
         }
+
+    def save_samples(self, images: torch.Tensor, *of_samples: torch.Tensor) -> None:
+        """Draw the first batch of each phase of this run, where --save-images asks for it."""
+        if not self.args.save_images or not self.processes.is_main:
+            return
+        path = self.args.output_dir / f"samples_epoch{self.epoch:03d}.jpg"
+        try:
+            save_samples(
+                path,
+                images,
+                *of_samples,
+                classes=self.data.classes,
+                mean=self.data.mean,
+                std=self.data.std,
+                count=self.args.save_images,
+            )
+        except OSError as error:
+            logs.warn(f"warning: {path}: cannot be written, the training goes on without it: {error}")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps done, counted over all epochs."""
+        return self.epoch * len(self.train_loader()) + self.step
 
     def end_epoch(self) -> None:
         """Count the epoch, if it is trained to its end."""
@@ -365,19 +399,25 @@ class Trainer:
         return evaluation.evaluate(model, loader, self.processes, autocast=self.autocast, per_class=per_class)
 
 
-def banner(trainer: Trainer) -> str:
-    """Say in a few lines what is about to run."""
-    args, processes = trainer.args, trainer.processes
-    environment = logs.environment(processes.device)
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    mixing = args.mix if args.mix == "none" else f"{args.mix} (alpha {args.mix_alpha:g}, prob {args.mix_prob:g})"
-    global_batch = args.batch_size * processes.world_size * args.accumulation_steps
-    accumulated = f", an update after every {args.accumulation_steps} steps" if args.accumulation_steps > 1 else ""
-    return (
-        f"{environment['device']} x {processes.world_size}  |  {versions}\n"
-        f"{args.arch}, {len(trainer.data.classes)} classes, {trainer.data.train_images} images, global batch "
-        f"{global_batch}, {len(trainer.train_loader())} steps per epoch{accumulated}, mix {mixing}, batches of "
-        f"{args.batch_size} by {chosen_backend(args)} with {args.workers} threads"
+def open_record(trainer: Trainer, *, resumed: bool) -> RunRecord:
+    """Begin the files of a run, which only the main process writes, and say what is about to run."""
+    args, processes, data = trainer.args, trainer.processes, trainer.data
+    if not processes.is_main:
+        return RunRecord(None, {})
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(args, args.output_dir / "args.yaml")
+    counts = {"classes": len(data.classes), "train_images": data.train_images, "val_images": data.val_images}
+    steps, backend = len(trainer.train_loader()), chosen_backend(args)
+    facts = run_facts(args, processes, data=counts, steps_per_epoch=steps, backend=backend)
+    logs.say(banner(args, facts))
+    return RunRecord(
+        args.output_dir,
+        {"config": trainer.config, **facts},
+        epoch=trainer.epoch,
+        step=trainer.total_steps,
+        resumed=resumed,
+        tensorboard=args.tensorboard,
+        wandb_project=args.wandb_project if args.log_wandb else None,
     )
 
 
@@ -412,15 +452,19 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         evaluate(trainer, resume)
         return
     val_loader = None if args.training_only else trainer.val_loader()
-    if processes.is_main:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(args, args.output_dir / "args.yaml")
-    log = logs.JsonLines(args.output_dir / "log.jsonl" if processes.is_main else None, anew=resume is None)
-    log.write("resume" if resume else "start", config=trainer.config, **logs.environment(processes.device))
-    logs.say(banner(trainer), enabled=processes.is_main)
+    with open_record(trainer, resumed=resume is not None) as trainer.record:
+        train(trainer, val_loader)
+    took = f"in {logs.duration(time.monotonic() - started)}"
+    result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
+    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {args.output_dir}", enabled=processes.is_main)
 
+
+def train(trainer: Trainer, val_loader: Batches | None) -> None:
+    """Train and validate epoch by epoch, to the end of the run."""
+    args, processes, record = trainer.args, trainer.processes, trainer.record
     while not trainer.is_over:
-        train = trainer.train_epoch()
+        figures = trainer.train_epoch()
+        watch = logs.Stopwatch()
         val = ema = None
         try:
             if val_loader:
@@ -429,6 +473,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         except Preempted:
             trainer.save()  # the trained epoch; the run that goes on validates it
             raise
+        val_seconds = watch.seconds if val else 0.0
         bad_files = distributed.gather_from_processes(getattr(trainer.train_loader(), "bad_files", []))
         trainer.end_epoch()
         judged = ema or val
@@ -438,28 +483,38 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         trainer.check_weights()
         # The figures of an epoch: here they go to whatever shows or keeps them.
         best = trainer.best_top1 if math.isfinite(trainer.best_top1) else None
-        log.write(
-            "epoch",
-            epoch=trainer.epoch,
-            step=trainer.step,
-            train=train,
+        memory = logs.gpu_memory(processes.device)
+        record.write_epoch(
+            trainer.epoch,
+            trainer.step,
+            trainer.total_steps,
+            train=figures,
             val=val,
             val_ema=ema,
+            val_seconds=val_seconds,
             best_top1=best,
             bad_files=sorted({file for files in bad_files for file in files}),
             resources=resources_in_use(),
+            **memory,
         )
         trainer.save(
             is_best=is_best
         )  # after the log: a run killed in between writes the line twice, and never not at all
-        logs.say(summary(trainer, train, val, ema), enabled=processes.is_main)
-    took = f"in {logs.duration(time.monotonic() - started)}"
-    result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
-    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {args.output_dir}", enabled=processes.is_main)
+        left = None if trainer.step else (args.epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
+        logs.say(summary(trainer, figures, val, ema, memory, left), enabled=processes.is_main)
+    if trainer.epoch < args.epochs:
+        record.status = "stopped"
 
 
-def summary(trainer: Trainer, train: Figures, val: Figures | None, ema: Figures | None) -> str:
-    """Say in one line how an epoch went."""
+def summary(
+    trainer: Trainer,
+    train: Figures,
+    val: Figures | None,
+    ema: Figures | None,
+    memory: Figures,
+    seconds_left: float | None,
+) -> str:
+    """Say in one line how an epoch went, and when all will have, at the pace of this one."""
     line = f"epoch {trainer.epoch}/{trainer.args.epochs}  "
     if trainer.step:
         line = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}, stopped after step {trainer.step}  "
@@ -467,10 +522,13 @@ def summary(trainer: Trainer, train: Figures, val: Figures | None, ema: Figures 
         line += f"val top-1 {val['top1']:.2f}  top-5 {val['top5']:.2f}  loss {val['loss']:.3f}  |  "
     if ema:
         line += f"moving average top-1 {ema['top1']:.2f}  top-5 {ema['top5']:.2f}  loss {ema['loss']:.3f}  |  "
-    return line + (
+    line += (
         f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
         f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}"
     )
+    if memory:
+        line += f"  GPU memory {memory['gpu_peak_mib']:.0f} MiB"
+    return line + (f"  eta {logs.duration(seconds_left)}" if seconds_left else "")
 
 
 def evaluate(trainer: Trainer, path: Path) -> None:
@@ -546,7 +604,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return distributed.end(f"interrupted{going_on(args)}", 130)
     except Exception as error:
-        return distributed.fail(error, expected=(LoaderError, OSError, ValueError))
+        return distributed.fail(error, expected=(ImportError, LoaderError, OSError, ValueError))
     finally:
         distributed.stop_processes()
     return 0

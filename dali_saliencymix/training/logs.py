@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+import math
+import os
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +25,99 @@ Batch = TypeVar("Batch")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return the versions and the device that a result depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions(), "device": name, "cuda": torch.version.cuda if device.type == "cuda" else None}
+    """Return what a result depends on beside the options: versions, device, driver, processor, state of the code."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "versions": versions("tensorboard", "wandb"),
+        "device": name,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,  # type: ignore[no-untyped-call]
+        "driver": _first_match("/proc/driver/nvidia/version", r"Kernel Module[^\d]*([\d.]+)"),
+        "cpu": _first_match("/proc/cpuinfo", r"model name\s*: (.+)"),
+        "cores": len(os.sched_getaffinity(0)),
+        "git_commit": _git_commit(),
+    }
+
+
+def _first_match(file: str, pattern: str) -> str | None:
+    """Return what a pattern finds in a file of the system, if there is such a file."""
+    with contextlib.suppress(OSError):
+        found = re.search(pattern, Path(file).read_text(errors="replace"))
+        return found[1].strip() if found else None
+    return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code that runs, with a plus sign if files differ from it; None outside of git."""
+    folder = Path(__file__).parent
+    try:
+        git = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        tracked = git(["git", "ls-files", "--error-unmatch", __file__])
+        commit, changed = (git(["git", *words]) for words in (("rev-parse", "HEAD"), ("diff", "--stat", "HEAD")))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout else "") if tracked.stdout else None
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Return memory of a GPU in MiB; {} on a CPU.
+
+    Returns
+    -------
+    dict from str to float
+        ``gpu_peak_mib``: the most that PyTorch's tensors took since the last call, without what DALI takes;
+        ``gpu_used_mib``: what all programs take there now.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_peak_mib": round(peak / 2**20, 1), "gpu_used_mib": round((total - free) / 2**20, 1)}
+
+
+def has_hardware_decoder(device: torch.device) -> bool | None:
+    """Whether a GPU has an engine for JPEG that DALI can use: tried by decoding a small image with it alone.
+
+    Returns
+    -------
+    bool or None
+        None on a CPU, and if it could not be found out.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from nvidia import nvimgcodec
+        from PIL import Image
+
+        jpeg = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(jpeg, "JPEG")
+        engine = nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)
+        decoder = nvimgcodec.Decoder(device_id=device.index or 0, backends=[engine])
+        return decoder.decode(jpeg.getvalue()) is not None
+    except Exception:  # whatever another version of the library says: the training does not depend on it
+        return None
+
+
+def finite(value: Any) -> Any:
+    """Return a value, or what is in a mapping or sequence, with None for each number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 class JsonLines:
-    """A log with one JSON object on each line, flushed line by line.
+    """A log with one JSON object on each line, which is only added to.
 
     Parameters
     ----------
     path : path or None
-        File to append to; with None nothing is written, as in all processes but the main one.
+        The file; with None nothing is written, as in all processes but the main one.
     anew : bool
         Whether to begin an empty file, in the place of one that may be there.
     """
@@ -40,10 +128,16 @@ class JsonLines:
             path.write_text("")
 
     def write(self, event: str, **values: Any) -> None:
-        """Append a line."""
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
+        """Append a line, and give it to the system at once. Numbers that are not finite are null: NaN is no JSON."""
+        if self._path is None:
+            return
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite(values)}, allow_nan=False) + "\n"
+        with open(self._path, "ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # a full disk or a killed process left half a line
+                    line = "\n" + line
+            stream.write(line.encode())
 
 
 class Stopwatch:

@@ -1,0 +1,82 @@
+"""Pictures of batches as the network gets them, with what each sample is mixed of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN, _LINE, _LEAST_WIDTH = 4, 13, 150  # pixels
+
+
+def save_samples(
+    path: Path,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    source_labels: torch.Tensor,
+    lam: torch.Tensor,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int = 16,
+) -> None:
+    """Draw the first images of a training batch in a grid, each above its classes and their weights.
+
+    Parameters
+    ----------
+    path : path
+        Picture to write; the ending decides on its format.
+    images : Tensor of shape (N, 3, H, W), floating point
+        Normalised images, on any device.
+    labels, source_labels : Tensor of shape (N,), integer
+        Classes of receiver and source.
+    lam : Tensor of shape (N,), floating point
+        Weights of `labels`; 1 is an image that is not mixed.
+    classes : sequence of str
+        Names of the classes.
+    mean, std : sequence of float
+        Of the red, green and blue channel, 0 to 1: what the normalisation has subtracted and divided by.
+    count : int
+        How many images to draw, if there are so many.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    pixels = images[:count].float().cpu()
+    shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
+    pixels = (255 * (pixels * scale + shift)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    height, width = pixels.shape[1:3]
+    columns = max(round(len(pixels) ** 0.5), 1)
+    rows = -(-len(pixels) // columns)
+    # Small images are enlarged by a whole number, so that each of their pixels stays to be seen.
+    zoom = max(_LEAST_WIDTH // width, 1)
+    cell_width, cell_height = width * zoom + _MARGIN, height * zoom + _MARGIN + 2 * _LINE
+    sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    samples = zip(pixels.numpy(), labels.tolist(), source_labels.tolist(), lam.tolist(), strict=False)
+    for number, (picture, label, source_label, weight) in enumerate(samples):
+        left = _MARGIN + number % columns * cell_width
+        top = _MARGIN + number // columns * cell_height
+        enlarged = Image.fromarray(picture).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, top))
+        for line, words in enumerate(caption(classes[label], classes[source_label], weight)):
+            draw.text((left, top + height * zoom + line * _LINE), words, fill="black", font=font)
+    sheet.save(path)
+
+
+def caption(label: str, source_label: str, lam: float) -> list[str]:
+    """Return the classes of a sample with their weights, one or two lines; the receiver's comes first.
+
+    Examples
+    --------
+    >>> caption("cat", "dog", 0.75)
+    ['0.75 cat', '0.25 dog']
+    >>> caption("cat", "dog", 1.0)
+    ['1.00 cat']
+    """
+    return [f"{lam:.2f} {label}", *([f"{1 - lam:.2f} {source_label}"] if lam < 1 else [])]
