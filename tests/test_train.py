@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -12,13 +13,13 @@ import time
 import pytest
 import torch
 import torchvision
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, torchrun
 
 import train
 from dali_saliencymix.bottleneck import Monitor, command
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import CLASSES
-from dali_saliencymix.training import metrics
+from dali_saliencymix.training import evaluation, metrics
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import Processes
@@ -83,7 +84,7 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
 
 def test_checkpoints_hold_plain_weights_that_torchvision_loads(full_run):
     output_dir, _ = full_run
-    assert sorted(path.name for path in output_dir.iterdir()) == ["args.yaml", BEST, LAST, "log.jsonl"]
+    assert {"args.yaml", BEST, LAST, "log.jsonl"} <= {path.name for path in output_dir.iterdir()}
     _, *epochs = read_log(output_dir)
     best = max(epochs, key=lambda line: line["val"]["top1"])["epoch"]
     for name, epoch in ((LAST, 2), (BEST, best)):
@@ -113,29 +114,36 @@ def test_torchvisions_model_with_the_saved_weights_has_the_logged_figures(full_r
     assert val["top5"] == pytest.approx(100 * (ranks < 5).float().mean().item())
 
 
-def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_writes_nothing(full_run, data_folder, train_here):
+def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_leaves_the_run_as_it_was(
+    full_run, data_folder, tmp_path, train_here
+):
     output_dir, _ = full_run
     before = {path: path.stat().st_mtime_ns for path in output_dir.iterdir()}
     _, *epochs = read_log(output_dir)
     best = max(epochs, key=lambda line: line["val"]["top1"])
     for resume, line in (("auto", epochs[-1]), (output_dir / BEST, best)):
-        ended = train_here(data_folder, *TINY, "--output-dir", output_dir, "--resume", resume, "--evaluate", "-b", "5")
+        report = tmp_path / f"{line['epoch']} of {resume == 'auto'}.json"
+        options = ("--output-dir", output_dir, "--resume", resume, "--evaluate", "-b", "5", "--report", report)
+        ended = train_here(data_folder, *TINY, *options)
         val = line["val"]
         expected = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} validation images\n"
-        assert (ended.status, ended.out) == (0, expected)
+        assert (ended.status, ended.out) == (0, f"{expected}result: {report}\n")
     assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
 
 
 def test_evaluating_keeps_the_labels_of_training_where_validation_lacks_classes(full_run, own_data, train_here, seen):
     for name in sorted(CLASSES)[:-2]:
         shutil.rmtree(own_data / "val" / name)
-    assert train_here(own_data, *TINY, "--output-dir", full_run[0], "--resume", "auto", "--evaluate").status == 0
+    report = own_data / "report.json"
+    options = ("--output-dir", full_run[0], "--resume", "auto", "--evaluate", "--report", report)
+    assert train_here(own_data, *TINY, *options).status == 0
     labels = torch.cat([labels for _, labels in seen[0]])
     assert labels.tolist() == [CLASS_COUNT - 2] * VAL_PER_CLASS + [CLASS_COUNT - 1] * VAL_PER_CLASS
 
 
 def test_there_is_a_best_checkpoint_even_where_nothing_was_right(data_folder, tmp_path, train_here, monkeypatch):
-    monkeypatch.setattr(metrics, "correct_in_top", lambda logits, labels, top: torch.zeros(()))
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {**evaluate(*args, **options), "top1": 0.0})
     assert train_here(data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run").status == 0
     assert read_log(tmp_path / "run")[-1]["val"]["top1"] == 0
     assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 1
@@ -242,3 +250,251 @@ def test_options_reach_the_optimizer_and_the_learning_rate(data_folder):
     assert group["lr"] == 0.1
     args.nesterov = False
     assert not Trainer(args, Processes(0, 0, 1, torch.device("cpu"))).updater.optimizer.param_groups[0]["nesterov"]
+
+
+def test_the_output_folder_has_the_options_of_the_run_as_a_configuration_file(full_run, data_folder):
+    output_dir, _ = full_run
+    args = parse_arguments([str(data_folder), *TINY, "--device", "auto", "--output-dir", str(output_dir)])
+    again = parse_arguments(["--config", str(output_dir / "args.yaml")])
+    assert vars(again) | {"config": None} == vars(args)
+
+
+def test_the_last_line_says_how_long_it_took(full_run):
+    assert re.fullmatch(r"best .* after 2 epochs, in 0:\d\d:\d\d: .*", full_run[1].stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def single_images(data_folder, tmp_path_factory):
+    """24 training images, each in a class of its own, so that its label says which image it is."""
+    root = tmp_path_factory.mktemp("single")
+    files = list_image_folder(data_folder / "train").files[:24]
+    for number, file in enumerate(files):
+        for split in ("train", "val") if number < 4 else ("train",):
+            folder = root / split / f"{number:02d}"
+            folder.mkdir(parents=True)
+            shutil.copy(file, folder)
+    return root
+
+
+PHASES = (
+    *("--epochs", "4", "-b", "4", "--progressive-size", "40@1", "48@2", "--mix-off-epochs", "1"),
+    *("--accumulation-steps", "4", "--model-ema", "--model-ema-decay", "0.8", "--clip-grad-norm", "5"),
+    *("--label-smoothing", "0.1", "--norm-weight-decay", "0"),
+)
+
+
+@pytest.fixture(scope="module")
+def phases_run(single_images, tmp_path_factory):
+    """The output folder of a run in four phases, and the batches of its four epochs of six steps."""
+    output_dir = tmp_path_factory.mktemp("phases") / "run"
+    batches, real_iter = [], Loader.__iter__
+
+    def recorded(loader):
+        for batch in real_iter(loader):
+            batches.append(batch)
+            yield batch
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__iter__", recorded)
+        torch.set_num_threads(1)  # as `train_here` does: with more, sums have other bits
+        args = parse_arguments([str(single_images), *TINY, *PHASES, "--output-dir", str(output_dir)])
+        train.run(args, Processes(0, 0, 1, torch.device("cpu")))
+    torch.set_num_threads(threads)
+    training = [batch for batch in batches if len(batch) == 4]
+    return output_dir, [training[6 * epoch : 6 * epoch + 6] for epoch in range(4)]
+
+
+def test_sizes_change_and_mixing_ends_at_their_epochs_and_every_epoch_has_every_image_once(phases_run):
+    _, epochs = phases_run
+    for batches, size, mixed in zip(epochs, (32, 40, 48, 48), (True, True, True, False), strict=True):
+        assert {tuple(batch[0].shape) for batch in batches} == {(4, 3, size, size)}
+        assert sorted(torch.cat([batch[1] for batch in batches]).tolist()) == list(range(24))
+        assert all((batch[3] == 1).all() for batch in batches) is not mixed
+    orders = [tuple(torch.cat([batch[1] for batch in batches]).tolist()) for batches in epochs]
+    assert len(set(orders)) == 4
+
+
+def test_a_run_that_is_stopped_anywhere_between_two_updates_ends_with_the_same_bits(
+    phases_run, single_images, tmp_path, train_here
+):
+    """After the first group of four steps; at an epoch's end, where a phase ends; within the second epoch; ..."""
+    options = (single_images, *TINY, *PHASES, "--output-dir", tmp_path / "run", "--resume", "auto")
+    for steps, epoch, step in ((3, 0, 4), (1, 1, 0), (2, 1, 4), (8, 3, 0), (5, 4, 0)):
+        ended = train_here(*options, "--max-steps", steps)
+        assert ended.status == 0, ended.err
+        saved = load_checkpoint(tmp_path / "run" / LAST)
+        assert (saved["epoch"], saved["step"]) == (epoch, step)
+        assert ("stopped after step" in ended.out) == (step > 0)
+    whole = load_checkpoint(phases_run[0] / LAST)
+    for entry in ("model", "model_ema"):
+        assert whole[entry].keys() == saved[entry].keys()
+        for name, weights in whole[entry].items():
+            assert torch.equal(weights, saved[entry][name]), name
+    assert saved["ema_updates"] == whole["ema_updates"] == 8  # groups of four steps and of two in each epoch
+    lines = [line for line in read_log(tmp_path / "run") if line["event"] == "epoch" and line["step"] == 0]
+    for line, other in zip(lines, read_log(phases_run[0])[1:], strict=True):
+        assert {key: line[key] for key in ("epoch", "val", "val_ema")} == {
+            key: other[key] for key in ("epoch", "val", "val_ema")
+        }
+        for name in ("loss", "mixed_top1", "images"):
+            assert line["train"][name] == other["train"][name], name
+
+
+def test_another_length_is_refused_where_it_would_move_the_end_of_mixing(phases_run, single_images, train_here):
+    options = (*TINY, *PHASES, "--output-dir", phases_run[0], "--resume", "auto", "--epochs", "5")
+    ended = train_here(single_images, *options)
+    assert ended.status == 1
+    assert "epochs was 4, is now 5" in ended.error
+
+
+def test_the_banner_counts_accumulated_steps_in_the_global_batch(single_images, tmp_path, train_here):
+    options = ("--max-steps", "1", "--training-only", "--no-checkpoints", "--output-dir", tmp_path / "run")
+    ended = train_here(single_images, *TINY, *PHASES, *options)
+    assert "global batch 16, 6 steps per epoch, an update after every 4 steps" in ended.out
+
+
+def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
+    output_dir, _ = phases_run
+    _, *epochs = read_log(output_dir)
+    last = epochs[-1]
+    assert last["val_ema"] != last["val"]
+    assert last["best_top1"] == max(line["val_ema"]["top1"] for line in epochs)
+    saved = load_checkpoint(output_dir / LAST)
+    model = torchvision.models.resnet18(num_classes=24)
+    model.load_state_dict(saved["model_ema"], strict=True)
+    assert any(not torch.equal(saved["model"][name], saved["model_ema"][name]) for name in saved["model"])
+    report = tmp_path / "report.json"
+    options = ("--output-dir", output_dir, "--resume", "auto", "--evaluate", "--report", report)
+    ended = train_here(single_images, *TINY, *PHASES, *options)
+    lines = ended.out.splitlines()
+    for part, line in zip(("val", "val_ema"), lines[:2], strict=True):
+        assert f"top-1 {last[part]['top1']:.2f} %" in line
+        assert json.loads(report.read_text())[part] == pytest.approx(last[part], rel=1e-4)
+    assert lines[1].startswith("moving average: ")
+
+
+def test_a_short_run_trains_only_and_saves_nothing(data_folder, tmp_path, train_here):
+    options = ("--prof", "3", "--training-only", "--no-checkpoints", "--output-dir", tmp_path / "run")
+    ended = train_here(data_folder, *TINY, *options)
+    assert ended.status == 0
+    assert "epoch 1/2, stopped after step 3  train loss" in ended.out
+    assert ended.out.splitlines()[-1].startswith("not validated after 0 epochs")
+    assert not list((tmp_path / "run").glob("*.pt"))
+    (line,) = (line for line in read_log(tmp_path / "run") if line["event"] == "epoch")
+    assert (line["epoch"], line["step"], line["val"], line["best_top1"]) == (0, 3, None, None)
+    assert line["train"]["images"] == 24
+
+
+def test_evaluating_needs_no_training_images(full_run, own_data, tmp_path, train_here):
+    shutil.rmtree(own_data / "train")
+    options = ("--output-dir", full_run[0], "--resume", "auto", "--test-only", "--report", tmp_path / "report.json")
+    ended = train_here(own_data, *TINY, *options)
+    assert ended.status == 0
+    assert f"top-1 {read_log(full_run[0])[-1]['val']['top1']:.2f} %" in ended.out
+
+
+def test_a_training_that_diverges_ends_before_the_last_good_checkpoint_is_overwritten(
+    full_run, data_folder, tmp_path, train_here
+):
+    output_dir = shutil.copytree(full_run[0], tmp_path / "run")
+    before = (output_dir / LAST).read_bytes()
+    options = (*TINY, "--output-dir", output_dir, "--resume", "auto", "--epochs", "9", "--lr", "1e10")
+    for more, told in (
+        ((), "the loss became nan in epoch 3, step 2; a smaller --lr may help"),
+        (("--max-nan-steps", "100"), "some weights are not finite after epoch 3"),
+    ):
+        ended = train_here(data_folder, *options, *more)
+        assert ended.status == 1
+        assert told in ended.error
+        assert f"{output_dir / LAST} is from before" in ended.error
+        assert (output_dir / LAST).read_bytes() == before
+
+
+def test_float16_survives_steps_without_a_loss_that_the_scaler_leaves_out(
+    data_folder, tmp_path, train_here, seen, monkeypatch
+):
+    _, logits = seen
+    real = metrics.mixed_cross_entropy
+    monkeypatch.setattr(
+        metrics, "mixed_cross_entropy", lambda *batch: real(*batch) * (math.inf if len(logits) in (3, 4) else 1)
+    )
+    options = ("-b", "2", "--max-steps", "5", "--training-only", "--amp", "--amp-dtype", "fp16", "-p", "1")
+    for limit, status in (("3", 0), ("2", 1)):
+        logits.clear()
+        ended = train_here(data_folder, *TINY, *options, "--max-nan-steps", limit, "--output-dir", tmp_path / limit)
+        assert ended.status == status, ended.err
+    assert {part.dtype for part in logits} == {torch.float16}
+    assert "the loss became inf in epoch 1, step 3" in ended.error
+
+
+def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(data_folder, tmp_path, train_here, monkeypatch):
+    """With the tracing of torch.compile, but not its compiler of kernels, which takes a minute."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: real(module, backend=backend))
+    options = ("--compile", "--max-steps", "2", "--training-only", "--output-dir", tmp_path / "run")
+    ended = train_here(data_folder, *TINY, *options)
+    assert ended.status == 0, ended.err
+    assert compiled
+    torchvision.models.resnet18(num_classes=CLASS_COUNT).load_state_dict(
+        load_checkpoint(tmp_path / "run" / LAST)["model"], strict=True
+    )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_fast_or_deterministic(monkeypatch, deterministic):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    try:
+        train.choose_kernels(parse_arguments(["data", *["--deterministic"] * deterministic]))
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_synthetic_data_needs_no_folder(tmp_path, train_here):
+    options = ("--data-backend", "synthetic", "--synthetic-steps", "2", "--synthetic-classes", "4", "--epochs", "1")
+    ended = train_here(*TINY, *options, "--output-dir", tmp_path / "run")
+    assert ended.status == 0, ended.err
+    assert "4 classes, 16 images, global batch 8, 2 steps per epoch" in ended.out
+
+
+# Counts how often gradients are exchanged in an epoch of accumulated steps, and compares the weights afterwards.
+ACCUMULATED = """
+import json, sys
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+import train
+from dali_saliencymix.training import distributed
+from dali_saliencymix.training.arguments import parse_arguments
+processes = distributed.start_processes("cpu")
+trainer = train.Trainer(parse_arguments(sys.argv[2:]), processes)
+exchanged = []
+def counted(group, bucket):
+    exchanged.append(bucket.is_last())
+    return allreduce_hook(group, bucket)
+trainer.network.register_comm_hook(None, counted)
+trainer.train_epoch()
+weights = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
+gathered = distributed.gather_from_processes([sum(exchanged), weights])
+if processes.is_main:
+    open(sys.argv[1], "w").write(json.dumps(gathered))
+distributed.stop_processes()
+"""
+
+
+def test_processes_exchange_gradients_once_for_each_update(data_folder, tmp_path):
+    (tmp_path / "accumulated.py").write_text(ACCUMULATED)
+    options = ("-b", "8", "--accumulation-steps", "2")  # three steps: a group of two and one of one
+    torchrun(tmp_path / "accumulated.py", tmp_path / "result.json", data_folder, *TINY, *options)
+    first, second = json.loads((tmp_path / "result.json").read_text())
+    assert first == second
+    assert first[0] == 2
