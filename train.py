@@ -452,7 +452,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         evaluate(trainer, resume)
         return
     val_loader = None if args.training_only else trainer.val_loader()
-    with open_record(trainer, resumed=resume is not None) as trainer.record:
+    with trainer.lockstep, open_record(trainer, resumed=resume is not None) as trainer.record:
         train(trainer, val_loader)
     took = f"in {logs.duration(time.monotonic() - started)}"
     result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
@@ -497,9 +497,8 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
             resources=resources_in_use(),
             **memory,
         )
-        trainer.save(
-            is_best=is_best
-        )  # after the log: a run killed in between writes the line twice, and never not at all
+        # After the log: a run that is killed in between writes the line twice, and never not at all.
+        trainer.save(is_best=is_best)
         left = None if trainer.step else (args.epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
         logs.say(summary(trainer, figures, val, ema, memory, left), enabled=processes.is_main)
     if trainer.epoch < args.epochs:
