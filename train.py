@@ -40,7 +40,7 @@ from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.banner import banner, run_facts
 from dali_saliencymix.training.distributed import Processes
-from dali_saliencymix.training.lockstep import Lockstep
+from dali_saliencymix.training.lockstep import Interruptible, Lockstep
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
@@ -396,7 +396,8 @@ class Trainer:
         This is of the model that is trained, or of another one, such as the moving average.
         """
         model = self.model if model is None else model
-        return evaluation.evaluate(model, loader, self.processes, autocast=self.autocast, per_class=per_class)
+        batches = Interruptible(loader, self.lockstep)
+        return evaluation.evaluate(model, batches, self.processes, autocast=self.autocast, per_class=per_class)
 
 
 def open_record(trainer: Trainer, *, resumed: bool) -> RunRecord:

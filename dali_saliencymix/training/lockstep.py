@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from dali_saliencymix.training import distributed
 from dali_saliencymix.training.distributed import OtherProcessError, Processes
@@ -18,6 +18,15 @@ from dali_saliencymix.training.preemption import STOP_SIGNALS, Preempted, StopSi
 from dali_saliencymix.training.watchdog import Watchdog
 
 Batch = TypeVar("Batch")
+Yielded = TypeVar("Yielded", covariant=True)
+
+
+class SizedIterable(Protocol[Yielded]):
+    """What has a length and gives batches."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Yielded]: ...
 
 
 class Lockstep:
@@ -130,3 +139,22 @@ class Lockstep:
         """Raise `Preempted` if a process had received a signal before the step that is just over."""
         if self._stop_signal is not None:
             raise Preempted(self._stop_signal)
+
+
+class Interruptible(Generic[Batch]):
+    """The batches of a loader in step, until a signal comes: iterating raises `Preempted` then.
+
+    For a validation, of which nothing is worth keeping when it is stopped.
+    """
+
+    def __init__(self, loader: SizedIterable[Batch], lockstep: Lockstep) -> None:
+        self._loader = loader
+        self._lockstep = lockstep
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._lockstep.batches(self._loader):
+            self._lockstep.stop_if_asked()
+            yield batch
