@@ -26,7 +26,10 @@ from scipy.stats import theilslopes
 from benchmarks import machine, measure
 
 SETTLING = 0.15  # of the run, whose readings do not count
-TRAINING = ("-a", "resnet18", "-b", "16", "-j", "1", "--epochs", "1000000", "--lr", "0.01", "--model-ema", "-p", "1000")
+TRAINING = (
+    *("-a", "resnet18", "-b", "16", "-j", "1", "--epochs", "1000000", "--lr", "0.01"),
+    *("--model-ema", "--tensorboard", "-p", "1000"),
+)
 SIZES = ("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32")
 
 
