@@ -52,8 +52,9 @@ def test_a_run_on_the_cpu_says_so_and_shows_how_it_goes(full_run):
     output_dir, ended = full_run
     assert "no CUDA GPU found: everything runs on the CPU" in ended.stderr.splitlines()
     assert "warning" not in ended.stderr.lower()
-    assert re.search(rf"resnet18, 8 classes, {TRAIN_IMAGES} images, global batch 8, {STEPS} steps", ended.stdout)
-    assert "mix saliencymix (alpha 1, prob 1)" in ended.stdout
+    assert f"resnet18, fp32, contiguous  |  global batch 8 (8 a process, 1 process), {STEPS} steps" in ended.stdout
+    assert "mix saliencymix, alpha 1, prob 1\n" in ended.stdout
+    assert f"8 classes, {TRAIN_IMAGES} images, {VAL_IMAGES} for validation" in ended.stdout
     assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
     progress = re.findall(
         r"epoch (\d)/2 \[(\d)/6\]  loss \d\.\d+  images_s \d+  data_wait \d+%  eta 0:00:\d\d", ended.stderr
@@ -351,7 +352,7 @@ def test_another_length_is_refused_where_it_would_move_the_end_of_mixing(phases_
 def test_the_banner_counts_accumulated_steps_in_the_global_batch(single_images, tmp_path, train_here):
     options = ("--max-steps", "1", "--training-only", "--no-checkpoints", "--output-dir", tmp_path / "run")
     ended = train_here(single_images, *TINY, *PHASES, *options)
-    assert "global batch 16, 6 steps per epoch, an update after every 4 steps" in ended.out
+    assert "global batch 16 (4 a process, 1 process, 4 steps an update), 6 steps per epoch, 4 epochs" in ended.out
 
 
 def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
@@ -464,7 +465,8 @@ def test_synthetic_data_needs_no_folder(tmp_path, train_here):
     options = ("--data-backend", "synthetic", "--synthetic-steps", "2", "--synthetic-classes", "4", "--epochs", "1")
     ended = train_here(*TINY, *options, "--output-dir", tmp_path / "run")
     assert ended.status == 0, ended.err
-    assert "4 classes, 16 images, global batch 8, 2 steps per epoch" in ended.out
+    assert "global batch 8 (8 a process, 1 process), 2 steps per epoch" in ended.out
+    assert "4 classes, 16 images, 16 for validation  |  batches by synthetic" in ended.out
 
 
 # Counts how often gradients are exchanged in an epoch of accumulated steps, and compares the weights afterwards.
