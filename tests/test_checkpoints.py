@@ -10,7 +10,17 @@ import resource
 import pytest
 import torch
 
-from dali_saliencymix.training.checkpoints import LAST, find_checkpoint, load_checkpoint, save_checkpoint
+from dali_saliencymix.training.checkpoints import (
+    BEST,
+    LAST,
+    differences,
+    find_checkpoint,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    save_progress,
+)
 
 OLD = {"model": {"weight": torch.arange(6.0).reshape(2, 3)}, "epoch": 3, "loaders": [{"pipeline": b"\0x", "step": 0}]}
 NEW = {"model": {"weight": torch.zeros(500, 500)}, "epoch": 4, "loaders": []}
@@ -144,3 +154,99 @@ def test_auto_means_the_last_checkpoint_of_the_output_folder_if_there_is_one(sav
     assert find_checkpoint("auto", saved.parent) == saved
     assert find_checkpoint("auto", tmp_path / "new") is None
     assert find_checkpoint("some/where.pt", saved.parent).parts == ("some", "where.pt")
+
+
+def equal(one, other) -> bool:
+    """Compare what two checkpoints hold."""
+    return torch.equal(one["model"]["weight"], other["model"]["weight"]) and all(
+        one[name] == other[name] for name in ("epoch", "loaders")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch and zipfile guess at what is damaged
+def test_a_flipped_bit_is_found_or_changes_nothing(saved):
+    whole, draw, refused = saved.read_bytes(), random.Random(4), 0
+    weights = whole.index(torch.arange(6.0).numpy().tobytes())
+    for position in [weights + 5, *(draw.randrange(len(whole)) for _ in range(400))]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << draw.randrange(8)
+        saved.write_bytes(flipped)
+        try:
+            loaded = load_checkpoint(saved, tuple(OLD))
+        except ValueError as error:
+            refused += str(error).startswith(f"{saved}: ")
+        else:
+            assert equal(loaded, OLD)
+            assert position != weights + 5
+    assert refused > 100
+
+
+def save_places(folder, *places, keep=100):
+    for epoch, step in places:
+        place = {"epoch": epoch, "step": step}
+        save_progress({**OLD, **place}, folder, **place, keep=keep)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_files_are_kept_and_last_is_the_newest(tmp_path):
+    save_places(tmp_path, (0, 5), (0, 10), (1, 0), (1, 5), keep=2)
+    assert names(tmp_path) == ["checkpoint_e001_s000000.pt", "checkpoint_e001_s000005.pt", LAST]
+    assert load_checkpoint(tmp_path / LAST)["step"] == 5
+    save_progress({**OLD, "epoch": 2, "step": 0}, tmp_path, epoch=2, step=0, keep=1, best=True)
+    save_places(tmp_path, (1000, 2_000_000), keep=1)
+    assert names(tmp_path) == [BEST, "checkpoint_e1000_s2000000.pt", LAST]
+    assert load_checkpoint(tmp_path / BEST)["epoch"] == 2
+    save_places(tmp_path, (3, 0), keep=1)  # a run that has gone on from an older one takes no newer one away
+    assert names(tmp_path) == [BEST, "checkpoint_e003_s000000.pt", "checkpoint_e1000_s2000000.pt", LAST]
+
+
+def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(source, name):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    save_places(tmp_path, (0, 5), (0, 10), keep=1)
+    assert names(tmp_path) == ["checkpoint_e000_s000010.pt", LAST]
+    assert load_checkpoint(tmp_path / LAST)["step"] == 10
+
+
+def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_path):
+    save_places(tmp_path, (0, 5), (0, 10), (1, 0))
+    for age, name in enumerate(names(tmp_path)):
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    passed_over = []
+    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / LAST
+    assert passed_over == []
+    newest = tmp_path / "checkpoint_e001_s000000.pt"
+    newest.write_bytes(newest.read_bytes()[:-10])  # and with it the one named last
+    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
+    (line,) = passed_over
+    assert f"not whole: {tmp_path / LAST}: damaged" in line
+    (tmp_path / LAST).unlink()
+    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_differences_name_what_was_and_what_is():
+    assert differences({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "d": 5}) == [
+        "b was 2, is now 4",
+        "d was None, is now 5",
+        "c was 3, is now None",
+    ]
+
+
+def test_random_states_go_through_a_file(tmp_path):
+    device = torch.device("cpu")
+    torch.manual_seed(3)
+    random.seed(3)
+    save_checkpoint({"model": {}, "random": random_state(device)}, tmp_path / "a.pt")
+    expected = torch.rand(5), random.random()
+    restore_random_state(load_checkpoint(tmp_path / "a.pt")["random"], device)
+    assert torch.equal(torch.rand(5), expected[0])
+    assert random.random() == expected[1]

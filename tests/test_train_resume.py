@@ -32,7 +32,7 @@ def half_run(full_run, data_folder, tmp_path, train_here, monkeypatch):
         patch.setattr(metrics, "mixed_cross_entropy", interrupted)
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "half")
     assert ended.status == 130
-    assert "interrupted; --resume auto goes on from the last whole epoch" in ended.err
+    assert "interrupted; --resume auto goes on from" in ended.err
     assert "Traceback" not in ended.err
     return tmp_path / "half"
 
@@ -68,6 +68,7 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
         (("--mix", "none"), "mix was saliencymix, is now none"),
         (("--mix-prob", "0.5"), "mix_prob was 1.0, is now 0.5"),
         (("--train-crop-size", "40"), "train_crop_size was 32, is now 40"),
+        (("--mix", "none", "-b", "6"), "batch_size was 8, is now 6; mix was saliencymix, is now none; --restart-epoch"),
         (("-a", "resnet34"), "holds a resnet18, which --arch has to say, got 'resnet34'"),
         (("--train-dir", own_data / "train"), "train_images was 48, is now 49"),
     ):
@@ -83,6 +84,20 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
     assert read_log(half_run)[-1]["val"] == read_log(full_run[0])[-1]["val"]
     assert read_log(half_run)[-1]["best_top1"] == 99  # the best of all epochs, not of those after resuming
     assert (half_run / BEST).read_bytes() == best
+
+
+def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_here):
+    options = (data_folder, *TINY, "--output-dir", half_run, "-b", "6", "--mix", "none", "--resume", "auto")
+    ended = train_here(*options, "--restart-epoch", "--max-steps", "3")
+    assert ended.status == 0
+    assert (
+        "epoch 2 begins anew with other data: batch_size was 8, is now 6; mix was saliencymix, is now none" in ended.err
+    )
+    saved = load_checkpoint(half_run / LAST)
+    assert (saved["epoch"], saved["step"], saved["restarts"]) == (1, 3, 1)
+    assert train_here(*options).status == 0  # and from there on it is resumed like any other
+    (*_, line) = (line for line in read_log(half_run) if line["event"] == "epoch")
+    assert (line["epoch"], line["train"]["images"]) == (2, 48)
 
 
 def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, data_folder, train_here):

@@ -1,0 +1,63 @@
+"""`train.py` for the tests of faults: it writes down each batch that it trains on, and has something happen at one.
+
+    python fault_worker.py RECORD FAULT [options of train.py]
+
+RECORD.0, RECORD.1, ... get a line for each batch of each process, before its step: epoch, step, a hash of all tensors.
+FAULT is ``none`` or ``WHAT@RANK:STEP``: it happens in that process when it gets its STEP-th batch, counted from 1 in
+this process; STEP is ``val`` for the first batch of a validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+
+import train
+
+
+def happen(what: str) -> None:
+    if what == "raise":
+        msg = "enough of this"
+        raise ZeroDivisionError(msg)
+    if what.startswith("vanish "):
+        shutil.rmtree(what.removeprefix("vanish "))
+    elif what == "SIGKILL of torchrun":
+        os.kill(os.getppid(), signal.SIGKILL)
+    else:
+        os.kill(os.getpid(), signal.Signals[what])
+
+
+def main() -> int:
+    record, fault, *arguments = sys.argv[1:]
+    rank = os.environ.get("RANK", "0")
+    what, _, where = fault.partition("@")
+    real_batches, trainers, count = train.Lockstep.batches, [], 0
+
+    class Trainer(train.Trainer):
+        def __init__(self, *args):
+            trainers.append(self)
+            super().__init__(*args)
+
+    def batches(self, loader):
+        nonlocal count
+        for batch in real_batches(self, loader):
+            if len(batch) == 4:
+                count += 1
+                digest = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in batch)).hexdigest()
+                with open(f"{record}.{rank}", "a") as stream:
+                    stream.write(f"{trainers[-1].epoch} {trainers[-1].step} {digest}\n")
+            if where == f"{rank}:{count if len(batch) == 4 else 'val'}":
+                happen(what)
+            yield batch
+
+    train.Trainer = Trainer
+    train.Lockstep.batches = batches
+    sys.argv[1:] = arguments
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
