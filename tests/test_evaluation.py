@@ -97,7 +97,7 @@ def test_the_forward_passes_run_in_the_given_context_and_take_no_gradients():
             seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), self.training))
             return images.flatten(1)[:, :4]
 
-    loader = batches(4, [3])
+    loader = batches(4, [3, 0])  # an empty batch is not passed through the network
     evaluate(Watched(), loader, ALONE, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     evaluate(Watched(), loader, ALONE, autocast=contextlib.nullcontext)
     assert seen == [(True, False, False), (False, False, False)]

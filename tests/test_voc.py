@@ -51,6 +51,11 @@ def test_boxes_hold_exactly_the_pixels_of_their_objects(voc):
                 assert around[:, half].float().mean() < 0.02
 
 
+def test_the_first_pixel_is_number_one_in_a_file_and_zero_here(tmp_path):
+    write_annotation(tmp_path / "box.xml", [("cat", (1, 3, 10, 12), False)])
+    assert read_annotation(str(tmp_path / "box.xml")).boxes.tolist() == [[0, 2, 10, 12]]  # 10 x 10 pixels
+
+
 def test_difficult_objects_are_marked(voc):
     images = VocImages(voc, ["2007:trainval"])
     marked = [objects.difficult.tolist() for objects in images.objects]
