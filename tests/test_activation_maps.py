@@ -11,6 +11,7 @@ from torch import nn
 
 from dali_saliencymix.image_folder import ImageFolder
 from dali_saliencymix.training.activation_maps import _centre_crop, class_activation_maps, save_activation_maps
+from dali_saliencymix.training.models import WideResNet, make_model
 from pipelines.imagenet import MEAN, STD
 from pipelines.loader import validation_loader
 
@@ -61,6 +62,20 @@ def test_the_mean_of_a_map_and_the_bias_make_the_logit(resnet, label):
     probabilities = logits.softmax(dim=1).gather(1, found.labels[:, None])[:, 0]
     torch.testing.assert_close(found.probabilities, probabilities)
     assert not resnet.avgpool._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(lambda: make_model("cifar_resnet18", 10), 4), (lambda: WideResNet(10, 1, 10), 8)],
+    ids=["cifar_resnet18", "wide"],
+)
+def test_networks_for_cifar_have_maps_too(make, size):
+    model = make().eval()
+    images = torch.randn(2, 3, 32, 32)
+    found = class_activation_maps(model, images)
+    assert found.maps.shape == (2, size, size)
+    means = found.maps.mean(dim=(1, 2)) + model.fc.bias[found.labels].detach()
+    torch.testing.assert_close(means, model(images).detach().amax(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_map_lies_where_the_class_is():
