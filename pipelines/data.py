@@ -223,7 +223,7 @@ class FolderData(Data):
             hflip_prob=args.hflip_prob,
             seed=args.seed,
             mix=mix_operator(args),
-            max_bad_batches=getattr(args, "max_bad_batches", 0),
+            max_bad_batches=args.max_bad_batches,
             state=state,
         )
 
@@ -233,8 +233,8 @@ class FolderData(Data):
         if chosen_backend(args) == "pytorch":
             batches = _validation_batches(args, processes, FolderImages(self.val, **sizes))
             return _torch_loader(args, processes, batches, self.mean, self.std)
-        max_bad_batches = getattr(args, "max_bad_batches", 0)
-        return validation_loader(self.val, **_dali_options(args, processes), max_bad_batches=max_bad_batches, **sizes)
+        options = {**_dali_options(args, processes), **sizes}
+        return validation_loader(self.val, max_bad_batches=args.max_bad_batches, **options)
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ def _check_training(args: argparse.Namespace, processes: Processes, train: Sized
 def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
     """Return the images whose paths, relative to the folder, are the lines of a text file; their order stays."""
     wanted: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line and wanted.setdefault(line, number) != number:
             msg = f"{option} {path}, line {number}: the same image as in line {wanted[line]}: {line}"
             raise ValueError(msg)
