@@ -153,7 +153,8 @@ def test_a_disk_that_is_full_ends_with_one_line_and_without_half_a_checkpoint(da
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ended.status == 1
     assert LAST in ended.error
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["args.yaml", "log.jsonl"]
+    written = ["args.yaml", "log.jsonl", "report.json", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == written
 
 
 def test_the_program_ends_with_status_1_and_no_traceback(tmp_path):

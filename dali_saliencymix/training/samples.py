@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def save_samples(
     shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
     pixels = (255 * (pixels * scale + shift)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     height, width = pixels.shape[1:3]
-    columns = max(round(len(pixels) ** 0.5), 1)
+    columns = math.ceil(len(pixels) ** 0.5)
     rows = -(-len(pixels) // columns)
     # Small images are enlarged by a whole number, so that each of their pixels stays to be seen.
     zoom = max(_LEAST_WIDTH // width, 1)

@@ -92,7 +92,7 @@ class TensorBoard:
         except ImportError as error:
             msg = "--tensorboard needs TensorBoard: pip install 'dali-saliencymix[tensorboard]'"
             raise ImportError(msg) from error
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step)
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step and step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the scalars of a step."""
