@@ -1,0 +1,72 @@
+"""The slow job of docs/bottleneck.md, and what became of it.
+
+    python -m benchmarks.worked_example photos --from DATA    # 96 large photographs
+
+The page has the commands that measure. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a random part of it; `fast` decodes that
+part. `step` waits, as the host of an accelerator does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from dali_saliencymix.fn import saliencymix
+
+SIDE = 1600  # pixels of the longer side
+SECONDS = 0.2  # of a step
+
+
+@pipeline_def(device_id=None, seed=1)
+def slow() -> tuple[Any, ...]:
+    """Decode photographs whole, then crop."""
+    encoded, labels = fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
+    images = fn.random_resized_crop(fn.decoders.image(encoded), size=(224, 224))
+    return finished(images, labels)
+
+
+@pipeline_def(device_id=None, seed=1)
+def fast() -> tuple[Any, ...]:
+    """Decode what is kept."""
+    encoded, labels = fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
+    images = fn.resize(fn.decoders.image_random_crop(encoded), size=(224, 224))
+    return finished(images, labels)
+
+
+def finished(images: Any, labels: Any) -> tuple[Any, ...]:
+    """Mix and normalise."""
+    images, labels, source_labels, lam = saliencymix(images, labels)
+    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mirror=fn.random.coin_flip())
+    return images, labels, source_labels, lam
+
+
+def step(batch: Any) -> None:
+    """Train, as far as the host of an accelerator can tell."""
+    time.sleep(SECONDS)
+
+
+def main() -> None:
+    """Make large photographs of small ones."""
+    parser = argparse.ArgumentParser(description="Make large photographs, of those in a folder of class folders.")
+    parser.add_argument("folder", type=Path, help="folder to write into")
+    parser.add_argument("--from", type=Path, required=True, dest="source", help="folder of class folders")
+    parser.add_argument("--count", type=int, default=96)
+    args = parser.parse_args()
+    files = sorted(path for path in args.source.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
+    for file in files[: args.count]:
+        target = args.folder / file.parent.name / f"{file.stem}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            scale = SIDE / max(image.size)
+            large = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
+        large.save(target, quality=90)
+
+
+if __name__ == "__main__":
+    main()
