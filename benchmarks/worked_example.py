@@ -2,8 +2,8 @@
 
     python -m benchmarks.worked_example photos --from DATA    # 96 large photographs
 
-The page has the commands that measure. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a random part of it; `fast` decodes that
-part. `step` waits, as the host of an accelerator does.
+The page has the commands that measure. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a
+random part of it; `fast` decodes that part. `step` waits, as the host of an accelerator does.
 """
 
 from __future__ import annotations
