@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 from cifar_files import python2_pickle, write_cifar
+from training_fixtures import TINY
 
 from dali_saliencymix import core
 from dali_saliencymix.sample_data import make_sample_data
 from dali_saliencymix.training import arguments
+from dali_saliencymix.training.checkpoints import load_checkpoint
 from dali_saliencymix.training.distributed import Processes
 from pipelines import data as data_module
 from pipelines.cifar_archive import read_cifar
 from pipelines.data import chosen_backend, open_data
 from pipelines.loader import LoaderError
 from pipelines.torch_loader import Mixing, PaddedImages, TrainingBatches
+
+pytest_plugins = ["training_fixtures"]
 
 CPU = torch.device("cpu")
 FOLDER_SIZES = ("--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32")
@@ -163,6 +167,31 @@ def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(root, kind):
         while len(rest) < len(batches) - position:
             rest += epoch(restored)
         assert_equal_batches(rest, batches[position:])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:3])
+def test_a_training_that_was_stopped_in_an_epoch_ends_with_the_same_weights(root, train_here, tmp_path, kind):
+    dataset, backend = kind.split()
+    common = [
+        root,
+        *TINY,
+        "--dataset",
+        dataset,
+        "--data-backend",
+        backend,
+        "--train-crop-size",
+        "32",
+        "--training-only",
+    ]
+    weights = []
+    for name, lines in (("whole", [()]), ("stopped", [("--max-steps", "4"), ("--resume", "auto")])):
+        for line in lines:
+            ended = train_here(*common, "--output-dir", tmp_path / name, *line)
+            assert ended.status == 0, ended.err
+        checkpoint = load_checkpoint(tmp_path / name / "checkpoint_last.pt")
+        assert (checkpoint["epoch"], checkpoint["step"]) == (2, 0)
+        weights.append(checkpoint["model"])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*(part.values() for part in weights), strict=True))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])
