@@ -273,46 +273,52 @@ def make_parser() -> _Parser:
         action="store_true",
         help="only validate the checkpoint named by --resume; needs no training images",
     )
-    run.add_argument(
+
+    faults = parser.add_argument_group("checkpoints and faults")
+    faults.add_argument(
         "--checkpoint-every", type=_positive_int, metavar="STEPS", help="write checkpoints within an epoch too"
     )
-    run.add_argument(
+    faults.add_argument(
         "--checkpoint-interval", type=float, default=30.0, metavar="MINUTES", help="the same by the clock; 0: never"
     )
-    run.add_argument("--keep-checkpoints", type=_positive_int, default=2, metavar="K", help="keep the last K of them")
-    run.add_argument(
+    faults.add_argument(
+        "--keep-checkpoints", type=_positive_int, default=2, metavar="K", help="keep the last K of them"
+    )
+    faults.add_argument(
         "--restart-epoch",
         action="store_true",
         help="with --resume: begin the epoch anew, with other data options, images or processes than before",
     )
-    run.add_argument(
+    faults.add_argument(
         "--max-bad-batches",
         type=_whole_number,
         default=10,
         metavar="N",
         help="end with an error after more than N batches with a bad file, which is left out from then on",
     )
-    run.add_argument(
+    faults.add_argument(
         "--stall-timeout",
         type=float,
         default=600.0,
         metavar="SECONDS",
         help="end with an error after so long a time without progress; 0: wait for ever",
     )
-    run.add_argument(
+    faults.add_argument(
         "--max-nan-steps",
         type=_positive_int,
         default=3,
         metavar="N",
         help="end with an error after N steps in a row whose loss is no number",
     )
-    run.add_argument("--tensorboard", action=_YES_OR_NO, default=False, help="write for TensorBoard as well")
-    run.add_argument("--log-wandb", action=_YES_OR_NO, default=False, help="log to Weights & Biases as well")
-    run.add_argument("--wandb-project", default="dali-saliencymix", metavar="NAME", help="project to log to there")
-    run.add_argument(
+
+    output = parser.add_argument_group("displays and files")
+    output.add_argument("--tensorboard", action=_YES_OR_NO, default=False, help="write for TensorBoard as well")
+    output.add_argument("--log-wandb", action=_YES_OR_NO, default=False, help="log to Weights & Biases as well")
+    output.add_argument("--wandb-project", default="dali-saliencymix", metavar="NAME", help="project to log to there")
+    output.add_argument(
         "--save-images", type=_whole_number, default=0, metavar="N", help="draw N images of the first batch, as mixed"
     )
-    run.add_argument(
+    output.add_argument(
         "-p", "--print-freq", type=_positive_int, default=10, metavar="N", help="steps between two displays"
     )
 
