@@ -200,7 +200,7 @@ class Trainer:
         """Return how the images of an epoch are made."""
         args = self.args
         return phase_at(
-            epoch,
+            min(epoch, args.epochs - 1),  # after the last epoch its loader stays
             epochs=args.epochs,
             crop_size=args.train_crop_size,
             progressive_size=args.progressive_size,

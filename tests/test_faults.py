@@ -216,7 +216,7 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder,
 
 def test_bad_files_are_named_and_counted_and_the_run_goes_on_or_stops_with_their_number(own_data, tmp_path, train_here):
     broken = [own_data / "train" / "red_square" / f"0000{number}.jpg" for number in (1, 3, 5)]
-    broken[0].write_bytes(broken[0].read_bytes()[:-400])
+    broken[0].write_bytes(broken[0].read_bytes()[:24])
     broken[1].write_bytes(b"no image")
     broken[2].write_bytes(b"")
     in_validation = own_data / "val" / "red_square" / "00001.jpg"
@@ -255,10 +255,8 @@ def test_a_file_that_vanishes_while_the_run_goes_on_is_named(own_data, tmp_path)
 
 def test_a_stalled_disk_under_one_of_two_processes_ends_both_and_names_the_file(own_data, tmp_path):
     file = own_data / "train" / "red_square" / "00003.jpg"
-    size = file.stat().st_size
     file.unlink()
     os.mkfifo(file)  # opening it waits for a writer, as a file on a dead network disk waits for its server
-    assert size
     ended = launch(torchrun, tmp_path, "none", own_data, *TWO, "--stall-timeout", "10")
     assert ended.returncode == 1
     (error,) = errors_in(ended.stderr)
@@ -314,7 +312,7 @@ def test_resident_memory_and_open_files_are_in_the_log_of_each_epoch(unbroken):
 
 
 def test_every_row_of_the_fault_table_names_tests_that_there_are():
-    table = (REPOSITORY / "docs" / "faults.md").read_text()
+    _, table = (REPOSITORY / "docs" / "faults.md").read_text().split("## Fault table")
     rows = [row for row in table.splitlines() if row.startswith("| ") and not row.startswith("| Fault")]
     assert len(rows) >= 15
     for row in rows:

@@ -100,6 +100,14 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     assert (line["epoch"], line["train"]["images"]) == (2, 48)
 
 
+def test_a_finished_run_goes_on_to_more_epochs(data_folder, tmp_path, train_here):
+    options = (data_folder, *TINY, "--mix", "cutmix", "--output-dir", tmp_path / "run", "--resume", "auto")
+    assert train_here(*options, "--epochs", "1").status == 0
+    assert train_here(*options, "--epochs", "2").status == 0
+    lines = [line for line in read_log(tmp_path / "run") if line["event"] == "epoch"]
+    assert [(line["epoch"], line["train"]["images"]) for line in lines] == [(1, 48), (2, 48)]
+
+
 def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, data_folder, train_here):
     output_dir, _ = full_run
     before = (output_dir / LAST).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import os
@@ -154,6 +155,13 @@ def fail(error: Exception, expected: tuple[type[Exception], ...]) -> int:
         sys.stderr.flush()
         os._exit(1)
     return 1
+
+
+def announce_failure() -> None:
+    """Have the other processes know that this one ends with an error which is on the screen."""
+    if _board is not None:
+        with contextlib.suppress(RuntimeError):  # whoever kept the board is gone too
+            _board.add("errors", 1)
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dali_saliencymix.training.distributed import announce_failure
+
 # How much longer than for data to wait in what may take its time: a process that waits for another one which waits
 # for a file has to leave the word to it, and a first step compiles.
 _PATIENCE = {"waiting for data": 1.0}
@@ -98,6 +100,9 @@ class Watchdog:
         sys.stderr.write(f"train.py: error: process {self._rank}: {after} while {doing}{why}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
+        telling = threading.Thread(target=announce_failure, daemon=True)  # which may hang as well
+        telling.start()
+        telling.join(_PROBE_SECONDS)
         os._exit(1)
 
 
