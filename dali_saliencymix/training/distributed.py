@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import os
@@ -157,11 +156,9 @@ def fail(error: Exception, expected: tuple[type[Exception], ...]) -> int:
     return 1
 
 
-def announce_failure() -> None:
-    """Have the other processes know that this one ends with an error which is on the screen."""
-    if _board is not None:
-        with contextlib.suppress(RuntimeError):  # whoever kept the board is gone too
-            _board.add("errors", 1)
+def announce_failure() -> bool:
+    """Tell the other processes that this one ends with an error which it writes; return whether it is the first."""
+    return _claims("", needs_to_be_first=True)
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from dali_saliencymix.training import distributed
 from dali_saliencymix.training.distributed import OtherProcessError, Processes
 from dali_saliencymix.training.preemption import STOP_SIGNALS, Preempted, StopSignals
-from dali_saliencymix.training.watchdog import Watchdog
+from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTHERS, Watchdog
 
 Batch = TypeVar("Batch")
 Yielded = TypeVar("Yielded", covariant=True)
@@ -86,7 +86,7 @@ class Lockstep:
         """
         iterator = iter(loader)
         while True:
-            self._watchdog.beat("waiting for data")
+            self._watchdog.beat(WAITING_FOR_DATA)
             batch, error = None, None
             try:
                 batch = next(iterator)
@@ -94,7 +94,7 @@ class Lockstep:
                 pass
             except Exception as raised:  # whatever it is, the others have to know before this process ends
                 error = raised
-            self._watchdog.beat("waiting for the other processes")
+            self._watchdog.beat(WAITING_FOR_OTHERS)
             failed, ended = self._agree(failed=error is not None, ended=error is None and batch is None)
             if error is not None:
                 raise error

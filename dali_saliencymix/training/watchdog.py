@@ -15,7 +15,8 @@ from dali_saliencymix.training.distributed import announce_failure
 
 # How much longer than for data to wait in what may take its time: a process that waits for another one which waits
 # for a file has to leave the word to it, and a first step compiles.
-_PATIENCE = {"waiting for data": 1.0}
+WAITING_FOR_DATA, WAITING_FOR_OTHERS = "waiting for data", "waiting for the other processes"
+_PATIENCE = {WAITING_FOR_DATA: 1.0}
 _PATIENCE_ELSEWHERE = 1.5
 _PATIENCE_AT_THE_START = 3.0
 _FIRST_BEATS = 10
@@ -27,6 +28,15 @@ _NAMES_A_FILE = {
     "x86_64": {2: 0, 4: 0, 6: 0, 257: 1, 262: 1, 332: 1},  # open, stat, lstat, openat, newfstatat, statx
     "aarch64": {56: 1, 79: 1, 291: 1},  # openat, newfstatat, statx
 }
+
+
+def _is_first() -> bool:
+    """Return whether this process is the first of the run with an error, or cannot find out."""
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(announce_failure()), daemon=True)
+    asking.start()
+    asking.join(_PROBE_SECONDS)
+    return answers[0] if answers else True
 
 
 class Watchdog:
@@ -89,6 +99,8 @@ class Watchdog:
         faulthandler.dump_traceback_later(2 * _PATIENCE_AT_THE_START * self._seconds, exit=True)
 
     def _give_up(self, doing: str, seconds: float) -> None:
+        if not _is_first() and doing == WAITING_FOR_OTHERS:
+            return  # the one that is waited for is about to say why, and ends
         stalled, open_files = stalled_files(self._roots)
         if stalled:
             why = f"; no answer from {', '.join(stalled[:5])}"
@@ -100,9 +112,6 @@ class Watchdog:
         sys.stderr.write(f"train.py: error: process {self._rank}: {after} while {doing}{why}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
-        telling = threading.Thread(target=announce_failure, daemon=True)  # which may hang as well
-        telling.start()
-        telling.join(_PROBE_SECONDS)
         os._exit(1)
 
 
