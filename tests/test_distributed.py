@@ -27,12 +27,12 @@ COPIED = """
 import shutil, sys
 import train
 from dali_saliencymix.training import checkpoints
-save = checkpoints.save_checkpoint
-def save_and_copy(checkpoint, path):
-    save(checkpoint, path)
-    if checkpoint["epoch"] == 1 and path.name == checkpoints.LAST:
-        shutil.copytree(path.parent, path.parent.with_name("killed"))
-checkpoints.save_checkpoint = save_and_copy
+save = checkpoints.save_progress
+def save_and_copy(checkpoint, output_dir, *, epoch, step, **options):
+    save(checkpoint, output_dir, epoch=epoch, step=step, **options)
+    if (epoch, step) == (1, 0):
+        shutil.copytree(output_dir, output_dir.with_name("killed"))
+checkpoints.save_progress = save_and_copy
 sys.exit(train.main())
 """
 
