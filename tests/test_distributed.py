@@ -134,7 +134,7 @@ def test_a_run_counts_all_images_once_and_only_the_main_process_writes(full_run)
         assert line["train"]["images"] == 2 * STEPS * BATCH
     shown = ended.stdout.splitlines()
     assert sum(line.startswith("epoch 1/2") for line in shown) == 1
-    assert any(f"global batch {2 * BATCH}, {STEPS} steps per epoch" in line for line in shown)
+    assert any(f"global batch {2 * BATCH} ({BATCH} a process, 2 processes), {STEPS} steps per epoch" in line for line in shown)
     assert ended.stderr.count("epoch 1/2") == STEPS // 2
 
 
@@ -178,7 +178,8 @@ def test_a_broken_file_in_one_shard_ends_the_whole_run_and_is_named(odd_data, tm
     own = shutil.copytree(odd_data, tmp_path / "data")
     broken = own / "train" / "blue_star" / "00000.jpg"
     broken.write_bytes(b"")
-    ended = torchrun("train.py", own, *TWO, "--epochs", "1", "--output-dir", tmp_path / "run", check=False)
+    options = ("--epochs", "1", "--max-bad-batches", "0", "--output-dir", tmp_path / "run")
+    ended = torchrun("train.py", own, *TWO, *options, check=False)
     assert ended.returncode != 0
-    assert f"train.py: error: {broken}: empty file" in ended.stderr
+    assert ended.stderr.count(f"train.py: error: {broken}: empty file") == 1
     assert not list(tmp_path.rglob("*.pt"))

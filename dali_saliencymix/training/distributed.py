@@ -68,10 +68,6 @@ def start_processes(device: str = "auto") -> Processes:
     """
     global _board, _control
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    if "RANK" in os.environ:
-        _die_with_parent()
-        store, _, _ = next(rendezvous("env://"))
-        _board = PrefixStore("board", store)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = device
     if device == "auto":
@@ -85,6 +81,9 @@ def start_processes(device: str = "auto") -> Processes:
     if device == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ:
+        _die_with_parent()
+        store, _, _ = next(rendezvous("env://"))
+        _board = PrefixStore("board", store)
         if device == "cuda":
             dist.init_process_group("nccl", device_id=chosen, store=store, rank=rank, world_size=world_size)
         else:
