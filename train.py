@@ -36,16 +36,16 @@ from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
-from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
-from dali_saliencymix.training.banner import banner, run_facts
+from dali_saliencymix.training.banner import banner, epoch_line, run_facts
+from dali_saliencymix.training.checkpoint_report import report_on_checkpoint
 from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.divergence import DivergenceWatch
 from dali_saliencymix.training.lockstep import Interruptible, Lockstep
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
 from dali_saliencymix.training.resources import resources_in_use
-from dali_saliencymix.training.robustness import attacked_accuracy
 from dali_saliencymix.training.run_record import RunRecord
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
@@ -107,7 +107,7 @@ class Trainer:
         )
         self.best_top1 = -math.inf
         self.totals = self.new_totals()
-        self.lossless_steps = torch.zeros((), device=processes.device)  # without a finite loss, up to now
+        self.divergence = DivergenceWatch(args.max_nan_steps, processes.device, args.output_dir / checkpoints.LAST)
         self.steps_run = 0  # by this process, whatever was resumed
         self.loader: Batches | None = None
         self.loader_phase: Phase | None = None
@@ -190,7 +190,7 @@ class Trainer:
         if args.no_checkpoints:
             return
         self.lockstep.writing(self.step)
-        self.check_weights()
+        self.divergence.check_weights(self.updater, self.epoch, self.step)
         saved = self.checkpoint()
         if self.processes.is_main:
             place = {"epoch": self.epoch, "step": self.step}
@@ -273,13 +273,13 @@ class Trainer:
             if is_update:
                 self.updater.update()
             self.totals.add(loss * len(images), metrics.mixed_correct(logits, labels, source_labels, lam), len(images))
-            self.lossless_steps = torch.where(loss.detach().isfinite(), 0, self.lossless_steps + 1)
+            self.divergence.count(loss)
             self.step += 1
             self.steps_run += 1
             progress.advance()
             if self.step % args.print_freq == 0 or self.step == steps:
                 shown = loss.item()
-                self.check_loss(shown)
+                self.divergence.check_loss(shown, self.epoch + 1, self.step)
                 rate = (self.step - begun) * len(images) * self.processes.world_size / watch.seconds
                 left = (args.epochs - self.epoch) * steps - self.step
                 self.record.write_step(
@@ -351,27 +351,6 @@ class Trainer:
     def new_totals(self) -> metrics.Totals:
         """Return the sums of an epoch that begins."""
         return metrics.Totals("loss", "correct", "images", device=self.processes.device)
-
-    def check_loss(self, loss: float) -> None:
-        """End the run where there was no loss for --max-nan-steps steps; this waits for the GPU."""
-        count = int(self.lossless_steps)
-        if count >= self.args.max_nan_steps:
-            first = max(self.step - count + 1, 1)
-            msg = f"the loss became {loss} in epoch {self.epoch + 1}, step {first}; {self.advice()}"
-            raise ValueError(msg)
-
-    def check_weights(self) -> None:
-        """End the run where a weight is no number, before a good checkpoint is overwritten; this waits for the GPU."""
-        if not self.updater.is_finite():
-            msg = f"some weights are not finite after epoch {self.epoch}, step {self.step}; {self.advice()}"
-            raise ValueError(msg)
-
-    def advice(self) -> str:
-        """Say what may help against a training that diverges, and what is left of it."""
-        last = self.args.output_dir / checkpoints.LAST
-        return "a smaller --lr may help, more --lr-warmup-epochs, --clip-grad-norm 1, or --amp-dtype bf16; " + (
-            f"{last} is from before" if last.exists() else "there is no checkpoint yet"
-        )
 
     def set_learning_rate(self, epoch: float) -> float:
         """Set the learning rate for a point of the training, and return it."""
@@ -450,7 +429,10 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     trainer = Trainer(args, processes, resume)
     if args.evaluate:
         assert resume is not None
-        evaluate(trainer, resume)
+        models = {"val": trainer.model}
+        if trainer.updater.ema:
+            models["val_ema"] = trainer.updater.ema.module
+        report_on_checkpoint(resume, models, trainer.data, args, processes, trainer.validate)
         return
     val_loader = None if args.training_only else trainer.val_loader()
     with trainer.lockstep, open_record(trainer, resumed=resume is not None) as trainer.record:
@@ -481,7 +463,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         is_best = judged is not None and judged["top1"] > trainer.best_top1
         if judged:
             trainer.best_top1 = max(judged["top1"], trainer.best_top1)
-        trainer.check_weights()
+        trainer.divergence.check_weights(trainer.updater, trainer.epoch, trainer.step)
         # The figures of an epoch: here they go to whatever shows or keeps them.
         best = trainer.best_top1 if math.isfinite(trainer.best_top1) else None
         memory = logs.gpu_memory(processes.device)
@@ -501,88 +483,10 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         # After the log: a run that is killed in between writes the line twice, and never not at all.
         trainer.save(is_best=is_best)
         left = None if trainer.step else (args.epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
-        logs.say(summary(trainer, figures, val, ema, memory, left), enabled=processes.is_main)
+        line = epoch_line(trainer.epoch, args.epochs, trainer.step, figures, val, ema, memory, left)
+        logs.say(line, enabled=processes.is_main)
     if trainer.epoch < args.epochs:
         record.status = "stopped"
-
-
-def summary(
-    trainer: Trainer,
-    train: Figures,
-    val: Figures | None,
-    ema: Figures | None,
-    memory: Figures,
-    seconds_left: float | None,
-) -> str:
-    """Say in one line how an epoch went, and when all will have, at the pace of this one."""
-    line = f"epoch {trainer.epoch}/{trainer.args.epochs}  "
-    if trainer.step:
-        line = f"epoch {trainer.epoch + 1}/{trainer.args.epochs}, stopped after step {trainer.step}  "
-    if val:
-        line += f"val top-1 {val['top1']:.2f}  top-5 {val['top5']:.2f}  loss {val['loss']:.3f}  |  "
-    if ema:
-        line += f"moving average top-1 {ema['top1']:.2f}  top-5 {ema['top5']:.2f}  loss {ema['loss']:.3f}  |  "
-    line += (
-        f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
-        f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}"
-    )
-    if memory:
-        line += f"  GPU memory {memory['gpu_peak_mib']:.0f} MiB"
-    return line + (f"  eta {logs.duration(seconds_left)}" if seconds_left else "")
-
-
-def evaluate(trainer: Trainer, path: Path) -> None:
-    """Validate the model of a checkpoint, and its moving average where --model-ema asks for it, and report.
-
-    What else is asked for is of the moving average where there is one.
-    """
-    args, processes, classes = trainer.args, trainer.processes, trainer.data.classes
-    if args.cam_class is not None and args.cam_class not in classes:
-        msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {args.cam_class!r}"
-        raise ValueError(msg)
-    loader, ema = trainer.val_loader(), trainer.updater.ema
-    models: dict[str, nn.Module] = {"val": trainer.model} | ({"val_ema": ema.module} if ema else {})
-    *_, (judged, model) = models.items()
-    counts = evaluation.PerClass(len(classes), processes.device) if args.per_class_csv else None
-    mean, std = trainer.data.mean, trainer.data.std
-
-    report: dict[str, Any] = {"checkpoint": str(path), "arch": args.arch, "amp": args.amp_dtype if args.amp else None}
-    for name in models:
-        val = report[name] = trainer.validate(loader, models[name], counts if name == judged else None)
-        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
-        logs.say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
-    if args.fgsm is not None:
-        robustness = attacked_accuracy(model, loader, processes, epsilon=args.fgsm, mean=mean, std=std)
-        report["fgsm"] = robustness
-        clean, attacked = robustness["clean_top1"], robustness["attacked_top1"]
-        result = f"FGSM with epsilon {args.fgsm:.4g}: top-1 {attacked:.2f} % attacked, {clean:.2f} % clean"
-        logs.say(result, enabled=processes.is_main)
-    per_class = counts.over_processes() if counts else None
-    if not processes.is_main:
-        return
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if per_class:
-        table = evaluation.unused_path(args.output_dir / "per_class.csv")
-        evaluation.write_per_class(table, classes, *per_class)
-        report["per_class_csv"] = str(table)
-    if args.cam:
-        small = args.dataset != "folder"  # images of CIFAR are taken as they are
-        pictures = save_activation_maps(
-            model,
-            args.cam,
-            args.output_dir / "cam",
-            classes=classes,
-            resize_size=args.train_crop_size if small else args.val_resize_size,
-            crop_size=args.train_crop_size if small else args.val_crop_size,
-            mean=mean,
-            std=std,
-            label=None if args.cam_class is None else classes.index(args.cam_class),
-        )
-        report["cam"] = [str(picture) for picture in pictures]
-    target = args.report or evaluation.unused_path(args.output_dir / "evaluation.json")
-    evaluation.write_report(target, report)
-    logs.say(f"result: {target}")
 
 
 def choose_kernels(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run is, told before it begins: as values for its files, and as lines for its user."""
+"""What a run is and how it goes, in words: before it begins, and after each epoch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from dali_saliencymix.training import logs
 from dali_saliencymix.training.distributed import Processes
+
+Figures = dict[str, float]
 
 
 def run_facts(
@@ -59,3 +61,33 @@ def banner(args: argparse.Namespace, facts: dict[str, Any]) -> str:
             f"{engine[facts['hardware_decoder']]}",
         ]
     )
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    step: int,
+    train: Figures,
+    val: Figures | None,
+    ema: Figures | None,
+    memory: Figures,
+    seconds_left: float | None,
+) -> str:
+    """Say in one line how an epoch went, and when all will be done, at the pace of this one.
+
+    `epoch` is the number of whole epochs done; `step` is 0, or where a run has stopped in the next one.
+    """
+    line = f"epoch {epoch}/{epochs}  "
+    if step:
+        line = f"epoch {epoch + 1}/{epochs}, stopped after step {step}  "
+    if val:
+        line += f"val top-1 {val['top1']:.2f}  top-5 {val['top5']:.2f}  loss {val['loss']:.3f}  |  "
+    if ema:
+        line += f"moving average top-1 {ema['top1']:.2f}  top-5 {ema['top5']:.2f}  loss {ema['loss']:.3f}  |  "
+    line += (
+        f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
+        f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}"
+    )
+    if memory:
+        line += f"  GPU memory {memory['gpu_peak_mib']:.0f} MiB"
+    return line + (f"  eta {logs.duration(seconds_left)}" if seconds_left else "")
