@@ -119,7 +119,7 @@ def check_against_the_array_function(calls, function, pipeline, device, batches=
         {"destination": "salient", "preset": "paper"},
         {"preset": "released-code"},
     ],
-    ids=str,
+    ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
 )
 def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options, batch_size):
     calls = draws_of(monkeypatch, "saliencymix")
