@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import transfer_voc
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.placement import Placement
@@ -30,8 +31,11 @@ def parts() -> dict[str, str]:
         "detector_conditions": detector_conditions(),
         "help_package": help_of("python -m dali_saliencymix", package_main),
         "help_sample_data": help_of("python -m dali_saliencymix", package_main, "sample-data"),
+        "help_scan": help_of("python -m dali_saliencymix", package_main, "scan"),
+        "help_bottleneck": help_of("python -m dali_saliencymix", package_main, "bottleneck"),
         "help_preview": help_of("python -m dali_saliencymix", package_main, "preview"),
         "help_train": help_of("train.py", parse_arguments),
+        "help_transfer_voc": help_of("transfer_voc.py", transfer_voc.parse_arguments),
         "help_examples": help_of("python -m pipelines.examples", examples_main),
         "help_dynamic_mode": help_of("python -m pipelines.dynamic_mode", dynamic_mode.main),
         "help_accelerate": help_of("python -m pipelines.accelerate_training", accelerate_training.main),
