@@ -88,7 +88,13 @@ class Loader:
         self._max_bad_batches = max_bad_batches
         self._step = state["step"] if state else 0
         self._replaced = dict(state.get("replaced", {})) if state else {}
-        self._start(state["pipeline"] if state else None)
+        try:
+            self._start(state["pipeline"] if state else None)
+        except RuntimeError as error:
+            if state is None or isinstance(error, LoaderError):
+                raise
+            msg = f"the state to go on from is not one of this pipeline: {' '.join(str(error).split())}"
+            raise LoaderError(msg) from error
 
     def _start(self, checkpoint: bytes | None) -> None:
         files, labels = self._in_place()

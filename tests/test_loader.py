@@ -124,6 +124,14 @@ def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
         assert_equal_batches(rest, batches[position:])
 
 
+def test_the_state_of_another_pipeline_is_refused_in_one_line(folder):
+    loader = train(folder)
+    next(iter(loader))
+    with pytest.raises(LoaderError, match="^the state to go on from is not one of this pipeline: .*__CoinFlip") as raised:
+        train(folder, mix=saliencymix, state=loader.state())
+    assert "\n" not in str(raised.value)
+
+
 def test_the_seed_decides_the_batches_and_ranks_augment_differently(folder):
     make = functools.partial(train, folder, mix=saliencymix, batch_size=32)
     assert_equal_batches(epoch(make(seed=1)), epoch(make(seed=1)))

@@ -59,7 +59,7 @@ def bottleneck_parser(prog: str) -> argparse.ArgumentParser:
         "--step",
         metavar="MODULE:FUNCTION",
         help="the training step, step(batch); or a function without arguments that returns it. By default a network "
-        "of torchvision (-a)",
+        "of train.py (-a)",
     )
     parser.add_argument("--no-step", action="store_true", help="measure the loader alone")
     parser.add_argument("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")

@@ -1,4 +1,4 @@
-"""The built-in training step: a torchvision network, SGD and the loss of mixed batches, as in ``train.py``."""
+"""The built-in training step: a network of ``train.py``, SGD and the loss of mixed batches, as in ``train.py``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import nn
 
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
+from dali_saliencymix.training.models import make_model
 
 
 class TrainingStep:
-    """Forward, loss, backward and update of a network of torchvision.
+    """Forward, loss, backward and update of a network of ``train.py``.
 
     Parameters
     ----------
@@ -42,17 +43,14 @@ class TrainingStep:
         amp: bool = False,
         channels_last: bool = False,
     ) -> None:
-        import torchvision
-
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         try:
-            model = torchvision.models.get_model(arch, num_classes=num_classes)
+            model: nn.Module = make_model(arch, num_classes)
         except ValueError as error:
-            msg = f"arch must be a network of torchvision, got {arch!r}"
-            raise BottleneckError(msg) from error
+            raise BottleneckError(f"arch: {error}") from error
         self._device, self._amp = device, amp
         self._num_classes = num_classes
-        self.network: nn.Module = model.to(device, memory_format=memory_format)
+        self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.network = nn.parallel.DistributedDataParallel(self.network)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)

@@ -49,13 +49,16 @@ def banner(args: argparse.Namespace, facts: dict[str, Any]) -> str:
     sizes = [f"{args.batch_size} a process", f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"]
     sizes += [f"{args.accumulation_steps} steps an update"] if args.accumulation_steps > 1 else []
     mixing = args.mix if args.mix == "none" else f"{args.mix}, alpha {args.mix_alpha:g}, prob {args.mix_prob:g}"
+    if args.mix != "none" and args.mix_off_epochs:
+        mixing += f", not in the last {args.mix_off_epochs} epochs"
+    growing = f"  |  sizes {' '.join(args.progressive_size)}" if args.progressive_size else ""
     engine = {True: "yes", False: "no", None: "unknown" if data["backend"] == "dali-gpu" else "not used"}
     return "\n".join(
         [
             f"{environment['device']} x {facts['processes']}{driver}  |  {versions}",
             f"{args.arch}, {facts['precision']}, {facts['memory_format']}  |  global batch {facts['global_batch']} "
             f"({', '.join(sizes)}), {facts['steps_per_epoch']} steps per epoch, {args.epochs} epochs",
-            f"mix {mixing}",
+            f"mix {mixing}{growing}",
             f"{data['classes']} classes, {data['train_images']} images, {data['val_images']} for validation  |  "
             f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "
             f"{engine[facts['hardware_decoder']]}",
