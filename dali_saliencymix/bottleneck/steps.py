@@ -47,7 +47,8 @@ class TrainingStep:
         try:
             model: nn.Module = make_model(arch, num_classes)
         except ValueError as error:
-            raise BottleneckError(f"arch: {error}") from error
+            msg = f"arch: {error}"
+            raise BottleneckError(msg) from error
         self._device, self._amp = device, amp
         self._num_classes = num_classes
         self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
