@@ -5,6 +5,7 @@
 # make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
 #
 # DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
+# JOBS=...     processes that run tests, of up to 3 GB of memory
 # DRY=1        gpu-suite, small, also without a GPU
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
 # PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
@@ -15,6 +16,7 @@ PYTHON ?= python3
 DEMO ?= demo
 EPOCHS ?= 8
 NAME ?= this-machine
+JOBS ?= 2
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -47,7 +49,7 @@ lint: $(installed)
 	$(python) -m mypy
 
 test: lint
-	$(python) -m pytest
+	$(python) -m pytest -n $(JOBS) --dist worksteal
 
 docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html

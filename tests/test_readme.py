@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import bench_pipeline
 from dali_saliencymix import PRESETS
+from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,15 +60,19 @@ def test_the_presets_are_those_of_the_code():
         assert f'| `"{name}"` | {cells} |' in README
 
 
-def test_the_options_that_it_names_exist():
+def help_of(main, monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["program", *arguments, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_options_that_it_names_exist(monkeypatch, capsys):
     options = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - {"--nproc_per_node", "--nproc"}
-    shown = ""
-    package = ["-m", "dali_saliencymix"]
-    programs = (["train.py"], [*package, "preview"], [*package, "bottleneck"], ["-m", "benchmarks.bench_pipeline"])
-    for command in programs:
-        shown += subprocess.run(
-            [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+    programs = [(parse_arguments,), (bench_pipeline.main,)]
+    programs += [(package_main, command) for command in ("preview", "scan", "bottleneck")]
+    shown = "".join(help_of(main, monkeypatch, capsys, *command) for main, *command in programs)
     assert options
     assert {option for option in options if option not in shown} == set()
 

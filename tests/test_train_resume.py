@@ -108,8 +108,8 @@ def test_a_finished_run_goes_on_to_more_epochs(data_folder, tmp_path, train_here
     assert [(line["epoch"], line["train"]["images"]) for line in lines] == [(1, 48), (2, 48)]
 
 
-def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, data_folder, train_here):
-    output_dir, _ = full_run
+def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, data_folder, tmp_path, train_here):
+    output_dir = shutil.copytree(full_run[0], tmp_path / "run")
     before = (output_dir / LAST).read_bytes()
     ended = train_here(data_folder, *TINY, "--output-dir", output_dir)
     assert ended.status == 1
