@@ -20,7 +20,7 @@ from PIL import Image
 from dali_saliencymix.fn import saliencymix
 
 SIDE = 1600  # pixels of the longer side
-SECONDS = 0.2  # of a step
+SECONDS = 0.09  # of a step
 
 
 @pipeline_def(device_id=None, seed=1)

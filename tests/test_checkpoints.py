@@ -203,6 +203,12 @@ def test_the_newest_files_are_kept_and_last_is_the_newest(tmp_path):
     assert names(tmp_path) == [BEST, "checkpoint_e003_s000000.pt", "checkpoint_e1000_s2000000.pt", LAST]
 
 
+def test_what_a_killed_process_has_left_half_written_goes_away(tmp_path):
+    (tmp_path / "checkpoint_e000_s000007.pt.partial").write_bytes(b"half")
+    save_places(tmp_path, (1, 0))
+    assert names(tmp_path) == ["checkpoint_e001_s000000.pt", LAST]
+
+
 def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def link(source, name):
         raise OSError(errno.EPERM, "Operation not permitted")

@@ -213,7 +213,9 @@ def _decide_warm(figures: Figures, stall: Interval) -> Verdict:
     slow = [p - g for p, g in zip(loader, step, strict=True)]
     clash = [e - max(p, g) for e, p, g in zip(end, loader, step, strict=True)]
     more = interval([max(a, 0) - max(b, 0) for a, b in zip(slow, clash, strict=True)])
-    if more.high < 0 and interval(clash).low > 0:
+    # Not within the rounds alone: where all figures jump about, some series of rounds looks like a clash by chance.
+    apart_at_most = max(interval(loader).high, interval(step).high)
+    if more.high < 0 and interval(clash).low > 0 and interval(end).low > apart_at_most:
         apart = max(_median(loader), _median(step))
         why = (
             f"Together a batch takes {_ms(_median(end))}, although the loader alone needs {_ms(_median(loader))} and "

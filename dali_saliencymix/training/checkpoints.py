@@ -82,6 +82,8 @@ def save_progress(
     save_checkpoint(checkpoint, path)
     for name in (LAST, BEST) if best else (LAST,):
         _name_too(path, folder / name)
+    for left in folder.glob("checkpoint_*.partial"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
     # Files from beyond this place are those of a run that went on from an older checkpoint: they are left alone.
     older = sorted(((place, file) for place, file in _numbered(folder) if place <= (epoch, step)), reverse=True)
     for _, file in older[keep:]:
