@@ -101,11 +101,12 @@ def conditions_text(result: dict[str, Any]) -> str:
     if "batch_size" in found:
         parts.append(f"batch {found['batch_size']}")
     if "workers" in found:
-        parts.append(f"{found['workers']} threads")
+        parts.append(f"{found['workers']} threads or processes for loading")
     if "images" in found:
         size = f" of {found['mean_size']} pixels and {found['mean_kilobytes']} kB" if "mean_size" in found else ""
         parts.append(f"{found['images']} images{size}")
-    parts.append(f"{min(rounds)} to {max(rounds)} rounds" if rounds else f"{found['rounds']} rounds")
+    least, most = (min(rounds), max(rounds)) if rounds else (found["rounds"], found["rounds"])
+    parts.append(f"{most} rounds" if least == most else f"{least} to {most} rounds")
     machine = found.get("machine", {})
     if "cores_given_to_two_processes" in machine:
         parts.append(f"two busy processes got {machine['cores_given_to_two_processes']} cores")
