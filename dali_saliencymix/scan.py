@@ -12,10 +12,11 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import TimeoutError as TaskTimeoutError
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
@@ -160,9 +161,10 @@ def examined_in_processes(
         while chunks:
             again = []
             waiting = {}
-            for chunk in chunks:
-                paths = [files[i] for i in chunk]
-                waiting[pool.schedule(_examine_all, args=(task, paths), timeout=timeout)] = chunk
+            with _interrupts_for_later():
+                for chunk in chunks:
+                    paths = [files[i] for i in chunk]
+                    waiting[pool.schedule(_examine_all, args=(task, paths), timeout=timeout)] = chunk
             for future in as_completed(waiting):
                 chunk = waiting[future]  # type: ignore[index]  # as_completed forgets of what kind its futures are
                 try:
@@ -176,6 +178,20 @@ def examined_in_processes(
     finally:
         pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
+
+
+@contextlib.contextmanager
+def _interrupts_for_later() -> Iterator[None]:
+    """Keep Ctrl-C away from the pool's threads and processes that start here: a terminal sends it to all of them.
+
+    They inherit what is blocked. The main process gets it afterwards, and ends them in good order, where a worker that
+    dies of it while it starts would leave the pool waiting for ever.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _examine_all(task: Callable[[str], Examined], files: Sequence[str]) -> list[Examined]:
