@@ -331,7 +331,11 @@ def main() -> None:
         longer = sorted(row["takes_longer_by"]["median"] for row in rows)
         if longer:
             result[name] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
-    result["conditions"] = {"runs": args.runs, "command": " ".join(sys.argv), **report["conditions"]["host"]}
+    result["conditions"] = {
+        "runs": args.runs,
+        "command": f"python -m benchmarks.bottleneck_faults {' '.join(sys.argv[1:])}",
+        **report["conditions"]["host"],
+    }
     lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
     for fault, verdicts in table.items():
         right = verdicts.get(EXPECTED[fault], 0)

@@ -47,7 +47,7 @@ def main() -> None:
         subprocess.run(make, check=True)
         command = [sys.executable, "train.py", str(data), *TRAINING, *SIZES, "--output-dir", str(output)]
         command += ["--device", "cuda" if gpu else "cpu"]
-        result["training"] = " ".join(["python", "train.py", "DATA", *command[3:]])
+        result["training"] = " ".join(["python", "train.py", "DATA", *command[3:]]).replace(str(output), "RUN")
         words = Path(folder, "words")
         with open(words, "wb") as stream:
             training = subprocess.Popen(command, cwd=measure.ROOT, stdout=subprocess.DEVNULL, stderr=stream)
@@ -56,7 +56,7 @@ def main() -> None:
             finally:
                 training.send_signal(signal.SIGTERM)
                 result["exit_status"] = training.wait(120)
-        result["last_words"] = last_line(words)
+        result["last_words"] = last_line(words).replace(str(output), "RUN")
         result["epochs"] = len(epochs_of(output / "log.jsonl"))
         result["checkpoint_bytes"] = sum(file.stat().st_size for file in output.glob("*.pt"))
     result |= summary(readings)
