@@ -19,6 +19,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -331,11 +332,8 @@ def main() -> None:
         longer = sorted(row["takes_longer_by"]["median"] for row in rows)
         if longer:
             result[name] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
-    result["conditions"] = {
-        "runs": args.runs,
-        "command": f"python -m benchmarks.bottleneck_faults {' '.join(sys.argv[1:])}",
-        **report["conditions"]["host"],
-    }
+    command = shlex.join(["python", "-m", "benchmarks.bottleneck_faults", *sys.argv[1:]])
+    result["conditions"] = {"runs": args.runs, "command": command, **report["conditions"]["host"]}
     lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
     for fault, verdicts in table.items():
         right = verdicts.get(EXPECTED[fault], 0)
