@@ -171,7 +171,10 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
     make_sample_data(tmp_path / "data", train=1, val=1)
     pipe = tmp_path / "data" / "train" / "red_square" / "pipe.jpg"
     os.mkfifo(pipe)
-    command = [sys.executable, "-m", "dali_saliencymix", "scan", tmp_path / "data", "-o", tmp_path / "out"]
+    # What a shell runs in the background has Ctrl-C ignored, and so would the tests that it runs, and their programs.
+    program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "runpy.run_module('dali_saliencymix', run_name='__main__')"
+    command = [sys.executable, "-c", program, "scan", tmp_path / "data", "-o", tmp_path / "out"]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
