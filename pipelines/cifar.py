@@ -6,6 +6,7 @@ accounts for. So the peaks are found before the padding and move with the crop.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,6 +267,11 @@ class _Batches:
 
     def __call__(self, info: BatchInfo) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         epoch, step = divmod(info.iteration, self.steps)
-        shard = np.random.default_rng([self.seed, epoch]).permutation(len(self.cifar))[self.rank :: self.world_size]
+        shard = _order(len(self.cifar), self.seed, epoch)[self.rank :: self.world_size]
         indices = shard[step * self.batch_size : (step + 1) * self.batch_size]
         return self.cifar.images[indices], self.cifar.labels[indices, None]
+
+
+@functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -45,6 +45,11 @@ def _generator(purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([purpose, *numbers])
 
 
+@functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch
+def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return _generator(_ORDER, seed, epoch).permutation(count)
+
+
 class Source(Protocol):
     """Where the images of a batch come from."""
 
@@ -208,7 +213,7 @@ class TrainingBatches:
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Return which images a batch is made of."""
-        order = _generator(_ORDER, self.seed, epoch).permutation(len(self.source.labels))
+        order = _order(len(self.source.labels), self.seed, epoch)
         first = step * self.batch_size
         return order[self.rank :: self.world_size][first : first + self.batch_size]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,15 +163,7 @@ def write_per_class(path: Path, classes: Sequence[str], confusion: torch.Tensor,
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the figures of an evaluation as JSON; a figure that is no finite number becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [plain(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    path.write_text(json.dumps(plain(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(logs.finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def unused_path(path: Path) -> Path:
