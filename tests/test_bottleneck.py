@@ -38,6 +38,7 @@ from dali_saliencymix.bottleneck.page import page_html, save_page
 from dali_saliencymix.bottleneck.report import load_report, save_report
 from dali_saliencymix.bottleneck.report_text import report_text
 from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.storage_rates import PASSES, measure_storage
 
 pytest_plugins = ["training_fixtures"]
 
@@ -456,6 +457,22 @@ def test_unknown_files_are_a_reason():
     assert "which files the loader reads is not known" in found["rates"]["storage"]["not_measured"]
 
 
+def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_memory(files):
+    define = functools.partial(faults.pipeline, files[:8])
+    stored = measure_storage(
+        pipeline_source(define, {}, files=files),  # half of them are dropped and not read by the loader
+        images=faults.BATCH,
+        loader_ms=10.0,
+        read_cut=stages.cut_pipeline(define)[0].make,
+        seconds=0.5,
+        synchronise=lambda: None,
+    )
+    if stored.not_measured:
+        pytest.skip(stored.not_measured)
+    assert (len(stored.cold_ms), len(stored.read_cold_ms), len(stored.warm_ms)) == (PASSES, PASSES, 0)
+    assert storage.resident_share(files) == 1.0
+
+
 # Windows.
 
 
@@ -693,6 +710,8 @@ def test_a_webdataset_is_measured_from_memory_and_from_storage(files, tmp_path):
     assert found["conditions"]["images_per_batch"] == 4
     assert found["storage"]["not_measured"] is None
     assert found["rates"]["loader_from_storage"]["images_per_second"]["median"] > 0
+    passes = found["storage"]["passes_ms"]
+    assert (len(passes["cold_ms"]), len(passes["warm_ms"]), passes["read_cold_ms"]) == (PASSES, PASSES, None)
     assert found["stages"] is None
     del dataset, loader
     gc.collect()  # it leaves its files open until here, with a warning for each

@@ -95,9 +95,7 @@ def build_report(
             "not_measured": stored.not_measured,
             "training_reads_from_storage": figures.reads_cold,
             "batches_in_a_pass": stored.batches or None,
-            "passes_ms": {
-                name: getattr(stored, name) or None for name in ("cold_ms", "warm_ms", "read_cold_ms", "read_warm_ms")
-            },
+            "passes_ms": {name: getattr(stored, name) or None for name in ("cold_ms", "read_cold_ms", "warm_ms")},
         },
         "ranks": [
             {"rank": number, "step": _figure(each.step_ms, images), "loader": _figure(each.loader_ms, images)}

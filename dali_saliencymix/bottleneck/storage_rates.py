@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -29,10 +29,12 @@ class StorageRates:
 
     Attributes
     ----------
-    cold_ms, warm_ms : list of float
-        The whole loader, with no file in memory and with all of them.
-    read_cold_ms, read_warm_ms : list of float
-        The reading alone, where the loader can be cut.
+    cold_ms : list of float
+        The whole loader, with no file in memory.
+    read_cold_ms : list of float
+        The reading alone, likewise, where the loader can be cut.
+    warm_ms : list of float
+        The whole loader, with all files in memory, where it cannot be cut: what it takes more than this is the reading.
     batches : int
         Batches of one pass.
     not_measured : str, optional
@@ -40,9 +42,8 @@ class StorageRates:
     """
 
     cold_ms: list[float] = field(default_factory=list)
-    warm_ms: list[float] = field(default_factory=list)
     read_cold_ms: list[float] = field(default_factory=list)
-    read_warm_ms: list[float] = field(default_factory=list)
+    warm_ms: list[float] = field(default_factory=list)
     batches: int = 0
     not_measured: str | None = None
 
@@ -69,7 +70,9 @@ def measure_storage(
     seconds: float,
     synchronise: Callable[[], None],
 ) -> StorageRates:
-    """Time passes over the source's files, dropped from memory and not, in turns.
+    """Time passes over the source's files: two kinds in turns, by which the cost of reading from storage can be told.
+
+    Each kind starts from files that were dropped from memory, or read into it; at the end all are in memory again.
 
     Parameters
     ----------
@@ -90,7 +93,7 @@ def measure_storage(
     why = None
     if not files:
         why = "which files the loader reads is not known; --files says so"
-    elif len(files) > MOST_FILES or (source.dataset_bytes is None):
+    elif len(files) > MOST_FILES or source.dataset_bytes is None:
         why = f"{len(files)} files are too many to drop from memory, or cannot be seen; --files names a part of them"
     why = ranks.agree(why, _first)
     if why or not files:
@@ -98,26 +101,32 @@ def measure_storage(
     if sum(os.stat(file).st_size for file in files) > MOST_BYTES:
         return StorageRates(not_measured=f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them")
 
-    share = seconds / (PASSES * (4 if read_cut else 2) + 1)
+    share = seconds / (2 * PASSES + 1)
     fits = int(1000 * share / loader_ms)
     found = StorageRates(batches=min(max(fits, 2), max(len(files) // images // ranks.count(), 1), 100))
     found.batches = ranks.agree(found.batches, min)
-    openers: list[tuple[str, Callable[[], Iterable[Any]]]] = [("", lambda: source.open({}))]
+    kinds: list[tuple[list[float], Callable[[], Iterable[Any]], bool]] = [
+        (found.cold_ms, lambda: source.open({}), True)
+    ]
     if read_cut:
-        openers.append(("read_", lambda: PipelineBatches(read_cut(), raw=True)))
+        kinds.append((found.read_cold_ms, lambda: PipelineBatches(read_cut(), raw=True), True))
+    else:
+        kinds.append((found.warm_ms, lambda: source.open({}), False))
     try:
-        for _, temperature, (which, open_it) in itertools.product(range(PASSES), ("warm", "cold"), openers):
+        for times, open_it, cold in kinds * PASSES:
             loader = open_it()  # what is slow to make is made before the clock starts
-            why = _prepare(files, cold=temperature == "cold")
+            why = _prepare(files, cold=cold)
             if why:
                 return StorageRates(not_measured=why)
-            times: list[float] = getattr(found, f"{which}{temperature}_ms")
             taken, given = _pass(loader, found.batches, images, synchronise)
-            if temperature == "cold":
+            if cold:
                 given = max(given, (storage.resident_share(files) or 0) * len(files) / images / ranks.count())
             times.append(ranks.agree(taken / given, max))
     except BottleneckError as error:
         return StorageRates(not_measured=str(error))
+    finally:
+        with contextlib.suppress(OSError):
+            storage.read_into_memory(files)  # what is measured after this expects them there
     return found
 
 
@@ -132,7 +141,10 @@ def _prepare(files: list[str], *, cold: bool) -> str | None:
     if cold:
         why = storage.why_not_dropped(files)
     else:
-        storage.read_into_memory(files)
+        try:
+            storage.read_into_memory(files)
+        except OSError as error:
+            why = f"the files could not be read ({error})"
     return ranks.agree(why, _first)
 
 
