@@ -35,10 +35,12 @@ from dali_saliencymix.bottleneck.measure import (
     measure_in_turns,
 )
 from dali_saliencymix.bottleneck.page import page_html, save_page
-from dali_saliencymix.bottleneck.report import load_report, save_report
+from dali_saliencymix.bottleneck.report import build_report, load_report, save_report
 from dali_saliencymix.bottleneck.report_text import report_text
 from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, loader_source, pipeline_source
-from dali_saliencymix.bottleneck.storage_rates import PASSES, measure_storage
+from dali_saliencymix.bottleneck.spread import Interval
+from dali_saliencymix.bottleneck.storage_rates import PASSES, StorageRates, measure_storage
+from dali_saliencymix.bottleneck.verdict import Figures, decide
 
 pytest_plugins = ["training_fixtures"]
 
@@ -202,6 +204,24 @@ def test_a_report_is_strict_json_and_comes_back(report, tmp_path):
     assert report["schema"] == "dali-saliencymix/bottleneck"
     assert report["version"] == 1
     assert {"host", "settings", "command", "cache"} <= report["conditions"].keys()
+
+
+def test_what_json_has_no_word_for_is_put_into_its_words():
+    figures = Figures(loader_ms=(1.0,) * 5)
+    change = Interval(1.0, 0.5, math.inf, 5)
+    found = build_report(
+        figures,
+        decide(figures),
+        images=8,
+        cuts=[],
+        stages_note=None,
+        stored=StorageRates(not_measured="was not asked for"),
+        what_ifs=[{"change": change}],
+        timeline=None,
+        conditions={"device": "cpu", "options": {"lr": math.nan, "data": Path("data"), "sizes": (1, 2)}},
+    )
+    assert found["what_ifs"] == [{"change": {"median": 1.0, "low": 0.5, "high": None, "windows": 5}}]
+    assert found["conditions"]["options"] == {"lr": None, "data": "data", "sizes": [1, 2]}
 
 
 def test_nothing_that_was_not_measured_is_a_number(files):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
@@ -16,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dali_saliencymix._json import finite
 from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.spread import Interval, interval, rate
@@ -231,16 +231,13 @@ def _stages_sum(figures: Figures) -> dict[str, Any] | None:
     return {"sum_ms": sum(parts), "loader_ms": whole, "ratio": sum(parts) / whole}
 
 
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return _spread(value)
-    if isinstance(value, dict):
-        return {str(key): _json_ready(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+def _json_ready(report: Report) -> Report:
+    """Return a report as it comes back from its file: with lists, not tuples, and null for numbers that are none."""
+    return finite(json.loads(json.dumps(report, default=_without_type)))
+
+
+def _without_type(value: Any) -> Any:
+    return _spread(value) if isinstance(value, Interval) else str(value)
 
 
 def save_report(report: Report, path: str | Path) -> None:

@@ -6,19 +6,19 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from dali_saliencymix._json import finite as finite  # for callers of logs.finite, too
 from dali_saliencymix._versions import versions
 
 Batch = TypeVar("Batch")
@@ -98,17 +98,6 @@ def has_hardware_decoder(device: torch.device) -> bool | None:
         return decoder.decode(jpeg.getvalue()) is not None
     except Exception:  # whatever another version of the library says: the training does not depend on it
         return None
-
-
-def finite(value: Any) -> Any:
-    """Return a value, or what is in a mapping or sequence, with None for each number that is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 class JsonLines:

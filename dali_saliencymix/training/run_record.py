@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dali_saliencymix._json import finite
 from dali_saliencymix.training import logs
-from dali_saliencymix.training.logs import JsonLines, finite
+from dali_saliencymix.training.logs import JsonLines
 from dali_saliencymix.training.preemption import Preempted
 from dali_saliencymix.training.writers import (
     COLUMNS,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix.training.logs import finite
+from dali_saliencymix._json import finite
 
 LOG, TABLE, TENSORBOARD, WANDB_ID = "log.jsonl", "summary.csv", "tensorboard", "wandb_run_id.txt"
 

@@ -1,0 +1,24 @@
+"""What JSON has no word for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """Return a value, or what is in a mapping or sequence, with None for each number that is not finite.
+
+    Examples
+    --------
+    >>> finite({"loss": float("nan"), "top1": [0.5, float("inf")]})
+    {'loss': None, 'top1': [0.5, None]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
