@@ -17,6 +17,8 @@ from dali_saliencymix._checks import check_at_least, check_fraction, check_posit
 
 Batch = TypeVar("Batch")
 
+STARVING_SHARE = 0.2  # of the time waited for data: from here on the loader starves the step
+
 _OWN_COST_STEPS = 200
 
 
@@ -56,7 +58,7 @@ class Monitor:
         *,
         batch_size: int | None = None,
         window: int = 100,
-        warn_share: float = 0.2,
+        warn_share: float = STARVING_SHARE,
         patience: float = 60.0,
         say: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,

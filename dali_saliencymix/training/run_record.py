@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from dali_saliencymix._json import finite
+from dali_saliencymix.bottleneck.monitor import STARVING_SHARE
 from dali_saliencymix.training import logs
 from dali_saliencymix.training.logs import JsonLines
 from dali_saliencymix.training.preemption import Preempted
@@ -27,7 +28,6 @@ from dali_saliencymix.training.writers import (
 
 REPORT = "report.json"
 SCHEMA, VERSION = "dali-saliencymix/training", 1
-STARVING_SHARE = 0.2  # of the time waited for data; from here on the monitor warns, too
 
 
 class RunRecord:
