@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import assert_equal_batches, epoch, ids
 from cifar_files import python2_pickle, write_cifar
 from training_fixtures import TINY
 
@@ -64,21 +65,6 @@ def numbered(data):
 def train(args, *, state=None, data=None, **where):
     data = numbered(open_data(args)) if data is None else data
     return data.train_loader(args, process(**where), crop_size=args.train_crop_size, state=state)
-
-
-def epoch(loader):
-    return [[tensor.clone() for tensor in batch] for batch in loader]
-
-
-def ids(batches):
-    return [label for _, labels, *_ in batches for label in labels.tolist()]
-
-
-def assert_equal_batches(ours, theirs):
-    assert len(ours) == len(theirs)
-    for our_batch, their_batch in zip(ours, theirs, strict=True):
-        for our_tensor, their_tensor in zip(our_batch, their_batch, strict=True):
-            assert torch.equal(our_tensor, their_tensor)
 
 
 def test_names_are_those_of_the_command_line():

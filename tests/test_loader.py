@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import assert_equal_batches, epoch, ids
 
 from dali_saliencymix.fn import saliencymix
 from dali_saliencymix.image_folder import list_image_folder
@@ -40,21 +41,6 @@ def train(folder, *, batch_size=4, device=CPU, **options):
 def validate(folder, *, batch_size=4, **options):
     sizes = {"resize_size": 24, "crop_size": 24}
     return validation_loader(folder, batch_size=batch_size, num_threads=2, device=CPU, **sizes, **options)
-
-
-def epoch(loader):
-    return [[tensor.clone() for tensor in batch] for batch in loader]
-
-
-def ids(batches):
-    return [label for _, labels, *_ in batches for label in labels.tolist()]
-
-
-def assert_equal_batches(ours, theirs):
-    assert len(ours) == len(theirs)
-    for our_batch, their_batch in zip(ours, theirs, strict=True):
-        for our_tensor, their_tensor in zip(our_batch, their_batch, strict=True):
-            assert torch.equal(our_tensor, their_tensor)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
