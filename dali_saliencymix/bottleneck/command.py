@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
         if ranks.rank() == 0:
             return _told(report, own)
         return 0
-    except (BottleneckError, ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # a BottleneckError is a ValueError
         text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
         sys.stderr.write(f"{prog}: error: {text}\n")
         return 1
@@ -196,14 +197,12 @@ def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[
 
 def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """Return the step that a user's function is, or makes if it needs no argument."""
-    import inspect
-
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of a built-in
         return function
-    required = [value for value in parameters if value.default is value.empty and value.kind not in (2, 4)]
-    if required:
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if any(value.default is value.empty and value.kind not in optional for value in parameters):
         return function
     step = made_by(function, "the training step")
     if not callable(step):

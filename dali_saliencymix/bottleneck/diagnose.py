@@ -16,7 +16,6 @@ from dali_saliencymix.bottleneck.measure import (
     Batches,
     EndToEnd,
     LoaderAlone,
-    Series,
     Step,
     StepAlone,
     Subject,
@@ -75,7 +74,7 @@ def measure_source(
     seconds : float
         For everything, about.
     rounds : int
-        Windows of each figure, at least 5 and at most this many.
+        At most so many windows of each figure; at least 5, which are measured however long they take.
     cache : {"auto", "warm", "cold"}
         Whether the training will find its files in memory: ``"auto"`` compares the data set with the memory.
     with_storage, with_what_ifs : bool
@@ -109,15 +108,15 @@ def measure_source(
     batches = Batches(source.open({}), nominal=source.conditions.get("batch_size"), ahead=source.ahead)
     images = batches.nominal
     assert images is not None
-    subjects, pipelines = _subjects(batches, step, cuts, images)
-    if cuts and not pipelines:
+    subjects = _subjects(batches, step, cuts, images)
+    if cuts and "cut 0" not in subjects:
         cuts, stages_note = [], "a part of the pipeline could not be built or run"
     found = measure_in_turns(subjects, seconds=main, rounds=rounds, synchronise=synchronise, notify=notify)
     end = subjects.get("end to end")
     timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if isinstance(end, EndToEnd) else None
     epochs = batches.epochs
     # The loaders' threads and mapped files would be in the way of what follows.
-    del subjects, batches, pipelines, end
+    del subjects, batches, end
     gc.collect()
 
     stored = StorageRates(not_measured="was not asked for")
@@ -194,9 +193,7 @@ def _cuts(source: Source) -> tuple[list[Cut], str | None]:
     return ([], why) if why else (cuts, None)
 
 
-def _subjects(
-    batches: Batches, step: Step | None, cuts: list[Cut], images: int
-) -> tuple[dict[str, Subject], list[PipelineBatches]]:
+def _subjects(batches: Batches, step: Step | None, cuts: list[Cut], images: int) -> dict[str, Subject]:
     """Return what takes turns; without the cuts if one of them does not work."""
     subjects: dict[str, Subject] = {}
     if step is not None:
@@ -208,13 +205,11 @@ def _subjects(
         if alone and ranks.count() > 1:
             subjects["own step"] = StepAlone(alone, constant)
     batches.first = None
-    pipelines = []
     cut_subjects: dict[str, Subject] = {}
     works = True
     for number, cut in enumerate(cuts):
         try:
-            pipelines.append(PipelineBatches(cut.make(), raw=True))
-            shorter = Batches(pipelines[-1], nominal=images, ahead=batches.ahead)
+            shorter = Batches(PipelineBatches(cut.make(), raw=True), nominal=images, ahead=batches.ahead)
         except BottleneckError:
             works = False
             break
@@ -222,12 +217,10 @@ def _subjects(
         cut_subjects[f"cut {number}"] = LoaderAlone(shorter)
     if ranks.agree(works, all):
         subjects |= cut_subjects
-    else:
-        pipelines = []
     subjects["loader"] = LoaderAlone(batches)
     if step is not None:
         subjects["end to end"] = EndToEnd(step, batches)
-    return subjects, pipelines
+    return subjects
 
 
 def _figures(
@@ -289,6 +282,3 @@ def _synchronise(device: str) -> Callable[[], None]:
     import torch
 
     return torch.cuda.synchronize
-
-
-__all__ = ["CACHES", "ROUNDS", "Series", "measure_source"]

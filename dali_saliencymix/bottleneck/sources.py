@@ -46,6 +46,9 @@ class Source:
         Size of the whole data set that the training will read.
     ahead : int
         Batches that may be held ready.
+    conditions : dict
+        What else the figures depend on, for the report. Its `batch_size` is the number of images in a full batch; by
+        default that is seen in the first one.
     """
 
     name: str
@@ -129,10 +132,10 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     Parameters
     ----------
     define : callable
-        Decorated with ``pipeline_def``, or any that returns a new pipeline each time. It is called with those of
-        `settings` that it takes.
+        Decorated with ``pipeline_def``, or any that returns a new pipeline each time. It has to take all settings that
+        are given.
     settings : mapping
-        Of `batch_size`, `num_threads`, `prefetch_queue_depth`, `device_id` and `hw_decoder_load` those that are given.
+        Arguments for it by name, such as `batch_size` and `num_threads`; None for those that are not given.
     files : list of str, optional
         What it reads; by default what the arguments of its readers say.
     """

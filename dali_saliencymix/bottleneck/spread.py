@@ -35,11 +35,6 @@ class Interval:
     high: float
     count: int
 
-    @property
-    def spread(self) -> float:
-        """Width of the range as a share of the median; infinite where the median is 0."""
-        return (self.high - self.low) / abs(self.median) if self.median else math.inf
-
 
 def interval(values: Sequence[float]) -> Interval:
     """Return the median of a series with an interval for it, from the order of the values alone.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,6 @@ def reader_files(define: Callable[[], Any]) -> list[str] | None:
 
 
 def _listed(arguments: dict[str, Any]) -> list[str]:
-    import os
-
     for name in ("files", "paths", "path"):
         given = arguments.get(name)
         if given:

@@ -47,7 +47,7 @@ def resident_share(files: Iterable[str]) -> float | None:
     Notes
     -----
     The kernel tells the truth only about files that the user owns or may write; for others it says that all pages are
-    resident, or none. So this is None unless all files are writable by this process.
+    resident, or none. So this is None unless all files are such ones.
 
     Examples
     --------
@@ -100,9 +100,9 @@ def why_not_dropped(files: Iterable[str]) -> str | None:
 def memory_bytes() -> int | None:
     """Return how many bytes of memory this process can hope for as page cache; None where that is not known."""
     limits = []
-    for path, unit in (("/sys/fs/cgroup/memory.max", 1), ("/sys/fs/cgroup/memory/memory.limit_in_bytes", 1)):
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            limits.append(int(Path(path).read_text()) * unit)
+            limits.append(int(Path(path).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
     try:
