@@ -41,6 +41,7 @@ from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, 
 from dali_saliencymix.bottleneck.spread import Interval
 from dali_saliencymix.bottleneck.storage_rates import PASSES, StorageRates, measure_storage
 from dali_saliencymix.bottleneck.verdict import Figures, decide
+from dali_saliencymix.bottleneck.whatifs import predicted_rows
 
 pytest_plugins = ["training_fixtures"]
 
@@ -181,6 +182,12 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
     assert "hw_decoder_load: not measured" in report_text(report)
     rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
     assert rows["epoch as it is", None]["value"] == pytest.approx(1_281_167 / rate, rel=1e-6)
+
+
+def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
+    rows = {row["what"]: row for row in predicted_rows(step=400, loader=500, end=380, cold=100, threads=2, world=1)}
+    assert rows["a step twice as fast"]["text"] == "A GPU twice as fast: 100 images/s, 1.00 times today's"
+    assert rows["epoch as it is"]["value"] == pytest.approx(1_281_167 / 100)
 
 
 def test_the_timeline_has_the_steps_of_all_windows(report):

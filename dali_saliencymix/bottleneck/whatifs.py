@@ -94,6 +94,8 @@ def predicted_rows(
 ) -> list[dict[str, Any]]:
     """Predict from rates in images/s of one process; None is what was not measured.
 
+    `cold` is the rate of the loader from storage, where the training will read from there: it goes no faster than that.
+
     Examples
     --------
     >>> rows = predicted_rows(step=1000.0, loader=500.0, end=400.0, cold=None, threads=4, world=1)
@@ -113,16 +115,15 @@ def predicted_rows(
         if step <= loader:
             text = f"{threads} are enough now"
         add("threads to reach the step's rate", needed, f"DALI threads to keep up with the step: {text}")
-    if step and loader and end:
-        limit = min(2 * step, loader, cold or loader)
+    today = min(end, cold or end) if end else None
+    if step and loader and today:
         # What the parts cost each other today stays.
-        kept = min(end / min(step, loader, cold or loader), 1.0)
-        value = limit * kept
-        add(
-            "a step twice as fast", value, f"A GPU twice as fast: {value:.0f} images/s, {value / end:.2f} times today's"
-        )
+        kept = min(today / min(step, loader, cold or loader), 1.0)
+        value = min(2 * step, loader, cold or loader) * kept
+        text = f"A GPU twice as fast: {value:.0f} images/s, {value / today:.2f} times today's"
+        add("a step twice as fast", value, text)
     for name, rate, text, kind in (
-        ("epoch as it is", end, "at today's rate", "measured"),
+        ("epoch as it is", today, "at today's rate", "measured"),
         ("epoch without a stall", step, "if the loader cost nothing", "predicted"),
     ):
         seconds = IMAGENET_IMAGES / (rate * world) if rate else None
