@@ -37,11 +37,11 @@ from dali_saliencymix.bottleneck.measure import (
 from dali_saliencymix.bottleneck.page import page_html, save_page
 from dali_saliencymix.bottleneck.report import build_report, load_report, save_report
 from dali_saliencymix.bottleneck.report_text import report_text
-from dali_saliencymix.bottleneck.sources import PipelineBatches, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
 from dali_saliencymix.bottleneck.spread import Interval
 from dali_saliencymix.bottleneck.storage_rates import PASSES, StorageRates, measure_storage
 from dali_saliencymix.bottleneck.verdict import Figures, decide
-from dali_saliencymix.bottleneck.whatifs import predicted_rows
+from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
 
 pytest_plugins = ["training_fixtures"]
 
@@ -182,6 +182,20 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
     assert "hw_decoder_load: not measured" in report_text(report)
     rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
     assert rows["epoch as it is", None]["value"] == pytest.approx(1_281_167 / rate, rel=1e-6)
+
+
+def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
+    def opened(changed):
+        if changed.get("batch_size") == 8:
+            msg = "no memory\nleft"
+            raise RuntimeError(msg)
+        return [np.zeros((changed.get("batch_size", 4), 2))] * 5
+
+    quiet = {"synchronise": lambda: None, "notify": lambda line: None}
+    rows = measured_rows(Source("loader", {"batch_size": 4}, opened), seconds=0.1, **quiet)
+    found = {row["then"]: row for row in rows if row["what"] == "batch size"}
+    assert found[2]["change"] is not None
+    assert (found[8]["change"], found[8]["not_measured"]) == (None, "RuntimeError: no memory left")
 
 
 def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dali_saliencymix.bottleneck import ranks
-from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.measure import Batches, LoaderAlone, measure_in_turns
-from dali_saliencymix.bottleneck.sources import Source
+from dali_saliencymix.bottleneck.sources import Source, explained
 from dali_saliencymix.bottleneck.spread import Interval, interval
 
 IMAGENET_IMAGES = 1_281_167
@@ -52,8 +51,8 @@ def measured_rows(
             loader = source.open({setting: value} if value is not None else {})
             ahead = value if setting == "prefetch_queue_depth" and isinstance(value, int) else source.ahead
             batches = Batches(loader, ahead=ahead)
-        except (BottleneckError, ValueError) as error:
-            why = str(error)
+        except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a BottleneckError
+            why = explained(error) if isinstance(error, RuntimeError) else str(error)
         why = ranks.agree(why, lambda all_of_them: next((text for text in all_of_them if text), None))
         if why or batches is None:
             refused[setting, value] = why or "could not be opened"
