@@ -762,10 +762,20 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     import torch
 
     from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.training.arguments import parse_arguments
 
     torch.manual_seed(0)
-    step = TrainingStep("resnet18", torch.device("cpu"), num_classes=4)
+    args = parse_arguments(["DATA", "-a", "resnet18", "--clip-grad-norm", "1", "--model-ema"])
+    step = TrainingStep(args, torch.device("cpu"), num_classes=4)
     before = {name: value.clone() for name, value in step.network.named_parameters()}
+    updated = []
+
+    def record(optimizer, arguments, keywords):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+        updated.append(pytest.approx(torch.cat([gradient.ravel() for gradient in gradients]).norm().item(), rel=1e-3))
+
+    step._updater.optimizer.register_step_pre_hook(record)
     images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     for batch in (
         (images, labels, labels.flip(0), torch.tensor([0.5, 1.0])),
@@ -774,13 +784,15 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
         images,
     ):
         step(batch)
-        assert all(parameter.grad.abs().sum() > 0 for parameter in step.network.parameters())
+        assert updated == [1.0]
+        updated.clear()
     step.alone(images)
     assert all(torch.equal(value, before[name]) for name, value in step.network.named_parameters())
     with pytest.raises(BottleneckError, match=re.escape("got int64 (2,); give your own with --step")):
         step([labels])
+    args.arch = "resnet19"
     with pytest.raises(BottleneckError, match=r"arch: name must be one of .*, got 'resnet19'"):
-        TrainingStep("resnet19", torch.device("cpu"))
+        TrainingStep(args, torch.device("cpu"), num_classes=4)
 
 
 # The command line.
@@ -912,6 +924,6 @@ def test_arguments_that_make_no_sense_end_with_usage(arguments, text, capfd):
 
 
 def test_away_from_the_repository_the_error_says_where_the_pipelines_are(data_folder, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pipelines.imagenet", None)  # as good as not there
+    monkeypatch.setitem(sys.modules, "pipelines.data", None)  # as good as not there
     assert main(["bottleneck", str(data_folder), *FAST_COMMAND]) == 1
     assert "error: the ready-made pipelines are not part of the installed package: run this from" in lines_of(capfd)[1]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
 import os
 import sys
 from pathlib import Path
@@ -20,10 +22,10 @@ from dali_saliencymix.bottleneck.sources import (
     load_function,
     loader_source,
     made_by,
-    own_source,
     pipeline_source,
 )
 from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS
+from dali_saliencymix.bottleneck.training_source import training_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,9 +36,9 @@ STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
 DATA is measured with the pipelines and the training step of this repository, from its root. All options of train.py
-that shape a batch or a step are taken: -a, -b, -j, --mix, --saliency, --mix-prob, --train-crop-size, --amp,
---channels-last, --device, ... "python train.py --help" lists them. With --pipeline, -b and -j set batch_size and
-num_threads where they are given.
+that shape a batch or a step are taken: -a, -b, -j, --dataset, --mix, --saliency, --mix-prob, --train-crop-size, --amp,
+--channels-last, --device, ... "python train.py --help" lists them. Folders of images that DALI reads are cut into
+stages. With --pipeline, -b and -j set batch_size and num_threads where they are given.
 
 Several processes: torchrun --nproc_per_node=2 -m dali_saliencymix bottleneck ...
 
@@ -140,17 +142,22 @@ def _training_arguments(rest: list[str], prog: str) -> argparse.Namespace:
         sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
         raise SystemExit(1) from error
 
-    folders = ["--val-dir", "."]  # nobody looks at it
+    folders = ["--val-dir", "."]
     if not _is_given(rest, "", "--train-dir"):
         folders += ["--train-dir", "."]
     name, sys.argv[0] = sys.argv[0], prog  # how the parser calls itself in its errors
     try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            training = parse_arguments(rest)
+    except SystemExit:  # without DATA it asks for folders; what else is wrong it says again
         training = parse_arguments([*rest, *folders])
     finally:
         sys.argv[0] = name
-    if training.data is not None and not _is_given(rest, "", "--train-dir"):
-        inside = training.data / "train"
-        training.train_dir = inside if inside.is_dir() else training.data
+    if training.dataset == "folder":
+        if training.data is not None and not _is_given(rest, "", "--train-dir"):
+            inside = training.data / "train"
+            training.train_dir = inside if inside.is_dir() else training.data
+        training.val_dir, training.val_list = training.train_dir, None  # they have to be there, and are not looked at
     return training
 
 
@@ -160,7 +167,7 @@ def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[
     files = _listed(own.files)
     source: Source
     if not own.pipeline and not own.loader:
-        source = own_source(training, processes.device, images=own.images)
+        source = training_source(training, processes, images=own.images)
     elif own.pipeline:
         threads = training.workers if _is_given(rest, "-j", "--workers") else None
         settings: dict[str, Any] = {"batch_size": given_batch, "num_threads": threads}
@@ -174,13 +181,7 @@ def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[
         from dali_saliencymix.bottleneck.steps import TrainingStep
 
         classes = max(int(source.conditions.get("classes", 1000)), 2)
-        step = TrainingStep(
-            training.arch,
-            processes.device,
-            num_classes=classes,
-            amp=training.amp,
-            channels_last=training.channels_last,
-        )
+        step = TrainingStep(training, processes.device, num_classes=classes)
     source.conditions["step"] = "not measured" if step is None else own.step or training.arch
     return measure_source(
         source,

@@ -1,4 +1,4 @@
-"""Where batches come from: this repository's pipelines, a DALI pipeline of the user's, or any iterable of batches.
+"""Where batches come from: a DALI pipeline of the user's, or any iterable; `training_source` has those of ``train.py``.
 
 A source can be opened again and again, with other settings where it has settings, and says which files it reads and
 how it is cut into stages as far as that is known.
@@ -13,15 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dali_saliencymix.bottleneck import ranks
 from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
-
-if TYPE_CHECKING:
-    import argparse
-
-    import torch
 
 Settings = Mapping[str, Any]
 
@@ -121,7 +115,7 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
     if batch_size:
         conditions["batch_size"] = batch_size
     return Source(
-        f"loader {name}", {}, lambda settings: made, files=files, dataset_bytes=_bytes(files), ahead=ahead,
+        f"loader {name}", {}, lambda settings: made, files=files, dataset_bytes=bytes_of(files), ahead=ahead,
         conditions=conditions,
     )  # fmt: skip
 
@@ -178,7 +172,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         opened,
         defined,
         files,
-        _bytes(files),
+        bytes_of(files),
         ahead,
         {**found, **given},
     )
@@ -251,111 +245,8 @@ def explained(error: BaseException) -> str:
     return one_line(RuntimeError(met[1])) if met else one_line(error)
 
 
-def own_source(args: argparse.Namespace, device: torch.device, *, images: int) -> Source:
-    """Return a source for ``pipelines.imagenet.training_pipeline``, as ``train.py`` would run it with `args`.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Of `dali_saliencymix.training.arguments.parse_arguments`.
-    device : torch.device
-        Where the pipeline works.
-    images : int
-        How many of the data set's images to read at most, for each process; spread evenly over it.
-    """
-    try:
-        from pipelines.data import mix_operator
-        from pipelines.imagenet import training_pipeline
-        from pipelines.loader import training_loader
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "pipelines":
-            raise
-        msg = (
-            "the ready-made pipelines are not part of the installed package: run this from the root of the repository, "
-            "where the folder pipelines/ is, or measure your own with --pipeline or --loader"
-        )
-        raise BottleneckError(msg) from error
-    from dali_saliencymix.image_folder import ImageFolder, list_image_folder
-
-    folder = list_image_folder(args.train_dir)
-    world, rank = ranks.count(), ranks.rank()
-    chosen = _spread_indices(len(folder), args.batch_size * world, images * world)
-    subset = ImageFolder(
-        folder.root,
-        folder.classes,
-        [folder.files[index] for index in chosen],
-        [folder.labels[index] for index in chosen],
-    )
-    common = {"crop_size": args.train_crop_size, "min_crop_area": args.min_crop_area, "mix": mix_operator(args)}
-    common |= {"channels_last": args.channels_last}
-    settings = {"batch_size": args.batch_size, "num_threads": args.workers, "prefetch_queue_depth": 2}
-    if device.type == "cuda":
-        settings["hw_decoder_load"] = 0.65
-
-    def opened(changed: Settings) -> Iterable[Any]:
-        now = {**settings, **changed}
-        hardware = {name: now[name] for name in ("hw_decoder_load",) if name in now}
-        return training_loader(
-            subset,
-            batch_size=now["batch_size"],
-            num_threads=now["num_threads"],
-            prefetch=now["prefetch_queue_depth"],
-            device=device,
-            seed=args.seed,
-            rank=rank,
-            world_size=world,
-            **common,
-            **hardware,
-        )
-
-    def defined(changed: Settings) -> Any:
-        now = {**settings, **changed}
-        return training_pipeline(
-            subset.files,
-            subset.labels,
-            device="gpu" if device.type == "cuda" else "cpu",
-            device_id=(device.index or 0) if device.type == "cuda" else None,
-            shard_id=rank,
-            num_shards=world,
-            shuffle_seed=args.seed,
-            seed=args.seed + rank,
-            **now,
-            **common,
-        )
-
-    size = _bytes(sorted(set(subset.files)))
-    each = size / len(set(subset.files)) if size else None
-    return Source(
-        f"training pipeline, mix {args.mix}",
-        settings,
-        opened,
-        defined,
-        sorted(set(subset.files)),
-        each * len(folder) if each else None,
-        settings["prefetch_queue_depth"],
-        {
-            "data": str(args.train_dir),
-            "images_in_data_set": len(folder),
-            "images_read": len(set(subset.files)),
-            "classes": len(folder.classes),
-            "options": {name: _plain(value) for name, value in sorted(vars(args).items())},
-        },
-    )
-
-
-def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
-    """Return indices of files, in number a multiple of `whole`; repeated only where there are fewer files than that."""
-    if length < whole:
-        return [index % length for index in range(4 * whole)]
-    count = max(min(length, wanted) // whole, 1) * whole
-    return [index * length // count for index in range(count)]
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, type(None), list)) else str(value)
-
-
-def _bytes(files: list[str] | None) -> float | None:
+def bytes_of(files: list[str] | None) -> float | None:
+    """Return the size of files; None where there are none, or one cannot be seen."""
     if not files:
         return None
     try:

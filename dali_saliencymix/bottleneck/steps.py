@@ -1,7 +1,8 @@
-"""The built-in training step: a network of ``train.py``, SGD and the loss of mixed batches, as in ``train.py``."""
+"""The built-in training step: the network, the loss and the update of ``train.py``."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import make_model
+from dali_saliencymix.training.optimisation import Updater
 
 
 class TrainingStep:
@@ -19,42 +21,36 @@ class TrainingStep:
 
     Parameters
     ----------
-    arch : str
-        Name of the network.
+    args : argparse.Namespace
+        Options of ``train.py``, by which network and update are made.
     device : torch.device
         Where it computes. A batch from elsewhere is brought there, which then is part of the step.
     num_classes : int
         Outputs of the network.
-    amp, channels_last : bool
-        As in ``train.py``.
 
     Notes
     -----
     The learning rate is 0: the weights stay as they are, so that thousands of steps on one batch end in no overflow,
     while all that a step computes is computed. Among several processes the gradients are averaged as in a training.
+    Each batch makes an update, whatever ``--accumulation-steps`` says.
     """
 
-    def __init__(
-        self,
-        arch: str,
-        device: torch.device,
-        *,
-        num_classes: int = 1000,
-        amp: bool = False,
-        channels_last: bool = False,
-    ) -> None:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    def __init__(self, args: argparse.Namespace, device: torch.device, *, num_classes: int) -> None:
+        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         try:
-            model: nn.Module = make_model(arch, num_classes)
+            model: nn.Module = make_model(args.arch, num_classes, dropout=args.dropout)
         except ValueError as error:
             msg = f"arch: {error}"
             raise BottleneckError(msg) from error
-        self._device, self._amp = device, amp
-        self._num_classes = num_classes
+        self._device, self._amp, self._label_smoothing = device, args.amp, args.label_smoothing
+        self._amp_dtype = torch.float16 if args.amp_dtype == "fp16" else torch.bfloat16
         self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self._updater = Updater(self.network, args)
+        self._updater.set_learning_rate(0.0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.network = nn.parallel.DistributedDataParallel(self.network)
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        if args.compile:
+            self.network.compile()
 
     def __call__(self, batch: Any) -> None:
         """Train on a batch: its first four-dimensional floating tensor, with its labels where they are ours."""
@@ -72,11 +68,10 @@ class TrainingStep:
         images = images.to(self._device, non_blocking=True)
         if not self._amp:
             images = images.float()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._amp):
+        with torch.autocast(self._device.type, self._amp_dtype, enabled=self._amp):
             loss = self._loss(self.network(images), tensors)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
+        self._updater.backward(loss)
+        self._updater.update()
 
     def alone(self, batch: Any) -> None:
         """Train on a batch without the other processes: what this one needs for itself."""
@@ -87,7 +82,7 @@ class TrainingStep:
     def _loss(self, logits: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
             labels, source_labels, lam = (part.to(self._device, non_blocking=True) for part in tensors[1:])
-            return mixed_cross_entropy(logits, labels, source_labels, lam)
+            return mixed_cross_entropy(logits, labels, source_labels, lam, self._label_smoothing)
         # Which label is right makes no difference to the time.
         labels = torch.zeros(len(logits), dtype=torch.long, device=self._device)
         return nn.functional.cross_entropy(logits, labels)

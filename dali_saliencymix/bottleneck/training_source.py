@@ -1,0 +1,147 @@
+"""The training batches of ``train.py`` as a source."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
+
+if TYPE_CHECKING:
+    from dali_saliencymix.training.distributed import Processes
+    from pipelines.data import Data, FolderData
+
+
+def training_source(args: argparse.Namespace, processes: Processes, *, images: int) -> Source:
+    """Return a source for the training batches of ``train.py`` with these options.
+
+    Folders of images that DALI reads are cut into stages; other backends and CIFAR are measured as a whole.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Of `dali_saliencymix.training.arguments.parse_arguments`.
+    processes : Processes
+        Which process this is, and where it computes.
+    images : int
+        How many images of a folder to read at most, for each process; spread evenly over it.
+    """
+    try:
+        from pipelines.data import FolderData, chosen_backend, open_data
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "pipelines":
+            raise
+        msg = (
+            "the ready-made pipelines are not part of the installed package: run this from the root of the repository, "
+            "where the folder pipelines/ is, or measure your own with --pipeline or --loader"
+        )
+        raise BottleneckError(msg) from error
+
+    data, backend = open_data(args), chosen_backend(args)
+    conditions = {
+        "data": str(data.root),
+        "images_in_data_set": data.train_images,
+        "classes": len(data.classes),
+        "options": {name: _plain(value) for name, value in sorted(vars(args).items())},
+    }
+    files = size = None
+    if isinstance(data, FolderData):
+        data = _part_of(data, args.batch_size * processes.world_size, images * processes.world_size)
+        files = sorted(set(data.train.files))
+        conditions["images_read"] = len(files)
+        size = bytes_of(files)
+        size = size and size / len(files) * data.train_images
+    about = {"files": files, "dataset_bytes": size, "conditions": conditions}
+    if backend == "dali-gpu" and processes.device.type != "cuda":
+        msg = f"--data-backend dali-gpu needs a run on a GPU, and this one is on {processes.device}; take dali-cpu"
+        raise BottleneckError(msg)
+    if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
+        return _dali_source(args, processes, data, on_gpu=backend == "dali-gpu", about=about)
+    return _whole_source(args, processes, data, backend, about)
+
+
+def _dali_source(
+    args: argparse.Namespace, processes: Processes, data: FolderData, *, on_gpu: bool, about: dict[str, Any]
+) -> Source:
+    from pipelines.data import mix_operator
+    from pipelines.imagenet import training_pipeline
+    from pipelines.loader import training_loader
+
+    device, folder = processes.device, data.train
+    settings = {"batch_size": args.batch_size, "num_threads": args.workers, "prefetch_queue_depth": 2}
+    if on_gpu:
+        settings["hw_decoder_load"] = 0.65
+    common = {
+        "process_on": "gpu" if on_gpu else "cpu",
+        "crop_size": args.train_crop_size,
+        "min_crop_area": args.min_crop_area,
+        "color_jitter": args.color_jitter,
+        "hflip_prob": args.hflip_prob,
+        "mix": mix_operator(args),
+        "channels_last": args.channels_last,
+    }
+
+    def opened(changed: Settings) -> Iterable[Any]:
+        now = {**settings, **changed}
+        return training_loader(
+            folder,
+            prefetch=now.pop("prefetch_queue_depth"),
+            device=device,
+            seed=args.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            **now,
+            **common,
+        )
+
+    def defined(changed: Settings) -> Any:
+        return training_pipeline(
+            folder.files,
+            folder.labels,
+            device="gpu" if device.type == "cuda" else "cpu",
+            device_id=(device.index or 0) if device.type == "cuda" else None,
+            shard_id=processes.rank,
+            num_shards=processes.world_size,
+            shuffle_seed=args.seed,
+            seed=args.seed + processes.rank,
+            **{**settings, **changed},
+            **common,
+        )
+
+    return Source(f"training pipeline, mix {args.mix}", settings, opened, defined, ahead=2, **about)
+
+
+def _whole_source(
+    args: argparse.Namespace, processes: Processes, data: Data, backend: str, about: dict[str, Any]
+) -> Source:
+    def opened(changed: Settings) -> Iterable[Any]:
+        now = argparse.Namespace(**{**vars(args), **changed})
+        return data.train_loader(now, processes, crop_size=args.train_crop_size)
+
+    name = f"training loader, {args.dataset} by {backend}, mix {args.mix}"
+    ahead = 2 * args.workers if backend == "pytorch" else 2
+    return Source(name, {"batch_size": args.batch_size}, opened, ahead=ahead, **about)
+
+
+def _part_of(data: FolderData, whole: int, wanted: int) -> FolderData:
+    folder = data.train
+    chosen = _spread_indices(len(folder), whole, wanted)
+    part = replace(
+        folder, files=[folder.files[index] for index in chosen], labels=[folder.labels[index] for index in chosen]
+    )
+    return replace(data, train=part)
+
+
+def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
+    """Return indices of files, in number a multiple of `whole`; repeated only where there are fewer files than that."""
+    if length < whole:
+        return [index % length for index in range(4 * whole)]
+    count = max(min(length, wanted) // whole, 1) * whole
+    return [index * length // count for index in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None), list)) else str(value)

@@ -1,0 +1,99 @@
+"""The bottleneck tool measures the batches that a training with the same options gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from batches import assert_equal_batches, epoch
+from cifar_files import write_cifar
+
+from dali_saliencymix.__main__ import main
+from dali_saliencymix.bottleneck import command, stages
+from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.training_source import training_source
+from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.training.arguments import parse_arguments
+from dali_saliencymix.training.distributed import Processes
+from pipelines.data import open_data
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+FOLDER = ("--train-crop-size", "32", "--color-jitter", "0.4", "--min-crop-area", "0.5", "--hflip-prob", "0.9")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Holds 32 images in folders and 30 images of CIFAR-10, both for training."""
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=4, val=1)
+    write_cifar(root, "cifar10", train=30, test=5)
+    (root / "list.txt").write_text(
+        "\n".join(str(path.relative_to(root / "train")) for path in sorted((root / "train").glob("*/*"))[::4])
+    )
+    return root
+
+
+def options(root, *more):
+    return parse_arguments([str(root), "-b", "4", "-j", "1", "--device", "cpu", *more])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        FOLDER,
+        (*FOLDER, "--mix", "none", "--channels-last"),
+        (*FOLDER, "--data-backend", "pytorch"),
+        ("--dataset", "cifar10", "--hflip-prob", "0.9"),
+        ("--dataset", "cifar10", "--data-backend", "pytorch"),
+        ("--data-backend", "synthetic", "--synthetic-steps", "3", "--train-crop-size", "32"),
+    ],
+    ids=" ".join,
+)
+def test_the_batches_are_those_of_the_training(root, more):
+    args = options(root, *more)
+    source = training_source(args, ALONE, images=2048)
+    training = open_data(args).train_loader(args, ALONE, crop_size=args.train_crop_size)
+    assert_equal_batches(epoch(source.open({})), epoch(training))
+    assert len(next(iter(source.open({"batch_size": 2})))[0]) == 2
+
+
+def test_a_folder_that_dali_reads_is_cut_as_its_options_say(root):
+    source = training_source(options(root, *FOLDER), ALONE, images=2048)
+    names = [cut.name for cut in stages.cut_pipeline(lambda: source.define({}))]
+    assert names == ["read", "decode", "resize", "ColorTwist", "paste", "saliency", "normalise"]
+
+
+def test_a_part_of_the_images_stands_for_all_of_them(root):
+    whole = training_source(options(root, *FOLDER), ALONE, images=2048)
+    part = training_source(options(root, *FOLDER), ALONE, images=16)
+    assert (len(whole.files), len(part.files)) == (32, 16)
+    assert part.conditions["images_in_data_set"] == 32
+    assert part.dataset_bytes == pytest.approx(whole.dataset_bytes, rel=0.3)
+    listed = training_source(options(root, *FOLDER, "--train-list", str(root / "list.txt")), ALONE, images=2048)
+    assert len(listed.files) == listed.conditions["images_in_data_set"] == 8
+
+
+def test_a_backend_for_a_gpu_is_refused_without_one(root):
+    with pytest.raises(BottleneckError, match="--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"):
+        training_source(options(root, "--data-backend", "dali-gpu"), ALONE, images=2048)
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (("--dataset", "cifar10", "--data-backend", "pytorch"), "training loader, cifar10 by pytorch, mix saliencymix"),
+        (("--train-list", "list.txt"), "training pipeline, mix saliencymix"),
+    ],
+)
+def test_the_command_measures_what_its_options_name(root, monkeypatch, capfd, more, name):
+    measured = []
+
+    def measure(source, step, **options):
+        measured.append(source)
+        msg = "far enough"
+        raise BottleneckError(msg)
+
+    monkeypatch.setattr(command, "measure_source", measure)
+    more = [str(root / word) if word == "list.txt" else word for word in more]
+    assert main(["bottleneck", str(root), "--no-step", "-b", "4", "-j", "1", "--device", "cpu", *more]) == 1
+    assert "error: far enough" in capfd.readouterr().err
+    assert [source.name for source in measured] == [name]
