@@ -514,6 +514,31 @@ def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_mem
     assert storage.resident_share(files) == 1.0
 
 
+def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeypatch):
+    """Processes that a loader starts, which take 1 s; then 10 ms a batch, 30 from storage, and 4 batches read ahead."""
+    files = [str(tmp_path / str(number)) for number in range(80)]
+    for file in files:
+        Path(file).write_bytes(b"x")
+    now, cold, taken = [0.0], [False], [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(storage, "read_into_memory", lambda files: cold.__setitem__(0, False))
+    monkeypatch.setattr(storage, "why_not_dropped", lambda files: cold.__setitem__(0, True))
+    monkeypatch.setattr(storage, "resident_share", lambda files: (taken[0] + 4) * 8 / len(files))
+
+    class Loader:
+        def __iter__(self):
+            now[0] += 1.0 + 4 * (0.03 if cold[0] else 0.01)
+            for taken[0] in range(1, 1000):
+                now[0] += 0.03 if cold[0] else 0.01
+                yield np.zeros((8, 2))
+
+    source = loader_source(Loader(), files=files)
+    common = {"images": 8, "read_cut": None, "seconds": 1.0, "synchronise": lambda: None}
+    stored = measure_storage(source, loader_ms=10.0, **common)
+    assert stored.batches == 9
+    assert stored.from_storage(10.0) == pytest.approx([30.0] * PASSES)
+
+
 # Windows.
 
 

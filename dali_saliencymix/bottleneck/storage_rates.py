@@ -34,7 +34,8 @@ class StorageRates:
     read_cold_ms : list of float
         The reading alone, likewise, where the loader can be cut.
     warm_ms : list of float
-        The whole loader, with all files in memory, where it cannot be cut: what it takes more than this is the reading.
+        The whole loader, with all files in memory, where it cannot be cut. Each goes with the cold pass before it: what
+        that one took more is the reading.
     batches : int
         Batches of one pass.
     not_measured : str, optional
@@ -49,7 +50,9 @@ class StorageRates:
 
     def from_storage(self, loader_ms: float) -> tuple[float, ...] | None:
         """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
-        return _at_least(loader_ms, self.cold_ms)
+        # A loader that begins may have to start processes first: both kinds of passes have that, and windows do not.
+        pairs = zip(self.cold_ms, self.warm_ms, strict=True) if self.warm_ms else ()
+        return _at_least(loader_ms, [loader_ms + cold - warm for cold, warm in pairs] or self.cold_ms)
 
     def reading(self, read_ms: float) -> tuple[float, ...] | None:
         """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
@@ -120,8 +123,8 @@ def measure_storage(
                 return StorageRates(not_measured=why)
             taken, given = _pass(loader, found.batches, images, synchronise)
             if cold:
-                given = max(given, (storage.resident_share(files) or 0) * len(files) / images / ranks.count())
-            times.append(ranks.agree(taken / given, max))
+                read = max(given, (storage.resident_share(files) or 0) * len(files) / images / ranks.count())
+            times.append(ranks.agree(taken / read, max))  # a warm pass reads ahead as far as the cold one before it
     except BottleneckError as error:
         return StorageRates(not_measured=str(error))
     finally:
