@@ -10,6 +10,7 @@ import functools
 
 import numpy as np
 
+from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
@@ -25,6 +26,7 @@ from dali_saliencymix._threads import in_chunks
 
 BOXES = ("fit", "clip")
 _CHUNK = 16  # maps that fit a core's cache
+_WORTH_A_THREAD = 2**20  # pixels: to wake a thread takes as long as to look at a quarter of them
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
@@ -59,13 +61,28 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)
-    find = functools.partial(_peaks, height=height, width=width, least=least)
-    return in_chunks(find, saliency_map, _CHUNK) if is_host(xp) else find(saliency_map)
+    _, map_height, map_width = saliency_map.shape
+    closeness = constant(xp, closeness_to_centre, map_height, map_width, height, width)
+    find = functools.partial(_extreme, closeness=closeness, least=least)
+    if not is_host(xp):
+        peak = find(saliency_map)
+    elif saliency_map.dtype == np.float32 and not least and uses_kernel("auto", xp):
+        from dali_saliencymix import compiled_peaks
+
+        find = functools.partial(compiled_peaks.most_salient, closeness=closeness)
+        peak = in_chunks(find, saliency_map, max(_WORTH_A_THREAD // (map_height * map_width), 1))
+    else:
+        peak = in_chunks(find, saliency_map, _CHUNK)
+    y, x = peak // map_width, peak % map_width
+    return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
+        xp.int32
+    )
 
 
-def _peaks(saliency_map: Array, *, height: int, width: int, least: bool) -> Array:
+def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
+    """Return the index of the largest or least value of each map, flat; of several the one with most `closeness`."""
     xp = array_namespace(saliency_map)
-    count, map_height, map_width = saliency_map.shape
+    count = len(saliency_map)
     extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
     # It is NaN where a pixel is: on a CPU, looking there first spares two passes over all pixels.
     if saliency_map.dtype.kind == "f" and (not is_host(xp) or np.isnan(extremum).any()):
@@ -73,12 +90,8 @@ def _peaks(saliency_map: Array, *, height: int, width: int, least: bool) -> Arra
         extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
     extreme = saliency_map == extremum
     if not is_host(xp) or np.count_nonzero(extreme) > count:  # there are ties
-        extreme = xp.where(extreme, constant(xp, closeness_to_centre, map_height, map_width, height, width), 0)
-    peak = extreme.reshape(count, -1).argmax(axis=1)
-    y, x = peak // map_width, peak % map_width
-    return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
-        xp.int32
-    )
+        extreme = xp.where(extreme, closeness, 0)
+    return extreme.reshape(count, -1).argmax(axis=1)
 
 
 def closeness_to_centre(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:

@@ -9,14 +9,18 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dali_saliencymix import (
     DETECTORS,
     _algorithms,
     _threads,
+    boxes,
     fine_grained,
     get_detector,
     phase_spectrum,
+    saliency_peaks,
     saliencymix,
     spectral_residual,
 )
@@ -24,6 +28,8 @@ from dali_saliencymix._threads import in_chunks, limited_to
 from dali_saliencymix.saliency import grey
 
 compiled = pytest.importorskip("dali_saliencymix.saliency.compiled", reason="Numba is not installed")
+compiled_peaks = pytest.importorskip("dali_saliencymix.compiled_peaks", reason="Numba is not installed")
+compiled_spectral = pytest.importorskip("dali_saliencymix.saliency.compiled_spectral", reason="Numba is not installed")
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 7, 1), (1, 2, 2), (5, 37, 23), (9, 64, 64), (2, 70, 331), (3, 225, 224)]
 
@@ -37,23 +43,89 @@ def images_of(shape: tuple[int, ...], channels: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("detector", [fine_grained, spectral_residual, phase_spectrum])
+@pytest.mark.parametrize("detector", [fine_grained, phase_spectrum])
 def test_kernels_give_the_bits_of_array_operations(detector, shape, channels):
     images = images_of(shape, channels)
     expected = detector(images, algorithm="array")
     np.testing.assert_array_equal(detector(images, algorithm="kernel"), expected)
-    # Strided batches, as operators and tensors make them, and read-only ones.
-    planar = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
-    planar.setflags(write=False)
-    np.testing.assert_array_equal(detector(planar, algorithm="kernel"), expected)
-    np.testing.assert_array_equal(detector(images[::2, ::-1], algorithm="kernel"), detector(images[::2, ::-1]))
+    np.testing.assert_array_equal(detector(planar(images), algorithm="kernel"), expected)
+    turned = images[::2, ::-1]
+    np.testing.assert_array_equal(detector(turned, algorithm="kernel"), detector(turned, algorithm="array"))
+
+
+def planar(images):
+    """Return the same images, with their channels one after the other in memory, as tensors have them; read-only."""
+    strided = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    strided.setflags(write=False)
+    return strided
 
 
 def test_kernels_give_the_bits_of_array_operations_on_photos(jpeg_images):
     for image in jpeg_images:
-        for detector in (fine_grained, spectral_residual):
-            ours = detector(image[None], algorithm="kernel")
-            np.testing.assert_array_equal(ours, detector(image[None], algorithm="array"))
+        ours = fine_grained(image[None], algorithm="kernel")
+        np.testing.assert_array_equal(ours, fine_grained(image[None], algorithm="array"))
+
+
+# What is not square and of 32 or 64 pixels has no kernel but the one for the reduction, and so the same bits.
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 32, 32), (2, 32, 64), (1, 200, 64), (4, 91, 91)], ids=str)
+def test_the_kernel_of_spectral_residual_differs_from_array_operations_by_rounding(shape, channels):
+    images = images_of(shape, channels)
+    images[-1] = 77  # of one level: all zeros
+    expected = spectral_residual(images, algorithm="array")
+    ours = spectral_residual(images, algorithm="kernel")
+    assert ours.shape == expected.shape
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    np.testing.assert_array_equal(spectral_residual(planar(images), algorithm="kernel"), ours)
+    np.testing.assert_allclose(
+        spectral_residual(images[::2, ::-1], algorithm="kernel"),
+        spectral_residual(images[::2, ::-1], algorithm="array"),
+        atol=1e-5,
+    )
+    # An image's map depends on nothing but the image.
+    np.testing.assert_array_equal(spectral_residual(images[:1], algorithm="kernel"), ours[:1])
+
+
+def test_the_kernel_of_spectral_residual_finds_the_peaks_of_array_operations_in_photos(jpeg_images):
+    for image in jpeg_images:
+        by_kernel, by_array = (spectral_residual(image[None], algorithm=name) for name in ("kernel", "array"))
+        np.testing.assert_allclose(by_kernel, by_array, atol=1e-5)
+        size = image.shape[:2]
+        np.testing.assert_array_equal(saliency_peaks(by_kernel, *size), saliency_peaks(by_array, *size))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_transform_is_that_of_numpy(size):
+    rng = np.random.default_rng(size)
+    values = rng.normal(size=(size, size)) + 1j * rng.normal(size=(size, size))
+    planes = np.zeros((2, 64, 64), np.float32)
+    planes[:, :size, :size] = values.real, values.imag
+    twiddles = compiled_spectral._twiddles(size)
+    compiled_spectral._transform_columns(planes, np.empty_like(planes), twiddles, size)
+    ours = planes[0, :size, :size] + 1j * planes[1, :size, :size]
+    np.testing.assert_allclose(ours, np.fft.fft(values, axis=0), atol=2e-6 * size)
+
+
+def test_logarithm_and_exponential_are_those_of_numpy():
+    amplitudes = np.geomspace(1, 1e7, 20001).astype(np.float32)
+    ours = np.array([compiled_spectral._log(value) for value in amplitudes])
+    np.testing.assert_allclose(ours, np.log(amplitudes.astype(np.float64)), rtol=2e-7, atol=1e-8)
+    residuals = np.linspace(-30, 30, 20001).astype(np.float32)
+    ours = np.array([compiled_spectral._exp(value) for value in residuals])
+    np.testing.assert_allclose(ours, np.exp(residuals.astype(np.float64)), rtol=3e-7)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    levels=st.lists(st.sampled_from([-1.0, 0.0, 0.5, np.nan, np.inf, -np.inf]), min_size=1, max_size=4),
+)
+def test_the_most_salient_pixel_is_that_of_numpy(seed, size, levels):
+    maps = np.random.default_rng(seed).choice(np.array(levels, np.float32), (3, *size))
+    closeness = boxes.closeness_to_centre(*size, 40, 90)
+    expected = boxes._extreme(maps, closeness=closeness, least=False)
+    np.testing.assert_array_equal(compiled_peaks.most_salient(maps, closeness), expected)
 
 
 @pytest.mark.parametrize("level", [160, 250])

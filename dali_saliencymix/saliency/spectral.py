@@ -6,7 +6,6 @@ a larger size would add cost and no detail.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,10 +92,12 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
             from dali_saliencymix import cuda
 
             return cuda.spectral_residual(images)
-        from dali_saliencymix.saliency import compiled
+        from dali_saliencymix.saliency import compiled_spectral
 
-        return in_chunks(functools.partial(compiled.spectral_residual, size=_map_size(images)), images, _CHUNK)
-    return _of_small_luma(_spectral_residual, images, "array")
+        height, width = _map_size(images)
+        if height == width and width in compiled_spectral.SIZES:
+            return compiled_spectral.spectral_residual(images, width)
+    return _of_small_luma(_spectral_residual, images, algorithm)
 
 
 def _spectral_residual(grey: Array) -> Array:

@@ -1,0 +1,429 @@
+"""`spectral_residual` as a kernel that Numba compiles for the CPU: image by image, from pixels to map.
+
+It is for maps of 64x64 or 32x32, which are those of all larger images and of CIFAR's. All arrays of one image fit a
+core's cache, and Python's lock is not needed in between. Maps differ from those of the twin in NumPy by rounding: the
+transform is another one.
+
+A complex map is an array (2, 64, 64), real and imaginary parts, of which smaller maps use the first rows and columns.
+Transforms take it flat: LLVM uses the vector units of the CPU where it knows how far apart the rows are, as it does in
+loops over a whole map that write to one array. For the same reason each step is a function of its own.
+
+Spectra are transposed, (kx, ky): after a transform along columns they lie ready for the one along rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from dali_saliencymix._array import Array, constant
+from dali_saliencymix._threads import for_each_chunk
+from dali_saliencymix.saliency.compiled import reduce_luma, rows_of_pixels
+from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
+from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
+
+SIZES = (32, 64)
+
+_ROW = 64
+_PLANE = _ROW * _ROW
+
+_CHUNK = 8  # images for one thread at a time: few enough that all threads end together
+
+_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+_put_in = numba.njit(inline="always", error_model="numpy")
+
+_HALF, _ONE = np.float32(0.5), np.float32(1)
+_HALF_ROOT = np.float32(math.sqrt(0.5))
+_BITS_OF_HALF_ROOT = np.int32(_HALF_ROOT.view(np.int32))
+_LOG_2 = math.log(2)
+
+_REACH = 2  # of the filters, in pixels to either side
+# Weights of the centre and outwards. The mean has none at that distance: adding 0 changes no bit.
+_GAUSSIAN = tuple(np.float32(weight) for weight in GAUSSIAN)
+_MEAN = (*(np.float32(weight) for weight in MEAN), np.float32(0))
+
+
+def spectral_residual(images: Array, size: int) -> Array:
+    """Return what `dali_saliencymix.saliency.spectral.spectral_residual` returns, (N, size, size), but for rounding."""
+    maps = np.empty((len(images), size, size), np.float32)
+    height, width = images.shape[1:3]
+    taps = (
+        constant(np, tap_indices, height, size),
+        constant(np, tap_indices, width, size),
+        constant(np, tap_weights, height, size),
+        constant(np, tap_weights, width, size),
+    )
+    pixels, twiddles = rows_of_pixels(images), constant(np, _twiddles, size)
+
+    def work(chunk: slice) -> None:
+        _maps(pixels[chunk], width, *taps, twiddles, maps[chunk])
+
+    for_each_chunk(work, len(images), _CHUNK)
+    return maps
+
+
+def _twiddles(size: int) -> np.ndarray:
+    """Return exp(-2 pi i j m / size) for `size` / 8 rows j and 8 columns m, complex64."""
+    return np.exp(-2j * np.pi / size * np.outer(np.arange(size // 8), np.arange(8))).astype(np.complex64)
+
+
+@_kernel
+def _maps(pixels, width, rows, columns, row_weights, column_weights, twiddles, maps):  # type: ignore[no-untyped-def]
+    size = maps.shape[1]
+    levels, line = np.empty((2, width), np.uint8), np.empty(width, np.int32)
+    grey = np.empty((size, size), np.float32)
+    planes, spare = np.zeros((2, _ROW, _ROW), np.float32), np.empty((2, _ROW, _ROW), np.float32)
+    spectrum = np.empty((2, size, size // 2 + 1), np.float32)
+    whole, mean = np.empty((size, size), np.float32), np.empty((size, size), np.float32)
+    tall, wide = np.empty((size + 2 * _REACH, size), np.float32), np.empty((size, size + 2 * _REACH), np.float32)
+    for i in range(len(maps)):
+        reduce_luma(pixels[i], rows, columns, row_weights, column_weights, levels, line, grey)
+        if _has_one_level(grey):
+            maps[i] = 0
+            continue
+        _pair_columns(grey, planes)
+        _transform_columns(planes, spare, twiddles, size // 2)
+        _transpose_half(planes, spare, size)
+        _transform_columns(spare, planes, twiddles, size // 2)
+        _take_half(spare, spectrum)
+        _amplitude(spectrum, whole)
+        _keep_phase(spectrum, whole)
+        _log_of_all(whole, tall)
+        _filter(tall, _MEAN, wide, mean)
+        _exponential(tall, mean)
+        _whiten(spectrum, mean, planes)
+        _transform_columns(planes, spare, twiddles, size)
+        _transpose(planes, spare, size)
+        _transform_columns(spare, planes, twiddles, size)
+        _modulus(spare, tall)
+        _filter(tall, _GAUSSIAN, wide, maps[i])
+        _square(maps[i])
+
+
+@_kernel
+def _has_one_level(grey):  # type: ignore[no-untyped-def]
+    height, width = grey.shape
+    for y in range(height):
+        for x in range(width):
+            if grey[y, x] != grey[0, 0]:
+                return False
+    return True
+
+
+# ---- Fourier transforms ----------------------------------------------------------------------------------------------
+
+
+@_kernel
+def _transform_columns(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
+    """Transform the first `width` columns of `planes` in place."""
+    if len(twiddles) == 8:
+        _transform_64(planes.reshape(2 * _PLANE), spare.reshape(2 * _PLANE), twiddles, width)
+    else:
+        _transform_32(planes.reshape(2 * _PLANE), spare.reshape(2 * _PLANE), twiddles, width)
+
+
+@_kernel
+def _transform_64(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
+    _by_eights(planes, spare, twiddles, width, 8)
+    for j in range(8):
+        for x in range(width):
+            i, o = 8 * j * _ROW + x, j * _ROW + x
+            _put_eight(planes, o, 8 * _ROW, _dft8(*_eight(spare, i, _ROW)))
+
+
+@_kernel
+def _transform_32(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
+    _by_eights(planes, spare, twiddles, width, 4)
+    for j in range(8):
+        for x in range(width):
+            i, o = 4 * j * _ROW + x, j * _ROW + x
+            _put_four(planes, o, 8 * _ROW, _dft4(*_four(spare, i, _ROW)))
+
+
+@_put_in
+def _by_eights(planes, spare, twiddles, width, steps):  # type: ignore[no-untyped-def]
+    """Transform every `steps`-th row, and turn the results by what they lag behind."""
+    for j in range(steps):
+        w1, w2, w3, w4 = twiddles[j, 1], twiddles[j, 2], twiddles[j, 3], twiddles[j, 4]
+        w5, w6, w7 = twiddles[j, 5], twiddles[j, 6], twiddles[j, 7]
+        for x in range(width):
+            i = j * _ROW + x
+            y0, y1, y2, y3, y4, y5, y6, y7 = _dft8(*_eight(planes, i, steps * _ROW))
+            turned = (y0, y1 * w1, y2 * w2, y3 * w3, y4 * w4, y5 * w5, y6 * w6, y7 * w7)
+            _put_eight(spare, i, steps * _ROW, turned)
+
+
+@_put_in
+def _eight(planes, i, step):  # type: ignore[no-untyped-def]
+    return (*_four(planes, i, step), *_four(planes, i + 4 * step, step))
+
+
+@_put_in
+def _four(planes, i, step):  # type: ignore[no-untyped-def]
+    return (
+        complex(planes[i], planes[i + _PLANE]),
+        complex(planes[i + step], planes[i + step + _PLANE]),
+        complex(planes[i + 2 * step], planes[i + 2 * step + _PLANE]),
+        complex(planes[i + 3 * step], planes[i + 3 * step + _PLANE]),
+    )
+
+
+@_put_in
+def _put_eight(planes, i, step, values):  # type: ignore[no-untyped-def]
+    _put_four(planes, i, step, values[:4])
+    _put_four(planes, i + 4 * step, step, values[4:])
+
+
+@_put_in
+def _put_four(planes, i, step, values):  # type: ignore[no-untyped-def]
+    a, b, c, d = values
+    planes[i], planes[i + _PLANE] = a.real, a.imag
+    planes[i + step], planes[i + step + _PLANE] = b.real, b.imag
+    planes[i + 2 * step], planes[i + 2 * step + _PLANE] = c.real, c.imag
+    planes[i + 3 * step], planes[i + 3 * step + _PLANE] = d.real, d.imag
+
+
+@_kernel
+def _dft8(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    y0, y2, y4, y6 = _dft4(a + e, b + f, c + g, d + h)
+    b, d = b - f, d - h
+    # Times exp(-i pi / 4) and exp(-3 i pi / 4).
+    b = complex(_HALF_ROOT * (b.real + b.imag), _HALF_ROOT * (b.imag - b.real))
+    d = complex(_HALF_ROOT * (d.imag - d.real), -_HALF_ROOT * (d.real + d.imag))
+    y1, y3, y5, y7 = _dft4(a - e, b, _turned(c - g), d)
+    return y0, y1, y2, y3, y4, y5, y6, y7
+
+
+@_kernel
+def _dft4(a, b, c, d):  # type: ignore[no-untyped-def]
+    even, odd, rest, turned = a + c, b + d, a - c, _turned(b - d)
+    return even + odd, rest + turned, even - odd, rest - turned
+
+
+@_kernel
+def _turned(value):  # type: ignore[no-untyped-def]
+    """Return -i times the value."""
+    return complex(value.imag, -value.real)
+
+
+# ---- Between real maps and spectra -----------------------------------------------------------------------------------
+
+
+@_kernel
+def _pair_columns(grey, planes):  # type: ignore[no-untyped-def]
+    """Make complex columns of pairs of real ones: their spectrum can be taken apart by its symmetry."""
+    size = len(grey)
+    half = size // 2
+    for y in range(size):
+        for x in range(half):
+            planes[0, y, x] = grey[y, x]
+    for y in range(size):
+        for x in range(half):
+            planes[1, y, x] = grey[y, half + x]
+
+
+@_kernel
+def _transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
+    """Take the pairs apart, (x, ky): frequencies below the highest, which is paired with the lowest: both are real."""
+    half = size // 2
+    for x in range(half):
+        for y in range(1, half):
+            transposed[0, x, y] = _HALF * (planes[0, y, x] + planes[0, size - y, x])
+        for y in range(1, half):
+            transposed[1, x, y] = _HALF * (planes[1, y, x] - planes[1, size - y, x])
+        for y in range(1, half):
+            transposed[0, half + x, y] = _HALF * (planes[1, y, x] + planes[1, size - y, x])
+        for y in range(1, half):
+            transposed[1, half + x, y] = _HALF * (planes[0, size - y, x] - planes[0, y, x])
+    for x in range(half):
+        transposed[0, x, 0], transposed[1, x, 0] = planes[0, 0, x], planes[0, half, x]
+        transposed[0, half + x, 0], transposed[1, half + x, 0] = planes[1, 0, x], planes[1, half, x]
+
+
+@_kernel
+def _take_half(planes, spectrum):  # type: ignore[no-untyped-def]
+    """Fill the half of the spectrum that says all, (2, kx, ky): the lowest and the highest ky are still paired."""
+    _, size, stored = spectrum.shape
+    half = stored - 1
+    for part in range(2):
+        for x in range(size):
+            for y in range(1, half):
+                spectrum[part, x, y] = planes[part, x, y]
+    for x in range(size):
+        mirrored = (size - x) % size
+        real, imaginary = planes[0, x, 0], planes[1, x, 0]
+        other_real, other_imaginary = planes[0, mirrored, 0], planes[1, mirrored, 0]
+        spectrum[0, x, 0], spectrum[1, x, 0] = _HALF * (real + other_real), _HALF * (imaginary - other_imaginary)
+        spectrum[0, x, half], spectrum[1, x, half] = _HALF * (imaginary + other_imaginary), _HALF * (other_real - real)
+
+
+@_kernel
+def _whiten(spectrum, factor, planes):  # type: ignore[no-untyped-def]
+    """Phase times factor, of all bins: those that are not stored are those of the mirror image, conjugate.
+
+    Real and imaginary parts change places, which makes the transforms that follow inverse ones.
+    """
+    _, size, stored = spectrum.shape
+    for x in range(size):
+        for y in range(stored):
+            planes[1, x, y] = spectrum[0, x, y] * factor[x, y]
+    for x in range(size):
+        for y in range(stored):
+            planes[0, x, y] = spectrum[1, x, y] * factor[x, y]
+    for x in range(size):
+        mirrored = (size - x) % size
+        for y in range(stored, size):
+            planes[1, x, y] = spectrum[0, mirrored, size - y] * factor[x, y]
+        for y in range(stored, size):
+            planes[0, x, y] = -spectrum[1, mirrored, size - y] * factor[x, y]
+
+
+@_kernel
+def _transpose(planes, transposed, size):  # type: ignore[no-untyped-def]
+    for part in range(2):
+        for y in range(size):
+            for x in range(size):
+                transposed[part, y, x] = planes[part, x, y]
+
+
+@_kernel
+def _modulus(planes, tall):  # type: ignore[no-untyped-def]
+    size = tall.shape[1]
+    for y in range(size):
+        for x in range(size):
+            real, imaginary = planes[0, y, x], planes[1, y, x]
+            tall[_REACH + y, x] = np.sqrt(real * real + imaginary * imaginary)
+
+
+# ---- Pixel by pixel, bin by bin --------------------------------------------------------------------------------------
+
+
+@_kernel
+def _amplitude(spectrum, whole):  # type: ignore[no-untyped-def]
+    _, size, stored = spectrum.shape
+    for x in range(size):
+        for y in range(stored):
+            real, imaginary = spectrum[0, x, y], spectrum[1, x, y]
+            whole[x, y] = np.sqrt(real * real + imaginary * imaginary)
+
+
+@_kernel
+def _keep_phase(spectrum, amplitude):  # type: ignore[no-untyped-def]
+    """Divide by the amplitude; an empty bin has phase 0 by convention."""
+    _, size, stored = spectrum.shape
+    for x in range(size):
+        for y in range(stored):
+            empty = amplitude[x, y] == 0
+            spectrum[0, x, y] = _ONE if empty else spectrum[0, x, y] / amplitude[x, y]
+    for x in range(size):
+        for y in range(stored):
+            empty = amplitude[x, y] == 0
+            spectrum[1, x, y] = spectrum[1, x, y] / (_ONE if empty else amplitude[x, y])
+
+
+@_kernel
+def _log_of_all(amplitude, tall):  # type: ignore[no-untyped-def]
+    """log(1 + amplitude) of all bins, of the half that is filled."""
+    size = len(amplitude)
+    stored = size // 2 + 1
+    for x in range(size):
+        for y in range(stored):
+            tall[_REACH + x, y] = _log(_ONE + amplitude[x, y])
+    for x in range(size):
+        mirrored = (size - x) % size
+        for y in range(stored, size):
+            tall[_REACH + x, y] = tall[_REACH + mirrored, size - y]
+
+
+@_kernel
+def _exponential(tall, mean):  # type: ignore[no-untyped-def]
+    """exp(log amplitude - mean), in place of the mean."""
+    size = len(mean)
+    for x in range(size):
+        for y in range(size):
+            mean[x, y] = _exp(tall[_REACH + x, y] - mean[x, y])
+
+
+@_kernel
+def _log(value):  # type: ignore[no-untyped-def]
+    """Logarithm of a normal float32: that of the library does not use the vector units."""
+    bits = np.float32(value).view(np.int32)
+    exponent = (bits - _BITS_OF_HALF_ROOT) >> 23
+    mantissa = np.int32(bits - (exponent << 23)).view(np.float32)  # in [sqrt(0.5), sqrt(2))
+    # log(m) = 2 artanh((m - 1) / (m + 1)): a series in odd powers of at most 0.172.
+    power = (mantissa - _ONE) / (mantissa + _ONE)
+    square = power * power
+    series = np.float32(2 / 7) + square * np.float32(2 / 9)
+    series = np.float32(2 / 3) + square * (np.float32(2 / 5) + square * series)
+    return np.float32(exponent) * np.float32(_LOG_2) + (power + power + power * square * series)
+
+
+@_kernel
+def _exp(value):  # type: ignore[no-untyped-def]
+    """Exponential of a float32 in -80..80."""
+    exponent = np.floor(value * np.float32(1 / _LOG_2) + _HALF)
+    # log(2) in two parts, the first of so few bits that its product is exact; at most 0.347 is left.
+    rest = (value - exponent * np.float32(355 / 512)) - exponent * np.float32(_LOG_2 - 355 / 512)
+    series = np.float32(1 / 120) + rest * (np.float32(1 / 720) + rest * np.float32(1 / 5040))
+    series = _HALF + rest * (np.float32(1 / 6) + rest * (np.float32(1 / 24) + rest * series))
+    series = _ONE + rest * (_ONE + rest * series)
+    return series * np.int32((np.int32(exponent) + np.int32(127)) << 23).view(np.float32)
+
+
+@_kernel
+def _filter(tall, weights, wide, filtered):  # type: ignore[no-untyped-def]
+    """Filter by symmetric weights along columns, then along rows, mirrored at the border.
+
+    The map lies in `tall`, between margins that are filled here.
+    """
+    size = len(filtered)
+    for i in range(1, _REACH + 1):
+        tall[_REACH - i] = tall[_REACH + i]
+        tall[_REACH + size - 1 + i] = tall[_REACH + size - 1 - i]
+    _filter_columns(tall, weights, wide)
+    for y in range(size):
+        for i in range(1, _REACH + 1):
+            wide[y, _REACH - i] = wide[y, _REACH + i]
+            wide[y, _REACH + size - 1 + i] = wide[y, _REACH + size - 1 - i]
+    _filter_rows(wide, weights, filtered)
+
+
+@_kernel
+def _filter_columns(tall, weights, wide):  # type: ignore[no-untyped-def]
+    centre, near, far = weights
+    size = len(wide)
+    for y in range(size):
+        for x in range(size):
+            wide[y, _REACH + x] = (
+                tall[y + 2, x] * centre + (tall[y + 1, x] + tall[y + 3, x]) * near + (tall[y, x] + tall[y + 4, x]) * far
+            )
+
+
+@_kernel
+def _filter_rows(wide, weights, filtered):  # type: ignore[no-untyped-def]
+    centre, near, far = weights
+    size = len(filtered)
+    for y in range(size):
+        for x in range(size):
+            filtered[y, x] = (
+                wide[y, x + 2] * centre + (wide[y, x + 1] + wide[y, x + 3]) * near + (wide[y, x] + wide[y, x + 4]) * far
+            )
+
+
+@_kernel
+def _square(saliency_map):  # type: ignore[no-untyped-def]
+    """Square, and bring to a maximum of 1."""
+    size = len(saliency_map)
+    tops = np.zeros(size, np.float32)  # of the columns: side by side they use the vector units
+    for y in range(size):
+        for x in range(size):
+            tops[x] = max(tops[x], saliency_map[y, x])
+    top = tops.max()
+    if top == 0:
+        top = _ONE
+    for y in range(size):
+        for x in range(size):
+            relative = saliency_map[y, x] / top
+            saliency_map[y, x] = relative * relative
