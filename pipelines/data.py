@@ -177,7 +177,10 @@ def mix_operator(args: argparse.Namespace) -> imagenet.Mix | None:
     """Return the DALI operator that mixes, with its options."""
     if args.mix == "none":
         return None
-    return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **_mix_options(args))
+    options = _mix_options(args)
+    if args.mix in ("saliencymix", "cutmix"):
+        options["overwrite_images"] = True  # the pipelines have no other use for them
+    return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **options)
 
 
 def _mix_options(args: argparse.Namespace) -> dict[str, Any]:
