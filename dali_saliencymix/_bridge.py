@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
+from dali_saliencymix._array import Array, array_namespace, is_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,13 +27,13 @@ def as_batch(samples: Sequence[Array]) -> Array:
         If the samples differ in shape.
     """
     first = samples[0]
-    xp = array_namespace(first)
     shapes = {sample.shape for sample in samples}
     if len(shapes) > 1:
         shown = ", ".join(str(shape) for shape in sorted(shapes)[:4])
         msg = f"all images of a batch must have one shape, got {len(shapes)}: {shown}; put fn.resize in front"
         raise ValueError(msg)
-    pointers = _pointers(samples, xp)
+    xp = array_namespace(first)
+    pointers = [_pointer(sample) for sample in samples]
     step = pointers[1] - pointers[0] if len(samples) > 1 else first.nbytes
     contiguous = all(sample.flags.c_contiguous for sample in samples)
     evenly = contiguous and step >= first.nbytes and pointers == [pointers[0] + step * i for i in range(len(samples))]
@@ -57,28 +55,12 @@ def mix_samples(
     return as_samples(mixed.images), as_samples(mixed.lam)
 
 
-def mix_in_place(
-    mix: Callable[[Array, Array], Mixed], images: Sequence[Array], params: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    """Apply ``mix(images, params)``, which writes to the batch it is given, to the samples themselves.
-
-    Returns the samples of lam, and the shape of each image as int64 of shape (3,).
-    """
-    batch = as_batch(images)
-    mixed = mix(batch, as_batch(params))
-    if not np.may_share_memory(batch[0], images[0]):  # a copy of samples that lie apart
-        for sample, image in zip(images, mixed.images, strict=True):
-            sample[...] = image
-    shape = np.array(batch.shape[1:], np.int64)
-    return as_samples(mixed.lam), [shape] * len(batch)
-
-
 def map_samples(function: Callable[[Array], Array], samples: Sequence[Array]) -> list[Array]:
     """Apply ``function(batch) -> batch`` to the samples of a batch; return the samples of the result."""
     return as_samples(function(as_batch(samples)))
 
 
-def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:
-    if is_host(xp):
-        return [sample.__array_interface__["data"][0] for sample in samples]
-    return [sample.data.ptr for sample in samples]
+def _pointer(array: Array) -> int:
+    if is_host(array_namespace(array)):
+        return array.__array_interface__["data"][0]
+    return array.data.ptr

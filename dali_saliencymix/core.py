@@ -32,7 +32,7 @@ class Mixed(NamedTuple):
     Attributes
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        The mixed images: a new array, or the one that was given where it may be overwritten.
+        The mixed images, a new array.
     lam : ndarray of shape (N,), float32
         Weight of each receiving image's label. Where a box was pasted, it is exactly the share of the pixels outside
         the box.
@@ -62,14 +62,13 @@ def saliencymix(
     peaks: Array | None = None,
     point: Array | None = None,
     algorithm: str = "auto",
-    overwrite_images: bool = False,
 ) -> Mixed:
     """Cut the most salient part out of each image's source and paste it into the image.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey ones with C = 1. Not modified.
     source_index : ndarray of shape (N,), integer
         Image `i` receives from ``images[source_index[i]]``. On a GPU the values are not checked.
     lam : ndarray of shape (N,), floating
@@ -96,9 +95,6 @@ def saliencymix(
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `fine_grained`. The CUDA kernels, which only
         ``"kernel"`` takes, have not been measured yet.
-    overwrite_images : bool
-        Allow the mixed images to be written over `images`, which happens on a CPU and saves most of the copying. By
-        default `images` is not modified.
 
     Returns
     -------
@@ -137,24 +133,17 @@ def saliencymix(
 
         return Mixed(*cuda.saliencymix(images, source_index, lam, placement, peaks, point))
     boxes = salient_boxes(images, source_index, lam, placement, peaks=peaks, point=point, algorithm=algorithm)
-    return _pasted(images, source_index, *boxes, overwrite_images=overwrite_images)
+    return _pasted(images, source_index, *boxes)
 
 
 def cutmix(
-    images: Array,
-    source_index: Array,
-    lam: Array,
-    point: Array,
-    *,
-    box: str = "clip",
-    per_batch: bool = False,
-    overwrite_images: bool = False,
+    images: Array, source_index: Array, lam: Array, point: Array, *, box: str = "clip", per_batch: bool = False
 ) -> Mixed:
     """Cut a box around a given point out of each image's source and paste it at the same place.
 
     Parameters
     ----------
-    images, source_index, lam, per_batch, overwrite_images
+    images, source_index, lam, per_batch
         As for `saliencymix`.
     point : ndarray of shape (N, 2), floating
         Centre of each box as fractions (y, x) of height and width, in [0, 1]; drawn uniformly for CutMix.
@@ -187,8 +176,7 @@ def cutmix(
     xp = check_images(images)
     check_source_index(source_index, xp, len(images))
     boxes = _boxes_around(images, point, lam, box)
-    boxes = _first_for_all(boxes) if per_batch else boxes
-    return _pasted(images, source_index, boxes, overwrite_images=overwrite_images)
+    return _pasted(images, source_index, _first_for_all(boxes) if per_batch else boxes)
 
 
 def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = False) -> Mixed:
@@ -319,21 +307,14 @@ def mix(
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
 
 
-def _pasted(
-    images: Array,
-    source_index: Array,
-    boxes: Array,
-    source_boxes: Array | None = None,
-    *,
-    overwrite_images: bool = False,
-) -> Mixed:
+def _pasted(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Mixed:
     xp = array_namespace(images)
     # An empty box can lie anywhere: let all of them look the same.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
-    mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes, overwrite_images=overwrite_images)
+    mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
     lam = kept_fraction(boxes, *images.shape[1:3])
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 

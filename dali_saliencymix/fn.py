@@ -55,7 +55,6 @@ def saliencymix(
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
     algorithm: str = "auto",
-    overwrite_images: bool = False,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with the most salient part of a random other one.
 
@@ -92,10 +91,6 @@ def saliencymix(
         `saliency_peaks` before a crop; in place of `saliency`.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
-    overwrite_images : bool
-        Allow the mixed images to be written over those in `images`, which happens on a CPU and saves two copies of the
-        batch. Only for images that nothing else in the graph reads, and that are no memory of yours which an
-        ``fn.external_source`` with ``no_copy`` hands on: DALI does not look after that.
 
     Returns
     -------
@@ -136,9 +131,8 @@ def saliencymix(
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
     if placement.destination == "random":
         drawn["point"] = _drawn_point()
-    options |= {"preset": preset, "algorithm": algorithm}
     return _mixed_with_partners(
-        images, labels, "saliencymix", drawn, peaks, overwrite_images=overwrite_images, **options
+        images, labels, "saliencymix", drawn, peaks, preset=preset, algorithm=algorithm, **options
     )
 
 
@@ -151,13 +145,12 @@ def cutmix(
     prob: float = 1.0,
     box: str = "clip",
     per_batch: bool = False,
-    overwrite_images: bool = False,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with a random part of a random other one: CutMix.
 
     Parameters
     ----------
-    images, labels, alpha, prob, per_batch, overwrite_images
+    images, labels, alpha, prob, per_batch
         As for `saliencymix`.
     box : {"fit", "clip"}
         ``"clip"``, the default, is CutMix: what sticks out of the image is cut off. ``"fit"`` moves the box inside.
@@ -188,8 +181,7 @@ def cutmix(
     """
     check_choice(box, "box", BOXES)
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
-    options = {"box": box, "per_batch": bool(per_batch)}
-    return _mixed_with_partners(images, labels, "cutmix", drawn, overwrite_images=overwrite_images, **options)
+    return _mixed_with_partners(images, labels, "cutmix", drawn, box=box, per_batch=bool(per_batch))
 
 
 @do_not_convert
@@ -292,8 +284,7 @@ def mix(
     ...     modes, alpha = {"saliencymix": 0.5, "mixup": 0.5}, {"saliencymix": 1.0, "mixup": 0.2}
     ...     return mix(images, labels, modes=modes, alpha=alpha)
     """
-    options: dict[str, Any] = {"saliency": saliency, "source": source, "destination": destination, "box": box}
-    options["per_batch"] = per_batch
+    options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
     resolve_placement(preset, options, peaks_given=peaks is not None)
     check_choice(algorithm, "algorithm", ALGORITHMS)
     check_choice(choose, "choose", CHOOSE)
@@ -463,8 +454,6 @@ def _mixed_with_partners(
     function: str,
     drawn: dict[str, list[DataNode]],
     peaks: DataNode | None = None,
-    *,
-    overwrite_images: bool = False,
     **options: Any,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Draw partners, then mix: Python gets two inputs, the images and one vector of params a sample."""
@@ -476,16 +465,17 @@ def _mixed_with_partners(
     if peaks is not None:
         columns["peaks"] = 2
         params = fn.cat(params, _to(images.device, fn.cast(peaks, dtype=types.FLOAT)))
-    mix = functools.partial(_mix, function=function, columns=columns, **options)
-    in_python = {"num_outputs": 2, "batch_processing": True, **_placed(images.device)}
-    if overwrite_images and images.device == "cpu":
-        mix = functools.partial(mix, overwrite_images=True)
-        lam, shape = fn.python_function(images, params, function=_in_python(_bridge.mix_in_place, mix), **in_python)
-        # Taking the shape from Python makes what follows wait for it; no pixel is copied.
-        images = fn.reshape(images, shape=shape, layout="HWC")
-    else:
-        mix_all = _in_python(_bridge.mix_samples, mix)
-        images, lam = fn.python_function(images, params, function=mix_all, output_layouts=["HWC"], **in_python)
+    images, lam = fn.python_function(
+        images,
+        params,
+        function=_in_python(
+            _bridge.mix_samples, functools.partial(_mix, function=function, columns=columns, **options)
+        ),
+        num_outputs=2,
+        batch_processing=True,
+        output_layouts=["HWC"],
+        **_placed(images.device),
+    )
     return images, labels, fn.permute_batch(labels, indices=source_index), lam
 
 

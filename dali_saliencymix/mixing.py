@@ -1,6 +1,6 @@
 """Pixels and labels of a mixed batch, once boxes are known.
 
-Nothing here modifies its arguments, but `paste_boxes` where it is allowed to.
+Nothing here modifies its arguments.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ from dali_saliencymix._threads import for_each_chunk
 _CHUNK = 16  # images for one thread at a time
 
 
-def paste_boxes(
-    images: Array,
-    source_index: Array,
-    boxes: Array,
-    *,
-    source_boxes: Array | None = None,
-    overwrite_images: bool = False,
-) -> Array:
+def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None) -> Array:
     """Return `images` with the pixels inside each box taken from the source image.
 
     Parameters
@@ -45,19 +38,16 @@ def paste_boxes(
     source_boxes : ndarray of shape (N, 4), integer, optional
         Where the pixels are taken from, boxes of the same sizes as `boxes`; by default from the same place. On a GPU
         only their first corners are looked at.
-    overwrite_images : bool
-        Allow the result to be `images` itself, changed. On a CPU it is then, which saves most of the copying; on a GPU
-        it is a new array all the same.
 
     Returns
     -------
     ndarray of shape (N, H, W, C)
-        A new array of the dtype of `images`, or `images`.
+        A new array of the dtype of `images`.
 
     Raises
     ------
     ValueError
-        If a box lies outside the image, a box and its source box differ in size, or `images` cannot be written to.
+        If a box lies outside the image, or a box and its source box differ in size.
 
     Examples
     --------
@@ -72,14 +62,8 @@ def paste_boxes(
     if source_boxes is not None:
         check_boxes(source_boxes, "source_boxes", xp, *images.shape[:3])
         _check_same_sizes(boxes, source_boxes, xp)
-    if not is_host(xp):
-        return _paste_by_mask(images, source_index, boxes, source_boxes)
-    if not overwrite_images:
-        return _paste_by_slices(images, source_index, boxes, source_boxes)
-    if not images.flags.writeable:
-        msg = "images must not be read-only where overwrite_images is true"
-        raise ValueError(msg)
-    return _paste_in_place(images, source_index, boxes, source_boxes)
+    paste = _paste_by_slices if is_host(xp) else _paste_by_mask
+    return paste(images, source_index, boxes, source_boxes)
 
 
 def _paste_by_slices(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Array:
@@ -96,43 +80,6 @@ def _paste_by_slices(images: Array, source_index: Array, boxes: Array, source_bo
 
     for_each_chunk(paste, len(images), _CHUNK)
     return mixed
-
-
-def _paste_in_place(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Array:
-    """One copy for each image, in an order in which a source is read before it is written to."""
-    sources = source_index.tolist()
-    places, origins = boxes.tolist(), (boxes if source_boxes is None else source_boxes).tolist()
-
-    def patch(receiver: int) -> Array:
-        y0, x0, y1, x1 = origins[receiver]
-        return images[sources[receiver], y0:y1, x0:x1]
-
-    def put(receiver: int, pixels: Array) -> None:
-        y0, x0, y1, x1 = places[receiver]
-        images[receiver, y0:y1, x0:x1] = pixels
-
-    readers = np.bincount(source_index, minlength=len(images)).tolist()  # images that have yet to read from each one
-    ready = [image for image, count in enumerate(readers) if count == 0]
-    while ready:
-        receiver = ready.pop()
-        put(receiver, patch(receiver))
-        readers[sources[receiver]] -= 1
-        if readers[sources[receiver]] == 0:
-            ready.append(sources[receiver])
-    # What is left are rings, in which each image has one reader. The first one to be written to is read beforehand.
-    for first, count in enumerate(readers):
-        if count == 0:
-            continue
-        ring = [first]
-        while sources[ring[-1]] != first:
-            ring.append(sources[ring[-1]])
-        from_first = patch(ring[-1]).copy()
-        for receiver in ring[:-1]:
-            put(receiver, patch(receiver))
-        put(ring[-1], from_first)
-        for image in ring:
-            readers[image] = 0
-    return images
 
 
 def _paste_by_mask(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Array:

@@ -177,10 +177,7 @@ def mix_operator(args: argparse.Namespace) -> imagenet.Mix | None:
     """Return the DALI operator that mixes, with its options."""
     if args.mix == "none":
         return None
-    options = _mix_options(args)
-    if args.mix in ("saliencymix", "cutmix"):
-        options["overwrite_images"] = True  # the pipelines have no other use for them
-    return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **options)
+    return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **_mix_options(args))
 
 
 def _mix_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def training_pipeline(
     mix : callable, optional
         ``(images, labels) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`, with its
         options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
-        labels. Nothing else reads the images that it is given: ``overwrite_images=True`` is safe.
+        labels.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dali_saliencymix._bridge import as_batch, as_samples, mix_in_place
-from dali_saliencymix.core import Mixed
+from dali_saliencymix._bridge import as_batch, as_samples
 
 
 def test_samples_that_lie_in_one_block_become_a_view(xp):
@@ -40,21 +39,6 @@ def test_samples_that_are_not_contiguous_are_stacked():
     block = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
     samples = [sample.T for sample in block]
     np.testing.assert_array_equal(as_batch(samples), block.transpose(0, 2, 1))
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]], ids=["a view", "stacked"])
-def test_mixing_in_place_reaches_the_samples_whether_they_are_viewed_or_stacked(order):
-    block = np.zeros((3, 2, 4, 1), np.uint8)
-    samples, params = [block[i] for i in order], [np.full(1, i, np.float32) for i in range(3)]
-
-    def add(images, params):
-        images += np.arange(1, 4, dtype=np.uint8)[:, None, None, None]
-        return Mixed(images, params[:, 0], None, None)
-
-    lam, shapes = mix_in_place(add, samples, params)
-    assert [sample.tolist() for sample in samples] == [np.full((2, 4, 1), i).tolist() for i in (1, 2, 3)]
-    assert [float(weight) for weight in lam] == [0, 1, 2]
-    assert [shape.tolist() for shape in shapes] == [[2, 4, 1]] * 3
 
 
 def test_a_single_sample_is_a_batch_of_one():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import cv2
 import numpy as np
 import pytest
@@ -153,26 +151,6 @@ def test_cutmix_equals_the_oracle_whatever_the_options(put, fetch, case):
     options = {name: options[name] for name in ("box", "per_batch")}
     mixed = cutmix(*map(put, (images, source_index, lam)), put(point), **options)
     check(mixed, reference.cutmix(images, source_index, lam, point, **options), fetch)
-
-
-@given(cases())
-def test_overwriting_the_images_changes_nothing_else(put, fetch, case):
-    images, source_index, lam, maps, point, options = case
-    batch = tuple(map(put, (images, source_index, lam)))
-    detector = map_of_each(images, maps, put, fetch)
-    given_point = {"point": put(point)} if options["destination"] == "random" else {}
-    of_cutmix = {"per_batch": options["per_batch"], "box": options["box"]}
-    for expected, mix_into in (
-        (
-            saliencymix(*batch, saliency=detector, **given_point, **options),
-            functools.partial(saliencymix, saliency=detector, **given_point, **options),
-        ),
-        (cutmix(*batch, put(point), **of_cutmix), functools.partial(cutmix, point=put(point), **of_cutmix)),
-    ):
-        own = put(images).copy()  # what is given is read-only
-        mixed = mix_into(own, *batch[1:], overwrite_images=True)
-        assert (mixed.images is own) == isinstance(own, np.ndarray)
-        check(mixed, [fetch(array) for array in expected], fetch)
 
 
 @given(cases())

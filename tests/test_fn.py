@@ -64,48 +64,6 @@ def before_and_after(files, options, device="cpu", op=dsfn.saliencymix):
     return images, *op(images, labels, **options)
 
 
-@pipeline_def
-def mixed_and_used(files, op, options):
-    """What follows an operator reads the mixed images, wherever these are."""
-    images, labels = read(files)
-    images, labels, source_labels, lam = op(images, labels, **options)
-    bright = fn.brightness(images, brightness=0.5)
-    return images, fn.flip(images), fn.resize(bright, size=(20, 20)), labels, source_labels, lam
-
-
-@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix])
-def test_overwriting_the_images_changes_no_output(files, op):
-    plain, overwriting = (
-        build(mixed_and_used, files, op, {"prob": 0.75, "overwrite_images": overwrite}) for overwrite in (False, True)
-    )
-    for _ in range(4):
-        for ours, expected in zip(run(overwriting), run(plain), strict=True):
-            np.testing.assert_array_equal(ours, expected)
-
-
-def test_overwritten_images_may_come_from_branches(files):
-    # Merged branches hand on samples that lie anywhere in memory.
-    @pipeline_def(enable_conditionals=True)
-    def merged(overwrite):
-        images, labels = read(files)
-        if fn.random.coin_flip(dtype=types.BOOL, seed=5):
-            images = fn.flip(images)
-        return dsfn.saliencymix(images, labels, overwrite_images=overwrite)
-
-    plain, overwriting = (build(merged, overwrite) for overwrite in (False, True))
-    for _ in range(3):
-        for ours, expected in zip(run(overwriting), run(plain), strict=True):
-            np.testing.assert_array_equal(ours, expected)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_nothing_is_overwritten(files):
-    before, mixed, *_ = run(build(before_and_after, files, {"overwrite_images": True}, device="gpu", op=dsfn.cutmix))
-    before_alone, expected, *_ = run(build(before_and_after, files, {}, device="gpu", op=dsfn.cutmix))
-    np.testing.assert_array_equal(before, before_alone)
-    np.testing.assert_array_equal(mixed, expected)
-
-
 def on(device, array):
     return pytest.importorskip("cupy").asarray(array) if device == "gpu" else array
 

@@ -36,42 +36,6 @@ def test_paste_boxes_equals_the_oracle(shape, seed, put, fetch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(4))
-def test_pasting_in_place_equals_the_oracle(shape, seed):
-    images, source_index, boxes = random_case(shape, seed)
-    expected, *_ = reference.mix(images, source_index, boxes.tolist())
-    assert paste_boxes(images, source_index, boxes, overwrite_images=True) is images
-    np.testing.assert_array_equal(images, expected)
-
-
-@given(source_index=st.lists(st.integers(0, 7), min_size=8, max_size=8) | st.permutations(range(8)))
-def test_in_place_sources_are_read_unmixed_whoever_receives_from_whom(source_index):
-    # Chains, rings, images that receive from themselves, and all of these hanging together.
-    images, _, source_boxes = random_case((8, 9, 7, 3), seed=1)
-    boxes = source_boxes - np.tile(source_boxes[:, :2], 2)  # the same sizes, in the corner
-    index = np.array(source_index)
-    expected = paste_boxes(images, index, boxes, source_boxes=source_boxes)
-    paste_boxes(images, index, boxes, source_boxes=source_boxes, overwrite_images=True)
-    np.testing.assert_array_equal(images, expected)
-
-
-def test_read_only_images_cannot_be_overwritten():
-    images, source_index, boxes = random_case((5, 8, 6, 3))
-    images.setflags(write=False)
-    with pytest.raises(ValueError, match="images must not be read-only where overwrite_images is true"):
-        paste_boxes(images, source_index, boxes, overwrite_images=True)
-
-
-def test_on_a_gpu_nothing_is_overwritten(put, fetch):
-    images, source_index, boxes = random_case((5, 8, 6, 3))
-    given_images = put(images).copy()
-    mixed = paste_boxes(given_images, put(source_index), put(boxes), overwrite_images=True)
-    if not isinstance(given_images, np.ndarray):
-        np.testing.assert_array_equal(fetch(given_images), images)
-    np.testing.assert_array_equal(fetch(mixed), paste_boxes(images, source_index, boxes))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
 def test_pasting_by_mask_equals_pasting_by_slices(shape, dtype):
     images, source_index, boxes = random_case(shape)
