@@ -72,7 +72,9 @@ def main() -> None:
         for detector in options.detectors:
             with gil.recorded_calls() as calls[f"saliencymix {detector}"]:
                 mix = loaders.saliencymix_in_graph(detector)
-                streams[f"saliencymix {detector}"] = loaders.in_graph(setting, mix=mix, channels_last=True)
+                streams[f"saliencymix {detector}"] = loaders.in_graph(
+                    setting, mix=mix, mix_normalises=True, channels_last=True
+                )
         measure_training(result, streams, calls, setting, options, budget.next_part(0.8))
         measure_lock(result, streams, setting, options, budget.next_part())
     measure.write(result, options.output)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from nvidia.dali import fn
+from dali_saliencymix import _python_operator
 
 
 class Call(NamedTuple):
@@ -31,18 +31,18 @@ def recorded_calls() -> Iterator[list[Call]]:
     What DALI does around a call, such as making an array of each sample, is not part of it.
     """
     calls: list[Call] = []
-    original = fn.python_function
+    original = _python_operator.python_operator
 
-    def python_function(*inputs: Any, function: Any, **options: Any) -> Any:
+    def python_operator(function: Any, *inputs: Any, **options: Any) -> Any:
         def timed(*samples: Any) -> Any:
             wall, cpu = time.perf_counter(), time.thread_time()
             made = function(*samples)
             calls.append(Call(time.perf_counter() - wall, time.thread_time() - cpu))
             return made
 
-        return original(*inputs, function=timed, **options)
+        return original(timed, *inputs, **options)
 
-    with mock.patch.object(fn, "python_function", python_function):
+    with mock.patch.object(_python_operator, "python_operator", python_operator):
         yield calls
 
 

@@ -8,6 +8,8 @@ every image, with alpha 1, and all use the same number of CPU threads or worker 
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
 ``saliencymix NAME``      the same with ``fn.saliencymix`` and the detector NAME in the graph; ``..., array`` is
                           that without kernels, and only measured when asked for
+``..., apart``            the operator mixes only, and DALI mirrors and normalises, as it does for ``none``. Otherwise
+                          ``cutmix`` and ``saliencymix`` do that along on a CPU, as in ``train.py``
 ``after: ...``            DALI, and the mix on the batch that comes out of the iterator, as with NVIDIA's MixUpWrapper.
                           SaliencyMix takes 8-bit images: DALI gives these, and PyTorch normalises them afterwards,
                           which belongs to the cost of that way. CutMix and mixup take DALI's normalised batch
@@ -79,9 +81,17 @@ def makers() -> dict[str, Maker]:
         "torch: cutmix": functools.partial(_torch, collate=_cutmix_collate),
         "torch: opencv": functools.partial(_torch, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
-        "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix),
+        "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix, mix_normalises=True),
+        "cutmix, apart": functools.partial(in_graph, mix=mix_fn.cutmix),
         "mixup": functools.partial(in_graph, mix=mix_fn.mixup),
-        **{f"saliencymix {name}": functools.partial(in_graph, mix=saliencymix_in_graph(name)) for name in DETECTORS},
+        **{
+            f"saliencymix {name}": functools.partial(in_graph, mix=saliencymix_in_graph(name), mix_normalises=True)
+            for name in DETECTORS
+        },
+        **{
+            f"saliencymix {name}, apart": functools.partial(in_graph, mix=saliencymix_in_graph(name))
+            for name in ("spectral_residual", "fine_grained")
+        },
         **{
             f"saliencymix {name}, array": functools.partial(in_graph, mix=saliencymix_in_graph(name, algorithm="array"))
             for name in DETECTORS

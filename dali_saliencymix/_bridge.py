@@ -1,19 +1,16 @@
-"""Between DALI's Python operator, which deals in lists of samples, and functions on batch arrays.
+"""Between DALI's ``fn.python_function``, which deals in lists of samples, and functions on batch arrays.
 
-DALI calls these functions in a thread of its own, on a GPU with CuPy's current stream set to the operator's.
-Whatever they raise reaches the user as text inside DALI's own error.
+On a GPU DALI calls these functions with CuPy's current stream set to the operator's.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dali_saliencymix._array import Array, array_namespace, is_host
+from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from dali_saliencymix.core import Mixed
 
 
 def as_batch(samples: Sequence[Array]) -> Array:
@@ -33,7 +30,7 @@ def as_batch(samples: Sequence[Array]) -> Array:
         msg = f"all images of a batch must have one shape, got {len(shapes)}: {shown}; put fn.resize in front"
         raise ValueError(msg)
     xp = array_namespace(first)
-    pointers = [_pointer(sample) for sample in samples]
+    pointers = _pointers(samples, xp)
     step = pointers[1] - pointers[0] if len(samples) > 1 else first.nbytes
     contiguous = all(sample.flags.c_contiguous for sample in samples)
     evenly = contiguous and step >= first.nbytes and pointers == [pointers[0] + step * i for i in range(len(samples))]
@@ -47,20 +44,12 @@ def as_samples(batch: Array) -> list[Array]:
     return [batch[i, ...] for i in range(len(batch))]
 
 
-def mix_samples(
-    mix: Callable[[Array, Array], Mixed], images: Sequence[Array], params: Sequence[Array]
-) -> tuple[list[Array], list[Array]]:
-    """Apply ``mix(images, params)`` to the samples of a batch; return the samples of images and of lam."""
-    mixed = mix(as_batch(images), as_batch(params))
-    return as_samples(mixed.images), as_samples(mixed.lam)
+def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array]) -> tuple[list[Array], ...]:
+    """Apply ``function(*batches) -> batches`` to lists of samples; return lists of samples."""
+    return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
 
 
-def map_samples(function: Callable[[Array], Array], samples: Sequence[Array]) -> list[Array]:
-    """Apply ``function(batch) -> batch`` to the samples of a batch; return the samples of the result."""
-    return as_samples(function(as_batch(samples)))
-
-
-def _pointer(array: Array) -> int:
-    if is_host(array_namespace(array)):
-        return array.__array_interface__["data"][0]
-    return array.data.ptr
+def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:
+    if is_host(xp):
+        return [sample.__array_interface__["data"][0] for sample in samples]
+    return [sample.data.ptr for sample in samples]

@@ -112,6 +112,17 @@ def check_boxes(boxes: Array, name: str, xp: Namespace, count: int, height: int,
     check_range(boxes[:, 1::2], f"{name}[:, 1::2]", 0, width, f"in [0, {width}], the edges of the image's columns")
 
 
+def check_out(out: Array, xp: Namespace, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Require an array to write to, of a given shape and dtype."""
+    if array_namespace(out) is not xp or out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        msg = (
+            f"out must be a C-contiguous {xp.__name__} array of {dtype} and shape {shape}, "
+            f"got {type(out).__module__}.{type(out).__qualname__} of {getattr(out, 'dtype', None)} "
+            f"and shape {getattr(out, 'shape', None)}"
+        )
+        raise ValueError(msg)
+
+
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     """Require one of several names."""
     if value not in choices:

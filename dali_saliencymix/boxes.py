@@ -67,9 +67,9 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     if not is_host(xp):
         peak = find(saliency_map)
     elif saliency_map.dtype == np.float32 and not least and uses_kernel("auto", xp):
-        from dali_saliencymix import compiled_peaks
+        from dali_saliencymix import compiled_pixels
 
-        find = functools.partial(compiled_peaks.most_salient, closeness=closeness)
+        find = functools.partial(compiled_pixels.most_salient, closeness=closeness)
         peak = in_chunks(find, saliency_map, max(_WORTH_A_THREAD // (map_height * map_width), 1))
     else:
         peak = in_chunks(find, saliency_map, _CHUNK)

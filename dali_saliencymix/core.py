@@ -23,7 +23,11 @@ from dali_saliencymix.params import MODES
 from dali_saliencymix.placement import check_given_points, resolve_placement, salient_boxes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dali_saliencymix.saliency import Detector
+
+    Paste = Callable[..., Array]
 
 
 class Mixed(NamedTuple):
@@ -32,7 +36,7 @@ class Mixed(NamedTuple):
     Attributes
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        The mixed images, a new array.
+        The mixed images, a new array; what `paste` made where it was given.
     lam : ndarray of shape (N,), float32
         Weight of each receiving image's label. Where a box was pasted, it is exactly the share of the pixels outside
         the box.
@@ -62,6 +66,7 @@ def saliencymix(
     peaks: Array | None = None,
     point: Array | None = None,
     algorithm: str = "auto",
+    paste: Paste = paste_boxes,
 ) -> Mixed:
     """Cut the most salient part out of each image's source and paste it into the image.
 
@@ -95,6 +100,9 @@ def saliencymix(
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `fine_grained`. The CUDA kernels, which only
         ``"kernel"`` takes, have not been measured yet.
+    paste : callable
+        What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``:
+        `paste_boxes`, or `dali_saliencymix.normalise.paste_normalised` with its options bound.
 
     Returns
     -------
@@ -131,19 +139,29 @@ def saliencymix(
     if uses_kernel(algorithm, xp) and not is_host(xp) and not placement.per_batch:
         from dali_saliencymix import cuda
 
-        return Mixed(*cuda.saliencymix(images, source_index, lam, placement, peaks, point))
-    boxes = salient_boxes(images, source_index, lam, placement, peaks=peaks, point=point, algorithm=algorithm)
-    return _pasted(images, source_index, *boxes)
+        paste = cuda.paste_boxes if paste is paste_boxes else paste
+        return Mixed(*cuda.saliencymix(images, source_index, lam, placement, peaks, point, paste))
+    boxes, source_boxes = salient_boxes(
+        images, source_index, lam, placement, peaks=peaks, point=point, algorithm=algorithm
+    )
+    return _pasted(images, source_index, boxes, source_boxes, paste)
 
 
 def cutmix(
-    images: Array, source_index: Array, lam: Array, point: Array, *, box: str = "clip", per_batch: bool = False
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    point: Array,
+    *,
+    box: str = "clip",
+    per_batch: bool = False,
+    paste: Paste = paste_boxes,
 ) -> Mixed:
     """Cut a box around a given point out of each image's source and paste it at the same place.
 
     Parameters
     ----------
-    images, source_index, lam, per_batch
+    images, source_index, lam, per_batch, paste
         As for `saliencymix`.
     point : ndarray of shape (N, 2), floating
         Centre of each box as fractions (y, x) of height and width, in [0, 1]; drawn uniformly for CutMix.
@@ -176,7 +194,7 @@ def cutmix(
     xp = check_images(images)
     check_source_index(source_index, xp, len(images))
     boxes = _boxes_around(images, point, lam, box)
-    return _pasted(images, source_index, _first_for_all(boxes) if per_batch else boxes)
+    return _pasted(images, source_index, _first_for_all(boxes) if per_batch else boxes, None, paste)
 
 
 def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = False) -> Mixed:
@@ -307,14 +325,16 @@ def mix(
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
 
 
-def _pasted(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Mixed:
+def _pasted(
+    images: Array, source_index: Array, boxes: Array, source_boxes: Array | None, paste: Paste = paste_boxes
+) -> Mixed:
     xp = array_namespace(images)
     # An empty box can lie anywhere: let all of them look the same.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
-    mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
+    mixed = paste(images, source_index, boxes, source_boxes=source_boxes)
     lam = kept_fraction(boxes, *images.shape[1:3])
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 

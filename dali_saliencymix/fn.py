@@ -10,34 +10,58 @@ the Python code that DALI calls for each batch is a pure function.
 from __future__ import annotations
 
 import functools
-import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline, do_not_convert
+from nvidia.dali.pipeline import do_not_convert
 
-from dali_saliencymix import _bridge, core, mixing
+from dali_saliencymix import _python_operator, core, mixing
 from dali_saliencymix._algorithms import ALGORITHMS
-from dali_saliencymix._array import array_namespace, constant
+from dali_saliencymix._array import array_namespace, constant, is_host
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
-from dali_saliencymix._threads import limited_to
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
+from dali_saliencymix.mixing import paste_boxes
+from dali_saliencymix.normalise import check_scaling, normalised_shape, paste_normalised
 from dali_saliencymix.params import CHOOSE, MODES, check_alphas, check_modes
 from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from nvidia.dali.pipeline import DataNode
 
     from dali_saliencymix._array import Array
-    from dali_saliencymix.core import Mixed
     from dali_saliencymix.saliency import Detector
 
-__all__ = ["cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
+__all__ = ["Normalise", "cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
+
+
+class Normalise(NamedTuple):
+    """What stands behind the mix in a training pipeline, for the mix to do it along: mirror and normalise.
+
+    On a CPU with Numba installed one pass over the pixels does it all, which takes less time than
+    ``fn.crop_mirror_normalize`` alone.
+
+    Attributes
+    ----------
+    mean, std : sequence of float
+        Of each channel, in grey levels 0..255.
+    mirror : DataNode, optional
+        Whether a mixed image is flipped horizontally with its patch: integer scalars, 0 or 1.
+    dtype : {"float32", "float16"}
+        Of the images.
+    layout : {"CHW", "HWC"}
+        Of the images.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    mirror: DataNode | None = None
+    dtype: str = "float32"
+    layout: str = "CHW"
 
 
 @do_not_convert
@@ -55,6 +79,7 @@ def saliencymix(
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
     algorithm: str = "auto",
+    normalise: Normalise | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with the most salient part of a random other one.
 
@@ -91,11 +116,13 @@ def saliencymix(
         `saliency_peaks` before a crop; in place of `saliency`.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
+    normalise : Normalise, optional
+        If given, the mixed images come out mirrored and normalised, in the place of ``fn.crop_mirror_normalize``.
 
     Returns
     -------
     images : DataNode
-        Mixed images, HWC uint8, on the device of `images`.
+        Mixed images, HWC uint8, on the device of `images`; with `normalise` of the dtype and layout that it says.
     labels : DataNode
         The labels as they were given.
     source_labels : DataNode
@@ -131,9 +158,8 @@ def saliencymix(
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
     if placement.destination == "random":
         drawn["point"] = _drawn_point()
-    return _mixed_with_partners(
-        images, labels, "saliencymix", drawn, peaks, preset=preset, algorithm=algorithm, **options
-    )
+    options |= {"preset": preset, "algorithm": algorithm}
+    return _mixed_with_partners(images, labels, "saliencymix", drawn, peaks, normalise=normalise, **options)
 
 
 @do_not_convert
@@ -145,12 +171,13 @@ def cutmix(
     prob: float = 1.0,
     box: str = "clip",
     per_batch: bool = False,
+    normalise: Normalise | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch with a random part of a random other one: CutMix.
 
     Parameters
     ----------
-    images, labels, alpha, prob, per_batch
+    images, labels, alpha, prob, per_batch, normalise
         As for `saliencymix`.
     box : {"fit", "clip"}
         ``"clip"``, the default, is CutMix: what sticks out of the image is cut off. ``"fit"`` moves the box inside.
@@ -181,7 +208,8 @@ def cutmix(
     """
     check_choice(box, "box", BOXES)
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
-    return _mixed_with_partners(images, labels, "cutmix", drawn, box=box, per_batch=bool(per_batch))
+    options = {"box": box, "per_batch": bool(per_batch)}
+    return _mixed_with_partners(images, labels, "cutmix", drawn, normalise=normalise, **options)
 
 
 @do_not_convert
@@ -284,7 +312,8 @@ def mix(
     ...     modes, alpha = {"saliencymix": 0.5, "mixup": 0.5}, {"saliencymix": 1.0, "mixup": 0.2}
     ...     return mix(images, labels, modes=modes, alpha=alpha)
     """
-    options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
+    options: dict[str, Any] = {"saliency": saliency, "source": source, "destination": destination, "box": box}
+    options["per_batch"] = per_batch
     resolve_placement(preset, options, peaks_given=peaks is not None)
     check_choice(algorithm, "algorithm", ALGORITHMS)
     check_choice(choose, "choose", CHOOSE)
@@ -352,12 +381,7 @@ def saliency_peaks(
     ...     return saliencymix(inverted, labels, peaks=peaks)
     """
     find = functools.partial(_peaks_of_images, detector=get_detector(saliency, algorithm=algorithm), least=bool(least))
-    return fn.python_function(
-        images,
-        function=_in_python(_bridge.map_samples, find),
-        batch_processing=True,
-        **_placed(images.device),
-    )
+    return _python_operator.python_operator(find, images, name="saliency_peaks")
 
 
 @do_not_convert
@@ -424,12 +448,7 @@ def soft_labels(
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     scalars = [_to(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
-    return fn.python_function(
-        fn.stack(*scalars),
-        function=_in_python(_bridge.map_samples, make),
-        batch_processing=True,
-        **_placed(device),
-    )
+    return _python_operator.python_operator(make, fn.stack(*scalars), name="soft_labels")
 
 
 def _drawn_choice(prob: float) -> DataNode | None:
@@ -454,60 +473,44 @@ def _mixed_with_partners(
     function: str,
     drawn: dict[str, list[DataNode]],
     peaks: DataNode | None = None,
+    *,
+    normalise: Normalise | None = None,
     **options: Any,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Draw partners, then mix: Python gets two inputs, the images and one vector of params a sample."""
     source_index = fn.batch_permutation()
     drawn = {"source_index": [source_index], **drawn}
+    if normalise is not None and normalise.mirror is not None:
+        drawn["mirror"] = [normalise.mirror]
     columns = {name: len(nodes) for name, nodes in drawn.items()}
     scalars = [fn.cast(node, dtype=types.FLOAT) for nodes in drawn.values() for node in nodes]
     params = _to(images.device, fn.stack(*scalars))
     if peaks is not None:
         columns["peaks"] = 2
         params = fn.cat(params, _to(images.device, fn.cast(peaks, dtype=types.FLOAT)))
-    images, lam = fn.python_function(
-        images,
-        params,
-        function=_in_python(
-            _bridge.mix_samples, functools.partial(_mix, function=function, columns=columns, **options)
-        ),
-        num_outputs=2,
-        batch_processing=True,
-        output_layouts=["HWC"],
-        **_placed(images.device),
-    )
+    mix = functools.partial(_mix, function=function, columns=columns, **options)
+    layout = "HWC" if normalise is None else normalise.layout
+    if normalise is not None or (images.device == "cpu" and function in ("saliencymix", "cutmix")):
+        mix = functools.partial(mix, paste=_Paste(normalise))
+    images, lam = _python_operator.python_operator(mix, images, params, name=function, num_outputs=2, layouts=[layout])
     return images, labels, fn.permute_batch(labels, indices=source_index), lam
-
-
-def _in_python(apply: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what DALI calls: ``apply(function, *inputs)``, with as many threads as the pipeline has.
-
-    Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
-    """
-    return functools.partial(_limited, Pipeline.current().num_threads, apply, function)
-
-
-def _limited(num_threads: int, apply: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:
-    with limited_to(num_threads):
-        return apply(function, *inputs)
 
 
 def _to(device: str, node: DataNode) -> DataNode:
     return node.gpu() if device == "gpu" and node.device == "cpu" else node
 
 
-def _placed(device: str) -> dict[str, Any]:
-    """Keyword argument that puts a Python operator on `device`."""
-    if device == "gpu" and importlib.util.find_spec("cupy") is None:
-        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]'"
-        raise ImportError(msg)
-    return {"device": device}
-
-
 def _mix(
-    images: Array, params: Array, *, function: str, columns: dict[str, int], choice: Any = None, **options: Any
-) -> Mixed:
-    """Call a function of `core` with what is packed in the columns of `params`, (N, P) float32."""
+    images: Array,
+    params: Array,
+    *,
+    function: str,
+    columns: dict[str, int],
+    choice: Any = None,
+    paste: _Paste | None = None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Return images and lam of a function of `core`, with what is packed in the columns of `params`, (N, P) float32."""
     arrays, start = {}, 0
     for name, width in columns.items():
         arrays[name] = params[:, start : start + width]
@@ -520,7 +523,51 @@ def _mix(
     arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
     if "peaks" in arrays:
         arrays["peaks"] = arrays["peaks"].astype("int64")
-    return getattr(core, function)(images, **arrays, **options)
+    mirror = arrays.pop("mirror", None)
+    if paste is not None:
+        options["paste"] = functools.partial(paste, mirror=mirror, algorithm=options.get("algorithm", "auto"))
+    mixed = getattr(core, function)(images, **arrays, **options)
+    return mixed.images, mixed.lam
+
+
+class _Paste:
+    """Makes the mixed images, or the normalised ones; in host memory in buffers that are used again."""
+
+    def __init__(self, normalise: Normalise | None) -> None:
+        self.normalise = normalise
+        if normalise is not None:
+            self._dtype = check_scaling(normalise.mean, normalise.std, normalise.dtype, normalise.layout)
+        self._buffers = _python_operator.Buffers()
+
+    def __call__(
+        self,
+        images: Array,
+        source_index: Array,
+        boxes: Array,
+        *,
+        source_boxes: Array | None,
+        mirror: Array | None,
+        algorithm: str,
+    ) -> Array:
+        on_host = is_host(array_namespace(images))
+        if self.normalise is None:
+            out = self._buffers.take(images.shape, images.dtype) if on_host else None
+            return paste_boxes(images, source_index, boxes, source_boxes=source_boxes, out=out)
+        mean, std, _, _, layout = self.normalise
+        out = self._buffers.take(normalised_shape(images.shape, layout), self._dtype) if on_host else None
+        return paste_normalised(
+            images,
+            source_index,
+            boxes,
+            source_boxes=source_boxes,
+            mirror=None if mirror is None else mirror[:, 0] != 0,
+            mean=mean,
+            std=std,
+            dtype=self._dtype,
+            layout=layout,
+            algorithm=algorithm,
+            out=out,
+        )
 
 
 def _chosen(position: Array, lam: Array, *, modes: tuple[str, ...], choose: str) -> dict[str, Array]:
@@ -539,11 +586,11 @@ def _indices(modes: tuple[str, ...]) -> np.ndarray:
     return np.array([MODES.index(name) for name in modes])
 
 
-def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> Array:
+def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> tuple[Array]:
     check_images(images)
-    return peaks_of_maps(checked_maps(detector, images), *images.shape[1:3], least=least)
+    return (peaks_of_maps(checked_maps(detector, images), *images.shape[1:3], least=least),)
 
 
-def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> Array:
+def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
     labels, source_labels = packed[:, 0].astype("int64"), packed[:, 1].astype("int64")
-    return mixing.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing)
+    return (mixing.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),)

@@ -1,6 +1,6 @@
 """Pixels and labels of a mixed batch, once boxes are known.
 
-Nothing here modifies its arguments.
+Nothing here modifies its arguments, but for `out`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dali_saliencymix._checks import (
     check_fraction,
     check_images,
     check_lam,
+    check_out,
     check_per_image,
     check_range,
     check_source_index,
@@ -24,7 +25,9 @@ from dali_saliencymix._threads import for_each_chunk
 _CHUNK = 16  # images for one thread at a time
 
 
-def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None) -> Array:
+def paste_boxes(
+    images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None, out: Array | None = None
+) -> Array:
     """Return `images` with the pixels inside each box taken from the source image.
 
     Parameters
@@ -38,16 +41,18 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     source_boxes : ndarray of shape (N, 4), integer, optional
         Where the pixels are taken from, boxes of the same sizes as `boxes`; by default from the same place. On a GPU
         only their first corners are looked at.
+    out : ndarray of shape (N, H, W, C), optional
+        Where the result goes, of the dtype of `images` and sharing no memory with it; by default a new array.
 
     Returns
     -------
     ndarray of shape (N, H, W, C)
-        A new array of the dtype of `images`.
+        A new array of the dtype of `images`, or `out`.
 
     Raises
     ------
     ValueError
-        If a box lies outside the image, or a box and its source box differ in size.
+        If a box lies outside the image, a box and its source box differ in size, or `out` does not fit.
 
     Examples
     --------
@@ -56,19 +61,37 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     >>> paste_boxes(images, np.array([1, 0]), np.array([[0, 0, 1, 2], [0, 0, 0, 0]]))[..., 0].tolist()
     [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
     """
+    xp = check_pasting(images, source_index, boxes, source_boxes)
+    if out is not None:
+        check_out(out, xp, images.shape, images.dtype)
+        if xp.may_share_memory(out, images):
+            msg = "out must share no memory with images, whose pixels are read until the end"
+            raise ValueError(msg)
+    if is_host(xp):
+        return _paste_by_slices(images, source_index, boxes, source_boxes, out)
+    mixed = _paste_by_mask(images, source_index, boxes, source_boxes)
+    if out is None:
+        return mixed
+    out[...] = mixed
+    return out
+
+
+def check_pasting(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None) -> Namespace:
+    """Require arguments of `paste_boxes` that fit the images; return their array library."""
     xp = check_array(images, "images")
     check_source_index(source_index, xp, len(images))
     check_boxes(boxes, "boxes", xp, *images.shape[:3])
     if source_boxes is not None:
         check_boxes(source_boxes, "source_boxes", xp, *images.shape[:3])
         _check_same_sizes(boxes, source_boxes, xp)
-    paste = _paste_by_slices if is_host(xp) else _paste_by_mask
-    return paste(images, source_index, boxes, source_boxes)
+    return xp
 
 
-def _paste_by_slices(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Array:
-    """Two copies for each image: what a CPU does best. The layout in memory stays what it was."""
-    mixed = np.empty_like(images)
+def _paste_by_slices(
+    images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None, out: Array | None = None
+) -> Array:
+    """Two copies for each image: what a CPU does best. The layout of a new array in memory is that of `images`."""
+    mixed = np.empty_like(images) if out is None else out
     index = source_index.tolist()
     places, origins = boxes.tolist(), (boxes if source_boxes is None else source_boxes).tolist()
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace, constant
-from dali_saliencymix._checks import check_choice, check_images, check_per_image
-from dali_saliencymix.mixing import paste_boxes
+from dali_saliencymix._algorithms import uses_kernel
+from dali_saliencymix._array import Array, array_namespace, constant, is_host
+from dali_saliencymix._checks import check_choice, check_images, check_out, check_per_image
+from dali_saliencymix.mixing import check_pasting, paste_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,8 @@ def paste_normalised(
     std: Sequence[float],
     dtype: Any = "float32",
     layout: str = "CHW",
+    algorithm: str = "auto",
+    out: Array | None = None,
 ) -> Array:
     """Return mixed images, mirrored, normalised and in the layout of a network.
 
@@ -50,11 +53,16 @@ def paste_normalised(
         Of the result, which is computed in float32 and rounded once.
     layout : {"CHW", "HWC"}
         Of each image of the result.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel that goes over the pixels once: compiled by Numba on a CPU, for float32, and in
+        CUDA on a GPU. Both give the same bits. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+    out : ndarray, optional
+        Where the result goes, C-contiguous; by default a new array.
 
     Returns
     -------
     ndarray of shape (N, C, H, W) or (N, H, W, C)
-        ``(pixel - mean) * (1 / std)``: a new array.
+        ``(pixel - mean) * (1 / std)``: a new array, or `out`.
 
     Raises
     ------
@@ -76,12 +84,55 @@ def paste_normalised(
     """
     xp = check_images(images)
     dtype = check_normalisation(images, mirror, mean, std, dtype, layout)
+    shape = normalised_shape(images.shape, layout)
+    if out is not None:
+        check_out(out, xp, shape, dtype)
+    if uses_kernel(algorithm, xp):
+        if not is_host(xp):
+            from dali_saliencymix import cuda
+
+            made = cuda.paste_normalised(
+                images,
+                source_index,
+                boxes,
+                source_boxes=source_boxes,
+                mirror=mirror,
+                mean=mean,
+                std=std,
+                dtype=dtype,
+                layout=layout,
+            )
+            return _into(out, made)
+        if dtype == np.float32:
+            from dali_saliencymix import compiled_pixels
+
+            check_pasting(images, source_index, boxes, source_boxes)
+            out = np.empty(shape, np.float32) if out is None else out
+            origins = boxes if source_boxes is None else source_boxes
+            scale = scaling(tuple(mean), tuple(std))
+            compiled_pixels.paste_normalised(images, source_index, boxes, origins, mirror, scale, layout, out)
+            return out
     mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
     if mirror is not None:
         mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)
     shift, scale = constant(xp, scaling, tuple(mean), tuple(std))
     normalised = ((mixed.astype(xp.float32) - shift) * scale).astype(dtype)
-    return xp.ascontiguousarray(normalised.transpose(0, 3, 1, 2)) if layout == "CHW" else normalised
+    if layout == "CHW":
+        normalised = normalised.transpose(0, 3, 1, 2)
+    return _into(out, normalised if layout == "HWC" else xp.ascontiguousarray(normalised))
+
+
+def normalised_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Return the shape of the result for images of shape (N, H, W, C)."""
+    count, height, width, channels = shape
+    return (count, channels, height, width) if layout == "CHW" else shape
+
+
+def _into(out: Array | None, made: Array) -> Array:
+    if out is None:
+        return made
+    out[...] = made
+    return out
 
 
 def check_normalisation(
@@ -93,8 +144,17 @@ def check_normalisation(
         kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
         check_per_image(mirror, "mirror", array_namespace(images), count, kind)
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels or not all(math.isfinite(value) for value in values):
+        if len(values) != channels:
             msg = f"{name} must have one finite number for each of the {channels} channels, got {list(values)}"
+            raise ValueError(msg)
+    return check_scaling(mean, std, dtype, layout)
+
+
+def check_scaling(mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str) -> np.dtype[Any]:
+    """Require what can be required before there are images; return `dtype` as an object of that class."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not all(math.isfinite(value) for value in values):
+            msg = f"{name} must have one finite number for each channel, got {list(values)}"
             raise ValueError(msg)
     if not all(value > 0 for value in std):
         msg = f"std must be positive, got {list(std)}"

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
+from dali_saliencymix.fn import Normalise
 from pipelines.reading import decode_window, read_files, to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+_IN_GREY_LEVELS = [255 * mean for mean in MEAN], [255 * std for std in STD]
 
 # What a mixing operator does: (images, labels) -> (images, labels, source_labels, lam).
-Mix = Callable[[DataNode, DataNode], tuple[DataNode, DataNode, DataNode, DataNode]]
+Mix = Callable[..., tuple[DataNode, DataNode, DataNode, DataNode]]
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -32,6 +34,7 @@ def training_pipeline(
     hflip_prob: float = 0.5,
     color_jitter: float = 0.0,
     mix: Mix | None = None,
+    mix_normalises: bool = False,
     process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
@@ -60,6 +63,9 @@ def training_pipeline(
         ``(images, labels) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`, with its
         options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
         labels.
+    mix_normalises : bool
+        Whether `mix` takes `normalise` as well, as ``fn.saliencymix`` and ``fn.cutmix`` do. It is given then for images
+        that are mixed and come out on the CPU as float32, where one pass over the pixels does it all.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
@@ -104,13 +110,20 @@ def training_pipeline(
     if color_jitter:
         factors = [fn.random.uniform(range=[1 - color_jitter, 1 + color_jitter]) for _ in range(3)]
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
+    mirror = fn.random.coin_flip(probability=hflip_prob)
+    layout = "HWC" if channels_last else "CHW"
+    normalised = mix is not None and mix_normalises and process_on in (None, "cpu") and device == "cpu" and not fp16
     if mix is None:
         source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
+    elif normalised:
+        images, label, source_label, lam = mix(
+            images, label, normalise=Normalise(*_IN_GREY_LEVELS, mirror, layout=layout)
+        )
     else:
         images, label, source_label, lam = mix(images, label)
-    mirror = fn.random.coin_flip(probability=hflip_prob)
-    # On the way to another device the pixels are still bytes.
-    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, channels_last, mirror)
+    if not normalised:
+        # On the way to another device the pixels are still bytes.
+        images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout, mirror)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
@@ -154,20 +167,22 @@ def validation_pipeline(
     images = fn.resize(images, resize_shorter=resize_size)
     # The centre is cut out here, not while normalising, where that would be all on the way to another device.
     images = fn.crop(images, crop=(crop_size, crop_size))
-    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, channels_last)
+    layout = "HWC" if channels_last else "CHW"
+    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout)
     return to_device(device, images), to_device(device, label)
 
 
 @do_not_convert
 def _normalised(
-    images: DataNode, crop: tuple[int, int], fp16: bool, channels_last: bool, mirror: DataNode | int = 0
+    images: DataNode, crop: tuple[int, int], fp16: bool, layout: str, mirror: DataNode | int = 0
 ) -> DataNode:
+    mean, std = _IN_GREY_LEVELS
     return fn.crop_mirror_normalize(
         images,
         crop=crop,
         mirror=mirror,
-        mean=[255 * mean for mean in MEAN],
-        std=[255 * std for std in STD],
+        mean=mean,
+        std=std,
         dtype=types.FLOAT16 if fp16 else types.FLOAT,
-        output_layout="HWC" if channels_last else "CHW",
+        output_layout=layout,
     )

@@ -59,7 +59,7 @@ def test_the_batches_are_those_of_the_training(root, more):
 def test_a_folder_that_dali_reads_is_cut_as_its_options_say(root):
     source = training_source(options(root, *FOLDER), ALONE, images=2048)
     names = [cut.name for cut in stages.cut_pipeline(lambda: source.define({}))]
-    assert names == ["read", "decode", "resize", "ColorTwist", "paste", "saliency", "normalise"]
+    assert names == ["read", "decode", "resize", "ColorTwist", "paste and normalise", "saliency"]
 
 
 def test_a_part_of_the_images_stands_for_all_of_them(root):

@@ -25,10 +25,11 @@ from dali_saliencymix import (
     spectral_residual,
 )
 from dali_saliencymix._threads import in_chunks, limited_to
+from dali_saliencymix.normalise import paste_normalised
 from dali_saliencymix.saliency import grey
 
 compiled = pytest.importorskip("dali_saliencymix.saliency.compiled", reason="Numba is not installed")
-compiled_peaks = pytest.importorskip("dali_saliencymix.compiled_peaks", reason="Numba is not installed")
+compiled_pixels = pytest.importorskip("dali_saliencymix.compiled_pixels", reason="Numba is not installed")
 compiled_spectral = pytest.importorskip("dali_saliencymix.saliency.compiled_spectral", reason="Numba is not installed")
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 7, 1), (1, 2, 2), (5, 37, 23), (9, 64, 64), (2, 70, 331), (3, 225, 224)]
@@ -125,7 +126,35 @@ def test_the_most_salient_pixel_is_that_of_numpy(seed, size, levels):
     maps = np.random.default_rng(seed).choice(np.array(levels, np.float32), (3, *size))
     closeness = boxes.closeness_to_centre(*size, 40, 90)
     expected = boxes._extreme(maps, closeness=closeness, least=False)
-    np.testing.assert_array_equal(compiled_peaks.most_salient(maps, closeness), expected)
+    np.testing.assert_array_equal(compiled_pixels.most_salient(maps, closeness), expected)
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (5, 37, 23, 3), (9, 8, 31, 1), (3, 64, 48, 3)], ids=str)
+@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_pixels_are_normalised_as_array_operations_do_it(shape, layout, mirrored, apart):
+    rng = np.random.default_rng(sum(shape))
+    count, height, width, channels = shape
+    images = rng.integers(0, 256, shape, np.uint8)
+    corners = np.sort(rng.integers(0, [[height + 1], [width + 1]], (count, 2, 2)), axis=2)
+    pasted = np.ascontiguousarray(corners.transpose(0, 2, 1).reshape(count, 4))
+    options = {
+        "source_boxes": pasted - np.tile(pasted[:, :2], 2) if apart else None,
+        "mirror": rng.integers(0, 2, count) if mirrored else None,
+        "mean": [123.7, 116.3, 103.5][:channels],
+        "std": [58.4, 57.1, 57.4][:channels],
+        "layout": layout,
+    }
+    arguments = (images, rng.integers(0, count, count), pasted)
+    expected = paste_normalised(*arguments, **options, algorithm="array")
+    kernel = paste_normalised(*arguments, **options, algorithm="kernel")
+    np.testing.assert_array_equal(kernel, expected, strict=True)
+    out = np.full_like(expected, np.nan)
+    assert paste_normalised(*arguments, **options, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    strided = (np.repeat(images, 2, axis=2)[:, :, ::2], *arguments[1:])
+    np.testing.assert_array_equal(paste_normalised(*strided, **options), expected)
 
 
 @pytest.mark.parametrize("level", [160, 250])

@@ -21,13 +21,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"_array"},
     {"_checks"},
-    {"_algorithms", "_threads", "compiled_peaks"},
+    {"_algorithms", "_threads"},
+    {"compiled_pixels"},
     {"saliency", "boxes", "mixing", "params"},
     {"placement"},
     {"core"},
 ]
 # What is imported only where it is asked for.
-COMPILED = ("compiled_peaks.py", "saliency/compiled.py", "saliency/compiled_spectral.py")
+COMPILED = ("compiled_pixels.py", "saliency/compiled.py", "saliency/compiled_spectral.py")
 FRAMEWORKS = {PACKAGE / "_array.py": {"scipy"}, **{PACKAGE / name: {"numba"} for name in COMPILED}}
 ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "mixing", "placement", "core", "_bridge")]
 ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("cuda/*.py")])

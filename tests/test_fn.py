@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
@@ -10,6 +12,7 @@ from nvidia.dali.auto_aug import trivial_augment
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import (
     MODES,
+    _python_operator,
     core,
     cutmix,
     fine_grained,
@@ -38,6 +41,14 @@ def files(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(params=["whole batches", "samples"], autouse=True)
+def operator(request, monkeypatch):
+    """Try everything with both of DALI's operators for Python functions."""
+    if request.param == "samples":
+        monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
+    return request.param
+
+
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
@@ -62,6 +73,70 @@ def run(pipeline):
 def before_and_after(files, options, device="cpu", op=dsfn.saliencymix):
     images, labels = read(files, device)
     return images, *op(images, labels, **options)
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix])
+def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout, device):
+    mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
+
+    @pipeline_def
+    def normalised(along, mirrored):
+        images, labels = read(files, device)
+        mirror = fn.random.coin_flip(seed=4) if mirrored else None
+        if along:
+            return op(images, labels, prob=0.75, normalise=dsfn.Normalise(mean, std, mirror, layout=layout))
+        images, *others = op(images, labels, prob=0.75)
+        options = {"mean": mean, "std": std, "mirror": mirror if mirrored else 0, "output_layout": layout}
+        return fn.crop_mirror_normalize(images, dtype=types.FLOAT, **options), *others
+
+    for mirrored in (True, False):
+        ours, theirs = (build(normalised, along, mirrored, device=device) for along in (True, False))
+        for _ in range(3):
+            for got, expected in zip(run(ours), run(theirs), strict=True):
+                assert got.shape == expected.shape
+                np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+        assert [output.layout() for output in ours.run()] == [layout, "", "", ""]
+
+
+def test_normalising_along_to_half_precision(files):
+    @pipeline_def
+    def normalised():
+        images, labels = read(files)
+        return dsfn.cutmix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [255, 255, 255], dtype="float16"))
+
+    images, *_ = run(build(normalised))
+    assert images.dtype == np.float16
+    assert 0 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"std": [1, 0, 1]}, r"std must be positive, got \[1, 0, 1\]"),
+        ({"layout": "NCHW"}, "layout must be one of CHW, HWC, got 'NCHW'"),
+        ({"dtype": "float64"}, "dtype must be one of float32, float16, got 'float64'"),
+    ],
+)
+def test_wrong_normalisation_is_refused_while_the_pipeline_is_defined(files, wrong, message):
+    normalise = dsfn.Normalise(**{"mean": [0, 0, 0], "std": [1, 1, 1], **wrong})
+    with pytest.raises(ValueError, match=message):
+        build(before_and_after, files, {"normalise": normalise})
+
+
+def test_batches_that_somebody_holds_are_not_written_to_again(files):
+    @pipeline_def
+    def mixed():
+        images, labels = read(files)
+        return dsfn.saliencymix(images, labels)
+
+    pipeline = build(mixed)
+    held = [pipeline.run() for _ in range(6)]
+    copies = [np.array(outputs[0].as_tensor()) for outputs in held]
+    for _ in range(6):
+        pipeline.run()
+    for outputs, copy in zip(held, copies, strict=True):
+        np.testing.assert_array_equal(np.array(outputs[0].as_tensor()), copy)
 
 
 def on(device, array):
@@ -433,7 +508,7 @@ def wrong_images(kind, files):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("ragged", r"all images of a batch must have one shape, got \d: .*; put fn\.resize in front"),
+        ("ragged", r"all images of a batch must have one shape, got \d: .*; put fn\.resize in front|uniform shape"),
         ("float", r"images must be uint8 with pixel values 0\.\.255, got float32: .* Mix before normalising"),
         ("channels first", rf"\(N, H, W, C\) .* got \(8, 3, {HEIGHT}, {WIDTH}\): that looks like channels first"),
     ],
@@ -481,7 +556,7 @@ def test_wrong_numbers_of_classes_are_refused(files, num_classes):
 def test_a_gpu_pipeline_without_cupy_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs CuPy, which is not installed: pip install"):
-        dsfn._placed("gpu")
+        _python_operator.python_operator(print, SimpleNamespace(device="gpu"), name="saliencymix")
 
 
 @pytest.mark.gpu

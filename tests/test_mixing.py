@@ -35,6 +35,35 @@ def test_paste_boxes_equals_the_oracle(shape, seed, put, fetch):
     np.testing.assert_array_equal(mixed, expected)
 
 
+def test_the_result_goes_where_it_is_told_to(put, fetch):
+    images, source_index, boxes = random_case((5, 8, 6, 3))
+    arguments = [put(array) for array in (images, source_index, boxes)]
+    out = put(np.zeros_like(images)).copy()
+    assert paste_boxes(*arguments, out=out) is out
+    np.testing.assert_array_equal(fetch(out), fetch(paste_boxes(*arguments)))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.zeros((2, 8, 8, 1), np.uint8), r"out must be a C-contiguous numpy array of uint8 and shape \(2, 8, 8, 3\)"),
+        (np.zeros((2, 8, 8, 3), np.int8), "got numpy.ndarray of int8"),
+        (np.zeros((2, 8, 3, 8), np.uint8).transpose(0, 1, 3, 2), "C-contiguous"),
+        ([0], "got builtins.list of None"),
+    ],
+)
+def test_a_place_that_does_not_fit_is_refused(out, message):
+    images, boxes = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 4), np.int32)
+    with pytest.raises(ValueError, match=message):
+        paste_boxes(images, np.array([1, 0]), boxes, out=out)
+
+
+def test_the_images_are_no_place_for_the_result():
+    images, boxes = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 4), np.int32)
+    with pytest.raises(ValueError, match="out must share no memory with images"):
+        paste_boxes(images, np.array([1, 0]), boxes, out=images)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
 def test_pasting_by_mask_equals_pasting_by_slices(shape, dtype):

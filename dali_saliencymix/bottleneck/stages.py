@@ -84,7 +84,8 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     cuts = []
     for name, category, count in ends:
         if name == "saliency":  # a mixing operator that looks for it
-            cuts.append(Cut("paste", "mix", functools.partial(_shortened, define, count, with_saliency=False)))
+            pasting = "paste and normalise" if any(map(_normalises, operators)) else "paste"
+            cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
     # The whole pipeline is itself, with all that is not on the way of the images.
     cuts[-1] = Cut(cuts[-1].name, cuts[-1].category, define)
@@ -191,19 +192,30 @@ def _described(operator: Any, schema: str) -> tuple[str, str]:
         return "resize", "prep"
     if lower == "cropmirrornormalize":
         return "normalise", "prep"
-    if "pythonfunction" in lower:
+    if "pythonfunction" in lower or "jaxfunction" in lower:
         return _described_python(operator)
     return schema, "prep"
 
 
-def _described_python(operator: Any) -> tuple[str, str]:
+def _called(operator: Any) -> Any:
+    """Return the function that a Python operator was given."""
     function = getattr(operator._op, "function", None)
-    inner = inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else None
+    # DALI wraps what ``fn.python_function`` is given, and leaves the function of its other operator as it is.
+    return inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else function
+
+
+def _normalises(operator: Any) -> bool:
+    """Tell whether this is a mixing operator that normalises along."""
+    return getattr(_all_arguments(_called(operator)).get("paste"), "normalise", None) is not None
+
+
+def _described_python(operator: Any) -> tuple[str, str]:
+    inner = _called(operator)
     arguments = _all_arguments(inner)
     if arguments.get("function") in {"saliencymix", "mix"} and "peaks" not in arguments.get("columns", {}):
         return "saliency", "mix"
     if arguments.get("function") in {"saliencymix", "mix", "cutmix", "mixup"}:
-        return "paste", "mix"
+        return "paste and normalise" if _normalises(operator) else "paste", "mix"
     if "detector" in arguments:
         return "saliency peaks", "mix"
     if "smoothing" in arguments:

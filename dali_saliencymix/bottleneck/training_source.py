@@ -66,7 +66,7 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
 def _dali_source(
     args: argparse.Namespace, processes: Processes, data: FolderData, *, on_gpu: bool, about: dict[str, Any]
 ) -> Source:
-    from pipelines.data import mix_operator
+    from pipelines.data import mix_normalises, mix_operator
     from pipelines.imagenet import training_pipeline
     from pipelines.loader import training_loader
 
@@ -81,6 +81,7 @@ def _dali_source(
         "color_jitter": args.color_jitter,
         "hflip_prob": args.hflip_prob,
         "mix": mix_operator(args),
+        "mix_normalises": mix_normalises(args),
         "channels_last": args.channels_last,
     }
 

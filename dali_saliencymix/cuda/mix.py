@@ -16,12 +16,20 @@ from dali_saliencymix.placement import SOURCES, checked_maps
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dali_saliencymix.placement import Placement
     from dali_saliencymix.saliency import Detector
 
 
 def saliencymix(
-    images: Array, source_index: Array, lam: Array, placement: Placement, peaks: Array | None, point: Array | None
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    placement: Placement,
+    peaks: Array | None,
+    point: Array | None,
+    paste: Callable[..., Array] = paste_boxes,
 ) -> tuple[Array, Array, Array, Array]:
     """Return images, lam, boxes and source boxes as `dali_saliencymix.saliencymix` does, of checked arguments.
 
@@ -31,6 +39,8 @@ def saliencymix(
         As for `dali_saliencymix.saliencymix`; CuPy arrays.
     placement : Placement
         Options, without ``per_batch``.
+    paste : callable
+        `paste_boxes` of here, or what else makes the mixed images.
 
     Notes
     -----
@@ -53,7 +63,7 @@ def saliencymix(
         centres = own if placement.destination == placement.source else peaks_at(placement.destination)
     boxes, source_boxes, kept = boxes_at_peaks(own, source_index, lam, *size, box=placement.box, centres=centres)
     other_place = None if centres is None else source_boxes
-    return paste_boxes(images, source_index, boxes, source_boxes=other_place), kept, boxes, source_boxes
+    return paste(images, source_index, boxes, source_boxes=other_place), kept, boxes, source_boxes
 
 
 def _peaks(images: Array, saliency: str | Detector, *, least: bool) -> Array:

@@ -54,8 +54,8 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or kernels: compiled by Numba on a CPU, where they give the same bits, or one in CUDA, whose
-        maps differ by rounding. ``"auto"`` takes the kernels on a CPU where Numba is installed.
+        Array operations, or a kernel, whose maps differ by rounding: compiled by Numba on a CPU, for maps of 64x64 and
+        32x32, or in CUDA. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------

@@ -1,0 +1,133 @@
+"""Python functions in a pipeline: whole batches in, whole batches out.
+
+DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
+apart with Python's lock held; `_bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
+no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
+it serves with the versions of DALI in which it was tried only, and on a CPU only: on a GPU neither has been measured.
+Both give the same batches.
+
+DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import nvidia.dali
+from nvidia.dali import fn, ops, python_function_plugin
+from nvidia.dali.pipeline import Pipeline
+
+from dali_saliencymix import _bridge
+from dali_saliencymix._threads import limited_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nvidia.dali.pipeline import DataNode
+
+    from dali_saliencymix._array import Array
+
+    Batches = tuple[Array, ...]
+
+_WHOLE_BATCHES_TRIED = ("2.4.",)
+
+
+def python_operator(
+    function: Callable[..., Batches], *inputs: DataNode, name: str, num_outputs: int = 1, layouts: Sequence[str] = ()
+) -> Any:
+    """Put ``function(*batches) -> batches`` into the pipeline that is being defined.
+
+    On a CPU `function` may use as many threads as the pipeline has. Those of the pipeline wait meanwhile: DALI runs no
+    two operators of the CPU at a time.
+
+    Parameters
+    ----------
+    function : callable
+        Takes an array (N, ...) for each input, NumPy or CuPy as the inputs are, and returns a tuple of such arrays.
+    *inputs : DataNode
+        All on one device.
+    name : str
+        What errors call the operator, where DALI lets it have a name.
+    num_outputs : int
+        Length of the tuple.
+    layouts : sequence of str
+        Layouts of the first outputs.
+
+    Returns
+    -------
+    DataNode or list of DataNode
+        On the device of the inputs.
+
+    Raises
+    ------
+    ImportError
+        If the inputs are on a GPU and CuPy is not installed.
+    """
+    device = inputs[0].device
+    if device == "gpu" and importlib.util.find_spec("cupy") is None:
+        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]'"
+        raise ImportError(msg)
+    limited = functools.partial(_limited, Pipeline.current().num_threads, function)
+    options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
+    if device == "cpu" and whole_batches_work():
+        options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
+        return _whole_batch_function()(limited, _module=_module(), _display_name=name, **options)(*inputs)
+    if layouts:
+        options["output_layouts"] = list(layouts)
+    on_samples = functools.partial(_bridge.on_samples, limited)
+    return fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
+
+
+def whole_batches_work() -> bool:
+    """Tell whether DALI is of a version in which its operator for whole batches was tried."""
+    return nvidia.dali.__version__.startswith(_WHOLE_BATCHES_TRIED)
+
+
+@functools.cache
+def _whole_batch_function() -> Any:
+    base: Any = ops.python_op_factory("_JaxFunction", "_JaxFunction", "_JaxFunction", generated=False)
+
+    class WholeBatchFunction(base):  # type: ignore[misc]  # DALI makes the class while the program runs
+        def __init__(self, function: Callable[..., Batches], **options: Any) -> None:
+            self.function = functools.partial(_on_tensors, function)  # DALI knows nothing but its address
+            super().__init__(function_id=id(self.function), **options)
+
+    return WholeBatchFunction
+
+
+def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, ...]:
+    arrays = [python_function_plugin.DLTensorToArray(tensor.__dlpack__(stream=None)) for tensor in tensors]
+    return tuple(np.require(array, requirements=["C", "W"]).__dlpack__() for array in function(*arrays))
+
+
+def _limited(num_threads: int, function: Callable[..., Batches], *arrays: Array) -> Batches:
+    with limited_to(num_threads):
+        return function(*arrays)
+
+
+def _module() -> str:
+    return f"{__package__}.fn"
+
+
+class Buffers:
+    """Arrays in host memory that are used again once nobody holds them.
+
+    DALI holds a batch for as long as it or its user needs it. A new array of that size costs as much as filling it: the
+    kernel has to clear its pages first.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Return an array that is C-contiguous and not initialised."""
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = np.empty(shape, dtype)
+        lent = buffer[:]
+        weakref.finalize(lent, self._free.append, buffer).atexit = False
+        return lent

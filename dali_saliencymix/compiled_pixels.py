@@ -1,0 +1,157 @@
+"""Peaks and pixels of a batch, in kernels that Numba compiles for the CPU; imported only where Numba is installed.
+
+They have twins in array operations, `dali_saliencymix.boxes` and `dali_saliencymix.normalise`, and give the same bits.
+They work without Python's lock.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from dali_saliencymix._array import Array
+from dali_saliencymix._threads import for_each_chunk
+
+_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+_CHUNK = 4  # images for one thread at a time
+
+
+def most_salient(maps: Array, closeness: Array) -> Array:
+    """Return the index of the largest value of each map (N, h, w) float32, flat; of several that with most `closeness`.
+
+    A pixel that is NaN is taken for minus infinity.
+    """
+    found = np.empty(len(maps), np.int64)
+    _most_salient(maps, closeness, found)
+    return found
+
+
+@_kernel
+def _most_salient(maps, closeness, found):  # type: ignore[no-untyped-def]
+    count, height, width = maps.shape
+    tops = np.empty(width, np.float32)  # of the columns: side by side they use the vector units
+    for i in range(count):
+        _tops_of_columns(maps[i], tops)
+        top = tops.max()
+        best = 0
+        for x in range(width):
+            if tops[x] == top:
+                for y in range(height):
+                    # Anything that is not over minus infinity is NaN or minus infinity itself.
+                    is_top = maps[i, y, x] == top or (top == -np.inf and not maps[i, y, x] > top)
+                    if is_top and closeness[y, x] > best:
+                        best = closeness[y, x]
+                        found[i] = y * width + x
+
+
+@_kernel
+def _tops_of_columns(saliency_map, tops):  # type: ignore[no-untyped-def]
+    height, width = saliency_map.shape
+    tops[:] = -np.inf
+    for y in range(height):
+        for x in range(width):
+            tops[x] = saliency_map[y, x] if saliency_map[y, x] > tops[x] else tops[x]
+
+
+def paste_normalised(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    source_boxes: Array,
+    mirror: Array | None,
+    scaling: Array,
+    layout: str,
+    out: Array,
+) -> None:
+    """Do what `dali_saliencymix.normalise.paste_normalised` does in float32, of checked arguments, into `out`.
+
+    `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then.
+    """
+    count, height, width, channels = images.shape
+    images = np.ascontiguousarray(images).reshape(count, height, width * channels)
+    mirrored = np.zeros(count, np.bool_) if mirror is None else mirror != 0
+    if layout == "HWC" or channels == 1:
+        out = out.reshape(count, 1, height, width * channels)
+        scaling = np.tile(scaling, width)  # of each number in a row
+
+    def paste(chunk: slice) -> None:
+        _paste_normalised(
+            images,
+            chunk.start,
+            source_index[chunk],
+            boxes[chunk],
+            source_boxes[chunk],
+            mirrored[chunk],
+            channels,
+            scaling,
+            out[chunk],
+        )
+
+    for_each_chunk(paste, count, _CHUNK)
+
+
+@_kernel
+def _paste_normalised(images, first, sources, boxes, source_boxes, mirrored, channels, scaling, out):  # type: ignore[no-untyped-def]
+    """Make ``out``, the mixed images from number `first` on: planes (n, C, H, W), or rows (n, 1, H, W C)."""
+    count, planes, height, _ = out.shape
+    mixed, flipped = np.empty((height, images.shape[2]), np.uint8), np.empty((height, images.shape[2]), np.uint8)
+    for i in range(count):
+        y0, y1, v0 = boxes[i, 0], boxes[i, 2], source_boxes[i, 0]
+        x0, x1, u0 = boxes[i, 1] * channels, boxes[i, 3] * channels, source_boxes[i, 1] * channels
+        _copy(images[first + i], mixed)
+        _copy(images[sources[i], v0 : v0 + y1 - y0, u0 : u0 + x1 - x0], mixed[y0:y1, x0:x1])
+        if mirrored[i]:
+            _mirror(mixed, channels, flipped)
+        pixels = flipped if mirrored[i] else mixed
+        if planes == 1:
+            _scale_rows(pixels, scaling, out[i, 0])
+        else:
+            _scale_planes(pixels, scaling, out[i, 0], out[i, 1], out[i, 2])
+
+
+@_kernel
+def _copy(pixels, copied):  # type: ignore[no-untyped-def]
+    height, width = copied.shape
+    for y in range(height):
+        for x in range(width):
+            copied[y, x] = pixels[y, x]
+
+
+@_kernel
+def _mirror(mixed, channels, flipped):  # type: ignore[no-untyped-def]
+    # An index that could be negative would count from the end: unsigned ones keep the vector units busy.
+    height, width = mixed.shape
+    last = np.uint64(width - channels)
+    for y in range(height):
+        if channels == 1:
+            for x in range(width):
+                flipped[y, x] = mixed[y, last - np.uint64(x)]
+        else:
+            for x in range(width // 3):
+                flipped[y, 3 * x] = mixed[y, last - np.uint64(3 * x)]
+                flipped[y, 3 * x + 1] = mixed[y, last - np.uint64(3 * x) + np.uint64(1)]
+                flipped[y, 3 * x + 2] = mixed[y, last - np.uint64(3 * x) + np.uint64(2)]
+
+
+@_kernel
+def _scale_rows(mixed, scaling, rows):  # type: ignore[no-untyped-def]
+    height, width = mixed.shape
+    for y in range(height):
+        for x in range(width):
+            rows[y, x] = (np.float32(mixed[y, x]) - scaling[0, x]) * scaling[1, x]
+
+
+@_kernel
+def _scale_planes(mixed, scaling, red, green, blue):  # type: ignore[no-untyped-def]
+    # Channels and the distance between pixels are literals, and each loop writes to one array: for the same reason.
+    height, width = red.shape
+    red_shift, green_shift, blue_shift = scaling[0, 0], scaling[0, 1], scaling[0, 2]
+    red_scale, green_scale, blue_scale = scaling[1, 0], scaling[1, 1], scaling[1, 2]
+    for y in range(height):
+        for x in range(width):
+            red[y, x] = (np.float32(mixed[y, 3 * x]) - red_shift) * red_scale
+        for x in range(width):
+            green[y, x] = (np.float32(mixed[y, 3 * x + 1]) - green_shift) * green_scale
+        for x in range(width):
+            blue[y, x] = (np.float32(mixed[y, 3 * x + 2]) - blue_shift) * blue_scale
