@@ -21,6 +21,7 @@ import numpy as np
 
 import dali_saliencymix as ds
 from benchmarks import machine, measure, opencv
+from dali_saliencymix.normalise import paste_normalised
 
 _NUM_CLASSES = 1000
 _ROTATED_BYTES = 256 * 2**20  # several times the cache of a GPU
@@ -173,6 +174,12 @@ def package_variants(inputs: Inputs, library: str, detectors: list[str]) -> dict
     moved = peaks.nbytes + boxes.nbytes + 2 * lam.nbytes
     add("boxes and lam", ds.boxes_at, boxes_and_lam, moved, ds.boxes_at)
     add("paste", ds.paste_boxes, pasted, 2 * images.nbytes, ds.paste_boxes)
+    options: dict[str, Any] = {"mean": [124, 116, 104], "std": [58, 57, 57], "mirror": labels % 2}
+
+    def normalised(function: Callable[..., Any]) -> Any:
+        return function(next(batches), source_index, boxes, **options)
+
+    add("paste, mirror, normalise", paste_normalised, normalised, 5 * images.nbytes, paste_normalised)
     moved = 2 * labels.nbytes + lam.nbytes + 4 * len(labels) * _NUM_CLASSES
     add("labels", ds.soft_labels, targets, moved, ds.soft_labels)
     for name in detectors:

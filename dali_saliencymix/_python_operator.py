@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     Batches = tuple[Array, ...]
 
 _WHOLE_BATCHES_TRIED = ("2.4.",)
+
+_CACHE_LINE = 64  # bytes
+_MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
 
 
 def python_operator(
@@ -75,7 +79,7 @@ def python_operator(
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
     if device == "cpu" and whole_batches_work():
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
-        return _whole_batch_function()(limited, _module=_module(), _display_name=name, **options)(*inputs)
+        return _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)(*inputs)
     if layouts:
         options["output_layouts"] = list(layouts)
     on_samples = functools.partial(_bridge.on_samples, limited)
@@ -109,10 +113,6 @@ def _limited(num_threads: int, function: Callable[..., Batches], *arrays: Array)
         return function(*arrays)
 
 
-def _module() -> str:
-    return f"{__package__}.fn"
-
-
 class Buffers:
     """Arrays in host memory that are used again once nobody holds them.
 
@@ -124,10 +124,17 @@ class Buffers:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return an array that is C-contiguous and not initialised."""
+        """Return an array that is C-contiguous, begins with a line of the cache, and is not initialised."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         buffer = self._free.pop() if self._free else None
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            buffer = np.empty(shape, dtype)
-        lent = buffer[:]
-        weakref.finalize(lent, self._free.append, buffer).atexit = False
-        return lent
+        if buffer is None or buffer.nbytes != size + _CACHE_LINE:
+            buffer = np.empty(size + _CACHE_LINE, np.uint8)
+        start = -buffer.ctypes.data % _CACHE_LINE
+        # A view of an array holds on to the first one that has memory of its own, or memory that is no array's.
+        lent = np.frombuffer(buffer.data[start : start + size], dtype)
+        weakref.finalize(lent, self._give_back, buffer).atexit = False
+        return lent.reshape(shape)
+
+    def _give_back(self, buffer: np.ndarray) -> None:
+        if len(self._free) < _MOST_FREE:
+            self._free.append(buffer)

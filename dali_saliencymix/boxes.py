@@ -29,7 +29,9 @@ _CHUNK = 16  # maps that fit a core's cache
 _WORTH_A_THREAD = 2**20  # pixels: to wake a thread takes as long as to look at a quarter of them
 
 
-def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
+def saliency_peaks(
+    saliency_map: Array, height: int, width: int, *, least: bool = False, algorithm: str = "auto"
+) -> Array:
     """Return the most salient pixel of each image, or the least salient one.
 
     Parameters
@@ -40,6 +42,9 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
         Size of the images that the maps belong to.
     least : bool
         If true, look for the minimum.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel: compiled by Numba on a CPU, for maxima of float32 maps, or in CUDA. Both find the
+        same pixels. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -64,9 +69,14 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     _, map_height, map_width = saliency_map.shape
     closeness = constant(xp, closeness_to_centre, map_height, map_width, height, width)
     find = functools.partial(_extreme, closeness=closeness, least=least)
+    kernel = uses_kernel(algorithm, xp)
     if not is_host(xp):
+        if kernel:
+            from dali_saliencymix import cuda
+
+            return cuda.saliency_peaks(saliency_map, height, width, least=least)
         peak = find(saliency_map)
-    elif saliency_map.dtype == np.float32 and not least and uses_kernel("auto", xp):
+    elif kernel and saliency_map.dtype == np.float32 and not least:
         from dali_saliencymix import compiled_pixels
 
         find = functools.partial(compiled_pixels.most_salient, closeness=closeness)

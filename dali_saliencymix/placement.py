@@ -134,18 +134,20 @@ def salient_boxes(
     if placement.per_batch:
         point = None if point is None else point[:1]
         receivers = constant(xp, np.arange, 1)
-        pairs = _boxes_of_pairs(images, receivers, source_index[:1], lam[:1], placement, detector, peaks, point)
+        pairs = _boxes_of_pairs(
+            images, receivers, source_index[:1], lam[:1], placement, detector, peaks, point, algorithm
+        )
         return _for_both(pairs, lambda boxes: xp.repeat(boxes, count, axis=0))
     pasted = lam < 1 if wanted is None else wanted & (lam < 1)
     if not is_host(xp) or pasted.all():
         receivers = constant(xp, np.arange, count)
-        return _boxes_of_pairs(images, receivers, source_index, lam, placement, detector, peaks, point)
+        return _boxes_of_pairs(images, receivers, source_index, lam, placement, detector, peaks, point, algorithm)
     # On a CPU the maps that nobody needs are worth leaving out.
     rows = np.flatnonzero(pasted)
     if not len(rows):
         return np.zeros((count, 4), np.int32), None
     point = None if point is None else point[rows]
-    pairs = _boxes_of_pairs(images, rows, source_index[rows], lam[rows], placement, detector, peaks, point)
+    pairs = _boxes_of_pairs(images, rows, source_index[rows], lam[rows], placement, detector, peaks, point, algorithm)
     return _for_both(pairs, lambda boxes: _scattered(boxes, rows, count))
 
 
@@ -169,13 +171,14 @@ def _boxes_of_pairs(
     detector: Detector,
     peaks: Array | None,
     point: Array | None,
+    algorithm: str,
 ) -> tuple[Array, Array | None]:
     """Return the boxes of some pairs of images; all arguments but `images` and `peaks` have one entry for each pair."""
     size = images.shape[1:3]
     asked = {"sources": (sources, placement.source)}
     if placement.destination in SOURCES:
         asked["receivers"] = (receivers, placement.destination)
-    found = _salient_points(images, asked, detector, peaks)
+    found = _salient_points(images, asked, detector, peaks, "array" if algorithm == "array" else "auto")
     source_boxes = boxes_at(found["sources"], lam, *size, box=placement.box)
     if placement.destination == "corresponding":
         return source_boxes, None
@@ -184,7 +187,7 @@ def _boxes_of_pairs(
 
 
 def _salient_points(
-    images: Array, asked: dict[str, tuple[Array, str]], detector: Detector, peaks: Array | None
+    images: Array, asked: dict[str, tuple[Array, str]], detector: Detector, peaks: Array | None, algorithm: str
 ) -> dict[str, Array]:
     """Return the most or least salient pixels of the images that are asked for by index."""
     if peaks is not None:
@@ -199,7 +202,10 @@ def _salient_points(
     else:
         maps, position = checked_maps(detector, images), index
     size = images.shape[1:3]
-    found = {which: saliency_peaks(maps, *size, least=which == "non_salient") for _, which in asked.values()}
+    found = {
+        which: saliency_peaks(maps, *size, least=which == "non_salient", algorithm=algorithm)
+        for _, which in asked.values()
+    }
     # All parts have one entry for each pair.
     positions = position.reshape(len(asked), -1)
     return {name: found[which][places] for (name, (_, which)), places in zip(asked.items(), positions, strict=True)}

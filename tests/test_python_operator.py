@@ -1,0 +1,109 @@
+"""How Python functions get into a pipeline, and the memory that their results lie in."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+
+from dali_saliencymix import _python_operator
+from dali_saliencymix._python_operator import Buffers, python_operator
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_a_buffer_is_used_again_once_no_view_of_it_is_left():
+    buffers = Buffers()
+    first = buffers.take((3, 4, 5), np.float32)
+    at = address(first)
+    assert at % 64 == 0
+    row = first.reshape(12, 5)[2:4]
+    del first
+    other = buffers.take((3, 4, 5), np.float32)
+    assert address(other) != at  # a view of the first one is held
+    del row
+    assert address(buffers.take((3, 4, 5), np.float32)) == at
+    assert address(buffers.take((5, 12), np.int32)) == at  # as many bytes
+
+
+def test_a_buffer_of_another_size_is_not_used():
+    buffers = Buffers()
+    del (taken := {"array": buffers.take((2, 8), np.uint8)})["array"]
+    del taken
+    larger = buffers.take((40, 8), np.uint8)
+    larger[:] = 7
+    assert larger.shape == (40, 8)
+    assert larger.flags.c_contiguous
+    assert larger.flags.writeable
+
+
+def test_no_more_buffers_are_kept_than_are_in_use_at_a_time():
+    buffers = Buffers()
+    held = [buffers.take((100,), np.uint8) for _ in range(20)]
+    assert len({address(array) for array in held}) == 20
+    del held
+    assert len(buffers._free) == _python_operator._MOST_FREE
+
+
+@pytest.fixture(params=["whole batches", "samples"])
+def operator(request, monkeypatch):
+    if request.param == "samples":
+        monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
+    return request.param
+
+
+@pipeline_def(batch_size=4, num_threads=3, device_id=None)
+def calling(function, values, num_outputs, layouts=()):
+    numbers = fn.external_source(source=lambda: values)
+    outputs = python_operator(function, numbers, name="doubled", num_outputs=num_outputs, layouts=layouts)
+    return tuple(outputs) if num_outputs > 1 else outputs
+
+
+def test_a_function_gets_a_batch_and_gives_batches(operator):
+    values = np.arange(4 * 2 * 3 * 1, dtype=np.int16).reshape(4, 2, 3, 1)
+    seen = []
+
+    def function(batch):
+        seen.append((batch.shape, batch.dtype))
+        read_only = batch * 2
+        read_only.setflags(write=False)
+        return read_only, batch.sum(axis=(1, 2, 3)).astype(np.float32), batch[..., 0].transpose(0, 2, 1)
+
+    doubled, sums, turned = calling(function, values, 3, ["HWC"]).run()
+    assert seen[0] == ((4, 2, 3, 1), np.int16)
+    np.testing.assert_array_equal(doubled.as_array(), values * 2)
+    assert (doubled.layout(), sums.layout(), turned.layout()) == ("HWC", "", "")
+    np.testing.assert_array_equal(sums.as_array(), values.sum(axis=(1, 2, 3)))
+    assert sums.dtype == types.FLOAT
+    np.testing.assert_array_equal(turned.as_array(), values[..., 0].transpose(0, 2, 1))
+
+
+def test_what_a_function_raises_is_in_dali_s_error(operator):
+    def function(batch):
+        msg = f"four is enough, got {len(batch)}"
+        raise ValueError(msg)
+
+    with pytest.raises(RuntimeError, match="ValueError: four is enough, got 4"):
+        calling(function, np.zeros((4, 1)), 1).run()
+
+
+def test_pipelines_may_end_while_they_work(operator):
+    # What Python made is given back in threads of DALI, which need Python's lock for it.
+    for runs in (0, 1, 2, 1, 0, 3):
+        pipeline = calling(lambda batch: (batch + 1,), np.zeros((4, 50, 50)), 1)
+        for _ in range(runs):
+            outputs = pipeline.run()
+        del pipeline
+        gc.collect()
+        if runs:
+            np.testing.assert_array_equal(outputs[0].as_array(), 1)
+
+
+def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
+    assert _python_operator.whole_batches_work()  # in the version that the tests have
+    monkeypatch.setattr("nvidia.dali.__version__", "2.5.0")
+    assert not _python_operator.whole_batches_work()
