@@ -175,6 +175,8 @@ def package_variants(inputs: Inputs, library: str, detectors: list[str]) -> dict
     add("boxes and lam", ds.boxes_at, boxes_and_lam, moved, ds.boxes_at)
     add("paste", ds.paste_boxes, pasted, 2 * images.nbytes, ds.paste_boxes)
     options: dict[str, Any] = {"mean": [124, 116, 104], "std": [58, 57, 57], "mirror": labels % 2}
+    # New memory for a result of this size would cost more than the work: a loader has it already.
+    options["out"] = xp.empty((len(images), 3, *size), xp.float32)
 
     def normalised(function: Callable[..., Any]) -> Any:
         return function(next(batches), source_index, boxes, **options)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batches import assert_equal_batches
 from nvidia.dali.experimental.dynamic import _capture
 
 from dali_saliencymix import saliencymix
@@ -48,12 +49,6 @@ def run(folder, *, clone=False, **options):
     """Return all batches; cloned as they come, or as they are after the last one has come."""
     batches = training_batches(folder, **{"batch_size": BATCH, "epochs": EPOCHS, "size": SIZE, "seed": 3, **options})
     return [tuple(tensor.clone() for tensor in batch) if clone else batch for batch in batches]
-
-
-def assert_equal_batches(ours, theirs):
-    for our_batch, their_batch in zip(ours, theirs, strict=True):
-        for our_tensor, their_tensor in zip(our_batch, their_batch, strict=True):
-            assert torch.equal(our_tensor, their_tensor)
 
 
 def uint8_pixels(images):

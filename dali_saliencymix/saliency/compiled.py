@@ -3,6 +3,9 @@
 Each one has a twin in NumPy, beside the detector, and gives the same bits. Loops over the pixels of a row write to one
 array only: LLVM can then show that nothing overlaps, and uses the vector units of the CPU. For the same reason rows are
 handed to functions of their own. All functions work without Python's lock.
+
+Numba keeps what it compiled beside the file of a kernel, and looks at that file only: after a change in a kernel that
+one in another file calls, delete ``__pycache__``.
 """
 
 from __future__ import annotations

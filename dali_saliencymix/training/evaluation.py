@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dali_saliencymix._json import finite
 from dali_saliencymix.training import distributed, logs, metrics
 from dali_saliencymix.training.distributed import Processes
 
@@ -163,7 +164,7 @@ def write_per_class(path: Path, classes: Sequence[str], confusion: torch.Tensor,
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the figures of an evaluation as JSON; a figure that is no finite number becomes null."""
-    path.write_text(json.dumps(logs.finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def unused_path(path: Path) -> Path:

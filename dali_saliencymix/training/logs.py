@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from dali_saliencymix._json import finite as finite  # for callers of logs.finite, too
+from dali_saliencymix._json import finite
 from dali_saliencymix._versions import versions
 
 Batch = TypeVar("Batch")
