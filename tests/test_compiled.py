@@ -30,6 +30,7 @@ from dali_saliencymix.saliency import grey
 
 compiled = pytest.importorskip("dali_saliencymix.saliency.compiled", reason="Numba is not installed")
 compiled_pixels = pytest.importorskip("dali_saliencymix.compiled_pixels", reason="Numba is not installed")
+compiled_fft = pytest.importorskip("dali_saliencymix.saliency.compiled_fft", reason="Numba is not installed")
 compiled_spectral = pytest.importorskip("dali_saliencymix.saliency.compiled_spectral", reason="Numba is not installed")
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 7, 1), (1, 2, 2), (5, 37, 23), (9, 64, 64), (2, 70, 331), (3, 225, 224)]
@@ -102,8 +103,8 @@ def test_the_transform_is_that_of_numpy(size):
     values = rng.normal(size=(size, size)) + 1j * rng.normal(size=(size, size))
     planes = np.zeros((2, 64, 64), np.float32)
     planes[:, :size, :size] = values.real, values.imag
-    twiddles = compiled_spectral._twiddles(size)
-    compiled_spectral._transform_columns(planes, np.empty_like(planes), twiddles, size)
+    twiddles = compiled_fft.twiddles(size)
+    compiled_fft.transform_columns(planes, np.empty_like(planes), twiddles, size)
     ours = planes[0, :size, :size] + 1j * planes[1, :size, :size]
     np.testing.assert_allclose(ours, np.fft.fft(values, axis=0), atol=2e-6 * size)
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"core"},
 ]
 # What is imported only where it is asked for.
-COMPILED = ("compiled_pixels.py", "saliency/compiled.py", "saliency/compiled_spectral.py")
+COMPILED = ("compiled_pixels.py", "saliency/compiled.py", "saliency/compiled_fft.py", "saliency/compiled_spectral.py")
 FRAMEWORKS = {PACKAGE / "_array.py": {"scipy"}, **{PACKAGE / name: {"numba"} for name in COMPILED}}
 ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "mixing", "placement", "core", "_bridge")]
 ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("cuda/*.py")])

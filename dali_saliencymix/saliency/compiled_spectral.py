@@ -4,11 +4,8 @@ It is for maps of 64x64 or 32x32, which are those of all larger images and of CI
 core's cache, and Python's lock is not needed in between. Maps differ from those of the twin in NumPy by rounding: the
 transform is another one.
 
-A complex map is an array (2, 64, 64), real and imaginary parts, of which smaller maps use the first rows and columns.
-Transforms take it flat: LLVM uses the vector units of the CPU where it knows how far apart the rows are, as it does in
-loops over a whole map that write to one array. For the same reason each step is a function of its own.
-
-Spectra are transposed, (kx, ky): after a transform along columns they lie ready for the one along rows.
+Each step is a function of its own, with loops over a whole map that write to one array: LLVM uses the vector units of
+the CPU then. Spectra are transposed, (kx, ky): see `compiled_fft`.
 """
 
 from __future__ import annotations
@@ -21,22 +18,26 @@ import numpy as np
 from dali_saliencymix._array import Array, constant
 from dali_saliencymix._threads import for_each_chunk
 from dali_saliencymix.saliency.compiled import reduce_luma, rows_of_pixels
+from dali_saliencymix.saliency.compiled_fft import (
+    ROW,
+    pair_columns,
+    take_half,
+    transform_columns,
+    transpose,
+    transpose_half,
+    twiddles,
+)
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
 from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
 
 SIZES = (32, 64)
 
-_ROW = 64
-_PLANE = _ROW * _ROW
-
 _CHUNK = 8  # images for one thread at a time: few enough that all threads end together
 
 _kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
-_put_in = numba.njit(inline="always", error_model="numpy")
 
 _HALF, _ONE = np.float32(0.5), np.float32(1)
-_HALF_ROOT = np.float32(math.sqrt(0.5))
-_BITS_OF_HALF_ROOT = np.int32(_HALF_ROOT.view(np.int32))
+_BITS_OF_HALF_ROOT = np.int32(np.float32(math.sqrt(0.5)).view(np.int32))
 _LOG_2 = math.log(2)
 
 _REACH = 2  # of the filters, in pixels to either side
@@ -55,26 +56,21 @@ def spectral_residual(images: Array, size: int) -> Array:
         constant(np, tap_weights, height, size),
         constant(np, tap_weights, width, size),
     )
-    pixels, twiddles = rows_of_pixels(images), constant(np, _twiddles, size)
+    pixels, factors = rows_of_pixels(images), constant(np, twiddles, size)
 
     def work(chunk: slice) -> None:
-        _maps(pixels[chunk], width, *taps, twiddles, maps[chunk])
+        _maps(pixels[chunk], width, *taps, factors, maps[chunk])
 
     for_each_chunk(work, len(images), _CHUNK)
     return maps
 
 
-def _twiddles(size: int) -> np.ndarray:
-    """Return exp(-2 pi i j m / size) for `size` / 8 rows j and 8 columns m, complex64."""
-    return np.exp(-2j * np.pi / size * np.outer(np.arange(size // 8), np.arange(8))).astype(np.complex64)
-
-
 @_kernel
-def _maps(pixels, width, rows, columns, row_weights, column_weights, twiddles, maps):  # type: ignore[no-untyped-def]
+def _maps(pixels, width, rows, columns, row_weights, column_weights, factors, maps):  # type: ignore[no-untyped-def]
     size = maps.shape[1]
     levels, line = np.empty((2, width), np.uint8), np.empty(width, np.int32)
     grey = np.empty((size, size), np.float32)
-    planes, spare = np.zeros((2, _ROW, _ROW), np.float32), np.empty((2, _ROW, _ROW), np.float32)
+    planes, spare = np.zeros((2, ROW, ROW), np.float32), np.empty((2, ROW, ROW), np.float32)
     spectrum = np.empty((2, size, size // 2 + 1), np.float32)
     whole, mean = np.empty((size, size), np.float32), np.empty((size, size), np.float32)
     tall, wide = np.empty((size + 2 * _REACH, size), np.float32), np.empty((size, size + 2 * _REACH), np.float32)
@@ -83,20 +79,20 @@ def _maps(pixels, width, rows, columns, row_weights, column_weights, twiddles, m
         if _has_one_level(grey):
             maps[i] = 0
             continue
-        _pair_columns(grey, planes)
-        _transform_columns(planes, spare, twiddles, size // 2)
-        _transpose_half(planes, spare, size)
-        _transform_columns(spare, planes, twiddles, size // 2)
-        _take_half(spare, spectrum)
+        pair_columns(grey, planes)
+        transform_columns(planes, spare, factors, size // 2)
+        transpose_half(planes, spare, size)
+        transform_columns(spare, planes, factors, size // 2)
+        take_half(spare, spectrum)
         _amplitude(spectrum, whole)
         _keep_phase(spectrum, whole)
         _log_of_all(whole, tall)
         _filter(tall, _MEAN, wide, mean)
         _exponential(tall, mean)
         _whiten(spectrum, mean, planes)
-        _transform_columns(planes, spare, twiddles, size)
-        _transpose(planes, spare, size)
-        _transform_columns(spare, planes, twiddles, size)
+        transform_columns(planes, spare, factors, size)
+        transpose(planes, spare, size)
+        transform_columns(spare, planes, factors, size)
         _modulus(spare, tall)
         _filter(tall, _GAUSSIAN, wide, maps[i])
         _square(maps[i])
@@ -110,153 +106,6 @@ def _has_one_level(grey):  # type: ignore[no-untyped-def]
             if grey[y, x] != grey[0, 0]:
                 return False
     return True
-
-
-# ---- Fourier transforms ----------------------------------------------------------------------------------------------
-
-
-@_kernel
-def _transform_columns(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
-    """Transform the first `width` columns of `planes` in place."""
-    if len(twiddles) == 8:
-        _transform_64(planes.reshape(2 * _PLANE), spare.reshape(2 * _PLANE), twiddles, width)
-    else:
-        _transform_32(planes.reshape(2 * _PLANE), spare.reshape(2 * _PLANE), twiddles, width)
-
-
-@_kernel
-def _transform_64(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
-    _by_eights(planes, spare, twiddles, width, 8)
-    for j in range(8):
-        for x in range(width):
-            i, o = 8 * j * _ROW + x, j * _ROW + x
-            _put_eight(planes, o, 8 * _ROW, _dft8(*_eight(spare, i, _ROW)))
-
-
-@_kernel
-def _transform_32(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
-    _by_eights(planes, spare, twiddles, width, 4)
-    for j in range(8):
-        for x in range(width):
-            i, o = 4 * j * _ROW + x, j * _ROW + x
-            _put_four(planes, o, 8 * _ROW, _dft4(*_four(spare, i, _ROW)))
-
-
-@_put_in
-def _by_eights(planes, spare, twiddles, width, steps):  # type: ignore[no-untyped-def]
-    """Transform every `steps`-th row, and turn the results by what they lag behind."""
-    for j in range(steps):
-        w1, w2, w3, w4 = twiddles[j, 1], twiddles[j, 2], twiddles[j, 3], twiddles[j, 4]
-        w5, w6, w7 = twiddles[j, 5], twiddles[j, 6], twiddles[j, 7]
-        for x in range(width):
-            i = j * _ROW + x
-            y0, y1, y2, y3, y4, y5, y6, y7 = _dft8(*_eight(planes, i, steps * _ROW))
-            turned = (y0, y1 * w1, y2 * w2, y3 * w3, y4 * w4, y5 * w5, y6 * w6, y7 * w7)
-            _put_eight(spare, i, steps * _ROW, turned)
-
-
-@_put_in
-def _eight(planes, i, step):  # type: ignore[no-untyped-def]
-    return (*_four(planes, i, step), *_four(planes, i + 4 * step, step))
-
-
-@_put_in
-def _four(planes, i, step):  # type: ignore[no-untyped-def]
-    return (
-        complex(planes[i], planes[i + _PLANE]),
-        complex(planes[i + step], planes[i + step + _PLANE]),
-        complex(planes[i + 2 * step], planes[i + 2 * step + _PLANE]),
-        complex(planes[i + 3 * step], planes[i + 3 * step + _PLANE]),
-    )
-
-
-@_put_in
-def _put_eight(planes, i, step, values):  # type: ignore[no-untyped-def]
-    _put_four(planes, i, step, values[:4])
-    _put_four(planes, i + 4 * step, step, values[4:])
-
-
-@_put_in
-def _put_four(planes, i, step, values):  # type: ignore[no-untyped-def]
-    a, b, c, d = values
-    planes[i], planes[i + _PLANE] = a.real, a.imag
-    planes[i + step], planes[i + step + _PLANE] = b.real, b.imag
-    planes[i + 2 * step], planes[i + 2 * step + _PLANE] = c.real, c.imag
-    planes[i + 3 * step], planes[i + 3 * step + _PLANE] = d.real, d.imag
-
-
-@_kernel
-def _dft8(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
-    y0, y2, y4, y6 = _dft4(a + e, b + f, c + g, d + h)
-    b, d = b - f, d - h
-    # Times exp(-i pi / 4) and exp(-3 i pi / 4).
-    b = complex(_HALF_ROOT * (b.real + b.imag), _HALF_ROOT * (b.imag - b.real))
-    d = complex(_HALF_ROOT * (d.imag - d.real), -_HALF_ROOT * (d.real + d.imag))
-    y1, y3, y5, y7 = _dft4(a - e, b, _turned(c - g), d)
-    return y0, y1, y2, y3, y4, y5, y6, y7
-
-
-@_kernel
-def _dft4(a, b, c, d):  # type: ignore[no-untyped-def]
-    even, odd, rest, turned = a + c, b + d, a - c, _turned(b - d)
-    return even + odd, rest + turned, even - odd, rest - turned
-
-
-@_kernel
-def _turned(value):  # type: ignore[no-untyped-def]
-    """Return -i times the value."""
-    return complex(value.imag, -value.real)
-
-
-# ---- Between real maps and spectra -----------------------------------------------------------------------------------
-
-
-@_kernel
-def _pair_columns(grey, planes):  # type: ignore[no-untyped-def]
-    """Make complex columns of pairs of real ones: their spectrum can be taken apart by its symmetry."""
-    size = len(grey)
-    half = size // 2
-    for y in range(size):
-        for x in range(half):
-            planes[0, y, x] = grey[y, x]
-    for y in range(size):
-        for x in range(half):
-            planes[1, y, x] = grey[y, half + x]
-
-
-@_kernel
-def _transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
-    """Take the pairs apart, (x, ky): frequencies below the highest, which is paired with the lowest: both are real."""
-    half = size // 2
-    for x in range(half):
-        for y in range(1, half):
-            transposed[0, x, y] = _HALF * (planes[0, y, x] + planes[0, size - y, x])
-        for y in range(1, half):
-            transposed[1, x, y] = _HALF * (planes[1, y, x] - planes[1, size - y, x])
-        for y in range(1, half):
-            transposed[0, half + x, y] = _HALF * (planes[1, y, x] + planes[1, size - y, x])
-        for y in range(1, half):
-            transposed[1, half + x, y] = _HALF * (planes[0, size - y, x] - planes[0, y, x])
-    for x in range(half):
-        transposed[0, x, 0], transposed[1, x, 0] = planes[0, 0, x], planes[0, half, x]
-        transposed[0, half + x, 0], transposed[1, half + x, 0] = planes[1, 0, x], planes[1, half, x]
-
-
-@_kernel
-def _take_half(planes, spectrum):  # type: ignore[no-untyped-def]
-    """Fill the half of the spectrum that says all, (2, kx, ky): the lowest and the highest ky are still paired."""
-    _, size, stored = spectrum.shape
-    half = stored - 1
-    for part in range(2):
-        for x in range(size):
-            for y in range(1, half):
-                spectrum[part, x, y] = planes[part, x, y]
-    for x in range(size):
-        mirrored = (size - x) % size
-        real, imaginary = planes[0, x, 0], planes[1, x, 0]
-        other_real, other_imaginary = planes[0, mirrored, 0], planes[1, mirrored, 0]
-        spectrum[0, x, 0], spectrum[1, x, 0] = _HALF * (real + other_real), _HALF * (imaginary - other_imaginary)
-        spectrum[0, x, half], spectrum[1, x, half] = _HALF * (imaginary + other_imaginary), _HALF * (other_real - real)
 
 
 @_kernel
@@ -281,23 +130,12 @@ def _whiten(spectrum, factor, planes):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def _transpose(planes, transposed, size):  # type: ignore[no-untyped-def]
-    for part in range(2):
-        for y in range(size):
-            for x in range(size):
-                transposed[part, y, x] = planes[part, x, y]
-
-
-@_kernel
 def _modulus(planes, tall):  # type: ignore[no-untyped-def]
     size = tall.shape[1]
     for y in range(size):
         for x in range(size):
             real, imaginary = planes[0, y, x], planes[1, y, x]
             tall[_REACH + y, x] = np.sqrt(real * real + imaginary * imaginary)
-
-
-# ---- Pixel by pixel, bin by bin --------------------------------------------------------------------------------------
 
 
 @_kernel
