@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     budget = measure.Budget(options.seconds, 1)
     gpu = machine.wants_gpu(options)
-    options.variants = options.variants or loaders.default_names()
+    options.variants = options.variants or loaders.default_names(gpu=gpu)
 
     result: dict[str, Any] = {
         "benchmark": "pipeline",

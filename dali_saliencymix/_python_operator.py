@@ -75,9 +75,12 @@ def python_operator(
     if device == "gpu" and importlib.util.find_spec("cupy") is None:
         msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]'"
         raise ImportError(msg)
-    limited = functools.partial(_limited, Pipeline.current().num_threads, function)
+    pipeline = Pipeline.current()
+    limited = functools.partial(_limited, pipeline.num_threads, function)
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
-    if device == "cpu" and whole_batches_work():
+    # DALI's debug mode knows the functions of `nvidia.dali.fn` only.
+    debugged = getattr(pipeline, "_debug_on", False)
+    if device == "cpu" and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         return _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)(*inputs)
     if layouts:

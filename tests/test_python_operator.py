@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ def test_pipelines_may_end_while_they_work(operator):
         gc.collect()
         if runs:
             np.testing.assert_array_equal(outputs[0].as_array(), 1)
+
+
+@pytest.mark.parametrize("debugged", [True, False])
+def test_debug_mode_goes_the_documented_way(monkeypatch, debugged):
+    pipeline = SimpleNamespace(num_threads=1, _debug_on=debugged)
+    monkeypatch.setattr(_python_operator.Pipeline, "current", lambda: pipeline)
+    monkeypatch.setattr(_python_operator, "_whole_batch_function", lambda: lambda *_, **__: lambda *_: "whole batches")
+    monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
+    node = SimpleNamespace(device="cpu")
+    assert python_operator(print, node, name="mix") == ("samples" if debugged else "whole batches")
 
 
 def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
