@@ -837,7 +837,7 @@ def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thr
     out, _ = lines_of(capfd)
     found = load_report(output)
     assert out.startswith(found["verdict"]["name"] + "\n")
-    assert [row["name"] for row in found["stages"]][3:5] == ["paste", "saliency"]
+    assert [row["name"] for row in found["stages"]][3:5] == ["paste and normalise", "saliency"]
     conditions = found["conditions"]
     assert conditions["images_per_batch"] == 8
     assert conditions["options"]["saliency"] == "fine_grained"

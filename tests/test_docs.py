@@ -26,7 +26,7 @@ from PIL import Image
 
 import dali_saliencymix
 import pipelines
-from dali_saliencymix import _bridge, core, fn, mixing, placement, preview, pytorch
+from dali_saliencymix import _bridge, _python_operator, core, fn, mixing, placement, preview, pytorch
 from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import make_sample_data
 
@@ -214,7 +214,7 @@ def real_errors(monkeypatch):
     images = np.zeros((8, 16, 16, 3), np.uint8)
     index, lam = np.arange(8), np.full(8, 0.5)
     shapes = [np.zeros((height, 100, 3), np.uint8) for height in range(96, 104)]
-    monkeypatch.setattr(fn.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     mistakes = [
         lambda: core.saliencymix(images.astype(np.float32), index, lam),
         lambda: core.saliencymix(np.moveaxis(images, 3, 1), index, lam),
@@ -222,7 +222,7 @@ def real_errors(monkeypatch):
         lambda: mixing.soft_labels(index, index, lam, num_classes=4),
         lambda: placement.checked_maps(lambda images: images, images),
         lambda: placement.resolve_placement("default", {"saliency": "fine_grained"}, peaks_given=True),
-        lambda: fn._placed("gpu"),
+        lambda: _python_operator.python_operator(print, SimpleNamespace(device="gpu"), name="saliencymix"),
     ]
     for mistake in mistakes:
         with pytest.raises((TypeError, ValueError, ImportError)) as error:
