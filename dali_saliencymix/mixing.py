@@ -69,10 +69,14 @@ def paste_boxes(
             raise ValueError(msg)
     if is_host(xp):
         return _paste_by_slices(images, source_index, boxes, source_boxes, out)
-    mixed = _paste_by_mask(images, source_index, boxes, source_boxes)
+    return into(out, _paste_by_mask(images, source_index, boxes, source_boxes))
+
+
+def into(out: Array | None, made: Array) -> Array:
+    """Return `made`, or `out` with the same values where there is one."""
     if out is None:
-        return mixed
-    out[...] = mixed
+        return made
+    out[...] = made
     return out
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_choice, check_images, check_out, check_per_image
-from dali_saliencymix.mixing import check_pasting, paste_boxes
+from dali_saliencymix.mixing import check_pasting, into, paste_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +87,7 @@ def paste_normalised(
     shape = normalised_shape(images.shape, layout)
     if out is not None:
         check_out(out, xp, shape, dtype)
+    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     if uses_kernel(algorithm, xp):
         if not is_host(xp):
             from dali_saliencymix import cuda
@@ -102,37 +103,29 @@ def paste_normalised(
                 dtype=dtype,
                 layout=layout,
             )
-            return _into(out, made)
+            return into(out, made)
         if dtype == np.float32:
             from dali_saliencymix import compiled_pixels
 
             check_pasting(images, source_index, boxes, source_boxes)
             out = np.empty(shape, np.float32) if out is None else out
             origins = boxes if source_boxes is None else source_boxes
-            scale = scaling(tuple(mean), tuple(std))
-            compiled_pixels.paste_normalised(images, source_index, boxes, origins, mirror, scale, layout, out)
+            compiled_pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
             return out
     mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
     if mirror is not None:
         mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)
-    shift, scale = constant(xp, scaling, tuple(mean), tuple(std))
+    shift, scale = shift_and_scale
     normalised = ((mixed.astype(xp.float32) - shift) * scale).astype(dtype)
     if layout == "CHW":
         normalised = normalised.transpose(0, 3, 1, 2)
-    return _into(out, normalised if layout == "HWC" else xp.ascontiguousarray(normalised))
+    return into(out, normalised if layout == "HWC" else xp.ascontiguousarray(normalised))
 
 
 def normalised_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """Return the shape of the result for images of shape (N, H, W, C)."""
     count, height, width, channels = shape
     return (count, channels, height, width) if layout == "CHW" else shape
-
-
-def _into(out: Array | None, made: Array) -> Array:
-    if out is None:
-        return made
-    out[...] = made
-    return out
 
 
 def check_normalisation(

@@ -182,9 +182,20 @@ def mix_operator(args: argparse.Namespace) -> imagenet.Mix | None:
     return functools.partial(getattr(mix_fn, args.mix), alpha=args.mix_alpha, prob=args.mix_prob, **_mix_options(args))
 
 
-def mix_normalises(args: argparse.Namespace) -> bool:
-    """Tell whether the DALI operator that mixes is to normalise along: where it can, and is faster than DALI."""
-    return args.mix in ("saliencymix", "cutmix") and uses_kernel("auto", np)
+def _augmentation(args: argparse.Namespace, crop_size: int) -> dict[str, Any]:
+    """Return what happens to a training image before it is mixed, in DALI and in workers of PyTorch."""
+    return {"crop_size": crop_size, "min_crop_area": args.min_crop_area, "color_jitter": args.color_jitter}
+
+
+def dali_augmentation(args: argparse.Namespace, crop_size: int) -> dict[str, Any]:
+    """Return the options of `pipelines.imagenet.training_pipeline` that say what happens to a training image."""
+    return {
+        **_augmentation(args, crop_size),
+        "hflip_prob": args.hflip_prob,
+        "mix": mix_operator(args),
+        # Where the operator can normalise along, and is faster than DALI.
+        "mix_normalises": args.mix in ("saliencymix", "cutmix") and uses_kernel("auto", np),
+    }
 
 
 def _mix_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -215,22 +226,15 @@ class FolderData(Data):
     ) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
         _check_training(args, processes, self.train, self.root)
-        augmentation = {
-            "crop_size": crop_size,
-            "min_crop_area": args.min_crop_area,
-            "color_jitter": args.color_jitter,
-        }
         if chosen_backend(args) == "pytorch":
-            batches = _training_batches(args, processes, FolderImages(self.train, **augmentation), _mixing(args))
+            images = FolderImages(self.train, **_augmentation(args, crop_size))
+            batches = _training_batches(args, processes, images, _mixing(args))
             return _torch_loader(args, processes, batches, self.mean, self.std, state=state)
         return training_loader(
             self.train,
             **_dali_options(args, processes),
-            **augmentation,
-            hflip_prob=args.hflip_prob,
+            **dali_augmentation(args, crop_size),
             seed=args.seed,
-            mix=mix_operator(args),
-            mix_normalises=mix_normalises(args),
             max_bad_batches=args.max_bad_batches,
             state=state,
         )

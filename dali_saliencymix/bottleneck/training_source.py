@@ -66,7 +66,7 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
 def _dali_source(
     args: argparse.Namespace, processes: Processes, data: FolderData, *, on_gpu: bool, about: dict[str, Any]
 ) -> Source:
-    from pipelines.data import mix_normalises, mix_operator
+    from pipelines.data import dali_augmentation
     from pipelines.imagenet import training_pipeline
     from pipelines.loader import training_loader
 
@@ -76,12 +76,7 @@ def _dali_source(
         settings["hw_decoder_load"] = 0.65
     common = {
         "process_on": "gpu" if on_gpu else "cpu",
-        "crop_size": args.train_crop_size,
-        "min_crop_area": args.min_crop_area,
-        "color_jitter": args.color_jitter,
-        "hflip_prob": args.hflip_prob,
-        "mix": mix_operator(args),
-        "mix_normalises": mix_normalises(args),
+        **dali_augmentation(args, args.train_crop_size),
         "channels_last": args.channels_last,
     }
 
