@@ -89,6 +89,11 @@ def python_operator(
     return fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
 
 
+def to_device(device: str, node: DataNode) -> DataNode:
+    """Return `node`, copied to the GPU if that is the device; never back from there."""
+    return node.gpu() if device == "gpu" and node.device == "cpu" else node
+
+
 def whole_batches_work() -> bool:
     """Tell whether DALI is of a version in which its operator for whole batches was tried."""
     return nvidia.dali.__version__.startswith(_WHOLE_BATCHES_TRIED)

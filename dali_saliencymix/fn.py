@@ -12,19 +12,16 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
-from dali_saliencymix import _python_operator, core, mixing
+from dali_saliencymix import _mix_operator, mixing
 from dali_saliencymix._algorithms import ALGORITHMS
-from dali_saliencymix._array import array_namespace, constant, is_host
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
+from dali_saliencymix._python_operator import python_operator, to_device
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.mixing import paste_boxes
-from dali_saliencymix.normalise import check_scaling, normalised_shape, paste_normalised
-from dali_saliencymix.params import CHOOSE, MODES, check_alphas, check_modes
+from dali_saliencymix.params import CHOOSE, check_alphas, check_modes
 from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 
@@ -159,7 +156,9 @@ def saliencymix(
     if placement.destination == "random":
         drawn["point"] = _drawn_point()
     options |= {"preset": preset, "algorithm": algorithm}
-    return _mixed_with_partners(images, labels, "saliencymix", drawn, peaks, normalise=normalise, **options)
+    return _mix_operator.mixed_with_partners(
+        images, labels, "saliencymix", drawn, peaks, normalise=normalise, **options
+    )
 
 
 @do_not_convert
@@ -209,7 +208,7 @@ def cutmix(
     check_choice(box, "box", BOXES)
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
     options = {"box": box, "per_batch": bool(per_batch)}
-    return _mixed_with_partners(images, labels, "cutmix", drawn, normalise=normalise, **options)
+    return _mix_operator.mixed_with_partners(images, labels, "cutmix", drawn, normalise=normalise, **options)
 
 
 @do_not_convert
@@ -248,7 +247,7 @@ def mixup(
     ...     return mixup(images, labels, alpha=0.2)
     """
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
-    return _mixed_with_partners(images, labels, "mixup", drawn, per_batch=bool(per_batch))
+    return _mix_operator.mixed_with_partners(images, labels, "mixup", drawn, per_batch=bool(per_batch))
 
 
 @do_not_convert
@@ -324,8 +323,8 @@ def mix(
         "mode": [fn.random.choice(len(probabilities), p=list(probabilities.values()))],
         "point": _drawn_point(),
     }
-    choice = functools.partial(_chosen, modes=tuple(probabilities), choose=choose)
-    return _mixed_with_partners(
+    choice = functools.partial(_mix_operator.chosen, modes=tuple(probabilities), choose=choose)
+    return _mix_operator.mixed_with_partners(
         images, labels, "mix", drawn, peaks, choice=choice, preset=preset, algorithm=algorithm, **options
     )
 
@@ -381,7 +380,7 @@ def saliency_peaks(
     ...     return saliencymix(inverted, labels, peaks=peaks)
     """
     find = functools.partial(_peaks_of_images, detector=get_detector(saliency, algorithm=algorithm), least=bool(least))
-    return _python_operator.python_operator(find, images, name="saliency_peaks")
+    return python_operator(find, images, name="saliency_peaks")
 
 
 @do_not_convert
@@ -442,13 +441,13 @@ def soft_labels(
         if smoothing:
             msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
             raise ValueError(msg)
-        own, other, weight = (_to(device, fn.cast(node, dtype=types.FLOAT)) for node in nodes)
+        own, other, weight = (to_device(device, fn.cast(node, dtype=types.FLOAT)) for node in nodes)
         return weight * own + (1 - weight) * other
     check_at_least(num_classes, "num_classes", 1)
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
-    scalars = [_to(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
-    return _python_operator.python_operator(make, fn.stack(*scalars), name="soft_labels")
+    scalars = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
+    return python_operator(make, fn.stack(*scalars), name="soft_labels")
 
 
 def _drawn_choice(prob: float) -> DataNode | None:
@@ -465,125 +464,6 @@ def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
 
 def _drawn_point() -> list[DataNode]:
     return [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
-
-
-def _mixed_with_partners(
-    images: DataNode,
-    labels: DataNode,
-    function: str,
-    drawn: dict[str, list[DataNode]],
-    peaks: DataNode | None = None,
-    *,
-    normalise: Normalise | None = None,
-    **options: Any,
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Draw partners, then mix: Python gets two inputs, the images and one vector of params a sample."""
-    source_index = fn.batch_permutation()
-    drawn = {"source_index": [source_index], **drawn}
-    if normalise is not None and normalise.mirror is not None:
-        drawn["mirror"] = [normalise.mirror]
-    columns = {name: len(nodes) for name, nodes in drawn.items()}
-    scalars = [fn.cast(node, dtype=types.FLOAT) for nodes in drawn.values() for node in nodes]
-    params = _to(images.device, fn.stack(*scalars))
-    if peaks is not None:
-        columns["peaks"] = 2
-        params = fn.cat(params, _to(images.device, fn.cast(peaks, dtype=types.FLOAT)))
-    mix = functools.partial(_mix, function=function, columns=columns, **options)
-    layout = "HWC" if normalise is None else normalise.layout
-    if normalise is not None or (images.device == "cpu" and function in ("saliencymix", "cutmix")):
-        mix = functools.partial(mix, paste=_Paste(normalise))
-    images, lam = _python_operator.python_operator(mix, images, params, name=function, num_outputs=2, layouts=[layout])
-    return images, labels, fn.permute_batch(labels, indices=source_index), lam
-
-
-def _to(device: str, node: DataNode) -> DataNode:
-    return node.gpu() if device == "gpu" and node.device == "cpu" else node
-
-
-def _mix(
-    images: Array,
-    params: Array,
-    *,
-    function: str,
-    columns: dict[str, int],
-    choice: Any = None,
-    paste: _Paste | None = None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """Return images and lam of a function of `core`, with what is packed in the columns of `params`, (N, P) float32."""
-    arrays, start = {}, 0
-    for name, width in columns.items():
-        arrays[name] = params[:, start : start + width]
-        start += width
-    if choice:
-        arrays |= choice(arrays["mode"], arrays["lam"])
-    else:
-        arrays["lam"] = arrays["lam"][:, 0]
-    # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
-    arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
-    if "peaks" in arrays:
-        arrays["peaks"] = arrays["peaks"].astype("int64")
-    mirror = arrays.pop("mirror", None)
-    if paste is not None:
-        options["paste"] = functools.partial(paste, mirror=mirror, algorithm=options.get("algorithm", "auto"))
-    mixed = getattr(core, function)(images, **arrays, **options)
-    return mixed.images, mixed.lam
-
-
-class _Paste:
-    """Makes the mixed images, or the normalised ones; in host memory in buffers that are used again."""
-
-    def __init__(self, normalise: Normalise | None) -> None:
-        self.normalise = normalise
-        if normalise is not None:
-            self._dtype = check_scaling(normalise.mean, normalise.std, normalise.dtype, normalise.layout)
-        self._buffers = _python_operator.Buffers()
-
-    def __call__(
-        self,
-        images: Array,
-        source_index: Array,
-        boxes: Array,
-        *,
-        source_boxes: Array | None,
-        mirror: Array | None,
-        algorithm: str,
-    ) -> Array:
-        on_host = is_host(array_namespace(images))
-        if self.normalise is None:
-            out = self._buffers.take(images.shape, images.dtype) if on_host else None
-            return paste_boxes(images, source_index, boxes, source_boxes=source_boxes, out=out)
-        mean, std, _, _, layout = self.normalise
-        out = self._buffers.take(normalised_shape(images.shape, layout), self._dtype) if on_host else None
-        return paste_normalised(
-            images,
-            source_index,
-            boxes,
-            source_boxes=source_boxes,
-            mirror=None if mirror is None else mirror[:, 0] != 0,
-            mean=mean,
-            std=std,
-            dtype=self._dtype,
-            layout=layout,
-            algorithm=algorithm,
-            out=out,
-        )
-
-
-def _chosen(position: Array, lam: Array, *, modes: tuple[str, ...], choose: str) -> dict[str, Array]:
-    """Return mode and lam of each sample from positions in `modes` and one column of lam for each of these."""
-    xp = array_namespace(position)
-    position = position.astype("int64")
-    if choose == "batch":
-        position = xp.repeat(position[:1], len(position), axis=0)
-    return {
-        "mode": constant(xp, _indices, modes)[position[:, 0]],
-        "lam": xp.take_along_axis(lam, position, axis=1)[:, 0],
-    }
-
-
-def _indices(modes: tuple[str, ...]) -> np.ndarray:
-    return np.array([MODES.index(name) for name in modes])
 
 
 def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> tuple[Array]:

@@ -275,9 +275,9 @@ def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = T
 @contextlib.contextmanager
 def _free_saliency() -> Iterator[None]:
     """Let the mixing operators that are defined in here use a detector that costs nothing."""
-    from dali_saliencymix import fn
+    from dali_saliencymix import _mix_operator
 
-    original = fn._mixed_with_partners
+    original = _mix_operator.mixed_with_partners
 
     def with_free_detector(*nodes: Any, **options: Any) -> Any:
         if "saliency" in options and not (len(nodes) > 4 and nodes[4] is not None):
@@ -286,11 +286,11 @@ def _free_saliency() -> Iterator[None]:
                 options["algorithm"] = "auto"  # the only one for a function
         return original(*nodes, **options)
 
-    fn._mixed_with_partners = with_free_detector
+    _mix_operator.mixed_with_partners = with_free_detector
     try:
         yield
     finally:
-        fn._mixed_with_partners = original
+        _mix_operator.mixed_with_partners = original
 
 
 def _no_saliency(images: Array) -> Array:
