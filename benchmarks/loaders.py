@@ -5,6 +5,7 @@ every image, with alpha 1, and all use the same number of CPU threads or worker 
 
 ========================  =============================================================================================
 ``none``                  DALI: decode, random crop, resize, mirror, normalise
+``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
 ``saliencymix NAME``      the same with ``fn.saliencymix`` and the detector NAME in the graph; ``..., array`` is
                           that without kernels, and only measured when asked for
@@ -81,6 +82,7 @@ def makers() -> dict[str, Maker]:
         "torch: cutmix": functools.partial(_torch, collate=_cutmix_collate),
         "torch: opencv": functools.partial(_torch, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
+        "none, again": in_graph,
         "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix, mix_normalises=True),
         "cutmix, apart": functools.partial(in_graph, mix=mix_fn.cutmix),
         "mixup": functools.partial(in_graph, mix=mix_fn.mixup),
