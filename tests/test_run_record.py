@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,7 @@ def test_a_logger_that_is_not_installed_is_named_with_the_extra(tmp_path, monkey
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, capsys):
     """The limit on the size of files stands in for the disk: the system refuses further bytes."""
+    others = set(threading.enumerate())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunRecord(tmp_path, FACTS, tensorboard=True) as record:
         epochs(record, 40.0)
@@ -209,6 +211,8 @@ def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, caps
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert record.lost["log.jsonl"] == record.lost["summary.csv"] == 2
         epochs(record, 50.0, first=4)
+    for thread in set(threading.enumerate()) - others:
+        thread.join(60)  # or its traceback would be the next test's
     told = capsys.readouterr().err
     assert told.count("warning: log.jsonl: cannot be written, the training goes on without it") == 2
     assert "File too large" in told
