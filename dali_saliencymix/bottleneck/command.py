@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,13 +102,11 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
         if ranks.rank() == 0:
             return _told(report, own)
         return 0
-    except (ImportError, OSError, ValueError) as error:  # a BottleneckError is a ValueError
-        text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
-        sys.stderr.write(f"{prog}: error: {text}\n")
-        return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except Exception as error:
+        return _failed(error, prog)
     finally:
         distributed.stop_processes()
 
@@ -117,11 +116,49 @@ def profile_training(training: argparse.Namespace, processes: Processes) -> None
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
-    report = _measured(bottleneck_parser("train.py").parse_args([]), training, [], processes)
+    from dali_saliencymix.training import distributed
+
+    try:
+        report = _measured(bottleneck_parser("train.py").parse_args([]), training, [], processes)
+    except BottleneckError as error:
+        if processes.world_size == 1:
+            raise
+        if not distributed.announce_failure():
+            raise distributed.OtherProcessError from error
+        msg = f"process {processes.rank}: {error}"
+        raise BottleneckError(msg) from error
     if processes.is_main:
         sys.stdout.write(report_text(report) + "\n")
         training.output_dir.mkdir(parents=True, exist_ok=True)
         save_report(report, training.output_dir / "loader_report.json")
+
+
+def _failed(error: Exception, prog: str) -> int:
+    """Write the line of an error and return the status 1; of several processes, end this one at once.
+
+    What `distributed.fail` is to a training: the first process that fails says why, and none waits for another.
+    """
+    from dali_saliencymix.training import distributed
+
+    several = ranks.count() > 1
+    expected = isinstance(error, (ImportError, OSError, ValueError))  # a BottleneckError is a ValueError
+    if not expected and not several:
+        raise error
+    if distributed.announce_failure():
+        text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
+        if ranks.is_lost(error):
+            text = "another process has ended without a word; was it killed?"
+        elif not expected:
+            traceback.print_exception(error)
+            text = one_line(error)
+        who = f"process {ranks.rank()}: " if several else ""
+        sys.stderr.write(f"{prog}: error: {who}{text}\n")
+    if several:
+        # Leaving the group in good order would wait for processes that may wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 1
 
 
 def run_compare(before: Path, after: Path, prog: str) -> int:

@@ -210,6 +210,8 @@ def take_step(step: Step, batch: Any) -> None:
     try:
         step(batch)
     except Exception as error:
+        if ranks.is_lost(error):  # it is the other process that has failed, and says why
+            raise
         msg = f"the training step failed: {one_line(error)}"
         raise BottleneckError(msg) from error
 

@@ -47,6 +47,15 @@ def meet() -> None:
     gather(None)
 
 
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error only says that another process is gone."""
+    if not _distributed():
+        return False
+    from dali_saliencymix.training.distributed import is_lost_connection
+
+    return is_lost_connection(error)
+
+
 def rank() -> int:
     """Return the number of this process."""
     return sys.modules["torch"].distributed.get_rank() if _distributed() else 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from dali_saliencymix.bottleneck import ranks, storage
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.measure import Batches
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS
+
+T = TypeVar("T")
 
 PASSES = LEAST_WINDOWS
 MOST_BYTES = 4 << 30
@@ -98,11 +101,11 @@ def measure_storage(
         why = "which files the loader reads is not known; --files says so"
     elif len(files) > MOST_FILES or source.dataset_bytes is None:
         why = f"{len(files)} files are too many to drop from memory, or cannot be seen; --files names a part of them"
+    elif sum(os.stat(file).st_size for file in files) > MOST_BYTES:
+        why = f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them"
     why = ranks.agree(why, _first)
     if why or not files:
         return StorageRates(not_measured=why)
-    if sum(os.stat(file).st_size for file in files) > MOST_BYTES:
-        return StorageRates(not_measured=f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them")
 
     share = seconds / (2 * PASSES + 1)
     fits = int(1000 * share / loader_ms)
@@ -117,20 +120,31 @@ def measure_storage(
         kinds.append((found.warm_ms, lambda: source.open({}), False))
     try:
         for times, open_it, cold in kinds * PASSES:
-            loader = open_it()  # what is slow to make is made before the clock starts
-            why = _prepare(files, cold=cold)
-            if why:
+            loader, why = _agreed(open_it)  # what is slow to make is made before the clock starts
+            why = why or _prepare(files, cold=cold)
+            if why or loader is None:
                 return StorageRates(not_measured=why)
-            taken, given = _pass(loader, found.batches, images, synchronise)
+            passed, why = _agreed(functools.partial(_pass, loader, found.batches, images, synchronise))
+            if why or passed is None:
+                return StorageRates(not_measured=why)
+            taken, given = passed
             if cold:
                 read = max(given, (storage.resident_share(files) or 0) * len(files) / images / ranks.count())
             times.append(ranks.agree(taken / read, max))  # a warm pass reads ahead as far as the cold one before it
-    except BottleneckError as error:
-        return StorageRates(not_measured=str(error))
     finally:
         with contextlib.suppress(OSError):
             storage.read_into_memory(files)  # what is measured after this expects them there
     return found
+
+
+def _agreed(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what an action gives, and why it failed, on this process or another one: none goes on without the rest."""
+    result = why = None
+    try:
+        result = action()
+    except BottleneckError as error:
+        why = str(error)
+    return result, ranks.agree(why, _first)
 
 
 def _first(reasons: list[str | None]) -> str | None:
