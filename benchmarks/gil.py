@@ -31,18 +31,16 @@ def recorded_calls() -> Iterator[list[Call]]:
     What DALI does around a call, such as making an array of each sample, is not part of it.
     """
     calls: list[Call] = []
-    original = _python_operator.python_operator
+    original = _python_operator._limited
 
-    def python_operator(function: Any, *inputs: Any, **options: Any) -> Any:
-        def timed(*samples: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.thread_time()
-            made = function(*samples)
-            calls.append(Call(time.perf_counter() - wall, time.thread_time() - cpu))
-            return made
+    def timed(*arguments: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        made = original(*arguments)
+        calls.append(Call(time.perf_counter() - wall, time.thread_time() - cpu))
+        return made
 
-        return original(timed, *inputs, **options)
-
-    with mock.patch.object(_python_operator, "python_operator", python_operator):
+    # What every operator of the package is called through, whoever puts it into the pipeline.
+    with mock.patch.object(_python_operator, "_limited", timed):
         yield calls
 
 
