@@ -578,6 +578,23 @@ def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length():
     assert found["step"].steps == found["end to end"].steps < found["loader"].steps
 
 
+def test_windows_have_their_share_of_updates():
+    """Of a step that updates the weights after every third batch."""
+    counts = []
+
+    def step(batch):
+        counts.append(1)
+        time.sleep(0.001)
+
+    step.batches_per_update = 3
+    found = bottleneck.diagnose([np.zeros((4, 2))] * 50, step, **QUICK)
+    windows = found["conditions"]["steps_in_a_window"]
+    assert windows["step"] == windows["end to end"] >= 3
+    assert windows["step"] % 3 == 0
+    slow = {"step": StepAlone(lambda batch: time.sleep(0.002), None, group=64)}
+    assert measure_in_turns(slow, seconds=0.01, rounds=5)["step"].steps == 64  # whatever was asked for
+
+
 def test_times_are_per_full_batch(monkeypatch):
     """Half a batch at the end of an epoch counts as half."""
     now = [0.0]
@@ -818,6 +835,38 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     args.arch = "resnet19"
     with pytest.raises(BottleneckError, match=r"arch: name must be one of .*, got 'resnet19'"):
         TrainingStep(args, torch.device("cpu"), num_classes=4)
+
+
+def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
+    """Gradients of three batches make one update, and are exchanged in the last one only."""
+    import contextlib
+
+    import torch
+
+    from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.training.arguments import parse_arguments
+
+    args = parse_arguments(["DATA", "-a", "resnet18", "--accumulation-steps", "3"])
+    step = TrainingStep(args, torch.device("cpu"), num_classes=4)
+    log = []
+
+    @contextlib.contextmanager
+    def no_sync():
+        yield log.append("no exchange")
+
+    step.network.no_sync = no_sync  # as of several processes
+    step._updater.optimizer.register_step_pre_hook(lambda *_: log.append("update"))
+    gradients = []
+    for _ in range(6):
+        step(torch.ones(2, 3, 32, 32))
+        bias = step.network.fc.bias.grad
+        gradients.append(None if bias is None else bias.tolist())
+        log.append("batch")
+    assert log == ["no exchange", "batch", "no exchange", "batch", "update", "batch"] * 2
+    # The sum grows by a third of a batch's mean gradient at each of equal batches, and is gone after the update.
+    assert gradients[1] == pytest.approx([2 * value for value in gradients[0]])
+    assert gradients[2] is None
+    assert step.batches_per_update == 3
 
 
 # The command line.

@@ -56,6 +56,62 @@ def test_the_batches_are_those_of_the_training(root, more):
     assert len(next(iter(source.open({"batch_size": 2})))[0]) == 2
 
 
+GROWING = ("--epochs", "8", "--progressive-size", "24@0", "40@4")
+
+
+@pytest.mark.parametrize(
+    ("more", "size", "mixed", "note"),
+    [
+        (
+            GROWING,
+            40,
+            True,
+            "the batches are those of epochs 5 to 8 (40x40 pixels); not measured: epochs 1 to 4 (24x24 pixels)",
+        ),
+        (
+            ("--epochs", "8", "--mix-off-epochs", "2"),
+            32,
+            True,
+            "the batches are those of epochs 1 to 6 (32x32 pixels, mixed); not measured: epochs 7 to 8 (32x32 pixels, "
+            "not mixed)",
+        ),
+        ((*GROWING, "--mix-off-epochs", "4"), 40, False, "epochs 5 to 8 (40x40 pixels, not mixed); not measured"),
+        (("--epochs", "8", "--mix-off-epochs", "8"), 32, False, None),
+    ],
+)
+def test_of_epochs_that_differ_those_with_the_largest_images_are_measured(root, more, size, mixed, note):
+    source = training_source(options(root, *FOLDER, *more), ALONE, images=2048)
+    instead = source.conditions.get("measured_instead", [])
+    assert len(instead) == (note is not None)
+    assert (note or "") in "".join(instead)
+    images, _, _, lam = next(iter(source.open({})))
+    assert images.shape == (4, 3, size, size)
+    assert (lam < 1).any() == mixed
+    assert ("saliency" in [cut.name for cut in stages.cut_pipeline(lambda: source.define({}))]) == mixed
+
+
+def test_a_loader_leaves_out_as_many_bad_files_as_the_training_does(root, tmp_path):
+    files = sorted((root / "train").glob("*/*"))
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    for number, file in enumerate(files[:12]):
+        content = b"no image" if number == 5 else file.read_bytes()
+        (tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg").write_bytes(content)
+    folder = str(tmp_path / "train")
+    args = options(root, *FOLDER, "--train-dir", folder, "--val-dir", folder, "--max-bad-batches", "1")
+    loader = training_source(args, ALONE, images=2048).open({})
+    assert all(len(images) == 4 for images, *_ in epoch(loader))
+    assert [file.endswith("5.jpg") for file in loader.bad_files] == [True]
+
+
+def test_images_that_are_too_few_are_repeated_and_the_report_says_so(root):
+    source = training_source(options(root, *FOLDER, "-b", "64"), ALONE, images=2048)
+    assert len(next(iter(source.open({})))[0]) == 64
+    assert source.conditions["measured_instead"] == [
+        "the 32 images are too few for a step, and train.py refuses them: they are repeated"
+    ]
+
+
 def test_a_folder_that_dali_reads_is_cut_as_its_options_say(root):
     source = training_source(options(root, *FOLDER), ALONE, images=2048)
     names = [cut.name for cut in stages.cut_pipeline(lambda: source.define({}))]
@@ -82,9 +138,11 @@ def test_a_backend_for_a_gpu_is_refused_without_one(root):
     [
         (("--dataset", "cifar10", "--data-backend", "pytorch"), "training loader, cifar10 by pytorch, mix saliencymix"),
         (("--train-list", "list.txt"), "training pipeline, mix saliencymix"),
+        (("--epochs", "8", "--mix-off-epochs", "8"), "training pipeline, mix none"),
+        (("--epochs", "8", "--mix-off-epochs", "2"), "training pipeline, mix saliencymix"),
     ],
 )
-def test_the_command_measures_what_its_options_name(root, monkeypatch, capfd, more, name):
+def test_the_command_measures_what_its_options_name_and_says_what_it_leaves_out(root, monkeypatch, capfd, more, name):
     measured = []
 
     def measure(source, step, **options):
@@ -95,5 +153,27 @@ def test_the_command_measures_what_its_options_name(root, monkeypatch, capfd, mo
     monkeypatch.setattr(command, "measure_source", measure)
     more = [str(root / word) if word == "list.txt" else word for word in more]
     assert main(["bottleneck", str(root), "--no-step", "-b", "4", "-j", "1", "--device", "cpu", *more]) == 1
-    assert "error: far enough" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "error: far enough" in err
+    assert ("not measured: epochs 7 to 8" in err) == (more[-1] == "2")
     assert [source.name for source in measured] == [name]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_built_in_step_has_the_kernels_of_the_training(root, monkeypatch, deterministic):
+    kernels = []
+
+    def measure(source, step, **options):
+        kernels.append((torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()))
+        msg = "far enough"
+        raise BottleneckError(msg)
+
+    monkeypatch.setattr(command, "measure_source", measure)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the other way round
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    more = ["--deterministic"] if deterministic else []
+    try:
+        assert main(["bottleneck", str(root), "-a", "resnet18", "-b", "4", "--device", "cpu", *more]) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels == [(not deterministic, deterministic)]

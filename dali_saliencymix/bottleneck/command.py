@@ -97,6 +97,10 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     from dali_saliencymix.training import distributed
 
     try:
+        if not own.step and not own.no_step:
+            from dali_saliencymix.bottleneck.steps import choose_kernels
+
+            choose_kernels(training)
         processes = distributed.start_processes(training.device)
         report = _measured(own, training, rest, processes)
         if ranks.rank() == 0:
@@ -219,6 +223,8 @@ def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[
 
         classes = max(int(source.conditions.get("classes", 1000)), 2)
         step = TrainingStep(training, processes.device, num_classes=classes)
+    for line in source.conditions.get("measured_instead", ()):
+        notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.arch
     return measure_source(
         source,

@@ -68,7 +68,8 @@ def measure_source(
     source : Source
         See `dali_saliencymix.bottleneck.sources`.
     step : callable, optional
-        ``step(batch)``; without it the loader is measured alone.
+        ``step(batch)``; without it the loader is measured alone. Where it updates the weights once in N batches, its
+        attribute `batches_per_update` is N: windows then have their share of updates.
     device : {"cpu", "cuda"}
         Where the step runs; with ``"cuda"`` the edges of windows wait for the current CUDA device.
     seconds : float
@@ -196,14 +197,15 @@ def _cuts(source: Source) -> tuple[list[Cut], str | None]:
 def _subjects(batches: Batches, step: Step | None, cuts: list[Cut], images: int) -> dict[str, Subject]:
     """Return what takes turns; without the cuts if one of them does not work."""
     subjects: dict[str, Subject] = {}
+    group = getattr(step, "batches_per_update", 1)
     if step is not None:
         from dali_saliencymix.bottleneck.steps import kept
 
         constant = kept(batches.first)
-        subjects["step"] = StepAlone(step, constant)
+        subjects["step"] = StepAlone(step, constant, group)
         alone = getattr(step, "alone", None)
         if alone and ranks.count() > 1:
-            subjects["own step"] = StepAlone(alone, constant)
+            subjects["own step"] = StepAlone(alone, constant, group)
     batches.first = None
     cut_subjects: dict[str, Subject] = {}
     works = True
@@ -219,7 +221,7 @@ def _subjects(batches: Batches, step: Step | None, cuts: list[Cut], images: int)
         subjects |= cut_subjects
     subjects["loader"] = LoaderAlone(batches)
     if step is not None:
-        subjects["end to end"] = EndToEnd(step, batches)
+        subjects["end to end"] = EndToEnd(step, batches, group)
     return subjects
 
 

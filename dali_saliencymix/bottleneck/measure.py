@@ -78,6 +78,8 @@ class Batches:
                 self._given = 0
                 self._iterator = None
                 continue
+            except BottleneckError:
+                raise
             except Exception as error:
                 msg = f"the loader failed: {one_line(error)}"
                 raise BottleneckError(msg) from error
@@ -146,10 +148,11 @@ class LoaderAlone:
 
 @dataclass
 class StepAlone:
-    """The training step on one batch, again and again."""
+    """The training step on one batch, again and again; `group` batches make an update."""
 
     step: Step
     batch: Any
+    group: int = 1
     ahead: int = 0
 
     def settle(self) -> None:
@@ -169,12 +172,15 @@ class EndToEnd:
 
     Attributes
     ----------
+    group : int
+        Batches that make an update.
     waits, totals : list of list of float
         Of each window, for each of its steps: milliseconds that the host waited for the batch, and of the whole step.
     """
 
     step: Step
     batches: Batches
+    group: int = 1
     waits: list[list[float]] = field(default_factory=list)
     totals: list[list[float]] = field(default_factory=list)
 
@@ -257,24 +263,23 @@ def measure_in_turns(
         msg = f"rounds must be at least {LEAST_WINDOWS}, got {rounds}"
         raise ValueError(msg)
     start = time.perf_counter()
-    counts = {}
+    counts, settling, batch = {}, {}, {}  # batches of a window; seconds before and after one, and of one batch
     share = seconds / (rounds + 1) / max(len(subjects), 1)  # of a subject in a round
-    lasts = 0.0
     for name, subject in subjects.items():
         subject.settle()  # warm-up, not counted; nor is the window that follows
         one = agree_longest(_window(subject, 1, synchronise) / 1000)
         if one > share:  # was that bad luck?
             subject.settle()
             one = min(one, agree_longest(_window(subject, 1, synchronise) / 1000))
-        settling = 2 * one + _rest(subject, one)
-        counts[name] = min(max(int((share - settling) / one), 1), MOST_STEPS)
-        lasts += settling + counts[name] * one
+        batch[name], settling[name] = one, 2 * one + _rest(subject, one)
+        counts[name] = min(max(int((share - settling[name]) / one), 1), MOST_STEPS)
         time.sleep(_rest(subject, one))
     # Steps that come one after the other in one window and alone in another would not be comparable: where single steps
-    # are slow at times, the median of means over more of them is larger.
-    stepping = [name for name, subject in subjects.items() if isinstance(subject, (StepAlone, EndToEnd))]
-    for name in stepping:
-        counts[name] = min(counts[other] for other in stepping)
+    # are slow at times, the median of means over more of them is larger. And each has its share of updates.
+    stepping = {name: subject.group for name, subject in subjects.items() if isinstance(subject, (StepAlone, EndToEnd))}
+    for name, group in stepping.items():
+        counts[name] = max(min(counts[other] for other in stepping) // group, 1) * group
+    lasts = sum(settling[name] + counts[name] * batch[name] for name in subjects)
     if LEAST_WINDOWS * lasts > 1.5 * seconds:
         notify(f"a batch takes long here: this part will need about {LEAST_WINDOWS * lasts:.0f} s")
     found = {name: Series(steps=count) for name, count in counts.items()}

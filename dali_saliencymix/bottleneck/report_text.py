@@ -21,6 +21,7 @@ def report_text(report: Report) -> str:
     lines += ["", *_what_if_lines(report)]
     conditions = report["conditions"]
     lines += ["", f"{conditions['source']}; batches of {conditions['images_per_batch']}; {_machine(conditions)}"]
+    lines += [f"Note: {line}." for line in conditions.get("measured_instead", ())]
     lines.append("Figures are medians of windows that took turns; in brackets the range that holds the median at 90 %.")
     return "\n".join(lines)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +15,14 @@ from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
+
+
+def choose_kernels(args: argparse.Namespace) -> None:
+    """Have PyTorch take the kernels that ``train.py`` takes with these options; before CUDA starts."""
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 class TrainingStep:
@@ -31,8 +40,13 @@ class TrainingStep:
     Notes
     -----
     The learning rate is 0: the weights stay as they are, so that thousands of steps on one batch end in no overflow,
-    while all that a step computes is computed. Among several processes the gradients are averaged as in a training.
-    Each batch makes an update, whatever ``--accumulation-steps`` says.
+    while all that a step computes is computed. Among several processes the gradients are averaged as in a training:
+    with ``--accumulation-steps`` once for the batches that make an update.
+
+    Attributes
+    ----------
+    batches_per_update : int
+        ``--accumulation-steps``.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, *, num_classes: int) -> None:
@@ -47,6 +61,8 @@ class TrainingStep:
         self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         self._updater = Updater(self.network, args)
         self._updater.set_learning_rate(0.0)
+        self.batches_per_update: int = args.accumulation_steps
+        self._batches = 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.network = nn.parallel.DistributedDataParallel(self.network)
         if args.compile:
@@ -68,16 +84,23 @@ class TrainingStep:
         images = images.to(self._device, non_blocking=True)
         if not self._amp:
             images = images.float()
-        with torch.autocast(self._device.type, self._amp_dtype, enabled=self._amp):
-            loss = self._loss(self.network(images), tensors)
-        self._updater.backward(loss)
-        self._updater.update()
+        self._batches += 1
+        is_update = self._batches % self.batches_per_update == 0
+        with contextlib.nullcontext() if is_update else self._without_exchange():
+            with torch.autocast(self._device.type, self._amp_dtype, enabled=self._amp):
+                loss = self._loss(self.network(images), tensors)
+            self._updater.backward(loss, self.batches_per_update)
+        if is_update:
+            self._updater.update()
 
     def alone(self, batch: Any) -> None:
         """Train on a batch without the other processes: what this one needs for itself."""
-        no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
-        with no_sync():
+        with self._without_exchange():
             self(batch)
+
+    def _without_exchange(self) -> contextlib.AbstractContextManager[Any]:
+        no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
+        return cast("contextlib.AbstractContextManager[Any]", no_sync())
 
     def _loss(self, logits: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam

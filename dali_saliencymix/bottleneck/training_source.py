@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
+from dali_saliencymix.training.schedule import Phase, phase_at
 
 if TYPE_CHECKING:
     from dali_saliencymix.training.distributed import Processes
@@ -40,6 +41,7 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
         )
         raise BottleneckError(msg) from error
 
+    phase, instead = measured_phase(args)
     data, backend = open_data(args), chosen_backend(args)
     conditions = {
         "data": str(data.root),
@@ -47,24 +49,71 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
         "classes": len(data.classes),
         "options": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
+    if not phase.mixing:
+        args = argparse.Namespace(**{**vars(args), "mix": "none"})
     files = size = None
     if isinstance(data, FolderData):
+        if data.train_images < args.batch_size * processes.world_size:
+            instead.append(
+                f"the {data.train_images} images are too few for a step, and train.py refuses them: they are repeated"
+            )
         data = _part_of(data, args.batch_size * processes.world_size, images * processes.world_size)
         files = sorted(set(data.train.files))
         conditions["images_read"] = len(files)
         size = bytes_of(files)
         size = size and size / len(files) * data.train_images
+    if instead:
+        conditions["measured_instead"] = instead
     about = {"files": files, "dataset_bytes": size, "conditions": conditions}
     if backend == "dali-gpu" and processes.device.type != "cuda":
         msg = f"--data-backend dali-gpu needs a run on a GPU, and this one is on {processes.device}; take dali-cpu"
         raise BottleneckError(msg)
     if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
-        return _dali_source(args, processes, data, on_gpu=backend == "dali-gpu", about=about)
-    return _whole_source(args, processes, data, backend, about)
+        return _dali_source(args, processes, data, phase.crop_size, on_gpu=backend == "dali-gpu", about=about)
+    return _whole_source(args, processes, data, phase.crop_size, backend, about)
+
+
+def measured_phase(args: argparse.Namespace) -> tuple[Phase, list[str]]:
+    """Return the epochs whose batches stand for a training, and what to say of the others where there are others.
+
+    They are those with the largest images, and of these the ones that are mixed.
+
+    Examples
+    --------
+    >>> options = {"epochs": 16, "train_crop_size": 224, "progressive_size": ["128@0", "160@6"], "mix_off_epochs": 2}
+    >>> measured_phase(argparse.Namespace(**options))[0]
+    Phase(begin=6, crop_size=160, mixing=True)
+    """
+    begun: dict[Phase, list[int]] = {}
+    for epoch in range(args.epochs):
+        phase = phase_at(
+            epoch,
+            epochs=args.epochs,
+            crop_size=args.train_crop_size,
+            progressive_size=args.progressive_size,
+            mix_off_epochs=args.mix_off_epochs,
+        )
+        begun.setdefault(phase, []).append(epoch + 1)
+    chosen = max(begun, key=lambda phase: (phase.crop_size, phase.mixing))
+    if len(begun) == 1:
+        return chosen, []
+
+    def described(phase: Phase) -> str:
+        mixing = "" if not args.mix_off_epochs else ", mixed" if phase.mixing else ", not mixed"
+        return f"{begun[phase][0]} to {begun[phase][-1]} ({phase.crop_size}x{phase.crop_size} pixels{mixing})"
+
+    others = ", ".join(described(phase) for phase in begun if phase != chosen)
+    return chosen, [f"the batches are those of epochs {described(chosen)}; not measured: epochs {others}"]
 
 
 def _dali_source(
-    args: argparse.Namespace, processes: Processes, data: FolderData, *, on_gpu: bool, about: dict[str, Any]
+    args: argparse.Namespace,
+    processes: Processes,
+    data: FolderData,
+    crop_size: int,
+    *,
+    on_gpu: bool,
+    about: dict[str, Any],
 ) -> Source:
     from pipelines.data import dali_augmentation
     from pipelines.imagenet import training_pipeline
@@ -76,7 +125,7 @@ def _dali_source(
         settings["hw_decoder_load"] = 0.65
     common = {
         "process_on": "gpu" if on_gpu else "cpu",
-        **dali_augmentation(args, args.train_crop_size),
+        **dali_augmentation(args, crop_size),
         "channels_last": args.channels_last,
     }
 
@@ -89,6 +138,7 @@ def _dali_source(
             seed=args.seed,
             rank=processes.rank,
             world_size=processes.world_size,
+            max_bad_batches=args.max_bad_batches,
             **now,
             **common,
         )
@@ -111,11 +161,11 @@ def _dali_source(
 
 
 def _whole_source(
-    args: argparse.Namespace, processes: Processes, data: Data, backend: str, about: dict[str, Any]
+    args: argparse.Namespace, processes: Processes, data: Data, crop_size: int, backend: str, about: dict[str, Any]
 ) -> Source:
     def opened(changed: Settings) -> Iterable[Any]:
         now = argparse.Namespace(**{**vars(args), **changed})
-        return data.train_loader(now, processes, crop_size=args.train_crop_size)
+        return data.train_loader(now, processes, crop_size=crop_size)
 
     name = f"training loader, {args.dataset} by {backend}, mix {args.mix}"
     ahead = 2 * args.workers if backend == "pytorch" else 2
