@@ -46,7 +46,21 @@ def as_samples(batch: Array) -> list[Array]:
 
 def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array]) -> tuple[list[Array], ...]:
     """Apply ``function(*batches) -> batches`` to lists of samples; return lists of samples."""
-    return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
+    try:
+        return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
+    except BaseException:
+        _leave_the_stream_to_dali(array_namespace(inputs[0][0]))
+        raise
+
+
+def _leave_the_stream_to_dali(xp: Namespace) -> None:
+    """Keep DALI's stream alive when an error ends the call.
+
+    DALI lends its stream to a CuPy one, which would destroy it in the end, and takes it back only after a call that
+    returns. A destroyed one would come back in some later pipeline.
+    """
+    if not is_host(xp):
+        xp.cuda.get_current_stream().ptr = 0
 
 
 def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import reference
+from nvidia.dali.ops._operators import python_function
 
-from dali_saliencymix import Placement, boxes_at, boxes_moved_to, cuda, kept_fraction, mixing, normalise, saliencymix
+from dali_saliencymix import (
+    Placement,
+    _bridge,
+    boxes_at,
+    boxes_moved_to,
+    cuda,
+    kept_fraction,
+    mixing,
+    normalise,
+    saliencymix,
+)
 from dali_saliencymix import fine_grained as fine_grained_of_arrays
 from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
@@ -595,6 +608,39 @@ def test_numpy_arrays_are_refused():
 def test_maps_of_other_dtypes_are_refused():
     with pytest.raises(TypeError, match="saliency_map must be float32 for the kernel, got float64"):
         cuda.saliency_peaks(np.zeros((1, 2, 2)), 2, 2)
+
+
+def test_an_error_on_a_gpu_leaves_dali_its_stream(monkeypatch):
+    current, destroyed = [], []
+
+    class Stream:
+        """As CuPy's: current inside a ``with`` block, and what it points to is destroyed with it."""
+
+        def __init__(self, *, null):
+            assert null
+            self.ptr = 0
+
+        def __enter__(self):
+            current.append(self)
+
+        def __exit__(self, *_):
+            current.pop()
+
+        def __del__(self):
+            if self.ptr:
+                destroyed.append(self.ptr)
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=Stream, get_current_stream=lambda: current[-1]))
+    dali = python_function.PythonFunction
+    monkeypatch.setattr(python_function, "cupy", cupy)
+    monkeypatch.setattr(dali, "current_stream", lambda: SimpleNamespace(ptr=7))
+    monkeypatch.setattr(_bridge, "array_namespace", lambda array: cupy)
+    samples = [np.zeros((2, 3, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]
+    with pytest.raises(ValueError, match="must have one shape") as caught:
+        dali._cupy_stream_wrapper(functools.partial(_bridge.on_samples, print), samples)
+    del caught
+    gc.collect()
+    assert destroyed == []
 
 
 def test_the_wheel_takes_the_kernels_along():

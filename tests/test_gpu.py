@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def
 
+import dali_saliencymix.fn as dsfn
 from dali_saliencymix import DETECTORS, cutmix, draw_params, saliencymix
 from dali_saliencymix.sample_data import make_sample_data
 
@@ -61,6 +64,28 @@ def test_kernels_and_array_operations_mix_alike(cupy, batch, name, destination):
     by_kernel, by_array = (saliencymix(*on_gpu, algorithm=algorithm, **options) for algorithm in ("kernel", "array"))
     for ours, theirs in zip(by_kernel, by_array, strict=True):
         np.testing.assert_array_equal(ours.get(), theirs.get())
+
+
+@pipeline_def(batch_size=6, num_threads=1, device_id=0)
+def mixed(images, wrong):
+    batch = fn.external_source(lambda: list(images), layout="HWC").gpu()
+    labels = fn.external_source(lambda: np.arange(len(images)))
+    return dsfn.saliencymix(batch / 255 if wrong else batch, labels)[0], batch
+
+
+def test_after_an_error_in_one_pipeline_others_work(batch):
+    # Several times, and several pipelines after it: streams come back in any of them.
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="images must be uint8"):
+            mixed(batch[0], wrong=True).run()
+        gc.collect()
+    for _ in range(4):
+        pipeline = mixed(batch[0], wrong=False)
+        for _ in range(3):
+            pixels, originals = (np.array(output.as_cpu().as_tensor()) for output in pipeline.run())
+            assert pixels.shape == originals.shape
+            np.testing.assert_array_equal(originals, batch[0])
+            assert (pixels != originals).any()
 
 
 @pytest.mark.parametrize("options", [[], ["--amp", "--channels-last"], ["--mix", "cutmix"]], ids=" ".join)
