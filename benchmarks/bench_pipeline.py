@@ -9,7 +9,6 @@ ratios are taken within a round. DATA is a folder of class folders; without it i
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,32 +80,8 @@ def made(
             not_measured[name] = measure.one_line(error)
             measure.say(f"not measured: {name}: {not_measured[name]}")
         else:
-            variants[name] = functools.partial(images_per_second, stream, setting, batches)
+            variants[name] = functools.partial(loaders.images_per_second, stream, setting, batches)
     return variants
-
-
-def images_per_second(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
-    """Take batches, as fast as they come, and return the rate.
-
-    What was made in advance is thrown away before, and afterwards as much time is waited as it takes to make it again:
-    a loader must not work on during another one's turn.
-    """
-    for _ in range(stream.ahead):
-        next(stream.batches)
-    batches = max(batches, stream.least)
-    _wait(setting.device)
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(stream.batches)
-    _wait(setting.device)
-    seconds = time.perf_counter() - start
-    time.sleep(seconds * stream.ahead / batches)
-    return batches * setting.batch_size / seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

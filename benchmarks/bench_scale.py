@@ -22,7 +22,6 @@ import torch
 
 import dali_saliencymix as ds
 from benchmarks import data, loaders, machine, measure
-from benchmarks.bench_pipeline import images_per_second
 
 _TOLERANCE = 0.2
 _ON_ARRAYS = ("batch", "size", "detector_size")
@@ -153,7 +152,7 @@ def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str
             mixes |= {name: loaders.saliencymix_in_graph(name) for name in options.detectors}
         for name, mix in mixes.items():
             stream = loaders.in_graph(setting, mix=mix, mix_normalises=mix is not None)
-            variants[f"{name} @ {point:g}"] = functools.partial(images_per_second, stream, setting, batches=4)
+            variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, setting, batches=4)
     return variants
 
 

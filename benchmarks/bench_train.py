@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,11 @@ def measure_training(
     step = training_step(options.arch, setting)
     batch = next(streams[_UNMIXED].batches)
     constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
+    of_turns: dict[str, list[gil.Call]] = {name: [] for name in calls}
     variants = {
-        name: functools.partial(images_per_second, stream, step, setting, options.steps)
+        name: functools.partial(
+            rate_of_turn, stream, setting, options, step, calls.get(name, []), of_turns.get(name, [])
+        )
         for name, stream in {_CONSTANT: constant, **streams}.items()
     }
     kept = {"seconds": seconds, "not_measured": result["not_measured"]}
@@ -105,15 +108,15 @@ def measure_training(
         result["relative_to_none"] = measure.ratios(without_constant, _UNMIXED)
         result["operator_call_ms"] = {
             name: {
-                "wall": measure.figure([1000 * call.wall_seconds for call in made]),
-                "cpu": measure.figure([1000 * call.cpu_seconds for call in made]),
+                "wall": measure.figure([1000 * call.wall_seconds for call in turns[1:]]),
+                "cpu": measure.figure([1000 * call.cpu_seconds for call in turns[1:]]),
             }
-            for name, made in calls.items()
-            if made
+            for name, turns in of_turns.items()
+            if turns[1:]  # the first one warms up
         }
         measure.write(result, options.output)
-    for name, made in calls.items():
-        if not made:
+    for name, turns in of_turns.items():
+        if not turns:
             result["not_measured"][f"operator_call_ms / {name}"] = "it is no Python function of DALI's"
 
 
@@ -138,18 +141,20 @@ def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
     return step
 
 
-def images_per_second(stream: loaders.Stream, step: Callable[..., None], setting: loaders.Setting, steps: int) -> float:
-    """Train for some steps and return the rate; as many steps as there are batches in advance come before."""
-    for _ in range(stream.ahead):
-        step(*next(stream.batches))
-    _wait(setting.device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step(*next(stream.batches))
-    _wait(setting.device)
-    seconds = time.perf_counter() - start
-    time.sleep(seconds * stream.ahead / steps)  # until its queue is full again
-    return steps * setting.batch_size / seconds
+def rate_of_turn(
+    stream: loaders.Stream,
+    setting: loaders.Setting,
+    options: Any,
+    step: Callable[..., None],
+    made: list[gil.Call],
+    of_turns: list[gil.Call],
+) -> float:
+    """Train for a turn, and return its rate; the median of the calls that were `made` in it goes to `of_turns`."""
+    made.clear()
+    rate = loaders.images_per_second(stream, setting, options.steps, use=step)
+    if made:
+        of_turns.append(gil.Call(*map(statistics.median, zip(*made, strict=True))))
+    return rate
 
 
 def measure_lock(
@@ -172,18 +177,9 @@ def measure_lock(
 
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
     """Return for how long each batch of a stream holds Python's lock."""
-    for _ in range(stream.ahead):
-        next(stream.batches)
-    with gil.Probe() as probe:
-        for _ in range(batches):
-            next(stream.batches)
-        _wait(setting.device)
+    probe = gil.Probe()
+    loaders.images_per_second(stream, setting, batches, watch=probe)
     return 1000 * probe.held_seconds / batches
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ class Probe(threading.Thread):
         super().__init__(daemon=True)
         self.held_seconds = 0.0
         self._over = threading.Event()
-        self._usual = statistics.median(self._slept() for _ in range(200))
 
     def __enter__(self) -> Probe:
+        self._usual = statistics.median(self._slept() for _ in range(200))
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(10)
         self.start()

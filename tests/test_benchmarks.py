@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_scale, compare, gpu_suite, machine, measure, opencv, render
+from benchmarks import bench_scale, compare, gpu_suite, loaders, machine, measure, opencv, render
 from dali_saliencymix.sample_data import make_sample_data
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +127,7 @@ def test_train(data, run_small):
     assert result["images_per_second"].keys() == {"constant batch", "none", mixed}
     assert result["relative_to_constant_batch"].keys() == {"constant batch", "none", mixed}
     assert result["relative_to_none"].keys() == {"none", mixed}
-    assert result["operator_call_ms"][mixed].keys() == {"wall", "cpu"}
+    assert {name: found["rounds"] for name, found in result["operator_call_ms"][mixed].items()} == {"wall": 2, "cpu": 2}
     assert result["lock_held_ms_per_batch"].keys() == {"none", mixed}
     assert result["not_measured"] == {}
 
@@ -176,6 +177,26 @@ def test_a_program_ends_with_status_1_and_no_traceback():
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: Makefile: is no result of a benchmark")
+
+
+# ---- loaders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_uses_up_what_was_made_in_advance_and_times_whole_sets_of_batches():
+    used, seen = [], []
+
+    class Watch:
+        def __enter__(self):
+            seen.append(len(used))
+
+        def __exit__(self, *_):
+            seen.append(len(used))
+
+    stream = loaders.Stream(((torch.tensor(number),) for number in itertools.count()), ahead=2, at_a_time=3)
+    setting = loaders.Setting(None, batch_size=4, workers=3, crop_size=8, device=torch.device("cpu"))
+    assert loaders.images_per_second(stream, setting, 4, use=used.append, watch=Watch()) > 0
+    assert seen == [2, 8]
+    assert used == [*range(8)]
 
 
 # ---- measure ---------------------------------------------------------------------------------------------------------
