@@ -5,6 +5,7 @@ No test looks at a time: what is looked at are verdicts of faults that are certa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import json
@@ -199,9 +200,49 @@ def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
 
 
 def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
-    rows = {row["what"]: row for row in predicted_rows(step=400, loader=500, end=380, cold=100, threads=2, world=1)}
+    rates = {"step": 400, "loader": 500, "end": 380, "threads": 2, "world": 1}
+
+    def rows_of(**storage):
+        return {row["what"]: row for row in predicted_rows(**rates, **storage)}
+
+    rows = rows_of(cold=100, reads_cold=True)
     assert rows["a step twice as fast"]["text"] == "A GPU twice as fast: 100 images/s, 1.00 times today's"
     assert rows["epoch as it is"]["value"] == pytest.approx(1_281_167 / 100)
+    assert rows["epoch as it is"]["text"].endswith("from storage, with which the loader does not keep up")
+    assert rows["threads to reach the step's rate"]["text"].endswith("from storage the loader gives 100 images/s")
+    rows = rows_of(cold=None, reads_cold=True)  # storage could not be measured
+    assert "a step twice as fast" not in rows
+    assert rows["epoch as it is"]["value"] is None
+    assert "the training reads from storage, which was not measured" in rows["epoch as it is"]["text"]
+    warm = rows_of(cold=100, reads_cold=False)
+    assert warm["epoch as it is"]["value"] == pytest.approx(1_281_167 / 380)
+    assert warm == rows_of(cold=None, reads_cold=False)
+
+
+def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_loader_from_there(report):
+    warm = Figures((10.0,) * 5, (20.0,) * 5, (21.0,) * 5)
+    stored = StorageRates(cold_ms=[40.0, 41.0, 42.0, 43.0, 44.0], warm_ms=[20.0] * 5)
+    cold = dataclasses.replace(warm, cold_ms=tuple(stored.cold_ms), storage_measured=True, reads_cold=True)
+    unknown = dataclasses.replace(warm, reads_cold=True)
+    rest = {"images": 84, "cuts": [], "stages_note": None, "what_ifs": [], "timeline": None}
+    conditions = report["conditions"]
+    why = StorageRates(not_measured="was not asked for")
+
+    def built(figures, stored):
+        return build_report(figures, decide(figures), stored=stored, conditions=conditions, **rest)
+
+    found = built(cold, stored)
+    assert found["prediction"]["images_per_second"]["median"] == 1000 * 84 / 20
+    assert found["prediction"]["from_storage_images_per_second"]["median"] == 1000 * 84 / 42
+    assert found["stall"]["median"] == pytest.approx(1 - 10 / 42)
+    assert re.search(r"^predicted from storage +2,000 +\(1,909 to 2,100\)$", report_text(found), re.MULTILINE)
+    assert "files in memory" in report_text(found)
+    assert "loader from storage: 2,000" in page_html(found)
+    assert re.search(r"^predicted from storage +-  not measured$", report_text(built(unknown, why)), re.MULTILINE)
+    assert "predicted from storage" not in report_text(built(warm, why))
+    # A step slower than the storage is the bound itself.
+    slow = dataclasses.replace(cold, step_ms=(60.0,) * 5, end_ms=(61.0,) * 5)
+    assert built(slow, stored)["prediction"]["from_storage_images_per_second"]["median"] == 1000 * 84 / 60
 
 
 def test_the_timeline_has_the_steps_of_all_windows(report):

@@ -104,6 +104,14 @@ def test_made_up_figures(given_figures, expected):
     assert decide(given_figures).name == expected
 
 
+def test_the_stall_of_a_training_from_storage_is_the_one_from_there_also_where_storage_is_not_the_worst():
+    verdict = decide(
+        figures(20, 80, 81, cold_ms=series(100), storage_measured=True, reads_cold=True, stages=stages(decode=80))
+    )
+    assert verdict.name == "DECODE-BOUND"
+    assert verdict.stall.median == pytest.approx(1 - 20 / 100)
+
+
 def test_a_stage_is_named_with_its_share():
     verdict = decide(figures(10, 50, 51, stages=stages(read=1, decode=40, prep=9)))
     assert "80 % of the loader's time goes to decode" in verdict.why

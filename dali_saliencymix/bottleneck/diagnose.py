@@ -145,7 +145,8 @@ def measure_source(
         step=_rate(figures.step_ms, images),
         loader=_rate(figures.loader_ms, images),
         end=_rate(figures.end_ms, images),
-        cold=_rate(figures.cold_ms, images) if reads_cold else None,
+        cold=_rate(figures.cold_ms, images),
+        reads_cold=reads_cold,
         threads=source.settings.get("num_threads"),
         world=ranks.count(),
     )

@@ -106,7 +106,7 @@ def stage_waterfall(report: Report) -> str | None:
 def rate_bars(report: Report) -> str | None:
     """Draw the rates that were measured as bars with their ranges."""
     names = {"step": "step alone (G)", "loader": "loader alone (P)", "storage": "storage (F)"}
-    names |= {"end_to_end": "end to end (E)"}
+    names |= {"loader_from_storage": "loader from storage", "end_to_end": "end to end (E)"}
     measured = [(name, report["rates"][key]["images_per_second"]) for key, name in names.items()]
     rows = [(name, speed) for name, speed in measured if speed]
     if not rows:

@@ -184,14 +184,23 @@ def _storage_rate(stored: StorageRates, cuts: Sequence[tuple[str, str, list[floa
 
 
 def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
-    """Compare the slower of step and loader with what both together were measured to do."""
+    """Compare the slower of step and loader with what both together were measured to do, with files in memory.
+
+    Where the training will not find them there, the loader is the one from storage.
+    """
     if figures.step_ms is None or figures.loader_ms is None or figures.end_ms is None:
         return None
     slower = [max(pair) for pair in zip(figures.step_ms, figures.loader_ms, strict=True)]
     error = interval([end / apart - 1 for end, apart in zip(figures.end_ms, slower, strict=True)])
+    from_storage = None
+    if figures.reads_cold and figures.cold_ms:  # of other rounds than the step
+        step, cold = interval(figures.step_ms), interval(figures.cold_ms)
+        ends = (max(step.median, cold.median), max(step.low, cold.low), max(step.high, cold.high))
+        from_storage = _spread(rate(Interval(*ends, min(step.count, cold.count)), images))
     return {
         "images_per_second": _spread(rate(interval(slower), images)),
         "end_to_end_takes_longer_by": _spread(error),
+        "from_storage_images_per_second": from_storage,
     }
 
 

@@ -72,6 +72,12 @@ def _rate_lines(report: Report) -> list[str]:
             f"{'':>10}  E took {_percent(longer['median'])} longer ({_percent(longer['low'])} to "
             f"{_percent(longer['high'])})"
         )
+    if report["storage"]["training_reads_from_storage"]:
+        if prediction:
+            speed = prediction["from_storage_images_per_second"]
+            found = f"{_number(speed['median']):>10}{_range_of(speed):>20}" if speed else f"{'-':>10}  not measured"
+            lines.append(f"{'predicted from storage':<26}{found}")
+        lines.append("G, P and E are with the files in memory, where the training will not find them all (--cache).")
     return lines
 
 
@@ -98,6 +104,8 @@ def _stage_lines(report: Report) -> list[str]:
 
 def _what_if_lines(report: Report) -> list[str]:
     lines = ["what if"]
+    if report["storage"]["training_reads_from_storage"]:
+        lines = ["what if (what is measured, with the files in memory)"]
     for row in report["what_ifs"]:
         if "text" in row:
             lines.append(f"  {row['kind']:<10} {row['text']}")

@@ -7,6 +7,7 @@ deciding gap reaches over the line, the verdict is INCONCLUSIVE and says which g
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from dataclasses import dataclass
 
@@ -259,7 +260,8 @@ def _decide_with_storage(figures: Figures, stall: Interval, cold: Interval) -> V
         )
         return Verdict("DISK-BOUND", why, _NEXT["DISK-BOUND"], cold_stall)
     if cold.high - min(loader.low, end.low) < end.low - step.high:
-        return _decide_warm(figures, stall)
+        verdict = _decide_warm(figures, stall)
+        return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=cold_stall)
     why = (
         f"Storage ({_ms(cold.median)} a batch) and the rest ({_ms(end.median)} with the files in memory) both hold the "
         "training back, and neither clearly more."

@@ -89,18 +89,39 @@ def _row(
 
 
 def predicted_rows(
-    *, step: float | None, loader: float | None, end: float | None, cold: float | None, threads: int | None, world: int
+    *,
+    step: float | None,
+    loader: float | None,
+    end: float | None,
+    cold: float | None,
+    reads_cold: bool,
+    threads: int | None,
+    world: int,
 ) -> list[dict[str, Any]]:
     """Predict from rates in images/s of one process; None is what was not measured.
 
-    `cold` is the rate of the loader from storage, where the training will read from there: it goes no faster than that.
+    Parameters
+    ----------
+    step, loader, end : float or None
+        With the files in memory.
+    cold : float or None
+        The loader from storage.
+    reads_cold : bool
+        Whether the training will read from there: it goes no faster than that, and without `cold` nothing is known of
+        it.
+    threads : int or None
+        Of the loader.
+    world : int
+        Number of processes.
 
     Examples
     --------
-    >>> rows = predicted_rows(step=1000.0, loader=500.0, end=400.0, cold=None, threads=4, world=1)
+    >>> rates = {"step": 1000.0, "loader": 500.0, "end": 400.0}
+    >>> rows = predicted_rows(**rates, cold=None, reads_cold=False, threads=4, world=1)
     >>> rows[1]["text"]
     "A GPU twice as fast: 400 images/s, 1.00 times today's"
     """
+    bound = cold if reads_cold else None
     rows: list[dict[str, Any]] = []
 
     def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
@@ -113,20 +134,24 @@ def predicted_rows(
         text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
         if step <= loader:
             text = f"{threads} are enough now"
+        if bound and bound < min(step, loader):
+            text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"
         add("threads to reach the step's rate", needed, f"DALI threads to keep up with the step: {text}")
-    today = min(end, cold or end) if end else None
+    today = min(end, bound or end) if end and (cold or not reads_cold) else None
     if step and loader and today:
         # What the parts cost each other today stays.
-        kept = min(today / min(step, loader, cold or loader), 1.0)
-        value = min(2 * step, loader, cold or loader) * kept
+        kept = min(today / min(step, loader, bound or loader), 1.0)
+        value = min(2 * step, loader, bound or loader) * kept
         text = f"A GPU twice as fast: {value:.0f} images/s, {value / today:.2f} times today's"
         add("a step twice as fast", value, text)
+    how = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
     for name, rate, text, kind in (
-        ("epoch as it is", today, "at today's rate", "measured"),
+        ("epoch as it is", today, how, "measured"),
         ("epoch without a stall", step, "if the loader cost nothing", "predicted"),
     ):
         seconds = IMAGENET_IMAGES / (rate * world) if rate else None
-        shown = f"{_hours(seconds)} {text}" if seconds else "not measured"
+        unknown = "not measured" + (": the training reads from storage, which was not measured" if end else "")
+        shown = f"{_hours(seconds)} {text}" if seconds else unknown
         # A rate that was measured, for a number of images that were not read.
         add(name, seconds, f"An epoch of {IMAGENET_IMAGES:,} images: {shown}", kind)
     return rows
