@@ -8,13 +8,13 @@ from batches import assert_equal_batches, epoch
 from cifar_files import write_cifar
 
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.bottleneck import command, stages
+from dali_saliencymix.bottleneck import command, measure, stages, whatifs
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.training_source import training_source
 from dali_saliencymix.sample_data import make_sample_data
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import Processes
-from pipelines.data import open_data
+from pipelines.data import CifarData, FolderData, open_data
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLDER = ("--train-crop-size", "32", "--color-jitter", "0.4", "--min-crop-area", "0.5", "--hflip-prob", "0.9")
@@ -54,6 +54,45 @@ def test_the_batches_are_those_of_the_training(root, more):
     training = open_data(args).train_loader(args, ALONE, crop_size=args.train_crop_size)
     assert_equal_batches(epoch(source.open({})), epoch(training))
     assert len(next(iter(source.open({"batch_size": 2})))[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "setting", "label"),
+    [
+        ((*FOLDER, "--data-backend", "pytorch"), "workers", "worker processes"),
+        (("--dataset", "cifar10"), "num_threads", "DALI threads"),
+        (("--data-backend", "synthetic"), None, "DALI threads"),
+    ],
+)
+def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, setting, label):
+    args = options(root, *more)
+    opened, aheads = [], []
+    loader = FolderData.train_loader if "pytorch" in more else CifarData.train_loader
+
+    def noted(self, args, *others, **named):
+        opened.append((args.workers, args.batch_size))
+        return loader(self, args, *others, **named)
+
+    class Batches(measure.Batches):
+        def __init__(self, loader, *, ahead):
+            aheads.append(ahead)
+            super().__init__(loader, ahead=ahead)
+
+    for kind in (FolderData, CifarData):
+        monkeypatch.setattr(kind, "train_loader", noted)
+    monkeypatch.setattr(whatifs, "Batches", Batches)
+    source = training_source(args, ALONE, images=2048)
+    rows = whatifs.measured_rows(source, seconds=0.1, synchronise=lambda: None, notify=lambda line: None)
+    found = [row for row in rows if row["what"] in ("DALI threads", "worker processes")]
+    assert [row["what"] for row in found] == [label]
+    assert source.settings.get(setting) == (1 if setting else None)
+    if setting is None:
+        assert found[0]["not_measured"] == "this loader has no num_threads that could be changed"
+        return
+    assert (found[0]["now"], found[0]["then"]) == (1, 2)
+    assert found[0]["loader_images_per_second"].median > 0
+    assert opened == [(1, 4), (2, 4), (1, 2), (1, 8)]
+    assert aheads == ([2, 4, 2, 2] if setting == "workers" else [2] * 4)
 
 
 GROWING = ("--epochs", "8", "--progressive-size", "24@0", "40@4")

@@ -147,8 +147,9 @@ def measure_source(
         end=_rate(figures.end_ms, images),
         cold=_rate(figures.cold_ms, images),
         reads_cold=reads_cold,
-        threads=source.settings.get("num_threads"),
+        threads=source.settings.get("num_threads") or source.settings.get("workers"),
         world=ranks.count(),
+        threads_are="worker processes" if "workers" in source.settings else "DALI threads",
     )
     return build_report(
         figures,

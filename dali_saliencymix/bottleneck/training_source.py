@@ -163,13 +163,17 @@ def _dali_source(
 def _whole_source(
     args: argparse.Namespace, processes: Processes, data: Data, crop_size: int, backend: str, about: dict[str, Any]
 ) -> Source:
+    workers = {"pytorch": "workers", "synthetic": None}.get(backend, "num_threads")  # what -j sets
+    settings = {"batch_size": args.batch_size, **({workers: args.workers} if workers else {})}
+
     def opened(changed: Settings) -> Iterable[Any]:
+        changed = {"workers" if name == workers else name: value for name, value in changed.items()}
         now = argparse.Namespace(**{**vars(args), **changed})
         return data.train_loader(now, processes, crop_size=crop_size)
 
     name = f"training loader, {args.dataset} by {backend}, mix {args.mix}"
     ahead = 2 * args.workers if backend == "pytorch" else 2
-    return Source(name, {"batch_size": args.batch_size}, opened, ahead=ahead, **about)
+    return Source(name, settings, opened, ahead=ahead, **about)
 
 
 def _part_of(data: FolderData, whole: int, wanted: int) -> FolderData:

@@ -15,6 +15,7 @@ IMAGENET_IMAGES = 1_281_167
 
 _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "num_threads": ("DALI threads", lambda value: (max(value // 2, 1), value * 2)),
+    "workers": ("worker processes", lambda value: (max(value // 2, 1), value * 2)),
     "prefetch_queue_depth": ("prefetch depth", lambda value: (value * 2,) if isinstance(value, int) else ()),
     "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
     "batch_size": ("batch size", lambda value: (max(value // 2, 1), value * 2)),
@@ -35,7 +36,11 @@ def measured_rows(
     rows = []
     images: dict[str, int] = {}
     variants: list[tuple[str, str, Any]] = [("now", "", None)]
+    # A loader has threads of DALI or processes of PyTorch.
+    other = "num_threads" if "workers" in source.settings else "workers"
     for setting, (label, values) in _TRIED.items():
+        if setting == other:
+            continue
         present = source.settings.get(setting)
         tried = [value for value in values(present) if value != present] if present is not None else []
         if not tried:
@@ -49,7 +54,11 @@ def measured_rows(
         batches, why = None, None
         try:
             loader = source.open({setting: value} if value is not None else {})
-            ahead = value if setting == "prefetch_queue_depth" and isinstance(value, int) else source.ahead
+            ahead = source.ahead
+            if setting == "prefetch_queue_depth" and isinstance(value, int):
+                ahead = value
+            elif setting == "workers":  # each of which reads ahead
+                ahead = ahead * value // source.settings["workers"]
             batches = Batches(loader, ahead=ahead)
         except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a BottleneckError
             why = explained(error) if isinstance(error, RuntimeError) else str(error)
@@ -97,6 +106,7 @@ def predicted_rows(
     reads_cold: bool,
     threads: int | None,
     world: int,
+    threads_are: str = "DALI threads",
 ) -> list[dict[str, Any]]:
     """Predict from rates in images/s of one process; None is what was not measured.
 
@@ -113,6 +123,8 @@ def predicted_rows(
         Of the loader.
     world : int
         Number of processes.
+    threads_are : str
+        What to call them.
 
     Examples
     --------
@@ -136,7 +148,7 @@ def predicted_rows(
             text = f"{threads} are enough now"
         if bound and bound < min(step, loader):
             text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"
-        add("threads to reach the step's rate", needed, f"DALI threads to keep up with the step: {text}")
+        add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
     today = min(end, bound or end) if end and (cold or not reads_cold) else None
     if step and loader and today:
         # What the parts cost each other today stays.
