@@ -79,6 +79,8 @@ def test_command(out: Path) -> list[str]:
     line += ["-W", "default", "--continue-on-collection-errors", f"--junitxml={out / 'tests.xml'}"]
     if installed("pytest_timeout"):
         line += ["-p", "pytest_timeout", "--timeout=90"]
+    if installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
+        line += ["-p", "xdist", "-n", str(min(8, machine.cores()))]
     return [*line, *(f"--ignore={path}" for path in files_with_missing_imports()), "tests"]
 
 
