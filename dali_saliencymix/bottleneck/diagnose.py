@@ -138,7 +138,7 @@ def measure_source(
         notify("what-ifs: other settings of the loader")
         what_ifs = measured_rows(source, seconds=0.2 * seconds, synchronise=synchronise, notify=notify)
 
-    gathered = ranks.gather({name: series.ms for name, series in found.items()})
+    gathered = ranks.gather({name: windows.ms for name, windows in found.items()})
     reads_cold = cache == "cold" or (cache == "auto" and _larger_than_memory(source.dataset_bytes))
     figures = _figures(gathered, cuts, stored, reads_cold=reads_cold, device=device)
     what_ifs += predicted_rows(
@@ -173,7 +173,7 @@ def measure_source(
             "memory_bytes": storage.memory_bytes(),
             "seconds_asked": seconds,
             "seconds_taken": round(time.perf_counter() - start, 1),
-            "steps_in_a_window": {name: series.steps for name, series in found.items()},
+            "steps_in_a_window": {name: windows.steps for name, windows in found.items()},
             "epochs_begun": epochs,
             "command": " ".join(sys.argv),
         },

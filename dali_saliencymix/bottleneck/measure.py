@@ -223,8 +223,8 @@ def take_step(step: Step, batch: Any) -> None:
 
 
 @dataclass
-class Series:
-    """What was timed: milliseconds per batch in each round, with the batches that each window had."""
+class Windows:
+    """What was timed: milliseconds per batch in each window, one in each round, with the batches that each had."""
 
     ms: list[float] = field(default_factory=list)
     steps: int = 0
@@ -237,7 +237,7 @@ def measure_in_turns(
     rounds: int = 9,
     synchronise: Callable[[], None] = lambda: None,
     notify: Callable[[str], None] = lambda line: None,
-) -> dict[str, Series]:
+) -> dict[str, Windows]:
     """Time subjects in rounds, each subject one window in each round.
 
     Parameters
@@ -256,7 +256,7 @@ def measure_in_turns(
 
     Returns
     -------
-    dict from str to Series
+    dict from str to Windows
         The same number of windows for all subjects, warm-up not among them.
     """
     if rounds < LEAST_WINDOWS:
@@ -282,7 +282,7 @@ def measure_in_turns(
     lasts = sum(settling[name] + counts[name] * batch[name] for name in subjects)
     if LEAST_WINDOWS * lasts > 1.5 * seconds:
         notify(f"a batch takes long here: this part will need about {LEAST_WINDOWS * lasts:.0f} s")
-    found = {name: Series(steps=count) for name, count in counts.items()}
+    found = {name: Windows(steps=count) for name, count in counts.items()}
     for subject in subjects.values():
         if isinstance(subject, EndToEnd):
             subject.waits.clear()

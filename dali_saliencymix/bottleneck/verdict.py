@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS, Interval, interval
 
-Series = tuple[float, ...]
+Series = tuple[float, ...]  # milliseconds per batch, by round
 
 PASS_STALL = 0.10  # a utilisation of 90 % passes, as in MLPerf Storage
 CRITICAL_STALL = 0.20

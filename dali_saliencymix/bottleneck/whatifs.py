@@ -72,13 +72,13 @@ def measured_rows(
     found = measure_in_turns(subjects, seconds=seconds, rounds=5, synchronise=synchronise, notify=notify)
     base = found["now=None"].ms if "now=None" in found else None
     for setting, label, value in variants[1:]:
-        series = found.get(f"{setting}={value}")
-        if series is None or base is None:
+        windows = found.get(f"{setting}={value}")
+        if windows is None or base is None:
             rows.append(_row(label, source.settings.get(setting), value, refused.get((setting, value), "no baseline")))
             continue
         share = images[f"{setting}={value}"] / images["now=None"]  # per image, not per batch
-        change = interval([share * now / changed for now, changed in zip(base, series.ms, strict=True)])
-        rate = interval([1000 * images[f"{setting}={value}"] / ms for ms in series.ms])
+        change = interval([share * now / changed for now, changed in zip(base, windows.ms, strict=True)])
+        rate = interval([1000 * images[f"{setting}={value}"] / ms for ms in windows.ms])
         rows.append(_row(label, source.settings.get(setting), value, None, change, rate))
     return rows
 
