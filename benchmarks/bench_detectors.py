@@ -9,6 +9,7 @@ that mixing takes. DATA is a folder of class folders; without it images are made
 
 from __future__ import annotations
 
+import argparse
 import collections
 import functools
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def main() -> None:
     )
     parser.add_argument("--size", type=measure.positive, default=224, help="height and width of the images")
     most = "most images to take peaks of, picked evenly"
-    parser.add_argument("--images", type=measure.positive, default=1000, help=most)
+    parser.add_argument("--images", type=_at_least_two, default=1000, help=most)
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
 
@@ -48,6 +49,14 @@ def main() -> None:
         result["milliseconds_per_batch"][library] = timed(batch, library, options, result["not_measured"])
         measure.write(result, options.output)
     measure.show(result)
+
+
+def _at_least_two(text: str) -> int:
+    # Of a single image there are no peaks of other images to compare with.
+    if (number := measure.positive(text)) < 2:
+        msg = f"must be at least 2, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
 
 
 def decoded(files: list[str], size: int) -> np.ndarray:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--detectors", nargs="+", choices=list(ds.DETECTORS), default=["spectral_residual", "fine_grained"]
     )
-    whole, share = measure.positive, float
+    whole, share = measure.positive, measure.share
     parser.add_argument("--batch", nargs="+", type=whole, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512], metavar="N")
     parser.add_argument("--size", nargs="+", type=whole, default=[32, 64, 96, 128, 160, 224, 320, 448], metavar="PX")
     parser.add_argument(

@@ -41,7 +41,7 @@ def main() -> None:
     )
     detectors = ["spectral_residual", "fine_grained"]
     parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=detectors)
-    parser.add_argument("--hw-decoder-load", type=float, default=0.65, help="share for a GPU's JPEG engine")
+    parser.add_argument("--hw-decoder-load", type=measure.share, default=0.65, help="share for a GPU's JPEG engine")
     options = parser.parse_args()
     budget = measure.Budget(options.seconds, 2)
     gpu = machine.wants_gpu(options)

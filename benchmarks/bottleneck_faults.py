@@ -19,7 +19,6 @@ import functools
 import io
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks import machine, measure
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.bottleneck import storage
@@ -302,12 +300,13 @@ def _made(folder: Path) -> Path:
 def main() -> None:
     """Run all faults in turns, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=10, help="runs of each fault")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time asked for each run")
+    parser.add_argument("--runs", type=measure.positive, default=10, help="runs of each fault")
+    parser.add_argument("--seconds", type=measure.positive_number, default=3.0, help="time asked for each run")
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
+    parser.add_argument("-o", "--output", type=measure.output_file, metavar="JSON", help="file to write")
     args = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(args, gpu=False)}
     table: dict[str, dict[str, int]] = {fault: {} for fault in args.faults}
     whys: dict[str, list[str]] = {fault: [] for fault in args.faults}
     with tempfile.TemporaryDirectory() as temporary:
@@ -326,14 +325,12 @@ def main() -> None:
                 sys.stderr.write(f"run {run + 1} {fault}: {name}, {taken} s\n")
         grid = [] if args.no_grid else prediction_grid(folder, args.seconds)
         cold = [] if args.no_grid else storage_grid(folder, 2 * args.seconds)
-    result: dict[str, Any] = {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
+    result |= {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
     result |= {"grid": grid, "storage_grid": cold}
     for name, rows in (("prediction_error", grid), ("storage_prediction_error", cold)):
         longer = sorted(row["takes_longer_by"]["median"] for row in rows)
         if longer:
             result[name] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
-    command = shlex.join(["python", "-m", "benchmarks.bottleneck_faults", *sys.argv[1:]])
-    result["conditions"] = {"runs": args.runs, "command": command, **report["conditions"]["host"]}
     lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
     for fault, verdicts in table.items():
         right = verdicts.get(EXPECTED[fault], 0)
@@ -342,10 +339,8 @@ def main() -> None:
         lines.append(f"| {fault} | {EXPECTED[fault]} | {right} | {undecided} | {wrong} |")
     errors = {name: result.get(name) for name in ("prediction_error", "storage_prediction_error")}
     sys.stdout.write("\n".join([*lines, "", json.dumps(errors)]) + "\n")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    measure.write(result, args.output)
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

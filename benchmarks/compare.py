@@ -34,6 +34,10 @@ def verdict(before: dict[str, float], after: dict[str, float]) -> str:
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return the comparison as lines, conditions that differ first."""
+    kinds = [result.get("benchmark") for result in (before, after)]
+    if kinds[0] != kinds[1]:
+        msg = f"the two results must be of one benchmark, got {kinds[0]!r} and {kinds[1]!r}"
+        raise ValueError(msg)
     differing = conditions_that_differ(before, after)
     lines = [f"{name}: {was!r} -> {now!r}" for name, (was, now) in differing.items()]
     old, new = dict(measure.figures(before)), dict(measure.figures(after))
@@ -69,10 +73,14 @@ def _flat(conditions: dict[str, Any]) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Return a result."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        result = json.loads(path.read_text())
+    except ValueError as error:
         msg = f"{path}: is no result of a benchmark: {error}"
         raise ValueError(msg) from error
+    if not isinstance(result, dict):
+        msg = f"{path}: is no result of a benchmark, which has names for its parts, but a {type(result).__name__}"
+        raise ValueError(msg)
+    return result
 
 
 def main() -> None:

@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--images", type=measure.positive, default=4000, help="number of files (default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, metavar="DATA", help="photographs to make them from")
     options = parser.parse_args()
+    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+        msg = f"FOLDER must be empty or not there yet, got {options.folder}"
+        raise ValueError(msg)
     make_images(options.folder, options.images, options.source)
     measure.say(", ".join(f"{name} {value}" for name, value in described(list_image_folder(options.folder)).items()))
 

@@ -7,6 +7,7 @@ A variant that cannot be measured does not end the others: it is listed with the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -167,9 +168,11 @@ def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str,
 def parser(description: str, *, rounds: int = 9) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
-    made.add_argument("-o", "--output", type=Path, metavar="JSON", help="file to write, anew after each round")
+    made.add_argument("-o", "--output", type=output_file, metavar="JSON", help="file to write, anew after each round")
     made.add_argument("--rounds", type=positive, default=rounds, help="rounds that count (default: %(default)s)")
-    made.add_argument("--seconds", type=float, default=math.inf, help="begin no round after this time, but one")
+    made.add_argument(
+        "--seconds", type=positive_number, default=math.inf, help="begin no round after this time, but one"
+    )
     made.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="default: a GPU if there is one")
     return made
 
@@ -182,20 +185,56 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """Return a number above 0: the type of an option."""
+    return _number_in(text, "above 0", lambda number: number > 0)
+
+
+def share(text: str) -> float:
+    """Return a number from 0 to 1: the type of an option."""
+    return _number_in(text, "from 0 to 1", lambda number: 0 <= number <= 1)
+
+
+def _number_in(text: str, rule: str, holds: Callable[[float], bool]) -> float:
+    with contextlib.suppress(ValueError):
+        if holds(number := float(text)):
+            return number
+    msg = f"must be a number {rule}, got {text!r}"
+    raise argparse.ArgumentTypeError(msg)
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file that can be written: the type of an option. An hour later would be late to find out."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _unfinished(path).touch()
+        _unfinished(path).unlink()
+    except OSError as error:
+        msg = f"must be a file that can be written, got {text!r}: {type(error).__name__}"
+        raise argparse.ArgumentTypeError(msg) from error
+    return path
+
+
 def write(result: Mapping[str, Any], output: Path | None) -> None:
     """Write a result; whoever reads the file finds a whole one, also while it is written anew."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(output)
+        _unfinished(output).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        _unfinished(output).replace(output)
+
+
+def _unfinished(output: Path) -> Path:
+    return output.with_name(f"{output.name}.unfinished")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a program; what goes wrong becomes one line and exit status 1."""
     try:
         main()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -32,7 +32,8 @@ PAGES = (measure.ROOT / "README.md", measure.ROOT / "benchmarks" / "README.md")
 PLOTS = measure.ROOT / "docs" / "plots"
 
 _END = "<!-- end of result -->"
-_MARKED = re.compile(rf"(<!-- (table|conditions|plot): (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
+_MARK = "<!-- (table|conditions|plot):"
+_MARKED = re.compile(rf"({_MARK} (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -212,18 +213,27 @@ def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
         if kinds and words[0] not in kinds:
             msg = f"{page.name}: {what} must be one of {', '.join(kinds)}, got {words[0]!r}"
             raise ValueError(msg)
-        if what == "conditions":
-            made = conditions_text(read(words[0]))
-        elif what == "table":
-            made = kinds[words[0]](read(words[1]), *words[2:])
-        else:
-            path, current = plot_of(words[0], words[1], draw=draw)
-            if not current:
-                stale.append(str(path.relative_to(measure.ROOT)))
-            made = f"![{words[0]}: {Path(words[1]).stem}]({os.path.relpath(path, page.parent)})"
+        try:
+            if what == "conditions":
+                made = conditions_text(read(words[0]))
+            elif what == "table":
+                made = kinds[words[0]](read(words[1]), *words[2:])
+            else:
+                path, current = plot_of(words[0], words[1], draw=draw)
+                if not current:
+                    stale.append(str(path.relative_to(measure.ROOT)))
+                made = f"![{words[0]}: {Path(words[1]).stem}]({os.path.relpath(path, page.parent)})"
+        except (IndexError, KeyError, TypeError) as error:  # words that are missing, or a result of another kind
+            msg = f"{page.name}: {begin.strip()} must name a result of its kind: {error!r}"
+            raise ValueError(msg) from error
         return f"{begin}{made}\n{end}"
 
-    return _MARKED.sub(replaced, page.read_text()), stale
+    text = page.read_text()
+    asked, answered = len(re.findall(_MARK, text)), len(_MARKED.findall(text))
+    if asked != answered:  # what stands between a mark and the end of another one would be lost
+        msg = f"{page.name}: each result must have its own {_END}, got {asked} results and {answered} with an end"
+        raise ValueError(msg)
+    return _MARKED.sub(replaced, text), stale
 
 
 def read(file: str) -> dict[str, Any]:

@@ -36,8 +36,12 @@ SIZES = ("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size"
 def main() -> None:
     """Run and write the result."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0, help="length of the run (default: %(default)s)")
-    parser.add_argument("--every", type=float, default=10.0, help="seconds between readings (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=measure.positive_number, default=60.0, help="length of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--every", type=measure.positive_number, default=10.0, help="seconds between readings (default: %(default)s)"
+    )
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
     result: dict[str, Any] = {"benchmark": "soak", "conditions": machine.conditions(options, gpu=gpu)}

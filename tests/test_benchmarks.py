@@ -156,11 +156,34 @@ def test_images_are_made(data, tmp_path, source):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
+        (("bench_pipeline", "--seconds", "-1"), "argument --seconds: must be a number above 0, got '-1'"),
+        (
+            ("bench_train", "--hw-decoder-load", "7"),
+            "--hw-decoder-load: must be a number from 0 to 1, got '7'",
+        ),
+        (("bench_detectors", "--images", "1"), "argument --images: must be at least 2, got '1'"),
+        (("soak", "--every", "nan"), "argument --every: must be a number above 0, got 'nan'"),
+        (("bottleneck_faults", "--runs", "0"), "argument --runs: must be a positive integer, got '0'"),
+        (("bench_ops", "-o", ROOT), f"argument -o/--output: must be a file that can be written, got '{ROOT}'"),
+        (("bench_ops", "-o", "/proc/x"), "argument -o/--output: must be a file that can be written, got '/proc/x'"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_measured(main_of, capsys, words, text):
+    with pytest.raises(SystemExit) as ended:
+        main_of(*words)
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
         (("bench_pipeline", "/nowhere"), "error: /nowhere: no such folder"),
         (("bench_ops", "--device", "gpu"), "error: --device must be cpu where CuPy sees no GPU, got gpu"),
         (("bench_scale", "--axes", "hw_decoder_load"), "error: --axes must not name hw_decoder_load without a GPU"),
         (("bench_train", "-a", "net"), "error: --arch must be a classification network of torchvision, got 'net'"),
         (("gpu_suite", "/tmp/never-made"), "error: there must be a GPU that CuPy sees, or --dry"),
+        (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not there yet, got {ROOT}/benchmarks"),
         (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: is no result of a benchmark"),
         (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
     ],
@@ -288,6 +311,18 @@ def test_conditions_that_differ_are_said_first():
     assert compare.compared(before, after)[0] == "numpy: '1' -> '2'"
 
 
+def test_results_of_two_benchmarks_are_refused():
+    with pytest.raises(ValueError, match="of one benchmark, got 'pipeline' and 'train'"):
+        compare.compared(*(result_of(1) | {"benchmark": name} for name in ("pipeline", "train")))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{"])
+def test_what_is_no_result_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json: is no result of a benchmark"):
+        compare.read(tmp_path / "x.json")
+
+
 def test_results_without_a_figure_in_common_are_refused():
     with pytest.raises(ValueError, match="no figure in common"):
         compare.compared(result_of(1), {"other": {}})
@@ -360,6 +395,21 @@ def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
 def test_an_unknown_kind_is_refused(results, monkeypatch, what):
     with pytest.raises(ValueError, match=r"page\.md: \w+ must be one of .*, got 'nothing'"):
         rendered_page(monkeypatch, results, f"<!-- {what} -->\n<!-- end of result -->\n")
+
+
+@pytest.mark.parametrize("what", ["table: train", "table: train a.json", "table: ops a.json", "plot: scale a.json"])
+def test_a_result_that_is_missing_or_of_another_kind_is_named(results, monkeypatch, what):
+    if what == "table: train a.json":
+        measure.write({"benchmark": "ops"}, results / "results" / "a.json")
+    with pytest.raises(ValueError, match=rf"page\.md: <!-- {what} --> must name a result of its kind"):
+        rendered_page(monkeypatch, results, f"<!-- {what} -->\n<!-- end of result -->\n")
+
+
+def test_text_between_a_mark_without_an_end_and_the_next_one_is_kept(results, monkeypatch):
+    text = "<!-- conditions: a.json -->\nwritten by hand\n" + TABLE
+    with pytest.raises(ValueError, match=r"page\.md: each result must have its own .*, got 2 results and 1 with"):
+        rendered_page(monkeypatch, results, text)
+    assert (results / "page.md").read_text() == text
 
 
 def test_the_pages_of_this_repository_are_up_to_date(monkeypatch):
