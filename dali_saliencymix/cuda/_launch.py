@@ -16,8 +16,8 @@ import numpy as np
 from dali_saliencymix._array import Array, Namespace, is_host
 
 # Products are rounded before they are added, as in the array functions: boxes and maps then have the same bits. The one
-# kernel that goes through an FFT has other bits anyway, and may fuse. CuPy adds -ftz=true here as for its own kernels: on
-# a GPU subnormal numbers are 0 on either route.
+# kernel that goes through an FFT has other bits anyway, and may fuse. CuPy adds -ftz=true, here as for its own kernels:
+# on a GPU subnormal numbers are 0 on either route.
 _EXACT = ("--fmad=false",)
 OPTIONS = {
     "fine_grained": _EXACT,
