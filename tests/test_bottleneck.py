@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -217,6 +218,10 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     warm = rows_of(cold=100, reads_cold=False)
     assert warm["epoch as it is"]["value"] == pytest.approx(1_281_167 / 380)
     assert warm == rows_of(cold=None, reads_cold=False)
+    rates |= {"step": None, "end": None}  # the loader alone
+    assert rows_of(cold=100, reads_cold=True)["epoch of the loader alone"]["value"] == pytest.approx(1_281_167 / 100)
+    assert rows_of(cold=None, reads_cold=False)["epoch of the loader alone"]["value"] == pytest.approx(1_281_167 / 500)
+    assert [row["value"] for row in rows_of(cold=None, reads_cold=True).values()] == [None]
 
 
 def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_loader_from_there(report):
@@ -289,7 +294,7 @@ def test_what_json_has_no_word_for_is_put_into_its_words():
 def test_nothing_that_was_not_measured_is_a_number(files):
     define = functools.partial(faults.pipeline, files)
     found = bottleneck.diagnose(define, None, **QUICK)
-    assert found["verdict"]["name"] == "INCONCLUSIVE"
+    assert found["verdict"]["name"] == "LOADER-ALONE"
     for key in ("step", "end_to_end", "storage", "loader_from_storage"):
         assert found["rates"][key]["images_per_second"] is None
         assert found["rates"][key]["not_measured"]
@@ -299,9 +304,32 @@ def test_nothing_that_was_not_measured_is_a_number(files):
     assert found["prediction"] is None
     assert all(row["against_step"] is None for row in found["stages"])
     assert found["rates"]["loader"]["images_per_second"]["median"] > 0
+
+
+def test_without_a_step_the_report_is_of_the_loader_and_nothing_is_said_to_be_missing(files, tmp_path):
+    define = functools.partial(faults.pipeline, files)
+    found = bottleneck.diagnose(define, None, **{**QUICK, "what_ifs": True, "seconds": 0.5})
     text = report_text(found)
-    assert text.count("not measured: no training step was given") == 2
-    assert "stall: not measured" in text
+    assert text.startswith("LOADER-ALONE\n")
+    assert "saliency" in text
+    assert not re.search("stall|step alone|end to end|of the step|step on", text)
+    missing = [line.split(":")[0].split()[0] for line in text.splitlines() if "not measured" in line]
+    assert missing == ["storage", "loader", "-"]  # storage was switched off, and hw_decoder_load there is none
+    rate = found["rates"]["loader"]["images_per_second"]["median"]
+    assert [row for row in found["what_ifs"] if "epoch" in row["what"]] == [
+        {
+            "kind": "measured",
+            "what": "epoch of the loader alone",
+            "value": pytest.approx(1_281_167 / rate),
+            "text": mock.ANY,
+        }
+    ]
+    assert re.search(r"measured +An epoch of 1,281,167 images: .* by the loader alone$", text, re.MULTILINE)
+    page = page_html(found)
+    assert page.count("<svg") == 2
+    assert "<p>not measured" not in page
+    several = {**found, "ranks": [{"rank": 0, "step": found["rates"]["step"], "loader": found["rates"]["loader"]}]}
+    assert re.search(r"^process +loader images/s\n0 +[\d,.]+$", report_text(several), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

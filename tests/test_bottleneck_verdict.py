@@ -186,6 +186,13 @@ def test_what_is_missing_is_said(missing):
     assert said[missing] in verdict.why
 
 
+def test_without_a_step_the_loader_is_not_judged():
+    verdict = decide(Figures(loader_ms=series(50), stages=stages(decode=50)))
+    assert verdict.name == "LOADER-ALONE"
+    assert verdict.stall is None
+    assert "the loader alone needs 50.0 ms a batch" in verdict.why
+
+
 def test_four_windows_are_too_few():
     assert decide(Figures((10.0,) * 4, (50.0,) * 4, (51.0,) * 4)).name == "INCONCLUSIVE"
 

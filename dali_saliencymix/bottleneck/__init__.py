@@ -68,7 +68,7 @@ def diagnose(
         DALI pipeline each time, such as one decorated with ``pipeline_def`` and bound to its arguments by
         ``functools.partial``; it is cut into stages.
     step : callable, optional
-        ``step(batch)`` trains on a batch. Without it the loader is measured alone, and there is no verdict.
+        ``step(batch)`` trains on a batch. Without it the loader is measured alone, and the verdict is LOADER-ALONE.
     batch_size, num_threads : int, optional
         For a pipeline's function; for an iterable `batch_size` is the number of images in a full batch, where it
         cannot be seen.

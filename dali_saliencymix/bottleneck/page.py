@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix.bottleneck.report import Report
 from dali_saliencymix.bottleneck.report_text import report_text, stall_lines
+from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,8 @@ def page_html(report: Report) -> str:
         ("Rates", rate_bars(report)),
         ("Waiting for data, step by step", wait_timeline(report)),
     ):
-        parts.append(f"<h2>{title}</h2>{chart or '<p>not measured</p>'}")
+        if chart or report["verdict"]["name"] != LOADER_ALONE:
+            parts.append(f"<h2>{title}</h2>{chart or '<p>not measured</p>'}")
     parts.append(f"<h2>Figures</h2><pre>{html.escape(report_text(report))}</pre>")
     conditions = html.escape(json.dumps(report["conditions"], indent=1))
     parts.append(f"<details><summary>Conditions</summary><pre>{conditions}</pre></details></body></html>\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
+
 if TYPE_CHECKING:
     from dali_saliencymix.bottleneck.report import Report
 
@@ -11,30 +13,43 @@ if TYPE_CHECKING:
 def report_text(report: Report) -> str:
     """Return a report for the screen: the verdict first, then tables."""
     verdict = report["verdict"]
-    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", "", *stall_lines(report), ""]
+    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", ""]
+    if stall := stall_lines(report):
+        lines += [*stall, ""]
     lines += [*_rate_lines(report), "", *_stage_lines(report)]
     if report["ranks"]:
-        lines += ["", f"{'process':<26}{'step images/s':>18}{'loader images/s':>18}"]
+        names = _measured_of(report, "step", "loader")
+        lines += ["", f"{'process':<26}" + "".join(f"{name + ' images/s':>18}" for name in names)]
         lines += [
-            f"{each['rank']:<26}{_rate_of(each['step']):>18}{_rate_of(each['loader']):>18}" for each in report["ranks"]
+            f"{each['rank']:<26}" + "".join(f"{_rate_of(each[name]):>18}" for name in names) for each in report["ranks"]
         ]
     lines += ["", *_what_if_lines(report)]
     conditions = report["conditions"]
-    lines += ["", f"{conditions['source']}; batches of {conditions['images_per_batch']}; {_machine(conditions)}"]
+    lines += ["", f"{conditions['source']}; batches of {conditions['images_per_batch']}; {_machine(report)}"]
     lines += [f"Note: {line}." for line in conditions.get("measured_instead", ())]
     lines.append("Figures are medians of windows that took turns; in brackets the range that holds the median at 90 %.")
     return "\n".join(lines)
 
 
-def _machine(conditions: dict[str, Any]) -> str:
+def _measured_of(report: Report, *names: str) -> list[str]:
+    """Return these names of rates, but those that need a training step where there was to be none."""
+    alone = report["verdict"]["name"] == LOADER_ALONE
+    return [name for name in names if not (alone and name in ("step", "end_to_end"))]
+
+
+def _machine(report: Report) -> str:
+    conditions = report["conditions"]
     machine = conditions["host"]
     where = machine["gpu"] or f"CPU with {machine['cores']} cores"
-    return f"{conditions['processes']} process(es), step on {where}, load average {machine['load_average']:.1f}"
+    step = "".join(f"{name} " for name in _measured_of(report, "step"))
+    return f"{conditions['processes']} process(es), {step}on {where}, load average {machine['load_average']:.1f}"
 
 
 def stall_lines(report: Report) -> list[str]:
-    """Return the stall and the utilisation in words."""
+    """Return the stall and the utilisation in words; nothing where there was to be no training step."""
     stall = report["stall"]
+    if report["verdict"]["name"] == LOADER_ALONE:
+        return []
     if stall is None:
         return ["stall: not measured"]
     passes = {True: "passes", False: "does not pass", None: "whether it passes is within the spread"}[report["passes"]]
@@ -57,8 +72,8 @@ _RATE_NAMES = {
 def _rate_lines(report: Report) -> list[str]:
     rates = report["rates"]
     lines = [f"{'':<26}{'images/s':>10}{'':>20}{'ms/batch':>10}"]
-    for key, name in _RATE_NAMES.items():
-        figure = rates[key]
+    for key in _measured_of(report, *_RATE_NAMES):
+        name, figure = _RATE_NAMES[key], rates[key]
         if figure["images_per_second"] is None:
             lines.append(f"{name:<26}{'-':>10}  not measured: {figure['not_measured']}")
             continue
@@ -84,15 +99,16 @@ def _rate_lines(report: Report) -> list[str]:
 def _stage_lines(report: Report) -> list[str]:
     if report["stages"] is None:
         return [f"stages of the loader: not measured ({report['stages_note']})"]
-    lines = [f"{'stage':<26}{'added ms':>10}{'':>20}{'share':>8}{'images/s so far':>18}{'of the step':>13}"]
+    of_step = "".join(f"{'of the step':>13}" for _ in _measured_of(report, "step"))
+    lines = [f"{'stage':<26}{'added ms':>10}{'':>20}{'share':>8}{'images/s so far':>18}{of_step}"]
     for row in report["stages"]:
         added = row["added_ms"]
         noise = "  below noise" if row["below_noise"] else ""
-        against = "-" if row["against_step"] is None else f"{row['against_step']:.2f}x"
+        against = "" if row["against_step"] is None else f"{row['against_step']:>12.2f}x"
         lines.append(
             f"{row['name']:<26}{_number(added['median']):>10}{_range_of(added):>20}"
             f"{_percent(row['share']['median']):>8}{_number(row['until_here_images_per_second']['median']):>18}"
-            f"{against:>13}{noise}"
+            f"{against}{noise}"
         )
     total = report["stages_sum"]
     lines.append(
@@ -105,7 +121,7 @@ def _stage_lines(report: Report) -> list[str]:
 def _what_if_lines(report: Report) -> list[str]:
     lines = ["what if"]
     if report["storage"]["training_reads_from_storage"]:
-        lines = ["what if (what is measured, with the files in memory)"]
+        lines = ["what if (other settings: with the files in memory)"]
     for row in report["what_ifs"]:
         if "text" in row:
             lines.append(f"  {row['kind']:<10} {row['text']}")

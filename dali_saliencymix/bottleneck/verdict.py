@@ -20,9 +20,11 @@ CRITICAL_STALL = 0.20
 
 CATEGORIES = ("read", "decode", "prep", "mix", "hand-over")
 _CATEGORY_VERDICTS = {"read": "DISK-BOUND", "decode": "DECODE-BOUND", "prep": "CPU-PREP-BOUND", "mix": "MIX-BOUND"}
+LOADER_ALONE = "LOADER-ALONE"  # no verdict was asked for
 VERDICTS = (
     *("GPU-BOUND", "COMPUTE-BOUND", *_CATEGORY_VERDICTS.values()),
     *("LOADER-BOUND", "CONTENTION", "STRAGGLER", "INCONCLUSIVE"),
+    LOADER_ALONE,
 )
 
 _NEXT = {
@@ -43,6 +45,7 @@ _NEXT = {
     "CONTENTION": "The parts are fast enough, but not together. Where they share a CPU, lower -j or torch's threads "
     "until both fit; where they share a GPU, move work to the CPU or the JPEG engine (hw_decoder_load); if the loader "
     "makes nothing in advance, let it (prefetch).",
+    LOADER_ALONE: "Compare its rate with what the training needs, or measure it together with a training step.",
     "STRAGGLER": "Look at that process's machine, disk and CPU affinity: all others wait for it in every step.",
 }
 
@@ -168,6 +171,9 @@ def decide(figures: Figures) -> Verdict:
     """
     _check(figures)
     step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
+    if step is None and end is None and loader is not None and len(loader) >= LEAST_WINDOWS:
+        why = f"No training step was asked for: the loader alone needs {_ms(_median(loader))} a batch."
+        return Verdict(LOADER_ALONE, why, _NEXT[LOADER_ALONE], None)
     missing = [
         what
         for what, series in (("the step alone", step), ("the loader alone", loader), ("both together", end))

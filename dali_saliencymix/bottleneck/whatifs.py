@@ -149,23 +149,27 @@ def predicted_rows(
         if bound and bound < min(step, loader):
             text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"
         add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
-    today = min(end, bound or end) if end and (cold or not reads_cold) else None
+    known = cold is not None or not reads_cold
+    today = min(end, bound or end) if end and known else None
     if step and loader and today:
         # What the parts cost each other today stays.
         kept = min(today / min(step, loader, bound or loader), 1.0)
         value = min(2 * step, loader, bound or loader) * kept
         text = f"A GPU twice as fast: {value:.0f} images/s, {value / today:.2f} times today's"
         add("a step twice as fast", value, text)
-    how = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
+    limit = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
+    alone = min(loader, bound or loader) if loader and known and not step else None
     for name, rate, text, kind in (
-        ("epoch as it is", today, how, "measured"),
+        ("epoch as it is", today, limit, "measured"),
         ("epoch without a stall", step, "if the loader cost nothing", "predicted"),
+        ("epoch of the loader alone", alone, "by the loader alone", "measured"),
     ):
-        seconds = IMAGENET_IMAGES / (rate * world) if rate else None
-        unknown = "not measured" + (": the training reads from storage, which was not measured" if end else "")
-        shown = f"{_hours(seconds)} {text}" if seconds else unknown
-        # A rate that was measured, for a number of images that were not read.
-        add(name, seconds, f"An epoch of {IMAGENET_IMAGES:,} images: {shown}", kind)
+        if rate:  # which was measured, for a number of images that were not read
+            seconds = IMAGENET_IMAGES / (rate * world)
+            add(name, seconds, f"An epoch of {IMAGENET_IMAGES:,} images: {_hours(seconds)} {text}", kind)
+    if not known:
+        why = "not measured: the training reads from storage, which was not measured"
+        add("epoch as it is", None, f"An epoch of {IMAGENET_IMAGES:,} images: {why}", "-")
     return rows
 
 
