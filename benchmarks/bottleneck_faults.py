@@ -304,11 +304,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=measure.positive_number, default=3.0, help="time asked for each run")
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
-    parser.add_argument("-o", "--output", type=measure.output_file, metavar="JSON", help="file to write")
+    parser.add_argument(
+        "-o", "--output", type=measure.output_file, metavar="JSON", help="file to write, anew after each run"
+    )
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(args, gpu=False)}
     table: dict[str, dict[str, int]] = {fault: {} for fault in args.faults}
     whys: dict[str, list[str]] = {fault: [] for fault in args.faults}
+    result |= {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for run in range(args.runs):
@@ -323,9 +326,9 @@ def main() -> None:
                     whys[fault].append(f"{name}: {report['verdict']['why']}")
                 taken = report["conditions"]["seconds_taken"]
                 sys.stderr.write(f"run {run + 1} {fault}: {name}, {taken} s\n")
+                measure.write(result, args.output)
         grid = [] if args.no_grid else prediction_grid(folder, args.seconds)
         cold = [] if args.no_grid else storage_grid(folder, 2 * args.seconds)
-    result |= {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
     result |= {"grid": grid, "storage_grid": cold}
     for name, rows in (("prediction_error", grid), ("storage_prediction_error", cold)):
         longer = sorted(row["takes_longer_by"]["median"] for row in rows)

@@ -3,6 +3,9 @@
 A batch is a tuple whose first tensor is (N, 3, H, W) float32, normalised, on the device where training is. All mix
 every image, with alpha 1, and all use the same number of CPU threads or worker processes. ``none`` is the ceiling.
 
+All resize bilinearly with antialiasing. JPEG decoding is as each library does it by default: PIL decodes the whole
+image and interpolates its colours, DALI the window that is kept, without interpolating them.
+
 ========================  =============================================================================================
 ``none``                  DALI: decode, random crop, resize, mirror, normalise
 ``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise

@@ -261,12 +261,21 @@ def progress(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Write the figures of a result to stdout, one a line, and what was not measured."""
+    """Write the figures of a result to stdout, one a line, and what was not measured.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no figure: nothing could be measured.
+    """
     for path, found in figures(result):
         low, high = found.get("q1", found["min"]), found.get("q3", found["max"])
         sys.stdout.write(f"{' / '.join(path):<78} {found['median']:>10g}   ({low:g} to {high:g})\n")
     for name, reason in result.get("not_measured", {}).items():
         sys.stdout.write(f"not measured: {name}: {reason}\n")
+    if not any(figures(result)):
+        msg = "nothing could be measured"
+        raise RuntimeError(msg)
 
 
 def figures(result: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:

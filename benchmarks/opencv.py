@@ -1,7 +1,8 @@
 """SaliencyMix without this package: OpenCV's detectors, image by image, on the images' 8-bit pixels.
 
-This is what the paper describes. The code its authors released hands the detector normalised floats instead, which
-costs as much and finds nothing: see the README. OpenCV works on one thread in each process.
+This is what the paper describes. The code its authors released makes one map for a batch, so that its cost hardly
+shows, and hands the detector normalised floats, in which it finds nothing: see the README. OpenCV works on one thread
+in each process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import concurrent.futures
 import itertools
 import math
 import multiprocessing
+import signal
 import tempfile
 from pathlib import Path
 
@@ -57,7 +59,12 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pool = concurrent.futures.ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            count,
+            multiprocessing.get_context("spawn"),
+            signal.signal,  # an interrupt, which all processes get, is for the one that started these
+            (signal.SIGINT, signal.SIG_IGN),
+        )
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from benchmarks import measure
 from dali_saliencymix.fn import saliencymix
+from dali_saliencymix.image_folder import list_image_folder
 
 SIDE = 1600  # pixels of the longer side
 SECONDS = 0.09  # of a step
@@ -56,10 +58,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make large photographs, of those in a folder of class folders.")
     parser.add_argument("folder", type=Path, help="folder to write into")
     parser.add_argument("--from", type=Path, required=True, dest="source", help="folder of class folders")
-    parser.add_argument("--count", type=int, default=96)
+    parser.add_argument("--count", type=measure.positive, default=96)
     args = parser.parse_args()
-    files = sorted(path for path in args.source.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
-    for file in files[: args.count]:
+    files = list_image_folder(args.source).files
+    for file in map(Path, files[: args.count]):
         target = args.folder / file.parent.name / f"{file.stem}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(file) as image:
@@ -69,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

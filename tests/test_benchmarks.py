@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,36 @@ def test_detectors(data, run_small):
     result = run_small("bench_detectors", data, "-b", 2, "--size", 16, "--images", 4)
     assert result["conditions"]["images"] == 4
     assert result["agreement_with_fine_grained"]["fine_grained"] == {"mean_distance": 0.0, "within_an_eighth": 1.0}
+
+
+def test_an_interrupt_does_not_end_the_processes_of_opencv():
+    if why_not := opencv.why_not():
+        pytest.skip(why_not)
+    processes = opencv.Processes(1)
+    try:
+        path = processes.share(np.zeros((2, 16, 16, 3), np.uint8))
+        processes.saliency_maps(path, 2, "fine_grained")
+        for number in processes._pool._processes:
+            os.kill(number, signal.SIGINT)
+        processes.saliency_maps(path, 2, "fine_grained")
+    finally:
+        processes.close()
+
+
+@pytest.mark.parametrize("name", ["bench_detectors", "bench_pipeline"])
+def test_a_file_that_is_no_image_is_named(main_of, tmp_path, name):
+    make_sample_data(tmp_path, train=2, val=1)
+    bad = min((tmp_path / "train").glob("*/*.jpg"))
+    bad.write_text("no image")
+    with pytest.raises(SystemExit) as ended:
+        main_of(name, tmp_path / "train", "--rounds", 1)
+    assert str(ended.value.code).startswith("error: ")
+    assert str(bad) in ended.value.code
+
+
+def test_a_result_without_a_figure_is_an_error():
+    with pytest.raises(RuntimeError, match="nothing could be measured"):
+        measure.show({"images_per_second": {}, "not_measured": {"none": "no memory"}})
 
 
 @pytest.mark.parametrize("source", [True, False], ids=["from photographs", "of samples"])
