@@ -28,7 +28,7 @@ REFERENCE = "fine_grained"  # the paper's choice
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser(__doc__)
+    parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
     parser.add_argument(
         "-b", "--batch-size", type=measure.positive, default=128, help="images in a batch that is timed"

@@ -37,7 +37,7 @@ class Variant(NamedTuple):
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser(__doc__)
+    parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("--sizes", type=measure.positive, nargs="+", default=[224, 32], help="height and width")
     parser.add_argument("-b", "--batches", type=measure.positive, nargs="+", default=[128, 1, 8, 32, 512])
     parser.add_argument("--detectors", nargs="+", choices=list(ds.DETECTORS), default=list(ds.DETECTORS))

@@ -22,7 +22,7 @@ _REFERENCE = "none"
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser(__doc__)
+    parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
     parser.add_argument("-b", "--batch-size", type=measure.positive, default=128)
     threads = "DALI threads, or worker processes of torch (default: all cores)"

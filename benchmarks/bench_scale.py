@@ -30,7 +30,7 @@ _OF_LOADERS = ("threads", "hw_decoder_load")
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser(__doc__)
+    parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders, for the loader")
     parser.add_argument("--axes", nargs="+", choices=[*_ON_ARRAYS, *_OF_LOADERS], default=[*_ON_ARRAYS, "threads"])
     parser.add_argument(

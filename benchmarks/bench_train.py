@@ -30,7 +30,7 @@ _CONSTANT, _UNMIXED = "constant batch", "none"
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser(__doc__)
+    parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
     parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
     parser.add_argument("-b", "--batch-size", type=measure.positive, help="default: 256, without a GPU 32")

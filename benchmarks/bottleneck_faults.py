@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
     parser.add_argument(
-        "-o", "--output", type=measure.output_file, metavar="JSON", help="file to write, anew after each run"
+        "-o", "--output", type=measure.output_file, metavar="JSON", help="file, written anew after each run"
     )
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(args, gpu=False)}

@@ -165,15 +165,20 @@ def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str,
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
-def parser(description: str, *, rounds: int = 9) -> argparse.ArgumentParser:
+def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("-o", "--output", type=output_file, metavar="JSON", help="file to write, anew after each round")
-    made.add_argument("--rounds", type=positive, default=rounds, help="rounds that count (default: %(default)s)")
-    made.add_argument(
-        "--seconds", type=positive_number, default=math.inf, help="begin no round after this time, but one"
-    )
     made.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="default: a GPU if there is one")
+    return made
+
+
+def parser_of_rounds(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have whose variants take turns."""
+    made = parser(description)
+    made.add_argument("--rounds", type=positive, default=9, help="rounds that count (default: %(default)s)")
+    time_is_up = "begin no round after this time, but one"
+    made.add_argument("--seconds", type=positive_number, default=math.inf, help=time_is_up)
     return made
 
 

@@ -43,6 +43,9 @@ def main() -> None:
         "--every", type=measure.positive_number, default=10.0, help="seconds between readings (default: %(default)s)"
     )
     options = parser.parse_args()
+    if 60 * options.minutes < 10 * options.every:
+        msg = f"--every must be at most a tenth of the run, {6 * options.minutes:g} s, got {options.every:g}"
+        raise ValueError(msg)
     gpu = machine.wants_gpu(options)
     result: dict[str, Any] = {"benchmark": "soak", "conditions": machine.conditions(options, gpu=gpu)}
     with tempfile.TemporaryDirectory() as folder:
