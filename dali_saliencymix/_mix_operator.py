@@ -40,13 +40,15 @@ def mixed_with_partners(
     source_index = fn.batch_permutation()
     drawn = {"source_index": [source_index], **drawn}
     if normalise is not None and normalise.mirror is not None:
-        drawn["mirror"] = [normalise.mirror]
+        drawn["mirror"] = [fn.reshape(normalise.mirror, shape=[])]
     columns = {name: len(nodes) for name, nodes in drawn.items()}
     scalars = [fn.cast(node, dtype=types.FLOAT) for nodes in drawn.values() for node in nodes]
     params = to_device(images.device, fn.stack(*scalars))
     if peaks is not None:
         columns["peaks"] = 2
-        params = fn.cat(params, to_device(images.device, fn.cast(peaks, dtype=types.FLOAT)))
+        # Flat, so that peaks of any shape get as far as the check that names them.
+        flat = fn.reshape(fn.cast(peaks, dtype=types.FLOAT), shape=[-1])
+        params = fn.cat(params, to_device(images.device, flat))
     mix = functools.partial(_mix, function=function, columns=columns, **options)
     layout = "HWC" if normalise is None else normalise.layout
     if normalise is not None or (images.device == "cpu" and function in ("saliencymix", "cutmix")):
@@ -77,8 +79,13 @@ def _mix(
     # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
     arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
     if "peaks" in arrays:
-        arrays["peaks"] = arrays["peaks"].astype("int64")
+        arrays["peaks"] = params[:, start - columns["peaks"] :].astype("int64")  # the last; too many are refused later
     mirror = arrays.pop("mirror", None)
+    if mirror is not None and is_host(array_namespace(mirror)):
+        wrong = mirror[(mirror != 0) & (mirror != 1)]
+        if wrong.size:
+            msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
+            raise ValueError(msg)
     if paste is not None:
         options["paste"] = functools.partial(paste, mirror=mirror, algorithm=options.get("algorithm", "auto"))
     mixed = getattr(core, function)(images, **arrays, **options)

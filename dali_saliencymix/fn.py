@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import do_not_convert
 
 from dali_saliencymix import _mix_operator, mixing
 from dali_saliencymix._algorithms import ALGORITHMS
+from dali_saliencymix._array import array_namespace, is_host
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
 from dali_saliencymix._python_operator import python_operator, to_device
 from dali_saliencymix.boxes import BOXES
@@ -47,9 +49,10 @@ class Normalise(NamedTuple):
     mean, std : sequence of float
         Of each channel, in grey levels 0..255.
     mirror : DataNode, optional
-        Whether a mixed image is flipped horizontally with its patch: integer scalars, 0 or 1.
-    dtype : {"float32", "float16"}
-        Of the images.
+        Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
+        nobody looks, all but 0 is 1.
+    dtype : {"float32", "float16"} or DALIDataType
+        Of the images; DALI's own names are welcome, such as ``types.FLOAT``.
     layout : {"CHW", "HWC"}
         Of the images.
     """
@@ -57,7 +60,7 @@ class Normalise(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     mirror: DataNode | None = None
-    dtype: str = "float32"
+    dtype: str | types.DALIDataType = "float32"
     layout: str = "CHW"
 
 
@@ -157,7 +160,7 @@ def saliencymix(
         drawn["point"] = _drawn_point()
     options |= {"preset": preset, "algorithm": algorithm}
     return _mix_operator.mixed_with_partners(
-        images, labels, "saliencymix", drawn, peaks, normalise=normalise, **options
+        images, labels, "saliencymix", drawn, peaks, normalise=_checked(normalise), **options
     )
 
 
@@ -208,7 +211,7 @@ def cutmix(
     check_choice(box, "box", BOXES)
     drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
     options = {"box": box, "per_batch": bool(per_batch)}
-    return _mix_operator.mixed_with_partners(images, labels, "cutmix", drawn, normalise=normalise, **options)
+    return _mix_operator.mixed_with_partners(images, labels, "cutmix", drawn, normalise=_checked(normalise), **options)
 
 
 @do_not_convert
@@ -416,8 +419,8 @@ def soft_labels(
     ValueError
         While the pipeline is defined, if an option is wrong.
     RuntimeError
-        While the pipeline runs on the CPU, if a label lies outside [0, num_classes). On a GPU, which would have to
-        be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
+        While the pipeline runs on the CPU, if a label is no whole number in [0, num_classes). On a GPU, which would
+        have to be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
 
     Notes
     -----
@@ -446,8 +449,20 @@ def soft_labels(
     check_at_least(num_classes, "num_classes", 1)
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
-    scalars = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[])) for node in nodes]
-    return python_operator(make, fn.stack(*scalars), name="soft_labels")
+    flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
+    return python_operator(make, fn.cat(*flat), name="soft_labels")
+
+
+def _checked(normalise: Normalise | None) -> Normalise | None:
+    """Require a `Normalise` or None; return it with a dtype that NumPy understands."""
+    if normalise is None:
+        return None
+    if not isinstance(normalise, Normalise):
+        msg = f"normalise must be a dali_saliencymix.fn.Normalise, got {normalise!r}"
+        raise TypeError(msg)
+    if isinstance(normalise.dtype, types.DALIDataType):
+        return normalise._replace(dtype=np.dtype(types.to_numpy_type(normalise.dtype)).name)
+    return normalise
 
 
 def _drawn_choice(prob: float) -> DataNode | None:
@@ -472,5 +487,22 @@ def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> tuple
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
-    labels, source_labels = packed[:, 0].astype("int64"), packed[:, 1].astype("int64")
+    if packed.shape[1] != 3:
+        msg = (
+            f"labels and source_labels must be class ids, one for each sample, where num_classes={num_classes} is "
+            f"given, and lam one number: these are {packed.shape[1]} numbers. Leave num_classes out where labels are "
+            "vectors"
+        )
+        raise ValueError(msg)
+    labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
     return (mixing.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),)
+
+
+def _class_ids(values: Array, name: str) -> Array:
+    """Return float64 labels as integers; what is no whole number must not become the class below it."""
+    xp = array_namespace(values)
+    whole = (abs(values) <= 2.0**53) & (xp.floor(values) == values)
+    if is_host(xp) and not whole.all():
+        msg = f"{name} must be class ids, which are whole numbers, got {values[~whole][0]}"
+        raise ValueError(msg)
+    return xp.where(whole, values, -1).astype(xp.int64)

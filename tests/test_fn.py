@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,11 +100,12 @@ def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout,
         assert [output.layout() for output in ours.run()] == [layout, "", "", ""]
 
 
-def test_normalising_along_to_half_precision(files):
+@pytest.mark.parametrize("dtype", ["float16", np.float16, types.FLOAT16], ids=str)
+def test_normalising_along_to_half_precision(files, dtype):
     @pipeline_def
     def normalised():
         images, labels = read(files)
-        return dsfn.cutmix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [255, 255, 255], dtype="float16"))
+        return dsfn.cutmix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [255, 255, 255], dtype=dtype))
 
     images, *_ = run(build(normalised))
     assert images.dtype == np.float16
@@ -116,12 +118,44 @@ def test_normalising_along_to_half_precision(files):
         ({"std": [1, 0, 1]}, r"std must be positive, got \[1, 0, 1\]"),
         ({"layout": "NCHW"}, "layout must be one of CHW, HWC, got 'NCHW'"),
         ({"dtype": "float64"}, "dtype must be one of float32, float16, got 'float64'"),
+        ({"dtype": types.UINT8}, "dtype must be one of float32, float16, got 'uint8'"),
     ],
 )
 def test_wrong_normalisation_is_refused_while_the_pipeline_is_defined(files, wrong, message):
     normalise = dsfn.Normalise(**{"mean": [0, 0, 0], "std": [1, 1, 1], **wrong})
     with pytest.raises(ValueError, match=message):
         build(before_and_after, files, {"normalise": normalise})
+
+
+@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix])
+def test_what_is_no_normalise_is_refused_by_name(files, op):
+    with pytest.raises(TypeError, match=r"normalise must be a dali_saliencymix\.fn\.Normalise, got {'mean': 0}"):
+        build(before_and_after, files, {"normalise": {"mean": 0}}, "cpu", op)
+
+
+def test_mirror_may_be_of_shape_1_and_of_any_dtype(files):
+    @pipeline_def
+    def normalised(shape, dtype):
+        images, labels = read(files)
+        mirror = fn.cast(fn.random.coin_flip(shape=shape, seed=4), dtype=dtype)
+        return dsfn.cutmix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [1, 1, 1], mirror))
+
+    expected = run(build(normalised, [], types.INT32))
+    for shape, dtype in (([1], types.INT32), ([], types.BOOL), ([], types.FLOAT)):
+        for ours, theirs in zip(run(build(normalised, shape, dtype)), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [0.25, 7, -1])
+def test_a_mirror_that_is_neither_0_nor_1_is_an_error(files, value):
+    @pipeline_def
+    def normalised():
+        images, labels = read(files)
+        mirror = fn.random.choice([value])
+        return dsfn.saliencymix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [1, 1, 1], mirror))
+
+    with pytest.raises(RuntimeError, match=f"mirror must be 0 or 1 for each image, got {value}"):
+        run(build(normalised))
 
 
 def test_batches_that_somebody_holds_are_not_written_to_again(files):
@@ -282,6 +316,19 @@ def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files
     np.testing.assert_array_equal(mixed, asked)
     for ours, theirs in zip(rest, asked_rest, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [[], [1], [3]], ids=str)
+def test_peaks_of_a_wrong_shape_are_an_error_that_names_it(files, shape):
+    @pipeline_def
+    def with_peaks():
+        images, labels = read(files)
+        peaks = fn.random.uniform(range=[0, HEIGHT - 1], shape=shape)
+        return dsfn.saliencymix(images, labels, peaks=peaks)
+
+    count = shape[0] if shape else 1
+    with pytest.raises(RuntimeError, match=rf"peaks must have shape \(8, 2\), .* got \(8, {count}\)"):
+        run(build(with_peaks))
 
 
 def test_the_pipelines_seed_decides_everything(files):
@@ -492,6 +539,33 @@ def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classe
         return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], num_classes=num_classes)
 
     message = rf"labels must be in \[0, {num_classes}\), as num_classes={num_classes} says, got {num_classes}"
+    with pytest.raises(RuntimeError, match=message):
+        run(build(softened))
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan"), float("inf"), 2.0**60])
+@pytest.mark.parametrize("name", ["labels", "source_labels"])
+def test_what_is_no_class_id_is_an_error_and_not_the_class_below(name, wrong):
+    @pipeline_def
+    def softened():
+        lam = fn.random.uniform(range=[0.0, 1.0])
+        ids = fn.constant(idata=[1])
+        nodes = {"labels": ids, "source_labels": ids, name: fn.constant(fdata=[wrong])}
+        return dsfn.soft_labels(nodes["labels"], nodes["source_labels"], lam, num_classes=4)
+
+    message = rf"ValueError: {name} must be class ids, which are whole numbers, got {re.escape(str(wrong))}"
+    with pytest.raises(RuntimeError, match=message):
+        run(build(softened))
+
+
+def test_vectors_with_num_classes_are_an_error_that_says_so(files):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        one_hot = fn.one_hot(labels, num_classes=FILES)
+        return dsfn.soft_labels(*dsfn.saliencymix(images, one_hot)[1:], num_classes=FILES)
+
+    message = rf"must be class ids, one for each sample, where num_classes={FILES} is .* Leave num_classes out"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
