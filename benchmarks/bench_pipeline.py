@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--crop-size", type=measure.positive, default=224)
     parser.add_argument("--batches", type=measure.positive, default=4, help="least batches of a variant in each round")
     parser.add_argument("--hw-decoder-load", type=measure.share, default=0.65, help="share for a GPU's JPEG engine")
-    parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help="see loaders.py")
+    named = "see loaders.py; for ratios the one that is called none has to be among them"
+    parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help=named)
     options = parser.parse_args()
     budget = measure.Budget(options.seconds, 1)
     gpu = machine.wants_gpu(options)

@@ -97,8 +97,8 @@ def command(options: argparse.Namespace) -> str:
         word = words.popleft()
         if word in ("-o", "--output"):
             words.popleft()
-        else:
-            shown.append("DATA" if word == str(getattr(options, "data", None)) else word)
+        elif not word.startswith(("-o", "--output=")):
+            shown.append("DATA" if Path(word) == getattr(options, "data", None) else word)
     threads = os.environ.get("OMP_NUM_THREADS")
     return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(shown)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import itertools
@@ -252,6 +253,18 @@ def test_a_turn_uses_up_what_was_made_in_advance_and_times_whole_sets_of_batches
     assert loaders.images_per_second(stream, setting, 4, use=used.append, watch=Watch()) > 0
     assert seen == [2, 8]
     assert used == [*range(8)]
+
+
+# ---- machine ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", [["-o", "/home/me/x.json"], ["-o/home/me/x.json"], ["--output=/home/me/x.json"]])
+def test_a_command_names_no_folder_of_the_machine(monkeypatch, output):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["x", "/home/me/photos/", "-b", "4", *output])
+    options = argparse.Namespace(data=Path("/home/me/photos"))
+    assert machine.command(options).split()[-3:] == ["DATA", "-b", "4"]
+    assert "/home" not in machine.command(options)
 
 
 # ---- measure ---------------------------------------------------------------------------------------------------------
