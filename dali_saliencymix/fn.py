@@ -10,11 +10,11 @@ the Python code that DALI calls for each batch is a pure function.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from nvidia.dali import fn, types
-from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.pipeline import Pipeline, do_not_convert
 
 from dali_saliencymix import _mix_operator, mixing
 from dali_saliencymix._algorithms import ALGORITHMS
@@ -28,7 +28,7 @@ from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from nvidia.dali.pipeline import DataNode
 
@@ -64,7 +64,28 @@ class Normalise(NamedTuple):
     layout: str = "CHW"
 
 
-@do_not_convert
+_Arguments = ParamSpec("_Arguments")
+_Nodes = TypeVar("_Nodes")
+
+
+def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _Nodes]:
+    """Refuse to be called where no pipeline is being defined; keep DALI's conditionals out of the function."""
+
+    @functools.wraps(function)
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Nodes:
+        if Pipeline.current() is None:
+            msg = (
+                f"dali_saliencymix.fn.{function.__name__} must be called in the definition of a DALI pipeline; "
+                f"on arrays, and in DALI's dynamic mode, use dali_saliencymix.{function.__name__}"
+            )
+            raise RuntimeError(msg)
+        return function(*args, **kwargs)
+
+    convert: Callable[[Callable[_Arguments, _Nodes]], Callable[_Arguments, _Nodes]] = do_not_convert
+    return convert(checked)
+
+
+@_operator
 def saliencymix(
     images: DataNode,
     labels: DataNode,
@@ -164,7 +185,7 @@ def saliencymix(
     )
 
 
-@do_not_convert
+@_operator
 def cutmix(
     images: DataNode,
     labels: DataNode,
@@ -214,7 +235,7 @@ def cutmix(
     return _mix_operator.mixed_with_partners(images, labels, "cutmix", drawn, normalise=_checked(normalise), **options)
 
 
-@do_not_convert
+@_operator
 def mixup(
     images: DataNode, labels: DataNode, *, alpha: float = 1.0, prob: float = 1.0, per_batch: bool = False
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
@@ -253,7 +274,7 @@ def mixup(
     return _mix_operator.mixed_with_partners(images, labels, "mixup", drawn, per_batch=bool(per_batch))
 
 
-@do_not_convert
+@_operator
 def mix(
     images: DataNode,
     labels: DataNode,
@@ -332,7 +353,7 @@ def mix(
     )
 
 
-@do_not_convert
+@_operator
 def saliency_peaks(
     images: DataNode,
     *,
@@ -386,7 +407,7 @@ def saliency_peaks(
     return python_operator(find, images, name="saliency_peaks")
 
 
-@do_not_convert
+@_operator
 def soft_labels(
     labels: DataNode,
     source_labels: DataNode,

@@ -627,6 +627,18 @@ def test_wrong_numbers_of_classes_are_refused(files, num_classes):
         build(softened)
 
 
+@pytest.mark.parametrize("name", [name for name in dsfn.__all__ if name != "Normalise"])
+def test_outside_of_a_pipeline_the_operators_name_the_function_on_arrays(name):
+    images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
+    arguments = {
+        "saliency_peaks": (images,),
+        "soft_labels": (labels, labels, np.ones(2, np.float32)),
+    }.get(name, (images, labels))
+    options = {"mix": {"modes": {"mixup": 1}}}.get(name, {})
+    with pytest.raises(RuntimeError, match=rf"fn\.{name} must be called in .* use dali_saliencymix\.{name}$"):
+        getattr(dsfn, name)(*arguments, **options)
+
+
 def test_a_gpu_pipeline_without_cupy_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs CuPy, which is not installed: pip install"):
