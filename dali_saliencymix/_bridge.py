@@ -5,7 +5,9 @@ On a GPU DALI calls these functions with CuPy's current stream set to the operat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
 
@@ -46,21 +48,42 @@ def as_samples(batch: Array) -> list[Array]:
 
 def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array]) -> tuple[list[Array], ...]:
     """Apply ``function(*batches) -> batches`` to lists of samples; return lists of samples."""
+    xp = array_namespace(inputs[0][0])
+    if is_host(xp):
+        return _on_batches(function, inputs)
+    stream, device = xp.cuda.get_current_stream(), xp.cuda.runtime.getDevice()
     try:
-        return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
+        return (
+            _thread_for(device, stream.ptr)
+            .submit(_on_stream, xp.cuda.Device(device), stream, function, inputs)
+            .result()
+        )
     except BaseException:
-        _leave_the_stream_to_dali(array_namespace(inputs[0][0]))
+        # DALI lends its stream to this one of CuPy, which would destroy it in the end, and takes it back only after a
+        # call that returns. A destroyed one would come back in some later pipeline.
+        stream.ptr = 0
         raise
 
 
-def _leave_the_stream_to_dali(xp: Namespace) -> None:
-    """Keep DALI's stream alive when an error ends the call.
+@functools.cache
+def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
+    """Return the one thread that computes on a stream.
 
-    DALI lends its stream to a CuPy one, which would destroy it in the end, and takes it back only after a call that
-    returns. A destroyed one would come back in some later pipeline.
+    DALI calls from threads whose state in Python ends with each call, and with it what CuPy keeps for a thread: plans
+    of FFTs and the handle of cuBLAS. To make these anew takes time in every batch, and to end them waits for all work
+    on the GPU, that of the training too. A thread serves one stream, since a plan has memory that two must not share.
     """
-    if not is_host(xp):
-        xp.cuda.get_current_stream().ptr = 0
+    del device, stream  # only the key
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
+
+
+def _on_stream(device: Any, stream: Any, function: Callable[..., Any], inputs: Any) -> tuple[list[Array], ...]:
+    with device, stream:
+        return _on_batches(function, inputs)
+
+
+def _on_batches(function: Callable[..., Any], inputs: Any) -> tuple[list[Array], ...]:
+    return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
 
 
 def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:

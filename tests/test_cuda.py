@@ -6,12 +6,14 @@ them on a GPU. What remains for a GPU is in the tests marked so.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -610,7 +612,25 @@ def test_maps_of_other_dtypes_are_refused():
         cuda.saliency_peaks(np.zeros((1, 2, 2)), 2, 2)
 
 
-def test_an_error_on_a_gpu_leaves_dali_its_stream(monkeypatch):
+def test_the_wheel_takes_the_kernels_along():
+    suffixes = {path.suffix for path in Path(_launch.__file__).parent.iterdir() if path.is_file()}
+    assert suffixes == {".py", ".cu", ".cuh"}
+    setting = (Path(__file__).parents[1] / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    assert '"cuda/*.cu", "cuda/*.cuh"' in setting
+
+
+def test_importing_the_kernels_imports_no_cupy():
+    script = "import sys, dali_saliencymix.cuda, dali_saliencymix.normalise; print('cupy' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# --- Between DALI and CuPy ---
+
+
+@pytest.fixture
+def lent(monkeypatch):
+    """What DALI sees of CuPy, and the list of the streams that this has destroyed."""
     current, destroyed = [], []
 
     class Stream:
@@ -630,30 +650,54 @@ def test_an_error_on_a_gpu_leaves_dali_its_stream(monkeypatch):
             if self.ptr:
                 destroyed.append(self.ptr)
 
-    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=Stream, get_current_stream=lambda: current[-1]))
+    cuda = SimpleNamespace(
+        Stream=Stream,
+        Device=contextlib.nullcontext,
+        get_current_stream=lambda: current[-1],
+        runtime=SimpleNamespace(getDevice=lambda: 0),
+    )
+    monkeypatch.setattr(python_function, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(_bridge, "array_namespace", lambda array: SimpleNamespace(cuda=cuda))
+    return destroyed
+
+
+def call_as_dali_does(monkeypatch, function, stream, *inputs):
+    """Call a function as DALI calls it for a GPU, with a stream of its own current."""
     dali = python_function.PythonFunction
-    monkeypatch.setattr(python_function, "cupy", cupy)
-    monkeypatch.setattr(dali, "current_stream", lambda: SimpleNamespace(ptr=7))
-    monkeypatch.setattr(_bridge, "array_namespace", lambda array: cupy)
+    monkeypatch.setattr(dali, "current_stream", lambda: SimpleNamespace(ptr=stream))
+    return dali._cupy_stream_wrapper(functools.partial(_bridge.on_samples, function), *inputs)
+
+
+def test_an_error_on_a_gpu_leaves_dali_its_stream(lent, monkeypatch):
     samples = [np.zeros((2, 3, 3), np.uint8), np.zeros((3, 2, 3), np.uint8)]
     with pytest.raises(ValueError, match="must have one shape") as caught:
-        dali._cupy_stream_wrapper(functools.partial(_bridge.on_samples, print), samples)
+        call_as_dali_does(monkeypatch, print, 7, samples)
     del caught
     gc.collect()
-    assert destroyed == []
+    assert lent == []
 
 
-def test_the_wheel_takes_the_kernels_along():
-    suffixes = {path.suffix for path in Path(_launch.__file__).parent.iterdir() if path.is_file()}
-    assert suffixes == {".py", ".cu", ".cuh"}
-    setting = (Path(__file__).parents[1] / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
-    assert '"cuda/*.cu", "cuda/*.cuh"' in setting
+def test_on_a_gpu_a_stream_keeps_its_thread(lent, monkeypatch):
+    monkeypatch.setattr(_bridge, "as_batch", np.stack)
+    kept, calls = threading.local(), []
 
+    def function(batch):
+        calls.append((_bridge.array_namespace(batch).cuda.get_current_stream().ptr, getattr(kept, "stream", None)))
+        kept.stream = calls[-1][0]
+        return (batch + 1,)
 
-def test_importing_the_kernels_imports_no_cupy():
-    script = "import sys, dali_saliencymix.cuda, dali_saliencymix.normalise; print('cupy' in sys.modules)"
-    command = [sys.executable, "-c", script]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+    for stream in (7, 8, 7, 8):
+        # Each call comes from another thread: those of DALI forget everything in between.
+        made = []
+        samples = [np.zeros(2), np.ones(2)]
+        thread = threading.Thread(
+            target=lambda: made.append(call_as_dali_does(monkeypatch, function, stream, samples))  # noqa: B023
+        )
+        thread.start()
+        thread.join()
+        np.testing.assert_array_equal(made[0][0], [[1, 1], [2, 2]])
+    assert calls == [(7, None), (8, None), (7, 7), (8, 8)]
+    assert lent == []
 
 
 # --- On a GPU ---

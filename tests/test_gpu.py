@@ -6,6 +6,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,10 @@ def test_kernels_and_array_operations_mix_alike(cupy, batch, name, destination):
 
 
 @pipeline_def(batch_size=6, num_threads=1, device_id=0)
-def mixed(images, wrong):
+def mixed(images, wrong, saliency="spectral_residual"):
     batch = fn.external_source(lambda: list(images), layout="HWC").gpu()
     labels = fn.external_source(lambda: np.arange(len(images)))
-    return dsfn.saliencymix(batch / 255 if wrong else batch, labels)[0], batch
+    return dsfn.saliencymix(batch / 255 if wrong else batch, labels, saliency=saliency)[0], batch
 
 
 def test_after_an_error_in_one_pipeline_others_work(batch):
@@ -86,6 +87,25 @@ def test_after_an_error_in_one_pipeline_others_work(batch):
             assert pixels.shape == originals.shape
             np.testing.assert_array_equal(originals, batch[0])
             assert (pixels != originals).any()
+
+
+def test_what_cupy_keeps_for_a_thread_is_kept_from_batch_to_batch(cupy, batch):
+    kept, seen = threading.local(), []
+
+    def detector(images):
+        seen.append((getattr(kept, "calls", 0), cupy.cuda.get_current_stream().ptr))
+        kept.calls = seen[-1][0] + 1
+        return images[..., 0].astype(cupy.float32)
+
+    pipeline = mixed(batch[0], wrong=False, saliency=detector)
+    for _ in range(5):
+        pipeline.run()
+    del pipeline
+    gc.collect()
+    first = seen[0][0]
+    assert [calls for calls, _ in seen[:5]] == list(range(first, first + 5))
+    assert len({stream for _, stream in seen}) == 1
+    assert seen[0][1] != 0  # DALI's own
 
 
 @pytest.mark.parametrize("options", [[], ["--amp", "--channels-last"], ["--mix", "cutmix"]], ids=" ".join)
