@@ -218,7 +218,9 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     warm = rows_of(cold=100, reads_cold=False)
     assert warm["epoch as it is"]["value"] == pytest.approx(1_281_167 / 380)
     assert warm == rows_of(cold=None, reads_cold=False)
-    rates |= {"step": None, "end": None}  # the loader alone
+    rates |= {"loader": 300}  # which is less than was measured together with a step
+    assert rows_of(cold=None, reads_cold=False)["a step twice as fast"]["text"].endswith("1.00 times today's")
+    rates |= {"loader": 500, "step": None, "end": None}  # the loader alone
     assert rows_of(cold=100, reads_cold=True)["epoch of the loader alone"]["value"] == pytest.approx(1_281_167 / 100)
     assert rows_of(cold=None, reads_cold=False)["epoch of the loader alone"]["value"] == pytest.approx(1_281_167 / 500)
     assert [row["value"] for row in rows_of(cold=None, reads_cold=True).values()] == [None]

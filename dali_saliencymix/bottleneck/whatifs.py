@@ -154,7 +154,7 @@ def predicted_rows(
     if step and loader and today:
         # What the parts cost each other today stays.
         kept = min(today / min(step, loader, bound or loader), 1.0)
-        value = min(2 * step, loader, bound or loader) * kept
+        value = max(min(2 * step, loader, bound or loader) * kept, today)  # noise may say that it gets slower
         text = f"A GPU twice as fast: {value:.0f} images/s, {value / today:.2f} times today's"
         add("a step twice as fast", value, text)
     limit = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
