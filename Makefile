@@ -20,6 +20,7 @@ JOBS ?= 2
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
+data := $(if $(DATA),"$(DATA)")
 
 .PHONY: help environment demo test lint docs bench gpu-suite clean
 
@@ -55,16 +56,17 @@ docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
 bench: $(installed)
+	@test -z "$(DATA)" -o -d "$(DATA)" || { echo "error: DATA: $(DATA): no such folder" >&2; exit 1; }
 	$(python) -m benchmarks.bench_ops -o benchmarks/results/ops-$(NAME).json
-	$(python) -m benchmarks.bench_pipeline $(DATA) -o benchmarks/results/pipeline-$(NAME).json
-	$(python) -m benchmarks.bench_train $(DATA) -o benchmarks/results/train-$(NAME).json
-	$(python) -m benchmarks.bench_scale $(DATA) -o benchmarks/results/scale-$(NAME).json
-	$(python) -m benchmarks.bench_detectors $(DATA) -o benchmarks/results/detectors-$(NAME).json
+	$(python) -m benchmarks.bench_pipeline $(data) -o benchmarks/results/pipeline-$(NAME).json
+	$(python) -m benchmarks.bench_train $(data) -o benchmarks/results/train-$(NAME).json
+	$(python) -m benchmarks.bench_scale $(data) -o benchmarks/results/scale-$(NAME).json
+	$(python) -m benchmarks.bench_detectors $(data) -o benchmarks/results/detectors-$(NAME).json
 	$(python) -m benchmarks.render
 
 gpu-suite:
 	@test -n "$(OUT)" || { echo "error: say where the results go: make gpu-suite OUT=folder" >&2; exit 1; }
-	$(PYTHON) -m benchmarks.gpu_suite $(OUT) $(if $(DATA),--data $(DATA)) $(if $(DRY),--dry)
+	$(PYTHON) -m benchmarks.gpu_suite "$(OUT)" $(if $(DATA),--data $(data)) $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png

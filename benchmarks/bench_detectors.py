@@ -3,8 +3,9 @@
     python -m benchmarks.bench_detectors DATA -o benchmarks/results/NAME.json
 
 Images are resized to a short side of 8/7 of the size and cropped at the centre, as for validation. Times are those of
-the detector alone on a batch of them that lies in memory, on NumPy and, where there is a GPU, on CuPy. Peaks are those
-that mixing takes. DATA is a folder of class folders; without it images are made.
+the detector alone on a batch of them that lies in memory, on NumPy and, where there is a GPU, on CuPy. Peaks are
+those that mixing takes. Those detectors that OpenCV has are compared with it, map by map. DATA is a folder of class
+folders; without it images are made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def
 
-from benchmarks import data, machine, measure
+from benchmarks import data, machine, measure, opencv
 from dali_saliencymix import DETECTORS, saliency_peaks
 from dali_saliencymix.image_folder import find_unreadable
 
@@ -44,6 +45,7 @@ def main() -> None:
         images = decoded([folder.files[i * len(folder) // count] for i in range(count)], options.size)
     result: dict[str, Any] = {"benchmark": "detectors", "milliseconds_per_batch": {}, "not_measured": {}}
     result |= peaks(images)
+    result["against_opencv"] = against_opencv(images, result["not_measured"])
     result["conditions"] = machine.conditions(options, gpu=gpu) | {"images": count}
     batch = images[np.arange(options.batch_size) % len(images)]
     for library in ["numpy", "cupy"] if gpu else ["numpy"]:
@@ -108,6 +110,36 @@ def peaks(images: np.ndarray) -> dict[str, Any]:
     }
 
 
+def against_opencv(images: np.ndarray, not_measured: dict[str, str]) -> dict[str, Any]:
+    """Return how far the maps of the detectors that OpenCV has are from OpenCV's, in units of a map's range of 0..1.
+
+    Ours are enlarged to OpenCV's size as OpenCV does it, where they are smaller.
+    """
+    if reason := opencv.why_not():
+        not_measured["against_opencv"] = reason
+        return {}
+    import cv2
+
+    height, width = images.shape[1:3]
+    found = {}
+    for name in opencv.DETECTORS:
+        theirs = np.stack(opencv.saliency_maps(images, name))
+        maps = DETECTORS[name](images)
+        ours = np.stack([cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR_EXACT) for one in maps])
+        own, other = (saliency_peaks(one, height, width) for one in (maps, theirs))
+        found[name] = {
+            "equal_maps": _share((ours == theirs).all(axis=(1, 2))),
+            "largest_difference": measure.significant(float(np.abs(ours - theirs).max()), 2),
+            "same_peak": _share([one.argmax() == two.argmax() for one, two in zip(ours, theirs, strict=True)]),
+            "peak_of_mixing_within_a_pixel": _share(np.abs(own - other).max(axis=1) <= 1),
+        }
+    return found
+
+
+def _share(found: Any) -> float:
+    return round(float(np.mean(found)), 3)
+
+
 def peak_positions(detector: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
     """Return the centre of each peak's pixel as a fraction of the side: (N, 2)."""
     size = images.shape[1]
@@ -119,7 +151,7 @@ def places(positions: np.ndarray) -> dict[str, float]:
     """Return the share of peaks in the outer 1/16 along each side, and in the central quarter of the area."""
     from_centre = np.abs(positions - 0.5).max(axis=1)
     shares = {"border_ring": from_centre > 1 / 2 - 1 / 16, "central_quarter": from_centre < 1 / 4}
-    return {name: round(float(share.mean()), 3) for name, share in shares.items()}
+    return {name: _share(share) for name, share in shares.items()}
 
 
 def agreement(differences: np.ndarray) -> dict[str, float]:
@@ -127,7 +159,7 @@ def agreement(differences: np.ndarray) -> dict[str, float]:
     distance = np.hypot(*differences.T)
     return {
         "mean_distance": round(float(distance.mean()), 3),
-        "within_an_eighth": round(float((distance < 1 / 8).mean()), 3),
+        "within_an_eighth": _share(distance < 1 / 8),
     }
 
 

@@ -1,4 +1,4 @@
-"""Everything that a GPU host is wanted for, in one command of bounded time: tests, and all measurements on the GPU.
+"""Everything that a GPU host is wanted for, in one command of bounded time: tests, and what is measured on a GPU.
 
     python -m benchmarks.gpu_suite OUT --data DATA
 

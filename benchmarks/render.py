@@ -88,7 +88,23 @@ def scale_table(result: dict[str, Any]) -> str:
     return table(["what grows", "detector", "unit", "least", "most", "linear"], rows)
 
 
-TABLES = {"pipeline": pipeline_table, "train": train_table, "ops": ops_table, "scale": scale_table}
+def opencv_table(result: dict[str, Any]) -> str:
+    """Return how far the detectors are from OpenCV's: shares of images in percent, and the largest difference."""
+    head = ["detector", "equal maps", "largest difference", "same peak", "peak of mixing within a pixel"]
+    rows = []
+    for name, found in result["against_opencv"].items():
+        shares = [f"{found[part]:.1%}" for part in ("equal_maps", "same_peak", "peak_of_mixing_within_a_pixel")]
+        rows.append([f"`{name}`", shares[0], number(found["largest_difference"]), *shares[1:]])
+    return table(head, rows)
+
+
+TABLES = {
+    "opencv": opencv_table,
+    "pipeline": pipeline_table,
+    "train": train_table,
+    "ops": ops_table,
+    "scale": scale_table,
+}
 
 
 def conditions_text(result: dict[str, Any]) -> str:

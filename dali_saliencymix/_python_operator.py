@@ -73,7 +73,7 @@ def python_operator(
     """
     device = inputs[0].device
     if device == "gpu" and importlib.util.find_spec("cupy") is None:
-        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]'"
+        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]', or [cuda13]"
         raise ImportError(msg)
     pipeline = Pipeline.current()
     limited = functools.partial(_limited, pipeline.num_threads, function)

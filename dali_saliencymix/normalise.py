@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LAYOUTS = ("CHW", "HWC")
+DTYPES = ("float32", "float16")
 
 
 def paste_normalised(
@@ -136,25 +137,36 @@ def check_normalisation(
     if mirror is not None:
         kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
         check_per_image(mirror, "mirror", array_namespace(images), count, kind)
+    checked = check_scaling(mean, std, dtype, layout)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             msg = f"{name} must have one finite number for each of the {channels} channels, got {list(values)}"
             raise ValueError(msg)
-    return check_scaling(mean, std, dtype, layout)
+    return checked
 
 
 def check_scaling(mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str) -> np.dtype[Any]:
     """Require what can be required before there are images; return `dtype` as an object of that class."""
     for name, values in (("mean", mean), ("std", std)):
-        if not all(math.isfinite(value) for value in values):
-            msg = f"{name} must have one finite number for each channel, got {list(values)}"
+        try:
+            finite = all(math.isfinite(value) for value in values)
+        except TypeError:  # no sequence, or not of numbers
+            finite = False
+        if not finite:
+            msg = f"{name} must have one finite number for each channel, got {values!r}"
             raise ValueError(msg)
     if not all(value > 0 for value in std):
         msg = f"std must be positive, got {list(std)}"
         raise ValueError(msg)
     check_choice(layout, "layout", LAYOUTS)
-    check_choice(np.dtype(dtype).name, "dtype", ("float32", "float16"))
-    return np.dtype(dtype)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found not in DTYPES:  # NumPy takes None for float64
+        msg = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
+        raise ValueError(msg)
+    return found
 
 
 def scaling(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

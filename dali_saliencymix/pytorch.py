@@ -359,14 +359,16 @@ def _torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[
     """Let PyTorch compute where CuPy does: on DALI's stream, inside a pipeline."""
     if isinstance(images, np.ndarray):
         return contextlib.nullcontext()
-    stream = _cupy().cuda.get_current_stream().ptr
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=images.device.id))  # type: ignore[no-untyped-call]
+    stream, device = _cupy().cuda.get_current_stream().ptr, images.device.id
+    if not stream:  # the default one, of which PyTorch would make a new one
+        return torch.cuda.stream(torch.cuda.default_stream(device))
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
 
 
 def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]'"
+        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]', or [cuda13]"
         raise ImportError(msg) from error
     return cupy

@@ -545,9 +545,13 @@ def test_paste_normalised_of_arrays_is_the_three_steps(xp, put, fetch):
     ("wrong", "error", "message"),
     [
         ({"mean": [1, 2]}, ValueError, r"mean must have one finite number for each of the 3 channels, got \[1, 2\]"),
+        ({"mean": 1.0}, ValueError, "mean must have one finite number for each channel, got 1.0"),
+        ({"mean": "123"}, ValueError, "mean must have one finite number for each channel, got '123'"),
         ({"std": [1, NAN, 1]}, ValueError, "std must have one finite number"),
         ({"std": [1, 0, 1]}, ValueError, r"std must be positive, got \[1, 0, 1\]"),
         ({"dtype": "float64"}, ValueError, "dtype must be one of float32, float16, got 'float64'"),
+        ({"dtype": "floaty"}, ValueError, "dtype must be one of float32, float16, got 'floaty'"),
+        ({"dtype": None}, ValueError, "dtype must be one of float32, float16, got None"),
         ({"layout": "NCHW"}, ValueError, "layout must be one of CHW, HWC, got 'NCHW'"),
         ({"mirror": np.zeros(3, bool)}, ValueError, r"mirror must have shape \(2,\)"),
         ({"mirror": np.zeros(2)}, TypeError, "mirror must be of integer dtype, got float64"),

@@ -781,7 +781,8 @@ def test_a_label_that_is_no_class_makes_nan_on_the_gpu():
 
 
 @pytest.mark.gpu
-def test_a_network_on_the_gpu_computes_on_the_stream_of_the_images():
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_network_on_the_gpu_computes_on_the_stream_of_the_images(own_stream):
     cupy = pytest.importorskip("cupy")
     images = hwc(pixels(6, 3, 32, 32))
     expected = NetworkSaliency(Channel())(images)
@@ -791,7 +792,7 @@ def test_a_network_on_the_gpu_computes_on_the_stream_of_the_images():
         streams.append(torch.cuda.current_stream().cuda_stream)
         return given[:, 0]
 
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    with cupy.cuda.Stream(non_blocking=True) if own_stream else cupy.cuda.Stream.null as stream:
         maps = NetworkSaliency(network)(cupy.asarray(images))
         assert isinstance(maps, cupy.ndarray)
         np.testing.assert_allclose(cupy.asnumpy(maps, stream=stream), expected, atol=1e-5)
