@@ -69,12 +69,14 @@ def main() -> None:
         )
         calls: dict[str, list[gil.Call]] = {}
         streams = {_UNMIXED: loaders.in_graph(setting, channels_last=True)}
+        mixing = {"mix_normalises": True, "channels_last": True}
         for detector in options.detectors:
-            with gil.recorded_calls() as calls[f"saliencymix {detector}"]:
-                mix = loaders.saliencymix_in_graph(detector)
-                streams[f"saliencymix {detector}"] = loaders.in_graph(
-                    setting, mix=mix, mix_normalises=True, channels_last=True
-                )
+            name, mix = f"saliencymix {detector}", loaders.saliencymix_in_graph(detector)
+            with gil.recorded_calls() as calls[name]:
+                streams[name] = loaders.in_graph(setting, mix=mix, **mixing)
+            if gpu:
+                with gil.recorded_calls() as calls[f"{name}, whole batches"]:
+                    streams[f"{name}, whole batches"] = loaders.in_graph_of_whole_batches(setting, mix=mix, **mixing)
         measure_training(result, streams, calls, setting, options, budget.next_part(0.8))
         measure_lock(result, streams, setting, options, budget.next_part())
     measure.write(result, options.output)

@@ -14,6 +14,7 @@ image and interpolates its colours, DALI the window that is kept, without interp
                           that without kernels, and only measured when asked for
 ``..., apart``            the operator mixes only, and DALI mirrors and normalises, as it does for ``none``. Otherwise
                           ``cutmix`` and ``saliencymix`` do that along on a CPU, as in ``train.py``
+``..., whole batches``    on a GPU: the operator gets a batch as it lies in memory, as it does on a CPU in any case
 ``after: ...``            DALI, and the mix on the batch that comes out of the iterator, as with NVIDIA's MixUpWrapper.
                           SaliencyMix takes 8-bit images: DALI gives these, and PyTorch normalises them afterwards,
                           which belongs to the cost of that way. CutMix and mixup take DALI's normalised batch
@@ -46,6 +47,7 @@ from torch.utils import data
 from benchmarks import opencv
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix import fn as mix_fn
+from dali_saliencymix._python_operator import whole_batches_on_gpu
 from dali_saliencymix.image_folder import ImageFolder
 from dali_saliencymix.pytorch import SaliencyMix
 from pipelines.imagenet import MEAN, STD
@@ -137,6 +139,9 @@ def makers() -> dict[str, Maker]:
             for name in DETECTORS
             if "algorithm" in inspect.signature(mix_fn.saliencymix).parameters
         },
+        "saliencymix spectral_residual, whole batches": functools.partial(
+            in_graph_of_whole_batches, mix=saliencymix_in_graph("spectral_residual")
+        ),
         "after: cutmix": functools.partial(_after, mix=transforms.CutMix),
         "after: mixup": functools.partial(_after, mix=transforms.MixUp),
         **{
@@ -151,7 +156,8 @@ def makers() -> dict[str, Maker]:
 def default_names(*, gpu: bool) -> list[str]:
     """Return the names of the ways that are compared when nothing else is asked for."""
     # On a GPU DALI normalises in any case.
-    return [name for name in makers() if not name.endswith((", array", ", apart") if gpu else ", array")]
+    left_out = ", apart" if gpu else ", whole batches"
+    return [name for name in makers() if not name.endswith((", array", left_out))]
 
 
 def saliencymix_in_graph(detector: str, **options: str) -> Callable[..., Any]:
@@ -176,6 +182,12 @@ def in_graph(setting: Setting, *, mix: Callable[..., Any] | None = None, **optio
         **options,
     )
     return Stream(_endless(loader), _PREFETCH + 1)
+
+
+def in_graph_of_whole_batches(setting: Setting, **options: Any) -> Stream:
+    """Return what `in_graph` does; mixing operators get whole batches on a GPU too."""
+    with whole_batches_on_gpu():
+        return in_graph(setting, **options)
 
 
 def _after(setting: Setting, mix: Callable[..., Any]) -> Stream:

@@ -51,13 +51,9 @@ def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Arr
     xp = array_namespace(inputs[0][0])
     if is_host(xp):
         return _on_batches(function, inputs)
-    stream, device = xp.cuda.get_current_stream(), xp.cuda.runtime.getDevice()
+    stream = xp.cuda.get_current_stream()
     try:
-        return (
-            _thread_for(device, stream.ptr)
-            .submit(_on_stream, xp.cuda.Device(device), stream, function, inputs)
-            .result()
-        )
+        return in_lasting_thread(stream, xp, _on_batches, function, inputs)
     except BaseException:
         # DALI lends its stream to this one of CuPy, which would destroy it in the end, and takes it back only after a
         # call that returns. A destroyed one would come back in some later pipeline.
@@ -65,21 +61,26 @@ def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Arr
         raise
 
 
-@functools.cache
-def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
-    """Return the one thread that computes on a stream.
+def in_lasting_thread(stream: Any, xp: Namespace, function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, called on a CuPy stream and the current device in a thread of its own.
 
     DALI calls from threads whose state in Python ends with each call, and with it what CuPy keeps for a thread: plans
     of FFTs and the handle of cuBLAS. To make these anew takes time in every batch, and to end them waits for all work
     on the GPU, that of the training too. A thread serves one stream, since a plan has memory that two must not share.
     """
+    device = xp.cuda.runtime.getDevice()
+
+    def call() -> Any:
+        with xp.cuda.Device(device), stream:
+            return function(*args)
+
+    return _thread_for(device, stream.ptr).submit(call).result()
+
+
+@functools.cache
+def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
     del device, stream  # only the key
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
-
-
-def _on_stream(device: Any, stream: Any, function: Callable[..., Any], inputs: Any) -> tuple[list[Array], ...]:
-    with device, stream:
-        return _on_batches(function, inputs)
 
 
 def _on_batches(function: Callable[..., Any], inputs: Any) -> tuple[list[Array], ...]:

@@ -3,14 +3,15 @@
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
 apart with Python's lock held; `_bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
 no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
-it serves with the versions of DALI in which it was tried only, and on a CPU only: on a GPU neither has been measured.
-Both give the same batches.
+it serves with the versions of DALI in which it was tried only, and on a CPU only, where both give the same batches. On
+a GPU neither has been measured: `whole_batches_on_gpu` is there to do it.
 
 DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -26,7 +27,7 @@ from dali_saliencymix import _bridge
 from dali_saliencymix._threads import limited_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from nvidia.dali.pipeline import DataNode
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Batches = tuple[Array, ...]
 
 _WHOLE_BATCHES_TRIED = ("2.4.",)
+_gets_whole_batches = {"cpu"}
 
 _CACHE_LINE = 64  # bytes
 _MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
@@ -80,9 +82,12 @@ def python_operator(
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
     # DALI's debug mode knows the functions of `nvidia.dali.fn` only.
     debugged = getattr(pipeline, "_debug_on", False)
-    if device == "cpu" and whole_batches_work() and not debugged:
+    if device in _gets_whole_batches and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
-        return _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)(*inputs)
+        operator = _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)
+        # On a GPU the memory that CuPy gives away is taken back by CuPy as soon as DALI or its user lets go of it,
+        # while they may still read it on streams of their own. DALI's copy, on this one, is the one to keep.
+        return operator(*inputs) if device == "cpu" else fn.copy(operator(*inputs))
     if layouts:
         options["output_layouts"] = list(layouts)
     on_samples = functools.partial(_bridge.on_samples, limited)
@@ -92,6 +97,16 @@ def python_operator(
 def to_device(device: str, node: DataNode) -> DataNode:
     """Return `node`, copied to the GPU if that is the device; never back from there."""
     return node.gpu() if device == "gpu" and node.device == "cpu" else node
+
+
+@contextlib.contextmanager
+def whole_batches_on_gpu() -> Iterator[None]:
+    """Let pipelines that are defined in here hand over whole batches on a GPU too, to measure it."""
+    _gets_whole_batches.add("gpu")
+    try:
+        yield
+    finally:
+        _gets_whole_batches.discard("gpu")
 
 
 def whole_batches_work() -> bool:
@@ -104,9 +119,10 @@ def _whole_batch_function() -> Any:
     base: Any = ops.python_op_factory("_JaxFunction", "_JaxFunction", "_JaxFunction", generated=False)
 
     class WholeBatchFunction(base):  # type: ignore[misc]  # DALI makes the class while the program runs
-        def __init__(self, function: Callable[..., Batches], **options: Any) -> None:
-            self.function = functools.partial(_on_tensors, function)  # DALI knows nothing but its address
-            super().__init__(function_id=id(self.function), **options)
+        def __init__(self, function: Callable[..., Batches], *, device: str, **options: Any) -> None:
+            on_tensors = _on_tensors if device == "cpu" else _on_gpu_tensors
+            self.function = functools.partial(on_tensors, function)  # DALI knows nothing but its address
+            super().__init__(function_id=id(self.function), device=device, **options)
 
     return WholeBatchFunction
 
@@ -114,6 +130,27 @@ def _whole_batch_function() -> Any:
 def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, ...]:
     arrays = [python_function_plugin.DLTensorToArray(tensor.__dlpack__(stream=None)) for tensor in tensors]
     return tuple(np.require(array, requirements=["C", "W"]).__dlpack__() for array in function(*arrays))
+
+
+def _on_gpu_tensors(function: Callable[..., Batches], stream: int, *tensors: Any) -> tuple[Any, ...]:
+    import cupy
+
+    # Of this kind CuPy does not destroy DALI's stream.
+    lent = cupy.cuda.ExternalStream(stream)
+    return _bridge.in_lasting_thread(lent, cupy, _on_cupy_tensors, function, tensors)
+
+
+def _on_cupy_tensors(function: Callable[..., Batches], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    import cupy
+
+    outputs = function(*map(cupy.from_dlpack, tensors))
+    return tuple(_dense(array).__dlpack__(stream=-1) for array in outputs)  # -1: DALI reads it on this very stream
+
+
+def _dense(array: Array) -> Array:
+    """Return a C-contiguous array with the strides of one, also where an axis is 1 long: DALI looks at them."""
+    strides = tuple(array.itemsize * math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+    return array if array.strides == strides else array.copy()
 
 
 def _limited(num_threads: int, function: Callable[..., Batches], *arrays: Array) -> Batches:

@@ -47,7 +47,8 @@ def operator(request, monkeypatch):
     """Try everything with both of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
-    return request.param
+    with _python_operator.whole_batches_on_gpu():
+        yield request.param
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

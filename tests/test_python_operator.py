@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from dali_saliencymix import _python_operator
-from dali_saliencymix._python_operator import Buffers, python_operator
+from dali_saliencymix._python_operator import Buffers, python_operator, whole_batches_on_gpu
 
 
 def address(array):
@@ -112,6 +113,43 @@ def test_debug_mode_goes_the_documented_way(monkeypatch, debugged):
     monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
     node = SimpleNamespace(device="cpu")
     assert python_operator(print, node, name="mix") == ("samples" if debugged else "whole batches")
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_on_a_gpu_whole_batches_are_asked_for_and_copied(monkeypatch, measured):
+    pytest.importorskip("cupy")
+    monkeypatch.setattr(_python_operator.Pipeline, "current", lambda: SimpleNamespace(num_threads=1))
+    monkeypatch.setattr(_python_operator, "_whole_batch_function", lambda: lambda *_, **__: lambda *_: "whole batches")
+    monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
+    monkeypatch.setattr(fn, "copy", lambda outputs: f"copy of {outputs}")
+    with whole_batches_on_gpu() if measured else contextlib.nullcontext():
+        made = python_operator(print, SimpleNamespace(device="gpu"), name="mix")
+    assert made == ("copy of whole batches" if measured else "samples")
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 4), (3, 1, 2), ()])
+def test_what_dali_takes_has_the_strides_of_a_dense_array(shape):
+    canonical = np.zeros(shape).strides
+    odd = np.lib.stride_tricks.as_strided(np.arange(24.0), shape, [8 * stride for stride in canonical])
+    for array in (odd, np.zeros(shape)):
+        dense = _python_operator._dense(array)
+        assert dense.strides == canonical
+        np.testing.assert_array_equal(dense, array)
+    assert _python_operator._dense(array) is array
+
+
+@pytest.mark.gpu
+def test_a_held_batch_of_a_gpu_does_not_change():
+    @pipeline_def(batch_size=4, num_threads=2, device_id=0)
+    def counting():
+        numbers = fn.external_source(source=lambda info: np.full((4, 1000), info, np.int32), batch_info=False)
+        return python_operator(lambda batch: (batch * 2,), numbers.gpu(), name="doubled")
+
+    with whole_batches_on_gpu():
+        pipeline = counting()
+    held = [pipeline.run()[0] for _ in range(20)]
+    for number, batch in enumerate(held):
+        np.testing.assert_array_equal(batch.as_cpu().as_array(), 2 * number)
 
 
 def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
