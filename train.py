@@ -23,7 +23,6 @@ import functools
 import gc
 import itertools
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ from dali_saliencymix.training.checkpoint_report import report_on_checkpoint
 from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.divergence import DivergenceWatch
 from dali_saliencymix.training.lockstep import Interruptible, Lockstep
-from dali_saliencymix.training.models import make_model
+from dali_saliencymix.training.models import choose_kernels, make_model
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
 from dali_saliencymix.training.resources import resources_in_use
@@ -489,18 +488,10 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         record.status = "stopped"
 
 
-def choose_kernels(args: argparse.Namespace) -> None:
-    """Have PyTorch take the fastest kernels, or with --deterministic those that always give the same bits."""
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-
-
 def main() -> int:
     """Run from the command line; return the exit status."""
     args = parse_arguments()
-    choose_kernels(args)
+    choose_kernels(deterministic=args.deterministic)
     try:
         run(args, distributed.start_processes(args.device))
     except Preempted as signal:

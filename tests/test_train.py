@@ -23,6 +23,7 @@ from dali_saliencymix.training import evaluation, metrics
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.models import choose_kernels
 from pipelines.loader import Loader, validation_loader
 from train import Trainer
 
@@ -453,7 +454,7 @@ def test_kernels_are_fast_or_deterministic(monkeypatch, deterministic):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
     try:
-        train.choose_kernels(parse_arguments(["data", *["--deterministic"] * deterministic]))
+        choose_kernels(deterministic=deterministic)
         assert torch.are_deterministic_algorithms_enabled() is deterministic
         assert torch.backends.cudnn.benchmark is not deterministic
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic

@@ -98,9 +98,9 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
 
     try:
         if not own.step and not own.no_step:
-            from dali_saliencymix.bottleneck.steps import choose_kernels
+            from dali_saliencymix.training.models import choose_kernels
 
-            choose_kernels(training)
+            choose_kernels(deterministic=training.deterministic)
         processes = distributed.start_processes(training.device)
         report = _measured(own, training, rest, processes)
         if ranks.rank() == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,14 +14,6 @@ from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
-
-
-def choose_kernels(args: argparse.Namespace) -> None:
-    """Have PyTorch take the kernels that ``train.py`` takes with these options; before CUDA starts."""
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 class TrainingStep:

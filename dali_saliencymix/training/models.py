@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -144,3 +145,11 @@ class _WideBlock(nn.Module):
         shortcut = features if self.shortcut is None else self.shortcut(active)
         active = functional.relu(self.bn2(self.conv1(active)))
         return self.conv2(self.dropout(active)) + shortcut
+
+
+def choose_kernels(*, deterministic: bool) -> None:
+    """Have PyTorch take the fastest kernels, or those that always give the same bits; before CUDA starts."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
