@@ -8,7 +8,6 @@ import inspect
 import io
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from dali_saliencymix.training.distributed import Processes
 
+_EXPECTED = (ImportError, OSError, ValueError)  # a BottleneckError is a ValueError
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
@@ -102,7 +102,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
 
             choose_kernels(deterministic=training.deterministic)
         processes = distributed.start_processes(training.device)
-        report = _measured(own, training, rest, processes)
+        report = _measured_by_all(own, training, rest, processes)
         if ranks.rank() == 0:
             return _told(report, own)
         return 0
@@ -110,7 +110,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
     except Exception as error:
-        return _failed(error, prog)
+        return distributed.fail(error, _EXPECTED, prog=prog)
     finally:
         distributed.stop_processes()
 
@@ -120,49 +120,29 @@ def profile_training(training: argparse.Namespace, processes: Processes) -> None
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
-    from dali_saliencymix.training import distributed
-
-    try:
-        report = _measured(bottleneck_parser("train.py").parse_args([]), training, [], processes)
-    except BottleneckError as error:
-        if processes.world_size == 1:
-            raise
-        if not distributed.announce_failure():
-            raise distributed.OtherProcessError from error
-        msg = f"process {processes.rank}: {error}"
-        raise BottleneckError(msg) from error
+    own = bottleneck_parser("train.py").parse_args([])
+    report = _measured_by_all(own, training, [], processes)
     if processes.is_main:
         sys.stdout.write(report_text(report) + "\n")
         training.output_dir.mkdir(parents=True, exist_ok=True)
         save_report(report, training.output_dir / "loader_report.json")
 
 
-def _failed(error: Exception, prog: str) -> int:
-    """Write the line of an error and return the status 1; of several processes, end this one at once.
-
-    What `distributed.fail` is to a training: the first process that fails says why, and none waits for another.
-    """
+def _measured_by_all(
+    own: argparse.Namespace, training: argparse.Namespace, rest: list[str], processes: Processes
+) -> Report:
+    """Measure; where that fails, the first process that does so says why, and which one it is."""
     from dali_saliencymix.training import distributed
 
-    several = ranks.count() > 1
-    expected = isinstance(error, (ImportError, OSError, ValueError))  # a BottleneckError is a ValueError
-    if not expected and not several:
-        raise error
-    if distributed.announce_failure():
+    try:
+        return _measured(own, training, rest, processes)
+    except _EXPECTED as error:
         text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
-        if ranks.is_lost(error):
-            text = "another process has ended without a word; was it killed?"
-        elif not expected:
-            traceback.print_exception(error)
-            text = one_line(error)
-        who = f"process {ranks.rank()}: " if several else ""
-        sys.stderr.write(f"{prog}: error: {who}{text}\n")
-    if several:
-        # Leaving the group in good order would wait for processes that may wait for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-    return 1
+        if processes.world_size > 1:
+            if not distributed.announce_failure():
+                raise distributed.OtherProcessError from error
+            text = f"process {processes.rank}: {text}"
+        raise BottleneckError(text) from error
 
 
 def run_compare(before: Path, after: Path, prog: str) -> int:

@@ -124,7 +124,7 @@ def end(line: str, status: int) -> int:
     return status
 
 
-def fail(error: Exception, expected: tuple[type[Exception], ...]) -> int:
+def fail(error: Exception, expected: tuple[type[Exception], ...], *, prog: str = "train.py") -> int:
     """Write the line of an error to stderr and return the status 1; of several processes, end this one at once.
 
     What several processes have to say is written once, and nothing is written by those that only fail because another
@@ -136,13 +136,15 @@ def fail(error: Exception, expected: tuple[type[Exception], ...]) -> int:
         What this process ends with.
     expected : tuple of types
         Errors whose text says it all. Others come with their traceback.
+    prog : str
+        How the program calls itself.
     """
     lost = is_lost_connection(error)
     text = "another process of the run has ended without a word; was it killed?" if lost else str(error)
     is_named_elsewhere = isinstance(error, OtherProcessError) and not text
     if not is_named_elsewhere and _claims(text, needs_to_be_first=lost):
         if lost or isinstance(error, (*expected, OtherProcessError)):
-            sys.stderr.write(f"train.py: error: {text}\n")
+            sys.stderr.write(f"{prog}: error: {text}\n")
         elif dist.is_initialized():
             traceback.print_exception(error)
         else:
