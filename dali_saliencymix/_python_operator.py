@@ -24,6 +24,7 @@ from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
 from dali_saliencymix import _bridge
+from dali_saliencymix._array import NO_CUPY
 from dali_saliencymix._threads import limited_to
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def python_operator(
     """
     device = inputs[0].device
     if device == "gpu" and importlib.util.find_spec("cupy") is None:
-        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]', or [cuda13]"
-        raise ImportError(msg)
+        raise ImportError(NO_CUPY)
     pipeline = Pipeline.current()
     limited = functools.partial(_limited, pipeline.num_threads, function)
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
@@ -129,7 +129,8 @@ def _whole_batch_function() -> Any:
 
 def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, ...]:
     arrays = [python_function_plugin.DLTensorToArray(tensor.__dlpack__(stream=None)) for tensor in tensors]
-    return tuple(np.require(array, requirements=["C", "W"]).__dlpack__() for array in function(*arrays))
+    # NumPy hands over no array that must not be written to.
+    return tuple(np.require(_dense(array), requirements="W").__dlpack__() for array in function(*arrays))
 
 
 def _on_gpu_tensors(function: Callable[..., Batches], stream: int, *tensors: Any) -> tuple[Any, ...]:

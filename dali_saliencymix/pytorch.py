@@ -16,6 +16,7 @@ from torch.utils import data, dlpack
 
 from dali_saliencymix import core
 from dali_saliencymix._algorithms import ALGORITHMS
+from dali_saliencymix._array import NO_CUPY
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.mixing import soft_labels
@@ -369,6 +370,5 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        msg = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]', or [cuda13]"
-        raise ImportError(msg) from error
+        raise ImportError(NO_CUPY) from error
     return cupy

@@ -84,6 +84,18 @@ def test_a_function_gets_a_batch_and_gives_batches(operator):
     np.testing.assert_array_equal(turned.as_array(), values[..., 0].transpose(0, 2, 1))
 
 
+def test_parts_of_a_batch_of_one_are_taken_as_they_are(operator):
+    # In such a batch an array is contiguous whatever its strides say.
+    values = np.arange(12.0).reshape(1, 3, 4)
+
+    def function(batch):
+        return batch[:, 0, 1], batch[:, :1].transpose(0, 2, 1), batch[:, :, 1:2]
+
+    outputs = calling(function, values, 3, batch_size=1).run()
+    for output, expected in zip(outputs, function(values), strict=True):
+        np.testing.assert_array_equal(output.as_array(), expected)
+
+
 def test_what_a_function_raises_is_in_dali_s_error(operator):
     def function(batch):
         msg = f"four is enough, got {len(batch)}"
