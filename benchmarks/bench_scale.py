@@ -151,7 +151,7 @@ def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str
         if axis == "threads":
             mixes |= {name: loaders.saliencymix_in_graph(name) for name in options.detectors}
         for name, mix in mixes.items():
-            stream = loaders.in_graph(setting, mix=mix, mix_normalises=mix is not None)
+            stream = loaders.in_graph(setting, mix=mix, mix_normalises=True)
             variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, setting, batches=4)
     return variants
 

@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import functools
 import io
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +63,7 @@ def make_images(folder: Path, count: int, source: Path | None = None) -> None:
     """Write `count` JPEG files into class folders, from the images in `source` where it is given."""
     listed = list_image_folder(source) if source else None
     make = functools.partial(_make_image, folder=folder, listed=listed)
-    # An interrupt, which all processes get, is for the one that started these.
-    ignoring = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with concurrent.futures.ProcessPoolExecutor(machine.cores(), **ignoring) as pool:
+    with concurrent.futures.ProcessPoolExecutor(machine.cores(), **machine.DEAF_TO_INTERRUPTS) as pool:
         for _ in pool.map(make, range(count), chunksize=16):
             pass
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ from dali_saliencymix._versions import versions
 
 # Beside those that the package itself works with.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
+
+# Of a pool of processes: an interrupt, which all of them get, is for the one that started them.
+DEAF_TO_INTERRUPTS: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
 
 # Counts for a given time, beginning at a given moment: what one core can do.
 _BUSY = """

@@ -11,11 +11,12 @@ import concurrent.futures
 import itertools
 import math
 import multiprocessing
-import signal
 import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks import machine
 
 DETECTORS = {"fine_grained": "FineGrained", "spectral_residual": "SpectralResidual"}
 
@@ -60,10 +61,7 @@ class Processes:
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            count,
-            multiprocessing.get_context("spawn"),
-            signal.signal,  # an interrupt, which all processes get, is for the one that started these
-            (signal.SIGINT, signal.SIG_IGN),
+            count, multiprocessing.get_context("spawn"), **machine.DEAF_TO_INTERRUPTS
         )
         self._folder = tempfile.TemporaryDirectory()
 

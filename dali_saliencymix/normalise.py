@@ -88,31 +88,31 @@ def paste_normalised(
     shape = normalised_shape(images.shape, layout)
     if out is not None:
         check_out(out, xp, shape, dtype)
+    kernel = uses_kernel(algorithm, xp)
+    if kernel and not is_host(xp):
+        from dali_saliencymix import cuda
+
+        made = cuda.paste_normalised(
+            images,
+            source_index,
+            boxes,
+            source_boxes=source_boxes,
+            mirror=mirror,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            layout=layout,
+        )
+        return into(out, made)
     shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
-    if uses_kernel(algorithm, xp):
-        if not is_host(xp):
-            from dali_saliencymix import cuda
+    if kernel and dtype == np.float32:
+        from dali_saliencymix import compiled_pixels
 
-            made = cuda.paste_normalised(
-                images,
-                source_index,
-                boxes,
-                source_boxes=source_boxes,
-                mirror=mirror,
-                mean=mean,
-                std=std,
-                dtype=dtype,
-                layout=layout,
-            )
-            return into(out, made)
-        if dtype == np.float32:
-            from dali_saliencymix import compiled_pixels
-
-            check_pasting(images, source_index, boxes, source_boxes)
-            out = np.empty(shape, np.float32) if out is None else out
-            origins = boxes if source_boxes is None else source_boxes
-            compiled_pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
-            return out
+        check_pasting(images, source_index, boxes, source_boxes)
+        out = np.empty(shape, np.float32) if out is None else out
+        origins = boxes if source_boxes is None else source_boxes
+        compiled_pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
+        return out
     mixed = paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
     if mirror is not None:
         mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)

@@ -13,12 +13,17 @@ from dali_saliencymix.bottleneck.spread import Interval, interval
 
 IMAGENET_IMAGES = 1_281_167
 
+
+def _half_and_double(value: int) -> tuple[int, ...]:
+    return max(value // 2, 1), value * 2
+
+
 _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
-    "num_threads": ("DALI threads", lambda value: (max(value // 2, 1), value * 2)),
-    "workers": ("worker processes", lambda value: (max(value // 2, 1), value * 2)),
+    "num_threads": ("DALI threads", _half_and_double),
+    "workers": ("worker processes", _half_and_double),
     "prefetch_queue_depth": ("prefetch depth", lambda value: (value * 2,) if isinstance(value, int) else ()),
     "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
-    "batch_size": ("batch size", lambda value: (max(value // 2, 1), value * 2)),
+    "batch_size": ("batch size", _half_and_double),
 }
 
 
