@@ -169,8 +169,12 @@ class SaliencyMix:
             source_ids = ids[_on_the_device_of(images, params.source_index)]
             targets = soft_labels(ids, source_ids, mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing)
             memory_format = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
-            pixels = _to_tensor(mixed.images).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-            return pixels, _to_tensor(targets)
+            pixels = _to_tensor(mixed.images).permute(0, 3, 1, 2)
+            if images.is_cuda:
+                # Into PyTorch's memory. CuPy would use its own again as soon as the tensor is dropped, even where
+                # another stream still reads it and `record_stream` was called.
+                return pixels.clone(memory_format=memory_format), _to_tensor(targets).clone()
+            return pixels.contiguous(memory_format=memory_format), _to_tensor(targets)
 
     def collate(self, samples: Sequence[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Make a mixed batch of samples: the ``collate_fn`` of a ``DataLoader``.
