@@ -1,7 +1,8 @@
 """Whole batches in, whole batches out: the mixing functions on arrays, without DALI and without randomness.
 
 Images are (N, H, W, C) uint8 in NumPy or CuPy; all other arrays of a call belong to the same library. With CuPy all
-work is enqueued on the current stream and nothing waits for the GPU.
+work is enqueued on the current stream and nothing waits for the GPU. CuPy keeps FFT plans for each thread, and a plan
+has one work area: use one stream in a thread, or synchronise the streams.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def saliencymix(
     point : ndarray of shape (N, 2), floating, optional
         Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or kernels, for the steps that have one: see `fine_grained`. The CUDA kernels, which only
-        ``"kernel"`` takes, have not been measured yet.
+        Array operations or kernels, for the steps that have one: see `fine_grained`. On a GPU ``"auto"`` means array
+        operations: the CUDA kernels have not been measured yet.
     paste : callable
         What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``:
         `paste_boxes`, or `dali_saliencymix.normalise.paste_normalised` with its options bound.
