@@ -47,7 +47,7 @@ from torch.utils import data
 from benchmarks import opencv
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix import fn as mix_fn
-from dali_saliencymix._python_operator import whole_batches_on_gpu
+from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.image_folder import ImageFolder
 from dali_saliencymix.pytorch import SaliencyMix
 from pipelines.imagenet import MEAN, STD
@@ -186,7 +186,7 @@ def in_graph(setting: Setting, *, mix: Callable[..., Any] | None = None, **optio
 
 def in_graph_of_whole_batches(setting: Setting, **options: Any) -> Stream:
     """Return what `in_graph` does; mixing operators get whole batches on a GPU too."""
-    with whole_batches_on_gpu():
+    with on_gpu(whole_batches=True):
         return in_graph(setting, **options)
 
 

@@ -1,23 +1,63 @@
-"""Which of two routes computes a step: array operations, or a kernel that is compiled for it.
+"""Which of several routes computes a step.
 
-The two give the same result; where they do not agree to the last bit, the function says so.
+All routes give the same result; where they do not agree to the last bit, the function says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dali_saliencymix._array import Namespace, is_host
 from dali_saliencymix._checks import check_choice
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ALGORITHMS = ("auto", "array", "kernel")
+
+
+@dataclass
+class GpuRoute:
+    """The defaults on a GPU, one line each: turn one on once a measurement on a GPU says that it pays.
+
+    All are expected to pay, and none has been measured yet.
+    """
+
+    # DALI passes an operator each input as one array. Off: fn.python_function, with a list of samples for each input.
+    whole_batches: bool = False
+    # algorithm="auto" means CUDA kernels. Off: array operations.
+    kernels: bool = False
+    # The operator of the training loaders normalises. Off: fn.crop_mirror_normalize does.
+    normalise: bool = False
+    # Launches of kernels are prepared once for each shape and set of options. Off: for each call.
+    cached_launches: bool = False
+
+
+gpu_route = GpuRoute()
+
+
+@contextlib.contextmanager
+def on_gpu(**route: bool) -> Iterator[None]:
+    """Change `gpu_route` inside a ``with`` block, in all threads: for tests and measurements.
+
+    A pipeline keeps the `whole_batches` and `normalise` under which it was defined.
+    """
+    before = {name: getattr(gpu_route, name) for name in route}
+    vars(gpu_route).update(route)
+    try:
+        yield
+    finally:
+        vars(gpu_route).update(before)
 
 
 def uses_kernel(algorithm: str, xp: Namespace) -> bool:
     """Tell whether arrays of `xp` go to a kernel: Numba's on a CPU, CUDA's on a GPU.
 
-    ``"auto"`` takes Numba where it is installed, and no CUDA kernels: these have not been measured yet.
+    ``"auto"`` takes Numba where it is installed, and on a GPU what `gpu_route` says.
 
     Raises
     ------
@@ -27,9 +67,11 @@ def uses_kernel(algorithm: str, xp: Namespace) -> bool:
         If there is no such algorithm.
     """
     check_choice(algorithm, "algorithm", ALGORITHMS)
-    if algorithm == "array" or (algorithm == "auto" and not is_host(xp)):
+    if algorithm == "array":
         return False
-    if not is_host(xp) or _numba_is_installed():
+    if not is_host(xp):
+        return algorithm == "kernel" or gpu_route.kernels
+    if _numba_is_installed():
         return True
     if algorithm == "kernel":
         msg = (

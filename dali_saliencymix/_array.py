@@ -36,6 +36,11 @@ def is_host(xp: Namespace) -> bool:
     return xp is np
 
 
+def device_of(xp: Namespace) -> int:
+    """Return the number of the current device; 0 for host memory."""
+    return 0 if is_host(xp) else xp.cuda.runtime.getDevice()
+
+
 def fft_module(xp: Namespace) -> Any:
     """Return the module with the FFT functions for arrays of `xp`, which keep float32 in single precision.
 
@@ -63,5 +68,4 @@ def constant(xp: Namespace, build: Callable[..., Any], *args: Any) -> Array:
 
     The array is shared by all callers and must not be written to.
     """
-    device = 0 if is_host(xp) else xp.cuda.runtime.getDevice()
-    return _constant(xp, device, build, args)
+    return _constant(xp, device_of(xp), build, args)

@@ -3,15 +3,14 @@
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
 apart with Python's lock held; `_bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
 no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
-it serves with the versions of DALI in which it was tried only, and on a CPU only, where both give the same batches. On
-a GPU neither has been measured: `whole_batches_on_gpu` is there to do it.
+it serves only with the versions of DALI in which it was tried. Both give the same batches. It is the default on a CPU;
+on a GPU `_algorithms.gpu_route` decides.
 
 DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
@@ -24,11 +23,12 @@ from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
 from dali_saliencymix import _bridge
+from dali_saliencymix._algorithms import gpu_route
 from dali_saliencymix._array import NO_CUPY
 from dali_saliencymix._threads import limited_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from nvidia.dali.pipeline import DataNode
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Batches = tuple[Array, ...]
 
 _WHOLE_BATCHES_TRIED = ("2.4.",)
-_gets_whole_batches = {"cpu"}
 
 _CACHE_LINE = 64  # bytes
 _MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
@@ -82,7 +81,7 @@ def python_operator(
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
     # DALI's debug mode knows the functions of `nvidia.dali.fn` only.
     debugged = getattr(pipeline, "_debug_on", False)
-    if device in _gets_whole_batches and whole_batches_work() and not debugged:
+    if (device == "cpu" or gpu_route.whole_batches) and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         operator = _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)
         # On a GPU the memory that CuPy gives away is taken back by CuPy as soon as DALI or its user lets go of it,
@@ -97,16 +96,6 @@ def python_operator(
 def to_device(device: str, node: DataNode) -> DataNode:
     """Return `node`, copied to the GPU if that is the device; never back from there."""
     return node.gpu() if device == "gpu" and node.device == "cpu" else node
-
-
-@contextlib.contextmanager
-def whole_batches_on_gpu() -> Iterator[None]:
-    """Let pipelines that are defined in here hand over whole batches on a GPU too, to measure it."""
-    _gets_whole_batches.add("gpu")
-    try:
-        yield
-    finally:
-        _gets_whole_batches.discard("gpu")
 
 
 def whole_batches_work() -> bool:

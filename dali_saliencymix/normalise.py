@@ -92,7 +92,7 @@ def paste_normalised(
     if kernel and not is_host(xp):
         from dali_saliencymix import cuda
 
-        made = cuda.paste_normalised(
+        return cuda.paste_normalised(
             images,
             source_index,
             boxes,
@@ -102,8 +102,8 @@ def paste_normalised(
             std=std,
             dtype=dtype,
             layout=layout,
+            out=out,
         )
-        return into(out, made)
     shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     if kernel and dtype == np.float32:
         from dali_saliencymix import compiled_pixels

@@ -36,6 +36,7 @@ from dali_saliencymix import (
 from dali_saliencymix import fine_grained as fine_grained_of_arrays
 from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
+from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.cuda import _launch
 from dali_saliencymix.saliency import grey
 
@@ -521,6 +522,39 @@ def test_halves_are_rounded_to_the_nearest_and_overflow_to_infinity(on_cpu):
         with np.errstate(over="ignore"):
             theirs = normalise.paste_normalised(*arguments, **options)
         assert_same(cuda.paste_normalised(*arguments, **options), theirs)
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_paste_normalised_writes_into_an_array_that_is_given(on_cpu, out):
+    images = pictures(3, 8, 6, 3)
+    source_index, boxes, _ = paste_arguments(3, 8, 6)
+    options = {"mean": [1, 2, 3], "std": [4, 5, 6]}
+    target = np.full((3, 3, 8, 6), NAN, np.float32) if out else None
+    made = cuda.paste_normalised(images, source_index, boxes, **options, out=target)
+    assert_same(made, normalise.paste_normalised(images, source_index, boxes, **options, algorithm="array"))
+    assert (made is target) is out
+    with pytest.raises(ValueError, match="out must be a C-contiguous numpy array of float32"):
+        cuda.paste_normalised(images, source_index, boxes, **options, out=images)
+
+
+def test_launches_that_are_kept_give_the_same(on_cpu):
+    # Shapes and options take turns, and come again with other pixels: nothing of one call may stay for the next.
+    shapes = [(3, 70, 66, 3), (2, 70, 66, 3), (3, 66, 70, 1)]
+    for seed in range(2):
+        for shape in shapes:
+            called = calls(np, pictures(*shape, seed=seed))
+            for label, (name, _, arguments, options) in called.items():
+                if shape[3] == 1 and "mean" in options:
+                    options |= {"mean": [120], "std": [50]}
+                fresh = as_tuple(getattr(cuda, name)(*arguments, **options))
+                with on_gpu(cached_launches=True):
+                    kept = as_tuple(getattr(cuda, name)(*arguments, **options))
+                for ours, theirs in zip(kept, fresh, strict=True):
+                    np.testing.assert_array_equal(ours, theirs, err_msg=label)
+    preparing = [vars(module)[name] for module in (cuda.boxes, cuda.mixing, cuda.saliency) for name in vars(module)]
+    kept = [function.cache_info() for function in preparing if hasattr(function, "cache_info")]
+    assert len(kept) >= 12
+    assert all(info.hits for info in kept)
 
 
 # --- The array twin of paste_normalised ---

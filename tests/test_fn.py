@@ -23,6 +23,7 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
+from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.saliency import spectral_residual
 from dali_saliencymix.sample_data import CLASSES, sample_jpeg
 
@@ -47,7 +48,7 @@ def operator(request, monkeypatch):
     """Try everything with both of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
-    with _python_operator.whole_batches_on_gpu():
+    with on_gpu(whole_batches=True):
         yield request.param
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 from types import SimpleNamespace
 
@@ -11,7 +10,8 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from dali_saliencymix import _python_operator
-from dali_saliencymix._python_operator import Buffers, python_operator, whole_batches_on_gpu
+from dali_saliencymix._algorithms import on_gpu
+from dali_saliencymix._python_operator import Buffers, python_operator
 
 
 def address(array):
@@ -127,16 +127,16 @@ def test_debug_mode_goes_the_documented_way(monkeypatch, debugged):
     assert python_operator(print, node, name="mix") == ("samples" if debugged else "whole batches")
 
 
-@pytest.mark.parametrize("measured", [True, False])
-def test_on_a_gpu_whole_batches_are_asked_for_and_copied(monkeypatch, measured):
+@pytest.mark.parametrize("whole_batches", [True, False])
+def test_on_a_gpu_whole_batches_are_switched_on_and_copied(monkeypatch, whole_batches):
     pytest.importorskip("cupy")
     monkeypatch.setattr(_python_operator.Pipeline, "current", lambda: SimpleNamespace(num_threads=1))
     monkeypatch.setattr(_python_operator, "_whole_batch_function", lambda: lambda *_, **__: lambda *_: "whole batches")
     monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
     monkeypatch.setattr(fn, "copy", lambda outputs: f"copy of {outputs}")
-    with whole_batches_on_gpu() if measured else contextlib.nullcontext():
+    with on_gpu(whole_batches=whole_batches):
         made = python_operator(print, SimpleNamespace(device="gpu"), name="mix")
-    assert made == ("copy of whole batches" if measured else "samples")
+    assert made == ("copy of whole batches" if whole_batches else "samples")
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1, 4), (3, 1, 2), ()])
@@ -157,7 +157,7 @@ def test_a_held_batch_of_a_gpu_does_not_change():
         numbers = fn.external_source(source=lambda info: np.full((4, 1000), info, np.int32), batch_info=False)
         return python_operator(lambda batch: (batch * 2,), numbers.gpu(), name="doubled")
 
-    with whole_batches_on_gpu():
+    with on_gpu(whole_batches=True):
         pipeline = counting()
     held = [pipeline.run()[0] for _ in range(20)]
     for number, batch in enumerate(held):

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, is_host
+from dali_saliencymix._algorithms import gpu_route
+from dali_saliencymix._array import Array, Namespace, device_of, is_host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Products are rounded before they are added, as in the array functions: boxes and maps then have the same bits. The one
 # kernel that goes through an FFT has other bits anyway, and may fuse. CuPy adds -ftz=true, here as for its own kernels:
@@ -27,6 +31,8 @@ OPTIONS = {
     "small_luma": _EXACT,
     "spectral_residual": (),
 }
+
+_INDEX_DTYPES = tuple(map(np.dtype, ("int32", "uint32", "int64", "uint64")))
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 
@@ -67,14 +73,57 @@ def find_kernel(xp: Namespace, file: str, name: str) -> Any:
     if is_host(xp):
         msg = "images and all other arrays must be CuPy arrays: a CUDA kernel was asked for, got NumPy arrays"
         raise TypeError(msg)
-    return _compiled(file, name, xp.cuda.runtime.getDevice())
+    return _compiled(file, name, device_of(xp))
 
 
-def launch(xp: Namespace, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
-    """Launch a kernel, given as ``"file:name"``, on the current stream. A plain int is passed as a 32-bit one."""
-    file, _, name = kernel.partition(":")
-    typed = tuple(np.int32(argument) if isinstance(argument, int) else argument for argument in arguments)
-    find_kernel(xp, file, name or file)((blocks,), (threads,), typed)
+GIVEN = object()  # where an argument of a launch differs from call to call
+
+
+class Launch:
+    """A kernel with its grid and all arguments that do not differ from call to call.
+
+    Parameters
+    ----------
+    xp : module
+        CuPy.
+    kernel : str
+        ``"file:name"``, or ``"file"`` where both are the same.
+    blocks, threads : int
+        Blocks, and threads in each.
+    *arguments
+        Arguments of the kernel, with `GIVEN` for each one that comes with a call. A plain int is passed as a 32-bit
+        one.
+    """
+
+    def __init__(self, xp: Namespace, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:
+        file, _, name = kernel.partition(":")
+        self._name = (xp, file, name or file)
+        self._grid, self._block = (blocks,), (threads,)
+        self._arguments = [np.int32(argument) if isinstance(argument, int) else argument for argument in arguments]
+        self._given = [place for place, argument in enumerate(arguments) if argument is GIVEN]
+
+    def __call__(self, *given: Array | None) -> None:
+        """Launch the kernel on the current stream."""
+        arguments = self._arguments.copy()
+        for place, argument in zip(self._given, given, strict=True):
+            arguments[place] = argument
+        find_kernel(*self._name)(self._grid, self._block, tuple(arguments))
+
+
+def prepared(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """Keep what ``make(xp, *key)`` returns, for each device and key, where `gpu_route` says so."""
+
+    @functools.lru_cache(maxsize=256)
+    def kept(xp: Namespace, device: int, *key: Any) -> Launch:
+        del device  # only part of the key
+        return make(xp, *key)
+
+    @functools.wraps(make)
+    def launch(xp: Namespace, *key: Any) -> Launch:
+        return kept(xp, device_of(xp), *key) if gpu_route.cached_launches else make(xp, *key)
+
+    launch.cache_info = kept.cache_info  # type: ignore[attr-defined]
+    return launch
 
 
 def blocks_for(count: int, threads: int) -> int:
@@ -82,7 +131,7 @@ def blocks_for(count: int, threads: int) -> int:
     return -(-count // threads)
 
 
-def with_image_stride(images: Array, xp: Namespace) -> tuple[Array, np.int64]:
+def with_image_stride(images: Array, xp: Namespace) -> tuple[Array, int]:
     """Return images, and the bytes from one to the next.
 
     Images of a batch may lie apart, as DALI's do, but the pixels of one follow each other: others are copied.
@@ -92,15 +141,15 @@ def with_image_stride(images: Array, xp: Namespace) -> tuple[Array, np.int64]:
         raise ValueError(msg)
     if len(images) and not images[0].flags.c_contiguous:
         images = xp.ascontiguousarray(images)
-    return images, np.int64(images.strides[0])
+    return images, images.strides[0]
 
 
-def with_step(values: Array, dtypes: tuple[str, ...], unit: int) -> tuple[Array, int]:
+def with_step(values: Array, dtypes: tuple[np.dtype[Any], ...], unit: int) -> tuple[Array, int]:
     """Return a one-dimensional array, and the distance of its entries in units of `unit` bytes.
 
     An array of another dtype than `dtypes` is converted to the first of them.
     """
-    if values.dtype.name not in dtypes or values.strides[0] % unit:
+    if values.dtype not in dtypes or values.strides[0] % unit:
         values = values.astype(dtypes[0])
     return values, values.strides[0] // unit
 
@@ -110,7 +159,7 @@ def index_with_step(source_index: Array) -> tuple[Array, int]:
 
     Of 64 bits they read the lower half, which comes first: no batch has 2**31 images.
     """
-    return with_step(source_index, ("int32", "uint32", "int64", "uint64"), 4)
+    return with_step(source_index, _INDEX_DTYPES, 4)
 
 
 def int32_rows(values: Array | None, xp: Namespace) -> Array | None:

@@ -6,12 +6,16 @@ arrays.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant
 from dali_saliencymix._checks import check_array, check_choice, check_lam, check_maps, check_points, check_source_index
 from dali_saliencymix.boxes import BOXES, closeness_to_centre
-from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_step
+from dali_saliencymix.cuda._launch import GIVEN, Launch, blocks_for, index_with_step, int32_rows, prepared, with_step
+
+_LAM_DTYPES = (np.dtype("float32"), np.dtype("float64"))
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
@@ -40,13 +44,17 @@ def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool 
     if saliency_map.dtype != np.float32:
         msg = f"saliency_map must be float32 for the kernel, got {saliency_map.dtype}"
         raise TypeError(msg)
-    count, map_height, map_width = saliency_map.shape
-    peaks = xp.empty((count, 2), xp.int32)
-    tables = cell_tables(xp, map_height, map_width, height, width)
-    sizes = map_height, map_width, height, width
-    arguments = (xp.ascontiguousarray(saliency_map), *tables, *sizes, int(least), peaks)
-    launch(xp, "peaks_and_boxes:saliency_peaks", count, 1024, *arguments)
+    peaks = xp.empty((len(saliency_map), 2), xp.int32)
+    _saliency_peaks(xp, saliency_map.shape, height, width, least)(xp.ascontiguousarray(saliency_map), peaks)
     return peaks
+
+
+@prepared
+def _saliency_peaks(xp: Namespace, shape: tuple[int, int, int], height: int, width: int, least: bool) -> Launch:
+    count, map_height, map_width = shape
+    sizes = map_height, map_width, height, width
+    arguments = (GIVEN, *cell_tables(xp, *sizes), *sizes, int(least), GIVEN)
+    return Launch(xp, "peaks_and_boxes:saliency_peaks", count, 1024, *arguments)
 
 
 def boxes_at_peaks(
@@ -102,14 +110,30 @@ def boxes_at_peaks(
     source_boxes = None if centres is None else xp.empty((count, 4), xp.int32)
     kept = xp.empty((count,), xp.float32)
     if count:
-        if lam.dtype.name not in {"float32", "float64"}:
+        if lam.dtype not in _LAM_DTYPES:
             lam = lam.astype(xp.float32)
-        lam, step = with_step(lam, (lam.dtype.name,), lam.dtype.itemsize)
-        given = (int32_rows(peaks, xp), *index_with_step(source_index), lam, step, int32_rows(centres, xp))
-        asked = (count, height, width, int(box == "fit"))
-        kernel = f"peaks_and_boxes:boxes_at_peaks_{lam.dtype.name}"
-        launch(xp, kernel, blocks_for(count, 128), 128, *given, *asked, boxes, source_boxes, kept)
+        lam, lam_step = with_step(lam, (lam.dtype,), lam.dtype.itemsize)
+        source_index, index_step = index_with_step(source_index)
+        launch = _boxes_at_peaks(xp, count, height, width, box, lam.dtype, lam_step, index_step)
+        launch(int32_rows(peaks, xp), source_index, lam, int32_rows(centres, xp), boxes, source_boxes, kept)
     return boxes, boxes if source_boxes is None else source_boxes, kept
+
+
+@prepared
+def _boxes_at_peaks(
+    xp: Namespace,
+    count: int,
+    height: int,
+    width: int,
+    box: str,
+    lam_dtype: np.dtype[Any],
+    lam_step: int,
+    index_step: int,
+) -> Launch:
+    kernel = f"peaks_and_boxes:boxes_at_peaks_{lam_dtype.name}"
+    asked = (count, height, width, int(box == "fit"))
+    arguments = (GIVEN, GIVEN, index_step, GIVEN, lam_step, GIVEN, *asked, GIVEN, GIVEN, GIVEN)
+    return Launch(xp, kernel, blocks_for(count, 128), 128, *arguments)
 
 
 def cell_tables(xp: Namespace, map_height: int, map_width: int, height: int, width: int) -> tuple[Array, Array]:

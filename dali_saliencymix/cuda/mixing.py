@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant, is_host
-from dali_saliencymix._checks import check_array, check_boxes, check_images, check_source_index
-from dali_saliencymix.cuda._launch import blocks_for, index_with_step, int32_rows, launch, with_image_stride
-from dali_saliencymix.normalise import check_normalisation, scaling
+from dali_saliencymix._checks import check_array, check_boxes, check_images, check_out, check_source_index
+from dali_saliencymix.cuda._launch import (
+    GIVEN,
+    Launch,
+    blocks_for,
+    index_with_step,
+    int32_rows,
+    prepared,
+    with_image_stride,
+)
+from dali_saliencymix.normalise import check_normalisation, normalised_shape, scaling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,16 +52,23 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     if not mixed.size:
         return mixed
     images, stride = with_image_stride(images, xp)
-    count, height, width, channels = images.shape
-    pixel = channels * images.dtype.itemsize
+    source_index, step = index_with_step(source_index)
+    pixel = images.shape[3] * images.dtype.itemsize
     # The widest accesses of which rows and images are multiples.
-    places = _address(images, xp) | _address(mixed, xp) | int(stride) | width * pixel
+    places = _address(images, xp) | _address(mixed, xp) | stride | images.shape[2] * pixel
     vector = next(size for size in (16, 4, 1) if places % size == 0)
-    blocks = blocks_for(height * width * pixel, vector * _PASTE_THREADS * _PASTE_CHUNKS)
-    batch = (images, count, height, width, pixel, stride)
-    patches = (*index_with_step(source_index), int32_rows(boxes, xp), int32_rows(source_boxes, xp))
-    launch(xp, f"paste:paste_{vector}", count * blocks, _PASTE_THREADS, *batch, *patches, blocks, mixed)
+    launch = _paste(xp, images.shape[:3], pixel, stride, step, vector)
+    launch(images, source_index, int32_rows(boxes, xp), int32_rows(source_boxes, xp), mixed)
     return mixed
+
+
+@prepared
+def _paste(xp: Namespace, shape: tuple[int, int, int], pixel: int, stride: int, index_step: int, vector: int) -> Launch:
+    count, height, width = shape
+    blocks = blocks_for(height * width * pixel, vector * _PASTE_THREADS * _PASTE_CHUNKS)
+    batch = (GIVEN, *shape, pixel, np.int64(stride))
+    patches = (GIVEN, index_step, GIVEN, GIVEN)
+    return Launch(xp, f"paste:paste_{vector}", count * blocks, _PASTE_THREADS, *batch, *patches, blocks, GIVEN)
 
 
 def paste_normalised(
@@ -67,35 +82,54 @@ def paste_normalised(
     std: Sequence[float],
     dtype: Any = "float32",
     layout: str = "CHW",
+    out: Array | None = None,
 ) -> Array:
     """Return mixed images, mirrored, normalised and in the layout of a network, in one pass over the pixels.
 
     Parameters
     ----------
-    images, source_index, boxes, source_boxes, mirror, mean, std, dtype, layout
+    images, source_index, boxes, source_boxes, mirror, mean, std, dtype, layout, out
         As for `dali_saliencymix.normalise.paste_normalised`. An index outside the batch counts around it.
 
     Returns
     -------
     ndarray of shape (N, C, H, W) or (N, H, W, C), float32 or float16
-        The same bits as from the array function.
+        The same bits as from the array function: a new array, or `out`.
     """
     xp = check_images(images)
     _check_boxes_of(images, source_index, boxes, source_boxes, xp)
     dtype = check_normalisation(images, mirror, mean, std, dtype, layout)
+    shape = normalised_shape(images.shape, layout)
+    if out is None:
+        out = xp.empty(shape, dtype)
+    else:
+        check_out(out, xp, shape, dtype)
     images, stride = with_image_stride(images, xp)
-    count, height, width, channels = images.shape
-    shape = (count, channels, height, width) if layout == "CHW" else images.shape
-    out = xp.empty(shape, dtype)
+    source_index, step = index_with_step(source_index)
     if mirror is not None:
         mirror = xp.ascontiguousarray(mirror if mirror.dtype == np.bool_ else mirror != 0)
-    blocks = blocks_for(height * width * (1 if layout == "CHW" else channels), 256)
-    batch = (images, count, height, width, channels, stride)
-    patches = (*index_with_step(source_index), int32_rows(boxes, xp), int32_rows(source_boxes, xp))
-    constants = constant(xp, scaling, tuple(mean), tuple(std))
-    kernel = f"paste_normalised:paste_normalised_{dtype.name}_{layout}"
-    launch(xp, kernel, count * blocks, 256, *batch, *patches, mirror, constants, blocks, out)
+    launch = _paste_normalised(xp, images.shape, stride, step, tuple(mean), tuple(std), dtype, layout)
+    launch(images, source_index, int32_rows(boxes, xp), int32_rows(source_boxes, xp), mirror, out)
     return out
+
+
+@prepared
+def _paste_normalised(
+    xp: Namespace,
+    shape: tuple[int, int, int, int],
+    stride: int,
+    index_step: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: np.dtype[Any],
+    layout: str,
+) -> Launch:
+    count, height, width, channels = shape
+    blocks = blocks_for(height * width * (1 if layout == "CHW" else channels), 256)
+    batch = (GIVEN, *shape, np.int64(stride))
+    patches = (GIVEN, index_step, GIVEN, GIVEN, GIVEN)
+    kernel = f"paste_normalised:paste_normalised_{dtype.name}_{layout}"
+    return Launch(xp, kernel, count * blocks, 256, *batch, *patches, constant(xp, scaling, mean, std), blocks, GIVEN)
 
 
 def _check_boxes_of(

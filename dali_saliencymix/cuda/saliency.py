@@ -10,7 +10,7 @@ import numpy as np
 from dali_saliencymix._array import Array, Namespace, constant
 from dali_saliencymix._checks import check_images
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.cuda._launch import blocks_for, launch, with_image_stride
+from dali_saliencymix.cuda._launch import GIVEN, Launch, blocks_for, prepared, with_image_stride
 from dali_saliencymix.cuda.boxes import cell_tables
 from dali_saliencymix.saliency import spectral
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
@@ -35,13 +35,24 @@ def small_luma(images: Array, height: int, width: int) -> Array:
     """
     xp = check_images(images)
     images, stride = with_image_stride(images, xp)
-    count, full_height, full_width, channels = images.shape
-    grey = xp.empty((count, height, width), xp.int32)
-    rows = constant(xp, tap_indices, full_height, height), constant(xp, tap_weights, full_height, height)
-    columns = constant(xp, tap_indices, full_width, width), constant(xp, tap_weights, full_width, width)
-    arguments = (images, stride, full_width, channels, *rows, height, *columns, width, np.int64(grey.size), grey)
-    launch(xp, "small_luma", blocks_for(grey.size, 256), 256, *arguments)
+    grey = xp.empty((len(images), height, width), xp.int32)
+    _small_luma(xp, images.shape, stride, height, width)(images, grey)
     return grey
+
+
+@prepared
+def _small_luma(xp: Namespace, shape: tuple[int, int, int, int], stride: int, height: int, width: int) -> Launch:
+    count, full_height, full_width, channels = shape
+    rows, columns = _taps(xp, full_height, height), _taps(xp, full_width, width)
+    size = count * height * width
+    arguments = (*rows, height, *columns, width, np.int64(size), GIVEN)
+    return Launch(
+        xp, "small_luma", blocks_for(size, 256), 256, GIVEN, np.int64(stride), full_width, channels, *arguments
+    )
+
+
+def _taps(xp: Namespace, full: int, reduced: int) -> tuple[Array, Array]:
+    return constant(xp, tap_indices, full, reduced), constant(xp, tap_weights, full, reduced)
 
 
 def spectral_residual(images: Array) -> Array:
@@ -63,7 +74,8 @@ def spectral_residual(images: Array) -> Array:
     if not _has_full_map(images):
         return spectral.spectral_residual(images, algorithm="array")
     maps = xp.empty((len(images), _MAP_SIZE, _MAP_SIZE), xp.float32)
-    _launch_spectral_residual(images, xp, False, maps, None)
+    images, stride = with_image_stride(images, xp)
+    _spectral_residual(xp, images.shape, stride, _MAP_SIZE, _MAP_SIZE, False)(images, maps, None)
     return maps
 
 
@@ -88,8 +100,20 @@ def spectral_residual_peaks(images: Array, height: int, width: int, *, least: bo
     if not _has_full_map(images):
         return peaks_of_maps(spectral.spectral_residual(images, algorithm="array"), height, width, least=least)
     peaks = xp.empty((len(images), 2), xp.int32)
-    _launch_spectral_residual(images, xp, least, None, peaks, height, width)
+    images, stride = with_image_stride(images, xp)
+    _spectral_residual(xp, images.shape, stride, height, width, least)(images, None, peaks)
     return peaks
+
+
+@prepared
+def _spectral_residual(
+    xp: Namespace, shape: tuple[int, int, int, int], stride: int, height: int, width: int, least: bool
+) -> Launch:
+    count, full_height, full_width, channels = shape
+    taps = *_taps(xp, full_height, _MAP_SIZE), *_taps(xp, full_width, _MAP_SIZE)
+    tables = constant(xp, _turns, _MAP_SIZE), *cell_tables(xp, _MAP_SIZE, _MAP_SIZE, height, width)
+    batch = (GIVEN, np.int64(stride), full_width, channels)
+    return Launch(xp, "spectral_residual", count, 512, *batch, *taps, *tables, height, width, int(least), GIVEN, GIVEN)
 
 
 def fine_grained(images: Array) -> Array:
@@ -109,9 +133,7 @@ def fine_grained(images: Array) -> Array:
     xp = check_images(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
     maps = xp.empty(on_off.shape, xp.float32)
-    pixels = on_off[0].size
-    arguments = (on_off, maxima, pixels, np.int64(maps.size), maps)
-    launch(xp, "fine_grained:contrast_maps", blocks_for(maps.size, 256), 256, *arguments)
+    _contrast_maps(xp, on_off.shape)(on_off, maxima, maps)
     return maps
 
 
@@ -132,35 +154,13 @@ def fine_grained_peaks(images: Array, *, least: bool = False) -> Array:
     """
     xp = check_images(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
-    count, height, width = on_off.shape
-    peaks = xp.empty((count, 2), xp.int32)
-    tables = cell_tables(xp, height, width, height, width)
-    arguments = (on_off, maxima, *tables, height, width, int(least), peaks)
-    launch(xp, "fine_grained:contrast_peaks", count, 1024, *arguments)
+    peaks = xp.empty((len(on_off), 2), xp.int32)
+    _contrast_peaks(xp, on_off.shape, least)(on_off, maxima, peaks)
     return peaks
 
 
 def _has_full_map(images: Array) -> bool:
     return min(images.shape[1:3]) >= _MAP_SIZE
-
-
-def _launch_spectral_residual(
-    images: Array,
-    xp: Namespace,
-    least: bool,
-    maps: Array | None,
-    peaks: Array | None,
-    height: int = _MAP_SIZE,
-    width: int = _MAP_SIZE,
-) -> None:
-    images, stride = with_image_stride(images, xp)
-    count, full_height, full_width, channels = images.shape
-    taps = [constant(xp, table, full_height, _MAP_SIZE) for table in (tap_indices, tap_weights)]
-    taps += [constant(xp, table, full_width, _MAP_SIZE) for table in (tap_indices, tap_weights)]
-    turns = constant(xp, _turns, _MAP_SIZE)
-    tables = cell_tables(xp, _MAP_SIZE, _MAP_SIZE, height, width)
-    arguments = (images, stride, full_width, channels, *taps, turns, *tables, height, width, int(least), maps, peaks)
-    launch(xp, "spectral_residual", count, 512, *arguments)
 
 
 def _turns(size: int) -> np.ndarray:
@@ -172,21 +172,61 @@ def _turns(size: int) -> np.ndarray:
 def _sums_over_surrounds(images: Array, xp: Namespace) -> tuple[Array, Array]:
     """Return what is brighter and darker than the surrounds, (N, H, W) uint32, and the maxima of both, (N, 2) int32."""
     images, stride = with_image_stride(images, xp)
-    count, height, width, channels = images.shape
+    shape = images.shape
+    count, height, width, _ = shape
     grey = xp.empty((count, height, width), xp.uint8)
     integral = xp.empty((count, height + 1, width + 1), xp.float32)
     on_off = xp.empty((count, height, width), xp.uint32)
     maxima = xp.empty((count, 2), xp.int32)
-
-    tiles = blocks_for(height, 32), blocks_for(width, 32)
-    arguments: tuple[object, ...] = (images, stride, height, width, channels, *tiles, grey)
-    launch(xp, "fine_grained:blurred_luma", count * tiles[0] * tiles[1], 256, *arguments)
-    rows, columns = count * height, count * (width + 1)
-    launch(xp, "fine_grained:row_sums", blocks_for(rows, 8), 256, grey, height, width, np.int64(rows), integral)
-    # Few threads to a block: there are few columns, and all multiprocessors should get some.
-    arguments = (height, width, np.int64(columns), integral, maxima)
-    launch(xp, "fine_grained:column_sums", blocks_for(columns, 64), 64, *arguments)
-    blocks = blocks_for(height * width, 256)
-    arguments = (grey, integral, height, width, blocks, on_off, maxima)
-    launch(xp, "fine_grained:surrounds", count * blocks, 256, *arguments)
+    _blurred_luma(xp, shape, stride)(images, grey)
+    _row_sums(xp, shape)(grey, integral)
+    _column_sums(xp, shape)(integral, maxima)
+    _surrounds(xp, shape)(grey, integral, on_off, maxima)
     return on_off, maxima
+
+
+@prepared
+def _blurred_luma(xp: Namespace, shape: tuple[int, int, int, int], stride: int) -> Launch:
+    count, height, width, channels = shape
+    tiles = blocks_for(height, 32), blocks_for(width, 32)
+    arguments = (GIVEN, np.int64(stride), height, width, channels, *tiles, GIVEN)
+    return Launch(xp, "fine_grained:blurred_luma", count * tiles[0] * tiles[1], 256, *arguments)
+
+
+@prepared
+def _row_sums(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
+    count, height, width, _ = shape
+    rows = count * height
+    return Launch(xp, "fine_grained:row_sums", blocks_for(rows, 8), 256, GIVEN, height, width, np.int64(rows), GIVEN)
+
+
+@prepared
+def _column_sums(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
+    count, height, width, _ = shape
+    columns = count * (width + 1)
+    # Few threads to a block: there are few columns, and all multiprocessors should get some.
+    arguments = (height, width, np.int64(columns), GIVEN, GIVEN)
+    return Launch(xp, "fine_grained:column_sums", blocks_for(columns, 64), 64, *arguments)
+
+
+@prepared
+def _surrounds(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
+    count, height, width, _ = shape
+    blocks = blocks_for(height * width, 256)
+    arguments = (GIVEN, GIVEN, height, width, blocks, GIVEN, GIVEN)
+    return Launch(xp, "fine_grained:surrounds", count * blocks, 256, *arguments)
+
+
+@prepared
+def _contrast_maps(xp: Namespace, shape: tuple[int, int, int]) -> Launch:
+    count, height, width = shape
+    size = count * height * width
+    arguments = (GIVEN, GIVEN, height * width, np.int64(size), GIVEN)
+    return Launch(xp, "fine_grained:contrast_maps", blocks_for(size, 256), 256, *arguments)
+
+
+@prepared
+def _contrast_peaks(xp: Namespace, shape: tuple[int, int, int], least: bool) -> Launch:
+    count, height, width = shape
+    arguments = (GIVEN, GIVEN, *cell_tables(xp, height, width, height, width), height, width, int(least), GIVEN)
+    return Launch(xp, "fine_grained:contrast_peaks", count, 1024, *arguments)
