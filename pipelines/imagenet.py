@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
+from dali_saliencymix._algorithms import gpu_route, uses_kernel
 from dali_saliencymix.fn import Normalise
 from pipelines.reading import decode_window, read_files, to_device
 
@@ -64,8 +66,9 @@ def training_pipeline(
         options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
         labels.
     mix_normalises : bool
-        Whether `mix` takes `normalise` as well, as ``fn.saliencymix`` and ``fn.cutmix`` do. It is given then for images
-        that are mixed and come out on the CPU as float32, where one pass over the pixels does it all.
+        Whether `mix` takes `normalise` as well, as ``fn.saliencymix`` and ``fn.cutmix`` do. It then normalises where
+        that is the faster way: on the CPU for float32, with Numba installed; on a GPU where
+        `dali_saliencymix._algorithms.gpu_route` says so.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
@@ -112,13 +115,12 @@ def training_pipeline(
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
     mirror = fn.random.coin_flip(probability=hflip_prob)
     layout = "HWC" if channels_last else "CHW"
-    normalised = mix is not None and mix_normalises and process_on in (None, "cpu") and device == "cpu" and not fp16
+    normalised = mix is not None and mix_normalises and _pays_in_the_mix(process_on or device, device, fp16)
     if mix is None:
         source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
     elif normalised:
-        images, label, source_label, lam = mix(
-            images, label, normalise=Normalise(*_IN_GREY_LEVELS, mirror, layout=layout)
-        )
+        normalise = Normalise(*_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
+        images, label, source_label, lam = mix(images, label, normalise=normalise)
     else:
         images, label, source_label, lam = mix(images, label)
     if not normalised:
@@ -170,6 +172,13 @@ def validation_pipeline(
     layout = "HWC" if channels_last else "CHW"
     images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout)
     return to_device(device, images), to_device(device, label)
+
+
+def _pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
+    """Tell whether the operator that mixes should normalise, in the place of ``fn.crop_mirror_normalize``."""
+    if mixed_on != device:  # bytes are the fewer to copy
+        return False
+    return gpu_route.normalise if device == "gpu" else uses_kernel("auto", np) and not fp16
 
 
 @do_not_convert

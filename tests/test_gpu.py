@@ -1,13 +1,10 @@
-"""What only a GPU can show: both array libraries agree, and a training step runs there from JPEG to weights."""
+"""What only a GPU can show: array libraries, kernels and all routes through a pipeline agree."""
 
 from __future__ import annotations
 
+import functools
 import gc
-import json
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +13,12 @@ from nvidia.dali import fn, pipeline_def
 
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import DETECTORS, cutmix, draw_params, saliencymix
+from dali_saliencymix._algorithms import GpuRoute, on_gpu
+from dali_saliencymix.image_folder import list_image_folder
 from dali_saliencymix.sample_data import make_sample_data
+from pipelines.loader import training_loader
 
 pytestmark = pytest.mark.gpu
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +106,36 @@ def test_what_cupy_keeps_for_a_thread_is_kept_from_batch_to_batch(cupy, batch):
     assert seen[0][1] != 0  # DALI's own
 
 
-@pytest.mark.parametrize("options", [[], ["--amp", "--channels-last"], ["--mix", "cutmix"]], ids=" ".join)
-def test_training_runs_on_the_gpu_and_learns(tmp_path, options):
-    make_sample_data(tmp_path / "data", train=32, val=8)
-    command = [sys.executable, str(ROOT / "train.py"), str(tmp_path / "data"), "-a", "resnet18", "-b", "32", *options]
-    command += ["--device", "cuda", "--epochs", "3", "--lr", "0.05", "--min-crop-area", "0.35"]
-    command += ["--train-crop-size", "64", "--val-resize-size", "64", "--val-crop-size", "64"]
-    command += ["--output-dir", str(tmp_path / "run")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert finished.returncode == 0, finished.stderr
-    start, *epochs = (json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines())
-    assert start["device"] == torch.cuda.get_device_name()
-    assert epochs[-1]["train"]["loss"] < epochs[0]["train"]["loss"]
-    assert epochs[-1]["val"]["images"] == 64
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=4, val=1)
+    return list_image_folder(root / "train")
+
+
+@pytest.mark.parametrize(("fp16", "channels_last"), [(False, False), (True, True)])
+@pytest.mark.parametrize("algorithm", ["array", "kernel"])
+@pytest.mark.parametrize(
+    "route", [{"whole_batches": True}, {"normalise": True}, vars(GpuRoute(True, True, True, True))]
+)
+def test_every_route_of_the_loader_gives_the_same_batches(folder, route, algorithm, fp16, channels_last):
+    def batches(algorithm, **route):
+        with on_gpu(**route):
+            loader = training_loader(
+                folder,
+                batch_size=8,
+                num_threads=2,
+                device=torch.device("cuda", 0),
+                crop_size=64,
+                mix=functools.partial(dsfn.saliencymix, saliency="fine_grained", prob=0.75, algorithm=algorithm),
+                mix_normalises=True,
+                fp16=fp16,
+                channels_last=channels_last,
+            )
+            return [batch for _ in range(2) for batch in loader]
+
+    for ours, theirs in zip(batches(algorithm, **route), batches("array"), strict=True):
+        for our_part, their_part in zip(ours, theirs, strict=True):
+            assert our_part.dtype == their_part.dtype
+            assert our_part.stride() == their_part.stride()
+            torch.testing.assert_close(our_part, their_part, rtol=2e-3 if fp16 else 1e-5, atol=2e-3 if fp16 else 1e-5)

@@ -1,0 +1,88 @@
+"""The defaults on a GPU: each is one line, and turning it changes what it names and nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from nvidia.dali import fn
+
+from dali_saliencymix._algorithms import GpuRoute, gpu_route, on_gpu, uses_kernel
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.sample_data import make_sample_data
+from pipelines.imagenet import training_pipeline
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_auto_means_on_a_gpu_what_the_route_says(kernels):
+    device = SimpleNamespace(__name__="cupy")
+    with on_gpu(kernels=kernels):
+        assert uses_kernel("auto", device) is kernels
+        assert uses_kernel("kernel", device)
+        assert not uses_kernel("array", device)
+
+
+def test_the_route_is_as_it_was_behind_the_block():
+    before = vars(gpu_route).copy()
+    turned = {name: not value for name, value in before.items()}
+
+    def fail():
+        with on_gpu(**turned):
+            assert vars(gpu_route) == turned
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert vars(gpu_route) == before
+    with pytest.raises(AttributeError, match="no attribute 'kernel'"), on_gpu(kernel=True):
+        pass
+    assert vars(gpu_route) == before == vars(GpuRoute())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_sample_data(root, train=1, val=1)
+    return list_image_folder(root / "train")
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("route", "places", "numba", "normalises"),
+    [
+        (True, ("gpu", "gpu"), False, True),
+        (False, ("gpu", "gpu"), True, False),
+        (True, ("cpu", "gpu"), True, False),  # on the way the pixels are still bytes
+        (True, ("cpu", "cpu"), True, True),
+        (False, ("cpu", "cpu"), False, False),
+    ],
+)
+def test_who_normalises(monkeypatch, folder, route, places, numba, normalises, channels_last, fp16):
+    given = []
+
+    def mix(images, labels, **options):
+        given.append(options)
+        return images, labels, labels, fn.constant(fdata=[1.0], shape=[])
+
+    monkeypatch.setattr("dali_saliencymix._algorithms._numba_is_installed", lambda: numba)
+    process_on, device = places
+    options = {"batch_size": 2, "num_threads": 1, "device_id": 0, "mix": mix, "mix_normalises": True}
+    with on_gpu(normalise=route):
+        training_pipeline(
+            folder.files,
+            folder.labels,
+            process_on=process_on,
+            device=device,
+            channels_last=channels_last,
+            fp16=fp16,
+            **options,
+        )
+    if not normalises or (fp16 and device == "cpu"):
+        assert given == [{}]
+    else:
+        (normalise,) = given[0].values()
+        assert normalise.layout == ("HWC" if channels_last else "CHW")
+        assert np.dtype(normalise.dtype) == (np.float16 if fp16 else np.float32)
+        assert normalise.mirror is not None
