@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dali_saliencymix import (
     phase_spectrum,
     spectral_residual,
 )
+from dali_saliencymix._array import fft_module
 from dali_saliencymix.saliency import contrast, spectral
 from dali_saliencymix.saliency.filters import filtered
 from dali_saliencymix.saliency.grey import luma, small_luma
@@ -128,6 +131,21 @@ def test_spectral_residual_equals_the_oracle_at_the_size_of_the_map(size, put, f
     assert found.shape == map_size
     # Single precision against double: the worst of 3000 noise images of 2x2 to 100x100 was 9.1e-7.
     np.testing.assert_allclose(found, reference.spectral_residual(opencv_grey(image, map_size)), rtol=0, atol=5e-6)
+
+
+def test_spectral_residual_takes_what_has_no_finite_inverse_for_an_empty_bin(monkeypatch):
+    image = two_levels(64, 1).repeat(64, axis=1)[None]
+    expected = spectral_residual(image, algorithm="array")
+    fft = fft_module(np)
+
+    def rfft2(grey):
+        spectrum = fft.rfft2(grey)
+        assert (spectrum == 0).any()
+        return np.where(spectrum == 0, np.complex64(1e-40), spectrum)
+
+    patched = SimpleNamespace(rfft2=rfft2, ifft2=fft.ifft2)
+    monkeypatch.setattr(spectral, "fft_module", lambda xp: patched)
+    np.testing.assert_array_equal(spectral_residual(image, algorithm="array"), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 7), (2, 2), (2, 9), (3, 5), (8, 8), (37, 23), (63, 64), (64, 64), (40, 100)])

@@ -32,6 +32,9 @@ _CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads
 # bins that are empty. In grey levels this is at most 0.5, of which rounding an image to 8 bits alone gives 18 to a bin.
 _EMPTY_BIN = 2**-21
 
+# The inverse of less may be infinite.
+_SMALLEST_NORMAL = 2**-126
+
 # Relative to the norm of a channel: less is taken for 0. Float64 transforms leave up to 2**-48 in coefficients that
 # are 0.
 _EMPTY_COEFFICIENT = 2**-40
@@ -107,8 +110,8 @@ def _spectral_residual(grey: Array) -> Array:
     amplitude = xp.abs(spectrum)
     log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2])
     factor = xp.exp(log_amplitude - filtered_narrowly(log_amplitude, MEAN))
-    # The phase is spectrum / amplitude; an empty bin has phase 0 by convention.
-    phase = xp.where(amplitude == 0, xp.complex64(1), spectrum * _inverse(amplitude))
+    empty = amplitude < xp.float32(_SMALLEST_NORMAL)
+    phase = xp.where(empty, xp.complex64(1), _phase(spectrum, amplitude, empty))  # by convention
     modulus = xp.abs(fft.ifft2(_whole(phase, grey.shape[2]) * factor))
     saliency_map = filtered_narrowly(modulus, GAUSSIAN)
     saliency_map *= saliency_map
@@ -168,8 +171,7 @@ def _phase_spectrum(grey: Array) -> Array:
     spectrum = fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
-    empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
-    phase = xp.where(empty, xp.complex64(0), spectrum * _inverse(amplitude))
+    phase = _phase(spectrum, amplitude, amplitude <= mean * xp.float32(_EMPTY_BIN))
     # The spectrum of a real image stays one: its half is enough.
     power = fft.irfft2(phase, s=grey.shape[1:]) ** 2
     saliency_map = filtered(power, _wide_gaussian_matrix)
@@ -254,10 +256,11 @@ def _of_small_luma(detector: Callable[[Array], Array], images: Array, algorithm:
     return in_chunks(detect, images, _CHUNK) if is_host(xp) else detect(images)
 
 
-def _inverse(amplitude: Array) -> Array:
-    """Return 1 / `amplitude`, and 1 where it is 0: a product costs less than dividing a complex number does."""
-    xp = array_namespace(amplitude)
-    return 1 / xp.where(amplitude == 0, xp.float32(1), amplitude)
+def _phase(spectrum: Array, amplitude: Array, empty: Array) -> Array:
+    """Return `spectrum` / `amplitude`, and 0 in the bins that are `empty`."""
+    xp = array_namespace(spectrum)
+    # A product costs less than dividing a complex number does.
+    return spectrum * (1 / xp.where(empty, xp.float32(xp.inf), amplitude))
 
 
 def _whole(half: Array, width: int) -> Array:
