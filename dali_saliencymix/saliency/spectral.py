@@ -28,9 +28,13 @@ GAUSSIAN = tuple(float(weight) for weight in gaussian_weights(8.0, 2)[2:])
 
 _CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads wait for Python's lock
 
-# Relative to the largest amplitude, that of the mean: less is taken for 0. Float32 FFTs leave up to 0.6 * 2**-23 in
-# bins that are empty. In grey levels this is at most 0.5, of which rounding an image to 8 bits alone gives 18 to a bin.
-_EMPTY_BIN = 2**-21
+# Relative to the largest amplitude, that of the mean, which is the sum of all grey levels: less is taken for 0. The
+# error of an FFT in any bin is at most that sum, times the unit roundoff, times the roundings on the way of one grey
+# level: fewer than 2**9 for two axes of 64 and any radices. By Bluestein's algorithm it could come to 2**12; cuFFT is
+# documented to have a radix for every prime under 128 and so to need none here. In float64 this leaves at most 2**-41
+# in an empty bin. In float32 it would be 2**-15 to 2**-12, and many photographs have bins of less. Rounding an image to
+# 8 bits alone gives 18 to a bin of 64x64, of which the threshold is at most 2**-20.
+_EMPTY_BIN = 2**-36
 
 # The inverse of less may be infinite.
 _SMALLEST_NORMAL = 2**-126
@@ -39,7 +43,8 @@ _SMALLEST_NORMAL = 2**-126
 # are 0.
 _EMPTY_COEFFICIENT = 2**-40
 
-# Relative to the largest power before the border is left out: rounding leaves 2**-50 of it.
+# Relative to the largest power before the border is left out: rounding leaves 2**-48 of it, with an FFT that has an
+# error of log2(size) times the unit roundoff.
 _NOTHING_INSIDE = 2**-36
 
 # Relative to its maximum: a map that varies less is flat but for the rounding of the filters.
@@ -168,7 +173,8 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
 def _phase_spectrum(grey: Array) -> Array:
     xp = array_namespace(grey)
     fft = fft_module(xp)
-    spectrum = fft.rfft2(grey)
+    # In float64 what rounding leaves in empty bins is far below what an image has in any other.
+    spectrum = fft.rfft2(grey.astype(xp.float64)).astype(xp.complex64)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
     phase = _phase(spectrum, amplitude, amplitude <= mean * xp.float32(_EMPTY_BIN))
