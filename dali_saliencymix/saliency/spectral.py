@@ -85,6 +85,9 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     pixels is not enlarged, since enlarging leaves the high frequencies empty and whitening fills them with noise; and
     the map is not brought back to the size of the image.
 
+    In a bin that is empty rounding decides on the phase, as in OpenCV. Photographs have none, but the map of an image
+    that is constant along rows or columns, or that repeats exactly, depends on the FFT, and so does its peak.
+
     Examples
     --------
     >>> import numpy as np
