@@ -7,10 +7,8 @@ them on a GPU. What remains for a GPU is in the tests marked so.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
-import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import reference
+from kernels_on_cpu import KERNELS, launch
 from nvidia.dali.ops._operators import python_function
 
 from dali_saliencymix import (
@@ -40,55 +39,12 @@ from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.cuda import _launch
 from dali_saliencymix.saliency import grey
 
-KERNELS = {
-    "fine_grained": ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps", "contrast_peaks"],
-    "paste": ["paste_16", "paste_4", "paste_1"],
-    "paste_normalised": [
-        f"paste_normalised_{dtype}_{layout}" for dtype in ("float32", "float16") for layout in ("CHW", "HWC")
-    ],
-    "peaks_and_boxes": ["saliency_peaks", "boxes_at_peaks_float32", "boxes_at_peaks_float64"],
-    "small_luma": ["small_luma"],
-    "spectral_residual": ["spectral_residual"],
-}
+pytest_plugins = ["kernels_on_cpu"]
+
 MARGIN = 256  # bytes around each array, in which nobody may write
 
 
 # --- The kernels on a CPU ---
-
-
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
-    """One library of C++ for each .cu file: kernels, and a way to launch them by name."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ to run the kernels on a CPU")
-    folder = tmp_path_factory.mktemp("kernels")
-    running = []
-    for file, names in KERNELS.items():
-        cases = "".join(
-            f'if (!strcmp(name, "{name}"))'
-            f" wrong = on_cpu::launch({name}, arguments, size, blocks, threads, reversed);\n"
-            for name in names
-        )
-        (folder / f"{file}.cpp").write_text(
-            f'#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n{_launch.source(file)}\n'
-            'extern "C" const char* run(const char* name, void** arguments, const size_t* sizes, int count,'
-            " unsigned blocks, unsigned threads, int reversed) {\n"
-            'static std::string wrong; wrong = "no such kernel";\n'
-            f"const std::vector<size_t> size(sizes, sizes + count);\n{cases}return wrong.c_str(); }}\n"
-        )
-        # Products are not fused with sums, as _launch.py asks of NVRTC. The switches in front of a long jump look at
-        # the stack, which is another one here.
-        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w"]
-        command = [compiler, *flags, str(folder / f"{file}.cpp"), "-o", str(folder / f"{file}.so")]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    loaded = {file: ctypes.CDLL(str(folder / f"{file}.so")) for file in KERNELS}
-    for library in loaded.values():
-        library.run.restype = ctypes.c_char_p
-    return loaded
 
 
 @pytest.fixture(params=["forwards", "backwards"])
@@ -103,13 +59,7 @@ def on_cpu(request, libraries, monkeypatch):
 
     def run(file, name, grid, block, arguments):
         launches.append(name)
-        values = [argument_value(argument) for argument in arguments]
-        addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
-        sizes = (ctypes.c_size_t * len(values))(*(value.nbytes for value in values))
-        (blocks,), (threads,) = grid, block
-        backwards = request.param == "backwards"
-        wrong = libraries[file].run(name.encode(), addresses, sizes, len(values), blocks, threads, backwards)
-        assert wrong == b"", f"{name}: {wrong.decode()}"
+        launch(libraries, file, name, grid, block, arguments, backwards=request.param == "backwards")
 
     plain_empty = np.empty
 
@@ -130,16 +80,6 @@ def on_cpu(request, libraries, monkeypatch):
     for memory in guarded:
         assert (memory[:MARGIN] == 0x5A).all(), "a kernel wrote in front of its result"
         assert (memory[-MARGIN:] == 0x5A).all(), "a kernel wrote behind its result"
-
-
-def argument_value(argument):
-    """Return what CUDA would pass to a kernel: the value of a scalar, the address of an array."""
-    if argument is None:
-        return np.zeros(1, np.uintp)
-    if isinstance(argument, np.ndarray):
-        return np.array([argument.ctypes.data], np.uintp)
-    assert isinstance(argument, np.generic), f"{argument!r} has no fixed size"
-    return np.array([argument])
 
 
 def pictures(count, height, width, channels, seed=0, apart=0):

@@ -1,0 +1,85 @@
+"""The CUDA kernels as C++ on the CPU, through ``cuda_on_cpu.h``: compiled once, launched by name.
+
+A test module gets the fixture with ``pytest_plugins = ["kernels_on_cpu"]`` and imports the rest by name. That import
+comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dali_saliencymix.cuda import _launch
+
+KERNELS = {
+    "fine_grained": ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps", "contrast_peaks"],
+    "paste": ["paste_16", "paste_4", "paste_1"],
+    "paste_normalised": [
+        f"paste_normalised_{dtype}_{layout}" for dtype in ("float32", "float16") for layout in ("CHW", "HWC")
+    ],
+    "peaks_and_boxes": ["saliency_peaks", "boxes_at_peaks_float32", "boxes_at_peaks_float64"],
+    "small_luma": ["small_luma"],
+    "spectral_residual": ["spectral_residual"],
+}
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """One library of C++ for each .cu file: kernels, and a way to launch them by name."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++ to run the kernels on a CPU")
+    folder = tmp_path_factory.mktemp("kernels")
+    running = []
+    for file, names in KERNELS.items():
+        cases = "".join(
+            f'if (!strcmp(name, "{name}"))'
+            f" wrong = on_cpu::launch({name}, arguments, size, blocks, threads, reversed);\n"
+            for name in names
+        )
+        (folder / f"{file}.cpp").write_text(
+            f'#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n{_launch.source(file)}\n'
+            'extern "C" const char* run(const char* name, void** arguments, const size_t* sizes, int count,'
+            " unsigned blocks, unsigned threads, int reversed) {\n"
+            'static std::string wrong; wrong = "no such kernel";\n'
+            f"const std::vector<size_t> size(sizes, sizes + count);\n{cases}return wrong.c_str(); }}\n"
+        )
+        # Products are not fused with sums, as _launch.py asks of NVRTC. The switches in front of a long jump look at
+        # the stack, which is another one here.
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w"]
+        command = [compiler, *flags, str(folder / f"{file}.cpp"), "-o", str(folder / f"{file}.so")]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    loaded = {file: ctypes.CDLL(str(folder / f"{file}.so")) for file in KERNELS}
+    for library in loaded.values():
+        library.run.restype = ctypes.c_char_p
+    return loaded
+
+
+def launch(libraries, file, name, grid, block, arguments, *, backwards=False):
+    """Launch a kernel as CuPy's ``kernel(grid, block, arguments)`` does; the threads of a block run in either order."""
+    values = [_argument_value(argument) for argument in arguments]
+    addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+    sizes = (ctypes.c_size_t * len(values))(*(value.nbytes for value in values))
+    (blocks,), (threads,) = grid, block
+    wrong = libraries[file].run(name.encode(), addresses, sizes, len(values), blocks, threads, backwards)
+    assert wrong == b"", f"{name}: {wrong.decode()}"
+
+
+def _argument_value(argument):
+    """Return what CUDA would pass to a kernel: the value of a scalar, the address of an array."""
+    if argument is None:
+        return np.zeros(1, np.uintp)
+    if isinstance(argument, np.generic):
+        return np.array([argument])
+    assert hasattr(argument, "strides"), f"{argument!r} has no fixed size"
+    # NumPy's arrays have their address in another place than CuPy's.
+    address = argument.ctypes.data if isinstance(argument, np.ndarray) else argument.data.ptr
+    return np.array([address], np.uintp)
