@@ -23,6 +23,7 @@ from nvidia.dali.ops._operators import python_function
 
 from dali_saliencymix import (
     Placement,
+    _algorithms,
     _bridge,
     boxes_at,
     boxes_moved_to,
@@ -75,6 +76,8 @@ def on_cpu(request, libraries, monkeypatch):
         return memory[MARGIN : MARGIN + size].view(dtype).reshape(shape)
 
     monkeypatch.setattr(_launch, "find_kernel", find_kernel)
+    # Numba must not see this one: what it compiles meanwhile it compiles for the whole process.
+    monkeypatch.setattr(_algorithms, "_numba_is_installed", lambda: False)
     monkeypatch.setattr(np, "empty", empty)
     yield launches
     for memory in guarded:
