@@ -1,0 +1,349 @@
+"""Nothing on the GPU path makes the host wait for the GPU: all of it runs on a stand-in for CuPy that refuses to wait.
+
+Results are compared with those on NumPy arrays, bit for bit: the stand-in computes with NumPy's and SciPy's functions.
+Everything is called twice, since the first call may copy constants to the device, and the second one may not.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
+
+from dali_saliencymix import (
+    DETECTORS,
+    MODES,
+    blend_images,
+    cutmix,
+    get_detector,
+    mix,
+    mixup,
+    normalise,
+    paste_boxes,
+    saliency_peaks,
+    saliencymix,
+    soft_labels,
+)
+from dali_saliencymix.placement import DESTINATIONS
+
+COUNT, HEIGHT, WIDTH = 5, 24, 29
+PER_BATCH = [False, True]
+BOXES = ["fit", "clip"]
+MEAN, STD = [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """The stand-in, which is CuPy for as long as the test runs."""
+    pytest.importorskip("cupy")
+    module = stand_in_for_cupy()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def pictures(channels=3, height=HEIGHT, width=WIDTH):
+    """Random images with some structure, and a constant one: (N, H, W, C) uint8."""
+    rng = np.random.default_rng([channels, height, width])
+    y, x = np.ogrid[:height, :width]
+    shape = (COUNT, 1, 1, channels)
+    waves = np.sin(y[..., None] * rng.uniform(0, 0.3, shape) + x[..., None] * rng.uniform(0, 0.3, shape))
+    images = 127 + 60 * waves + rng.normal(0, 20, (COUNT, height, width, channels))
+    images[1] = 90
+    return images.clip(0, 255).astype(np.uint8)
+
+
+def drawn():
+    """Partners, lam and points for a batch, one image of which stays as it is and one is covered."""
+    rng = np.random.default_rng(7)
+    lam = np.array([0.3, 0.9, 1.0, 0.0, 0.6], np.float32)
+    return SimpleNamespace(source_index=np.array([2, 0, 3, 3, 1]), lam=lam, point=rng.random((COUNT, 2)))
+
+
+def moved(value):
+    """Return arguments with arrays of the stand-in for those of NumPy."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(moved, value))
+    return on_device(value) if isinstance(value, np.ndarray) else value
+
+
+def arrays_of(result):
+    """Return the arrays of a result, which may be one, tuples or lists of some, in NumPy's form."""
+    if isinstance(result, (list, tuple)):
+        return [array for part in result for array in arrays_of(part)]
+    return [result if isinstance(result, np.ndarray) else on_host(result)]
+
+
+def assert_same(ours, theirs):
+    ours, theirs = arrays_of(ours), arrays_of(theirs)
+    assert [(array.dtype, array.shape) for array in ours] == [(array.dtype, array.shape) for array in theirs]
+    for our_array, their_array in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(our_array, their_array)
+
+
+def called_twice(cupy, function, *args, **options):
+    """Return what a function gives on the stand-in, where it copies nothing from the host when it is called again."""
+    args, options = moved(args), {name: moved(value) for name, value in options.items()}
+    first = function(*args, **options)
+    copies = cupy.copies_from_host
+    second = function(*args, **options)
+    assert cupy.copies_from_host == copies, "something is copied from host memory in each call"
+    assert_same(second, arrays_of(first))
+    return second
+
+
+def assert_runs(cupy, function, *args, on_cpu=None, **options):
+    """Require the same result on the stand-in as in host memory, where `on_cpu` are options more."""
+    expected = function(*args, **options, **(on_cpu or {}))
+    assert_same(called_twice(cupy, function, *args, **options), expected)
+
+
+# --- Functions on arrays ---
+
+# On a CPU the other algorithm is Numba's, whose maps differ by rounding.
+of_arrays = {"on_cpu": {"algorithm": "array"}}
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (70, 66)], ids=str)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_detectors_and_peaks(cupy, detector, size, channels):
+    images = pictures(channels, *size)
+    maps = get_detector(detector, algorithm="array")(images)
+    assert_same(called_twice(cupy, DETECTORS[detector], images), maps)
+    for least in (False, True):
+        assert_runs(cupy, saliency_peaks, maps, *size, least=least, **of_arrays)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8"])
+def test_peaks_of_other_maps(cupy, dtype):
+    maps = np.random.default_rng(1).integers(0, 3, (COUNT, 6, 9)).astype(dtype)
+    if dtype != "uint8":
+        maps[0, 2:4] = np.nan
+    assert_runs(cupy, saliency_peaks, maps, HEIGHT, WIDTH, **of_arrays)
+
+
+@pytest.mark.parametrize("per_batch", PER_BATCH)
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("destination", DESTINATIONS)
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_saliencymix(cupy, detector, destination, box, per_batch):
+    given, images = drawn(), pictures()
+    options = {"saliency": detector, "destination": destination, "box": box, "per_batch": per_batch}
+    if destination == "random":
+        options["point"] = given.point
+    for source in ("salient", "non_salient"):
+        arguments = images, given.source_index, given.lam
+        assert_runs(cupy, saliencymix, *arguments, source=source, **options, **of_arrays)
+
+
+@pytest.mark.parametrize("per_batch", PER_BATCH)
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("destination", ["corresponding", "salient", "random"])
+def test_saliencymix_with_peaks(cupy, destination, box, per_batch):
+    given, images = drawn(), pictures(channels=1)
+    options = {"destination": destination, "box": box, "per_batch": per_batch}
+    if destination == "random":
+        options["point"] = given.point
+    options["peaks"] = np.array([[0, 0], [23, 28], [10, 20], [3, 3], [20, 0]])
+    assert_runs(cupy, saliencymix, images, given.source_index, given.lam, **options, **of_arrays)
+
+
+def test_saliencymix_with_a_detector_of_the_user(cupy):
+    given, images = drawn(), pictures()
+    arguments = images, given.source_index, given.lam
+    assert_runs(cupy, saliencymix, *arguments, saliency=lambda images: images[..., 1] * 2.0, **of_arrays)
+
+
+@pytest.mark.parametrize("per_batch", PER_BATCH)
+@pytest.mark.parametrize("box", BOXES)
+def test_cutmix_and_mixup(cupy, box, per_batch):
+    given, images = drawn(), pictures()
+    arguments = images, given.source_index, given.lam
+    assert_runs(cupy, cutmix, *arguments, given.point, box=box, per_batch=per_batch)
+    assert_runs(cupy, mixup, *arguments, per_batch=per_batch)
+
+
+@pytest.mark.parametrize("per_batch", PER_BATCH)
+@pytest.mark.parametrize("destination", DESTINATIONS)
+def test_mix(cupy, destination, per_batch):
+    given, images = drawn(), pictures()
+    mode = np.arange(COUNT) % len(MODES)
+    arguments = images, given.source_index, given.lam, mode, given.point
+    assert_runs(cupy, mix, *arguments, destination=destination, per_batch=per_batch, **of_arrays)
+    if destination != "non_salient":
+        peaks = np.array([[0, 0], [23, 28], [10, 20], [3, 3], [20, 0]])
+        assert_runs(cupy, mix, *arguments, destination=destination, per_batch=per_batch, peaks=peaks)
+
+
+def test_soft_labels(cupy):
+    labels, source_labels, lam = np.array([0, 4, 2]), np.array([1, 4, 0]), np.array([0.25, 0.5, 1.0])
+    for smoothing in (0.0, 0.1):
+        assert_runs(cupy, soft_labels, labels, source_labels, lam, num_classes=5, smoothing=smoothing)
+    assert_runs(cupy, soft_labels, np.eye(5)[labels], np.eye(5)[source_labels], lam)
+    unknown = called_twice(cupy, soft_labels, labels, source_labels, lam, num_classes=4)
+    assert np.isnan(on_host(unknown)).all(axis=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("other_place", [False, True])
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pasting(cupy, dtype, layout, other_place):
+    given, images = drawn(), pictures()
+    boxes = np.array([[0, 0, 24, 29], [0, 0, 0, 0], [5, 6, 17, 28], [20, 10, 24, 29], [1, 2, 2, 3]], np.int32)
+    shift = np.array([[0, 0], [0, 0], [7, -6], [-7, 0], [-1, 3]], np.int32)
+    options = {"source_boxes": boxes + np.tile(shift, 2)} if other_place else {}
+    arguments = images, given.source_index, boxes
+    assert_runs(cupy, paste_boxes, *arguments, **options)
+    for mirror in (None, given.lam > 0.5, np.arange(COUNT)):
+        options |= {"mirror": mirror, "mean": MEAN, "std": STD, "dtype": dtype, "layout": layout}
+        assert_runs(cupy, normalise.paste_normalised, *arguments, **options, **of_arrays)
+
+
+def test_results_go_where_they_are_asked_for(cupy):
+    given, images = drawn(), pictures()
+    boxes = np.tile(np.array([5, 6, 17, 28]), (COUNT, 1))
+    arguments = images, given.source_index, boxes
+    out = cupy.empty(images.shape, cupy.uint8)
+    assert called_twice(cupy, paste_boxes, *arguments, out=out) is out
+    assert_same(out, paste_boxes(*arguments))
+    options = {"mean": MEAN, "std": STD}
+    out = cupy.empty((COUNT, 3, HEIGHT, WIDTH), cupy.float32)
+    assert called_twice(cupy, normalise.paste_normalised, *arguments, out=out, **options) is out
+    assert_same(out, normalise.paste_normalised(*arguments, algorithm="array", **options))
+
+
+def test_blending(cupy):
+    given, images = drawn(), pictures()
+    for dtype in ("float32", "float64"):
+        assert_runs(cupy, blend_images, images, given.source_index, given.lam.astype(dtype))
+
+
+# --- The stand-in ---
+
+WAITS = {
+    "get": lambda xp, a: a.get(),
+    "item": lambda xp, a: a[0, 0].item(),
+    "tolist": lambda xp, a: a.tolist(),
+    "int": lambda xp, a: int(a[0, 0]),
+    "float": lambda xp, a: float(a[0, 0]),
+    "bool": lambda xp, a: bool(a.any()),
+    "if": lambda xp, a: 1 if a.max() > 0 else 0,
+    "in": lambda xp, a: 3 in a,
+    "range": lambda xp, a: range(a[0, 0]),
+    "a slice": lambda xp, a: a[: a[0, 0]],
+    "text": lambda xp, a: f"{a}",
+    "a copy to NumPy": lambda xp, a: np.asarray(a),
+    "a NumPy function": lambda xp, a: np.linalg.norm(a),
+    "asnumpy": lambda xp, a: xp.asnumpy(a),
+    "a mask": lambda xp, a: a[a > 1],
+    "a mask beside slices": lambda xp, a: a[:, a[0] > 1],
+    "a mask that is written to": lambda xp, a: operator.setitem(a, a > 1, 0),
+    "nonzero": lambda xp, a: a.nonzero(),
+    "flatnonzero": lambda xp, a: xp.flatnonzero(a),
+    "argwhere": lambda xp, a: xp.argwhere(a),
+    "where": lambda xp, a: xp.where(a > 1),
+    "unique": lambda xp, a: xp.unique(a),
+    "repeat": lambda xp, a: xp.repeat(a, a[0], axis=1),
+    "an array as a shape": lambda xp, a: xp.zeros(a[0, 0]),
+    "an array as an axis": lambda xp, a: a.sum(axis=a[0, 0]),
+    "synchronize": lambda xp, a: xp.cuda.get_current_stream().synchronize(),
+    "Device": lambda xp, a: xp.cuda.Device(0).synchronize(),
+    "what nobody has looked up": lambda xp, a: xp.histogram(a),
+    "a method that nobody has looked up": lambda xp, a: a.argpartition(1),
+    "asarray": lambda xp, a: xp.asarray(np.ones(3)),
+    "an index of NumPy": lambda xp, a: a[np.array([0, 1])],
+    "a list as an index": lambda xp, a: a[[0, 1]],
+    "a list that is taken": lambda xp, a: xp.take(a, [0, 1], axis=1),
+    "writing NumPy's values": lambda xp, a: operator.setitem(a, 0, np.zeros(3)),
+}
+IS_REFUSED = {
+    "NumPy on the right": lambda xp, a: a + np.ones(3),
+    "NumPy on the left": lambda xp, a: np.ones(3) * a,
+    "NumPy in place": lambda xp, a: operator.iadd(a, np.ones(3, int)),
+    "NumPy in a function": lambda xp, a: xp.where(a > 1, a, np.ones(3)),
+    "NumPy among arrays": lambda xp, a: xp.stack([a, np.ones((2, 3))]),
+    "NumPy in a universal function": lambda xp, a: xp.maximum(a, np.ones(3)),
+    "a list in a universal function": lambda xp, a: xp.maximum(a, [1, 2, 3]),
+    "an option that CuPy has not": lambda xp, a: xp.concatenate([a, a], where=True),
+    "an option that CuPy's method has not": lambda xp, a: a.max(initial=0),
+    "None": lambda xp, a: a + None,
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_the_stand_in_does_not_wait(cupy, wait):
+    with pytest.raises(HostSynchronisation):
+        wait(cupy, cupy.arange(6).reshape(2, 3))
+
+
+@pytest.mark.parametrize("mix_up", IS_REFUSED.values(), ids=IS_REFUSED)
+def test_the_stand_in_refuses_what_cupy_refuses(cupy, mix_up):
+    with pytest.raises(TypeError):
+        mix_up(cupy, cupy.arange(6).reshape(2, 3))
+
+
+@pytest.mark.parametrize("name", ["not_there", "float128", "busday_count"])
+def test_the_stand_in_has_no_name_that_cupy_has_not(cupy, name):
+    for owner in (cupy, cupy.fft, cupy.arange(3)):
+        with pytest.raises(AttributeError):
+            getattr(owner, name)
+
+
+def test_what_the_stand_in_has_of_its_own_is_cupy_s():
+    real = pytest.importorskip("cupy")
+    module = stand_in_for_cupy()
+    for name, ours in vars(module.cuda).items():
+        theirs = getattr(real.cuda, name)
+        assert [part for part in vars(ours) if not hasattr(theirs, part) and not part.startswith("__")] == []
+    # The last two are refused: without them Python would look for other ways.
+    names = vars(ndarray).keys() - vars(type("Empty", (), {})).keys() - {"__getattr__", "__contains__", "__index__"}
+    assert [name for name in sorted(names) if not hasattr(real.ndarray, name)] == []
+
+
+def test_the_stand_in_computes_as_numpy_does(cupy):
+    values = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    array = on_device(values)
+    row, *_ = array.T
+    assert_same(row, values[:, 0])
+    assert_same(array[1, 2], np.asarray(values[1, 2]))
+    assert_same(array[cupy.asarray(array[0].astype("int64") % 3), 1:], values[[0, 1, 2, 0], 1:])
+    assert_same(1 - array * np.float32(2) + 3**array, 1 - values * np.float32(2) + 3**values)
+    assert_same(np.float64(2) / array[1:], np.float64(2) / values[1:])
+    assert_same(np.exp(-array) // 1, np.exp(-values) // 1)
+    assert_same(array @ array.T, values @ values.T)
+    assert_same(cupy.fft.rfft2(array).imag, np.fft.rfft2(values).imag.astype(np.float32))
+    written = array.copy()
+    view = written[1:, ::2]
+    view += 10
+    written[0, :2] = array[1, 2:]
+    assert_same(written, np.array([[6, 7, 2, 3], [14, 5, 16, 7], [18, 9, 20, 11]], np.float32))
+    with pytest.raises(ValueError, match="read-only"):
+        array += 1
+
+
+def test_a_detector_of_the_user_that_waits_is_found(cupy):
+    def detector(images):
+        maps = images[..., 0].astype(cupy.float32)
+        return maps / maps.max() if maps.max() > 0 else maps
+
+    given, images = drawn(), pictures()
+    with pytest.raises(HostSynchronisation, match="__bool__ waits for the GPU"):
+        called_twice(cupy, saliencymix, images, given.source_index, given.lam, saliency=detector)
+
+
+def test_a_copy_in_each_call_is_found(cupy, monkeypatch):
+    monkeypatch.setattr("dali_saliencymix.boxes.constant", lambda xp, build, *args: xp.asarray(build(*args)))
+    given, images = drawn(), pictures()
+    with pytest.raises(HostSynchronisation, match="asarray copies from host memory, in every batch"):
+        called_twice(cupy, saliencymix, images, given.source_index, given.lam)
+
+
+def test_constants_are_not_written_to(cupy):
+    from dali_saliencymix._array import constant
+
+    with pytest.raises(ValueError, match="read-only"):
+        constant(cupy, np.arange, 5)[0] = 1
