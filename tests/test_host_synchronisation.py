@@ -6,6 +6,7 @@ Everything is called twice, since the first call may copy constants to the devic
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from types import SimpleNamespace
@@ -13,10 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
+from nvidia.dali import fn, pipeline_def
+from torch.utils import dlpack
 
+import dali_saliencymix.fn as dsfn
 from dali_saliencymix import (
     DETECTORS,
     MODES,
+    _bridge,
+    _mix_operator,
+    _python_operator,
     blend_images,
     cutmix,
     get_detector,
@@ -220,6 +227,122 @@ def test_blending(cupy):
     given, images = drawn(), pictures()
     for dtype in ("float32", "float64"):
         assert_runs(cupy, blend_images, images, given.source_index, given.lam.astype(dtype))
+
+
+# --- The functions that DALI calls ---
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Run an operator of `dali_saliencymix.fn` on a CPU; return the function that DALI calls, what with, what came."""
+    calls = []
+
+    def recording(function, *inputs, **options):
+        def recorded_function(*batches):
+            made = function(*batches)
+            calls.append((function, [np.array(batch) for batch in batches], [np.array(batch) for batch in made]))
+            return made
+
+        return _python_operator.python_operator(recorded_function, *inputs, **options)
+
+    for module in (_mix_operator, dsfn):
+        monkeypatch.setattr(module, "python_operator", recording)
+
+    def run(name, *, images=None, **options):
+        images = pictures() if images is None else images
+
+        @pipeline_def(batch_size=COUNT, num_threads=2, device_id=None, seed=11)
+        def pipeline():
+            batch = fn.external_source(lambda: images, layout="HWC")
+            labels = fn.external_source(lambda: np.arange(COUNT)[:, None])
+            nodes = {key: value() if callable(value) else value for key, value in options.items()}
+            if name == "saliency_peaks":
+                return dsfn.saliency_peaks(batch, **nodes)
+            if name == "soft_labels":
+                lam = fn.random.uniform(range=[0.0, 1.0])
+                return dsfn.soft_labels(labels, fn.permute_batch(labels, indices=[1, 2, 3, 4, 0]), lam, **nodes)
+            return getattr(dsfn, name)(batch, labels, **nodes)
+
+        pipeline().run()
+        return calls[0]  # DALI works ahead
+
+    return run
+
+
+def given_peaks():
+    return fn.random.uniform(range=[0.0, 23.0], shape=[2])
+
+
+def normalised(**options):
+    mirror = fn.random.coin_flip(probability=0.5)
+    return dsfn.Normalise(mean=MEAN, std=STD, mirror=mirror, **options)
+
+
+WAYS = {name: 1.0 for name in MODES}
+OPERATORS = {
+    "saliencymix": ("saliencymix", {"algorithm": "array", "prob": 0.7}),
+    "to the most salient place": ("saliencymix", {"algorithm": "array", "destination": "salient"}),
+    "to a random place": ("saliencymix", {"algorithm": "array", "destination": "random", "preset": "released-code"}),
+    "with peaks": ("saliencymix", {"peaks": given_peaks, "destination": "random"}),
+    "normalised": ("saliencymix", {"algorithm": "array", "normalise": normalised}),
+    "normalised as it lies": (
+        "saliencymix",
+        {"algorithm": "array", "normalise": functools.partial(normalised, dtype="float16", layout="HWC")},
+    ),
+    "cutmix": ("cutmix", {}),
+    "mixup": ("mixup", {"alpha": 0.4}),
+    "mix": ("mix", {"algorithm": "array", "modes": WAYS, "destination": "random"}),
+    "mix of batches": (
+        "mix",
+        {"algorithm": "array", "modes": WAYS, "choose": "batch", "alpha": dict.fromkeys(WAYS, 2)},
+    ),
+    "mix with peaks": ("mix", {"modes": WAYS, "peaks": given_peaks, "per_batch": True}),
+    "saliency_peaks": ("saliency_peaks", {"algorithm": "array", "least": True}),
+    "soft_labels": ("soft_labels", {"num_classes": COUNT, "smoothing": 0.1}),
+}
+each_operator = pytest.mark.parametrize(("name", "options"), OPERATORS.values(), ids=OPERATORS)
+
+
+@each_operator
+def test_the_functions_of_operators(cupy, recorded, name, options):
+    function, batches, expected = recorded(name, **options)
+    assert_same(called_twice(cupy, function, *batches), expected)
+
+
+@each_operator
+@pytest.mark.parametrize("apart", [0, 40, None], ids=["in one block", "evenly apart", "in disorder"])
+def test_lists_of_samples(cupy, recorded, name, options, apart):
+    function, batches, expected = recorded(name, **options)
+    samples = [samples_in_memory(batch, apart) for batch in batches]
+    with cupy.cuda.ExternalStream(7):
+        first = _bridge.on_samples(function, *samples)
+        copies = cupy.copies_from_host
+        second = _bridge.on_samples(function, *samples)
+    assert cupy.copies_from_host == copies
+    for made in (first, second):
+        for ours, theirs in zip(made, expected, strict=True):
+            assert_same(ours, [np.asarray(value) for value in theirs])
+
+
+def samples_in_memory(batch, apart):
+    """Return the samples of a NumPy batch on the stand-in, so many bytes between two of them; None: backwards."""
+    size = batch[0].nbytes
+    memory = np.zeros((len(batch), size + (apart or 0)), np.uint8)
+    memory[:, :size] = batch.reshape(len(batch), -1).view(np.uint8)[:: -1 if apart is None else 1]
+    samples = [row[:size].view(batch.dtype).reshape(batch.shape[1:]) for row in on_device(memory)]
+    return samples[::-1] if apart is None else samples
+
+
+@each_operator
+def test_whole_batches(cupy, recorded, name, options):
+    function, batches, expected = recorded(name, **options)
+    tensors = [ndarray(batch) for batch in batches]
+    for _ in range(2):
+        capsules = _python_operator._on_gpu_tensors(
+            functools.partial(_python_operator._limited, 2, function), 7, *tensors
+        )
+        made = [dlpack.from_dlpack(capsule).numpy() for capsule in capsules]
+        assert_same(made, expected)
 
 
 # --- The stand-in ---
