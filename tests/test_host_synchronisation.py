@@ -6,6 +6,7 @@ Everything is called twice, since the first call may copy constants to the devic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
 from nvidia.dali import fn, pipeline_def
 from torch.utils import dlpack
@@ -31,6 +33,7 @@ from dali_saliencymix import (
     mixup,
     normalise,
     paste_boxes,
+    pytorch,
     saliency_peaks,
     saliencymix,
     soft_labels,
@@ -345,6 +348,125 @@ def test_whole_batches(cupy, recorded, name, options):
         assert_same(made, expected)
 
 
+# --- PyTorch's tensors ---
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+WAITING = {getattr(torch.Tensor, name) for name in ("cpu", "item", "masked_select", "nonzero", "numpy", "tolist")}
+WAITING |= {getattr(torch.Tensor, f"__{name}__") for name in ("array", "bool", "float", "index", "int")}
+WAITING |= {torch.masked_select, torch.nonzero, torch.unique}
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU, and refuses what waits for that."""
+
+    is_cuda = property(lambda self: True)
+    device = property(lambda self: CUDA)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        to = args[1] if function is torch.Tensor.to else None
+        if function in WAITING or to in ("cpu", CPU):
+            msg = f"{function.__name__} waits for the GPU"
+            raise HostSynchronisation(msg)
+        return args[0] if to == CUDA else super().__torch_function__(function, types, args, kwargs)
+
+    def __dlpack__(self, *, stream=None, **options):
+        return self.as_subclass(torch.Tensor).__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.as_subclass(torch.Tensor).__dlpack_device__()
+
+
+class Pinned(torch.Tensor):
+    """A tensor in pinned memory: a copy of it to a GPU need not be waited for."""
+
+    def to(self, device, *, non_blocking=False):
+        assert device == CUDA
+        if not non_blocking:
+            msg = "a copy that blocks waits for the GPU"
+            raise HostSynchronisation(msg)
+        return on_gpu(self)
+
+
+def on_gpu(tensor):
+    return tensor.as_subclass(OnGpu)
+
+
+@pytest.fixture
+def torch_s_gpu(cupy, monkeypatch):
+    """PyTorch with a GPU, for as much of it as is used; its current stream is number 7. Return streams made current."""
+    made_current = []
+
+    def stream(wanted):
+        made_current.append(wanted)
+        return contextlib.nullcontext()
+
+    def from_dlpack(array):
+        return on_gpu(dlpack.from_dlpack(array)) if isinstance(array, ndarray) else dlpack.from_dlpack(array)
+
+    monkeypatch.setattr(pytorch, "dlpack", SimpleNamespace(from_dlpack=from_dlpack))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.as_subclass(Pinned))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: pointer)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    return made_current
+
+
+MIXES = {
+    "default": {},
+    "fine_grained": {"saliency": "fine_grained", "destination": "salient", "prob": 0.5},
+    "random": {"preset": "released-code", "destination": "random", "label_smoothing": 0.1},
+    "cutmix": {"modes": {"cutmix": 1.0}},
+    "mixup": {"modes": {"mixup": 1.0}, "alpha": 0.3},
+    "all": {"modes": WAYS, "source": "non_salient"},
+    "all, batch by batch": {"modes": WAYS, "choose": "batch", "per_batch": True},
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
+def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format):
+    images = torch.from_numpy(pictures()).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+    labels = torch.arange(COUNT)
+    on_cpu, ours = (pytorch.SaliencyMix(COUNT, seed=3, algorithm="array", **options) for _ in range(2))
+    for call in range(3):
+        expected = on_cpu(images, labels)
+        copies = cupy.copies_from_host
+        mixed = ours(on_gpu(images), on_gpu(labels))
+        assert call == 0 or cupy.copies_from_host == copies
+        for our_tensor, their_tensor in zip(mixed, expected, strict=True):
+            assert type(our_tensor) is OnGpu
+            assert our_tensor.stride() == their_tensor.stride()
+            assert torch.equal(our_tensor.as_subclass(torch.Tensor), their_tensor)
+
+
+def test_detectors_get_pytorch_s_stream(cupy, torch_s_gpu):
+    streams = []
+
+    def detector(images):
+        streams.append(cupy.cuda.get_current_stream().ptr)
+        return images[..., 0].astype(cupy.float32)
+
+    images = torch.from_numpy(pictures()).permute(0, 3, 1, 2)
+    pytorch.SaliencyMix(COUNT, seed=0, saliency=detector)(on_gpu(images), on_gpu(torch.arange(COUNT)))
+    assert streams == [7]
+    assert cupy.cuda.get_current_stream().ptr == 0
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_network_as_detector(cupy, torch_s_gpu, size):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 3), torch.nn.Sigmoid()).eval()
+    given = drawn()
+    arguments = pictures(), given.source_index, given.lam
+    expected = saliencymix(*arguments, saliency=pytorch.NetworkSaliency(network, size=size), algorithm="array")
+    with cupy.cuda.ExternalStream(9):
+        ours = called_twice(cupy, saliencymix, *arguments, saliency=pytorch.NetworkSaliency(network, size=size))
+    assert_same(ours, expected)
+    assert torch_s_gpu == [9, 9]
+
+
 # --- The stand-in ---
 
 WAITS = {
@@ -470,3 +592,9 @@ def test_constants_are_not_written_to(cupy):
 
     with pytest.raises(ValueError, match="read-only"):
         constant(cupy, np.arange, 5)[0] = 1
+
+
+@pytest.mark.parametrize("name", ["cpu", "item", "__bool__"])
+def test_tensors_that_say_that_they_are_on_a_gpu_do_not_wait(name):
+    with pytest.raises(HostSynchronisation):
+        getattr(on_gpu(torch.ones(1)), name)()
