@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
+from kernels_on_cpu import launch
 from nvidia.dali import fn, pipeline_def
 from torch.utils import dlpack
 
@@ -38,7 +39,10 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
+from dali_saliencymix.cuda import _launch
 from dali_saliencymix.placement import DESTINATIONS
+
+pytest_plugins = ["kernels_on_cpu"]
 
 COUNT, HEIGHT, WIDTH = 5, 24, 29
 PER_BATCH = [False, True]
@@ -465,6 +469,61 @@ def test_a_network_as_detector(cupy, torch_s_gpu, size):
         ours = called_twice(cupy, saliencymix, *arguments, saliency=pytorch.NetworkSaliency(network, size=size))
     assert_same(ours, expected)
     assert torch_s_gpu == [9, 9]
+
+
+# --- The kernels ---
+
+
+@pytest.fixture
+def launches(libraries, monkeypatch):
+    """Launch kernels on the CPU, on the arrays of the stand-in; return the list of launches, which grows."""
+    launched = []
+
+    def find_kernel(xp, file, name):
+        assert xp is sys.modules["cupy"]
+
+        def kernel(grid, block, arguments):
+            assert not any(isinstance(argument, np.ndarray) for argument in arguments)
+            launched.append(name)
+            launch(libraries, file, name, grid, block, arguments)
+
+        return kernel
+
+    monkeypatch.setattr(_launch, "find_kernel", find_kernel)
+    return launched
+
+
+@pytest.mark.parametrize("destination", DESTINATIONS)
+@pytest.mark.parametrize("detector", ["spectral_residual", "fine_grained", "frequency_tuned"])
+def test_saliencymix_in_kernels(cupy, launches, detector, destination):
+    given, images = drawn(), pictures(height=70, width=66)
+    options = {"saliency": detector, "destination": destination}
+    if destination == "random":
+        options["point"] = given.point
+    arguments = images, given.source_index, given.lam
+    expected = saliencymix(*arguments, algorithm="array", **options)
+    assert_same(called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options), expected)
+    if destination == "corresponding" and detector != "frequency_tuned":
+        assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 7}[detector]
+
+
+@pytest.mark.parametrize("name", ["saliencymix", "with peaks", "normalised", "normalised as it lies", "mix"])
+def test_the_functions_of_operators_in_kernels(cupy, launches, recorded, name):
+    operator_name, options = OPERATORS[name]
+    function, batches, expected = recorded(operator_name, images=pictures(height=70, width=66), **options)
+    assert_same(called_twice(cupy, functools.partial(function, algorithm="kernel"), *batches), expected)
+    assert launches
+
+
+@pytest.mark.parametrize("detector", ["spectral_residual", "phase_spectrum", "fine_grained"])
+def test_detectors_and_peaks_in_kernels(cupy, launches, detector):
+    images = pictures(height=70, width=66)
+    maps = called_twice(cupy, DETECTORS[detector], images, algorithm="kernel")
+    expected = DETECTORS[detector](images, algorithm="array")
+    np.testing.assert_allclose(on_host(maps), expected, atol=1e-4 if detector == "spectral_residual" else 0)
+    peaks = called_twice(cupy, saliency_peaks, on_host(maps), 70, 66, algorithm="kernel")
+    assert_same(peaks, saliency_peaks(on_host(maps), 70, 66, algorithm="array"))
+    assert "saliency_peaks" in launches
 
 
 # --- The stand-in ---
