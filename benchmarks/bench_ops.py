@@ -4,13 +4,14 @@
 
 Images are noise: no step's cost depends on what they show. `bytes` is the least that a step has to move, what it reads
 and what it gives counted once; their rate is compared with that of copying a large array in the same run. On a GPU the
-inputs take turns, so that they do not stay in its cache, and the memory that the whole mix takes is measured too.
+inputs take turns, so that they do not stay in its cache, and the memory that the whole mix takes is measured too. Each
+step is timed there as it is called, and as a CUDA graph, without the host. Of the CPU there is one row to compare with.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import gc
 import inspect
 import itertools
 import math
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import dali_saliencymix as ds
-from benchmarks import machine, measure, opencv
+from benchmarks import machine, measure, opencv, peers
+from benchmarks.record import Record
+from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.normalise import paste_normalised
 
 _NUM_CLASSES = 1000
@@ -33,87 +36,116 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
     bytes_moved: int
     on_gpu: bool
+    cached_launches: bool = False
 
 
 def main() -> None:
     """Measure and write the result."""
     parser = measure.parser_of_rounds(__doc__)
     parser.add_argument("--sizes", type=measure.positive, nargs="+", default=[224, 32], help="height and width")
-    parser.add_argument("-b", "--batches", type=measure.positive, nargs="+", default=[128, 1, 8, 32, 512])
+    batches = "default: 256 128 32 512 1, without a GPU 128 1 8 32 512"
+    parser.add_argument("-b", "--batches", type=measure.positive, nargs="+", help=batches)
     parser.add_argument("--detectors", nargs="+", choices=list(ds.DETECTORS), default=list(ds.DETECTORS))
-    parser.add_argument("--cpu-up-to", type=measure.positive, default=512, help="largest batch measured on the CPU")
     parser.add_argument(
         "--copy-megabytes", type=measure.positive, help="array for the bandwidth; 256 or, on a GPU, 2048"
     )
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
+    options.batches = options.batches or ([256, 128, 32, 512, 1] if gpu else [128, 1, 8, 32, 512])
     options.copy_megabytes = options.copy_megabytes or (2048 if gpu else 256)
 
-    result: dict[str, Any] = {"benchmark": "ops", "milliseconds_per_batch": {}, "not_measured": {}}
-    result["conditions"] = machine.conditions(options, gpu=gpu)
-    devices = ["cpu", "gpu"] if gpu else ["cpu"]
-    megabytes = {"cpu": min(options.copy_megabytes, 256), "gpu": options.copy_megabytes}
-    result["copy_gigabytes_per_second"] = {
-        device: measure.memory_bandwidth(gpu=device == "gpu", megabytes=megabytes[device]) for device in devices
-    }
-    if gpu:
-        result["peak_memory_relative_to_batch"] = {}
-    if why_not := opencv.why_not():
-        result["not_measured"]["opencv"] = why_not
-    processes = None if why_not else opencv.Processes(machine.cores())
-    places = list(itertools.product(options.sizes, options.batches))
-    budget = measure.Budget(options.seconds, len(places))
+    record = Record("ops", machine.conditions(options, gpu=gpu), options)
+    device = "gpu" if gpu else "cpu"
+    record.add(
+        {"copy_gigabytes_per_second": {device: measure.memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)}}
+    )
+    why_not = "it is measured without a GPU" if gpu else opencv.why_not()
+    processes = None
+    if why_not:
+        record.not_measured["opencv"] = why_not
+    else:
+        processes = opencv.Processes(machine.cores())
     try:
-        for size, batch in places:
-            measure_place(result, size, batch, options, gpu, processes, budget.next_part())
+        for size, batch in itertools.product(options.sizes, options.batches):
+            first = (size, batch) == (options.sizes[0], options.batches[0])
+            for detector in options.detectors:
+                steps = detector == options.detectors[0]
+                measure_group(record, Inputs(size, batch), detector, steps, gpu, first, processes, options.rounds)
+                gc.collect()
     finally:
         if processes:
             processes.close()
-    measure.write(result, options.output)
-    measure.show(result)
+    record.end()
 
 
-def measure_place(
-    result: dict[str, Any],
-    size: int,
-    batch: int,
-    options: Any,
+def measure_group(
+    record: Record,
+    inputs: Inputs,
+    detector: str,
+    steps: bool,
     gpu: bool,
+    first: bool,
     processes: opencv.Processes | None,
-    seconds: float,
+    rounds: int,
 ) -> None:
-    """Measure all steps at one size of images and batches, and put them into `result`."""
-    place = f"{size} px, batch {batch}"
-    inputs = Inputs(size, batch)
-    variants: dict[str, Variant] = {}
-    if batch <= options.cpu_up_to:
-        variants |= package_variants(inputs, "numpy", options.detectors)
-        if processes:
-            variants |= opencv_variants(inputs, processes, options.detectors)
-    else:
-        result["not_measured"][f"{place} / on the CPU"] = f"--cpu-up-to {options.cpu_up_to}"
-    if gpu:
-        variants |= package_variants(inputs, "cupy", options.detectors)
-        result["peak_memory_relative_to_batch"][place] = peak_memory(variants, inputs)
-
+    """Measure a detector and the mix with it at one size of images and batches, and with `steps` all other steps."""
+    count, size = inputs.images.shape[:2]
+    place = f"{size} px, batch {count}"
+    try:
+        variants = package_variants(inputs, "cupy" if gpu else "numpy", detector, steps=steps)
+    except Exception as error:  # whatever it is: other detectors can be measured all the same
+        record.leave_out(f"{place} / {detector}", error)
+        return
+    if gpu and first and steps:  # array operations: compiling kernels for a CPU would take the GPU's time
+        reference = f"mix {detector} | numpy"
+        variants[reference] = package_variants(inputs, "numpy", detector, steps=False)[reference]
+    if processes:
+        variants |= opencv_variants(inputs, processes, detector)
+    if steps:
+        try:
+            for name, call in peers.ops_variants(inputs.images, gpu=gpu).items():
+                variants[name] = Variant(call, 8 * inputs.images.size, gpu)  # float32 in, float32 out
+        except ImportError as error:
+            record.leave_out(f"{place} / mixes of other packages", error)
+    variants = {
+        name: variant
+        for name, variant in variants.items()
+        if record.ask_for(f"{place} / {name}", "milliseconds_per_batch", place, *name.split(" | "))
+    }
+    if not variants or record.seconds_left() < 0:
+        return
+    record.begin_group()
     reasons: dict[str, str] = {}
-    timed = {name: measure.Timed(variant.call, gpu=variant.on_gpu) for name, variant in variants.items()}
-    copies = result["copy_gigabytes_per_second"]
-    for values in measure.in_turns(timed, options.rounds, seconds=seconds, not_measured=reasons):
-        found: dict[str, dict[str, Any]] = {}
+    timed = {
+        name: functools.partial(milliseconds, variant, measure.Timed(variant.call, gpu=variant.on_gpu))
+        for name, variant in variants.items()
+    }
+    rate_of_copy = record.result["copy_gigabytes_per_second"]["gpu" if gpu else "cpu"]["median"]
+    found: dict[str, Any] = {}
+    if gpu:
+        found["peak_memory_relative_to_batch"] = {place: peak_memory(variants, inputs)}
+    for values in measure.in_turns(timed, rounds, seconds=record.seconds_left(), not_measured=reasons):
+        of_place: dict[str, dict[str, Any]] = {}
         for name, times in values.items():
             step, _, implementation = name.partition(" | ")
-            rate = variants[name].bytes_moved / measure.figure(times)["median"] / 1e6
-            found.setdefault(step, {})[implementation] = {
-                **measure.figure(times),
-                "bytes": variants[name].bytes_moved,
-                "share_of_copy_rate": measure.significant(
-                    rate / copies["gpu" if variants[name].on_gpu else "cpu"]["median"], 3
-                ),
-            }
-        result["milliseconds_per_batch"][place] = found
-        measure.write(result, options.output)
-    result["not_measured"] |= {f"{place} / {name}": reason for name, reason in reasons.items()}
+            of_place.setdefault(step, {})[implementation] = with_share(times, variants[name], gpu, rate_of_copy)
+        record.add({**found, "milliseconds_per_batch": {place: of_place}})
+    record.not_measured |= {f"{place} / {name}": reason for name, reason in reasons.items()}
+
+
+def milliseconds(variant: Variant, timed: measure.Timed) -> float:
+    """Return the milliseconds of a variant."""
+    with on_gpu(cached_launches=variant.cached_launches):
+        return timed()
+
+
+def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: float) -> dict[str, float]:
+    """Return the figure of a variant, with its bytes and how its rate compares with that of a copy."""
+    figure = {**measure.figure(times), "bytes": variant.bytes_moved}
+    if variant.on_gpu is gpu:
+        rate = variant.bytes_moved / figure["median"] / 1e6
+        figure["share_of_copy_rate"] = measure.significant(rate / rate_of_copy, 3)
+    return figure
 
 
 class Inputs:
@@ -126,13 +158,13 @@ class Inputs:
         self.labels = rng.integers(0, _NUM_CLASSES, batch)
 
 
-def package_variants(inputs: Inputs, library: str, detectors: list[str]) -> dict[str, Variant]:
-    """Return each step as this package does it with one array library, named ``step | implementation``."""
-    on_gpu = library == "cupy"
+def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool) -> dict[str, Variant]:
+    """Return how this package does things with one array library, named ``step | implementation``."""
+    gpu = library == "cupy"
     xp: Any = np
-    if on_gpu:
+    if gpu:
         import cupy as xp
-    copies = min(16, math.ceil(_ROTATED_BYTES / inputs.images.nbytes)) if on_gpu else 1
+    copies = min(16, math.ceil(_ROTATED_BYTES / inputs.images.nbytes)) if gpu else 1
     batches = itertools.cycle([xp.asarray(inputs.images).copy() for _ in range(copies)])
     size = inputs.images.shape[1:3]
     source_index, lam, labels = (xp.asarray(array) for array in (inputs.source_index, inputs.lam, inputs.labels))
@@ -140,24 +172,32 @@ def package_variants(inputs: Inputs, library: str, detectors: list[str]) -> dict
 
     variants: dict[str, Variant] = {}
 
-    def add(
-        step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Callable[..., Any]
-    ) -> None:
-        for implementation, chosen in implementations(offers, library):
+    def add(step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Any = None) -> None:
+        """Add a step by all implementations of a function, or of the one that `offers` them."""
+        for implementation, chosen in implementations(offers or function, library):
             made = functools.partial(call, functools.partial(function, **chosen))
-            variants[f"{step} | {implementation}"] = Variant(made, moved, on_gpu)
+            name = f"{step} | {implementation}"
+            variants[name] = Variant(made, moved, gpu)
+            if gpu:
+                if "kernel" in implementation:
+                    variants[f"{name}, cached launches"] = Variant(made, moved, gpu, cached_launches=True)
+                variants[f"{name}, graph"] = Variant(measure.Graph(made, copies), moved, gpu)
 
-    maps = {}
-    for name in detectors:
-        with contextlib.suppress(Exception):  # what is wrong with it will be said when its turn comes
-            maps[name] = ds.DETECTORS[name](images)
-        moved = images.nbytes + (maps[name].nbytes if name in maps else 0)
-        detector = ds.DETECTORS[name]
-        add(f"saliency {name}", detector, lambda function: function(next(batches)), moved, detector)
-    for made in {made.shape: made for made in maps.values()}.values():
-        step = f"peak of {made.shape[1]}x{made.shape[2]} maps"
-        moved = made.nbytes + 8 * len(made)
-        add(step, ds.saliency_peaks, lambda function, made=made: function(made, *size), moved, ds.saliency_peaks)
+    find = ds.DETECTORS[detector]
+    maps = find(images)
+    add(f"saliency {detector}", find, lambda function: function(next(batches)), images.nbytes + maps.nbytes)
+    add(
+        f"mix {detector}",
+        functools.partial(ds.saliencymix, saliency=detector),
+        lambda function: function(next(batches), source_index, lam),
+        2 * images.nbytes,
+        find,  # the algorithm is the detector's
+    )
+    step = f"peak of {maps.shape[1]}x{maps.shape[2]} maps"
+    moved = maps.nbytes + 8 * len(maps)
+    add(step, ds.saliency_peaks, lambda function: function(maps, *size), moved)
+    if not steps:
+        return variants
     peaks = xp.asarray(np.random.default_rng(1).integers(0, size, (len(images), 2)))
     boxes = ds.boxes_at(peaks, lam, *size)
 
@@ -168,31 +208,21 @@ def package_variants(inputs: Inputs, library: str, detectors: list[str]) -> dict
     def pasted(function: Callable[..., Any]) -> Any:
         return function(next(batches), source_index, boxes)
 
-    def targets(function: Callable[..., Any]) -> Any:
-        return function(labels, labels, lam, num_classes=_NUM_CLASSES)
-
-    moved = peaks.nbytes + boxes.nbytes + 2 * lam.nbytes
-    add("boxes and lam", ds.boxes_at, boxes_and_lam, moved, ds.boxes_at)
-    add("paste", ds.paste_boxes, pasted, 2 * images.nbytes, ds.paste_boxes)
-    options: dict[str, Any] = {"mean": [124, 116, 104], "std": [58, 57, 57], "mirror": labels % 2}
-    # New memory for a result of this size would cost more than the work: a loader has it already.
-    options["out"] = xp.empty((len(images), 3, *size), xp.float32)
+    options: dict[str, Any] = {"mean": [124, 116, 104], "std": [58, 57, 57], "mirror": labels % 2 == 1}
+    if not gpu:
+        # New memory of this size would cost more than the work, and a loader uses its own again. CuPy's pool does so.
+        options["out"] = np.empty((len(images), 3, *size), np.float32)
 
     def normalised(function: Callable[..., Any]) -> Any:
         return function(next(batches), source_index, boxes, **options)
 
-    add("paste, mirror, normalise", paste_normalised, normalised, 5 * images.nbytes, paste_normalised)
-    moved = 2 * labels.nbytes + lam.nbytes + 4 * len(labels) * _NUM_CLASSES
-    add("labels", ds.soft_labels, targets, moved, ds.soft_labels)
-    for name in detectors:
-        mix = functools.partial(ds.saliencymix, saliency=name)
-        add(
-            f"mix {name}",
-            mix,
-            lambda function: function(next(batches), source_index, lam),
-            2 * images.nbytes,
-            ds.DETECTORS[name],
-        )  # its algorithm is the detector's
+    def targets(function: Callable[..., Any]) -> Any:
+        return function(labels, labels, lam, num_classes=_NUM_CLASSES)
+
+    add("boxes and lam", ds.boxes_at, boxes_and_lam, peaks.nbytes + boxes.nbytes + 2 * lam.nbytes)
+    add("paste", ds.paste_boxes, pasted, 2 * images.nbytes)
+    add("paste, mirror, normalise", paste_normalised, normalised, 5 * images.nbytes)
+    add("labels", ds.soft_labels, targets, 2 * labels.nbytes + lam.nbytes + 4 * len(labels) * _NUM_CLASSES)
     return variants
 
 
@@ -201,21 +231,22 @@ def implementations(function: Callable[..., Any], library: str) -> Iterator[tupl
     if "algorithm" not in inspect.signature(function).parameters:
         yield library, {}
         return
-    yield library, {"algorithm": "array"}
     yield "gpu kernel" if library == "cupy" else "cpu kernel", {"algorithm": "kernel"}
+    yield library, {"algorithm": "array"}
 
 
-def opencv_variants(inputs: Inputs, processes: opencv.Processes, detectors: list[str]) -> dict[str, Variant]:
-    """Return OpenCV's detectors in this process and in as many as there are cores."""
+def opencv_variants(inputs: Inputs, processes: opencv.Processes, detector: str) -> dict[str, Variant]:
+    """Return OpenCV's detector of that name, if it has one, in this process and in as many as there are cores."""
+    if detector not in opencv.DETECTORS:
+        return {}
     images = inputs.images
     path, moved = processes.share(images), images.nbytes + 4 * math.prod(images.shape[:3])
-    variants = {}
-    for name in set(opencv.DETECTORS) & set(detectors):
-        here = functools.partial(opencv.saliency_maps, images, name)
-        there = functools.partial(processes.saliency_maps, path, len(images), name)
-        variants[f"saliency {name} | opencv"] = Variant(here, moved, on_gpu=False)
-        variants[f"saliency {name} | opencv, {processes.count} processes"] = Variant(there, moved, on_gpu=False)
-    return variants
+    here = functools.partial(opencv.saliency_maps, images, detector)
+    there = functools.partial(processes.saliency_maps, path, len(images), detector)
+    return {
+        f"saliency {detector} | opencv": Variant(here, moved, on_gpu=False),
+        f"saliency {detector} | opencv, {processes.count} processes": Variant(there, moved, on_gpu=False),
+    }
 
 
 def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[str, float]]:
@@ -229,7 +260,7 @@ def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[
     found: dict[str, dict[str, float]] = {}
     for name, variant in variants.items():
         step, _, implementation = name.partition(" | ")
-        if not (variant.on_gpu and step.startswith("mix ")):
+        if not (variant.on_gpu and step.startswith("mix ") and implementation in ("cupy", "gpu kernel")):
             continue
         try:
             variant.call()

@@ -12,7 +12,9 @@ of the least number's rate per thread.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 
 import dali_saliencymix as ds
 from benchmarks import data, loaders, machine, measure
+from benchmarks.record import Record
 
 _TOLERANCE = 0.2
 _ON_ARRAYS = ("batch", "size", "detector_size")
@@ -56,37 +59,39 @@ def main() -> None:
         msg = "--axes must not name hw_decoder_load without a GPU, which has the decoder"
         raise ValueError(msg)
 
-    result: dict[str, Any] = {"benchmark": "scale", "curves": {}, "not_measured": {}}
-    result["conditions"] = machine.conditions(options, gpu=gpu)
-    budget = measure.Budget(options.seconds, len(options.axes))
-    for axis in [axis for axis in options.axes if axis in _ON_ARRAYS]:
-        measure_curves(result, axis, array_variants(axis, options, gpu), options, budget.next_part())
-    if of_loaders := [axis for axis in options.axes if axis in _OF_LOADERS]:
-        with data.images_of(options) as folder:
-            result["conditions"] |= data.described(folder)
-            for axis in of_loaders:
-                measure_curves(result, axis, loader_variants(axis, folder, options, gpu), options, budget.next_part())
-    measure.write(result, options.output)
-    measure.show(result)
+    with contextlib.ExitStack() as stack:
+        conditions, folder = machine.conditions(options, gpu=gpu), None
+        if set(options.axes) & set(_OF_LOADERS):
+            folder = stack.enter_context(data.images_of(options))
+            conditions |= data.described(folder)
+        record = Record("scale", conditions, options)
+        for axis in options.axes:
+            if record.ask_for(axis, "curves", axis) and record.seconds_left() > 0:
+                measure_curves(record, axis, folder, options, gpu)
+                gc.collect()  # pipelines are parts of cycles
+    record.end()
 
 
-def measure_curves(
-    result: dict[str, Any], axis: str, variants: dict[str, Callable[[], float]], options: Any, seconds: float
-) -> None:
-    """Measure all points of an axis in turns, and put the curves into `result`."""
+def measure_curves(record: Record, axis: str, folder: Any, options: Any, gpu: bool) -> None:
+    """Measure all points of an axis in turns."""
+    on_arrays = axis in _ON_ARRAYS
+    variants = array_variants(axis, options, gpu) if on_arrays else loader_variants(axis, folder, options, gpu)
+    record.begin_group()
     reasons: dict[str, str] = {}
+    # Half of what is left, so that the axes after it get something.
+    seconds = record.seconds_left() * (0.5 if axis != options.axes[-1] else 1)
     for values in measure.in_turns(variants, options.rounds, seconds=seconds, not_measured=reasons):
         curves: dict[str, dict[str, Any]] = {}
-        for name, found in values.items():
+        for name, measured in values.items():
             curve, _, point = name.rpartition(" @ ")
-            curves.setdefault(curve, {})[point] = measure.figure(found)
-        result["curves"][axis] = {
-            "unit": "images/s" if axis in _OF_LOADERS else "ms",
+            curves.setdefault(curve, {})[point] = measure.figure(measured)
+        found = {
+            "unit": "ms" if on_arrays else "images/s",
             "points": curves,
-            "linear": {name: linear(axis, points) for name, points in curves.items()},
+            "linear": {name: linear(axis, of_curve) for name, of_curve in curves.items()},
         }
-        measure.write(result, options.output)
-    result["not_measured"] |= {f"{axis} / {name}": reason for name, reason in reasons.items()}
+        record.add({"curves": {axis: found}})
+    record.not_measured |= {f"{axis} / {name}": reason for name, reason in reasons.items()}
 
 
 def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ difference to the loader that does not mix is the operator's. The calls of the o
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import statistics
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import torchvision
 from torch.nn.functional import cross_entropy
 
 from benchmarks import data, gil, loaders, machine, measure
+from benchmarks.record import Record
 from dali_saliencymix import DETECTORS
 
 _CONSTANT, _UNMIXED = "constant batch", "none"
@@ -43,7 +45,6 @@ def main() -> None:
     parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=detectors)
     parser.add_argument("--hw-decoder-load", type=measure.share, default=0.65, help="share for a GPU's JPEG engine")
     options = parser.parse_args()
-    budget = measure.Budget(options.seconds, 2)
     gpu = machine.wants_gpu(options)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     defaults = ("resnet50", 256, 224, 20) if gpu else ("resnet18", 32, 64, 8)
@@ -53,11 +54,11 @@ def main() -> None:
         msg = f"--arch must be a classification network of torchvision, got {options.arch!r}"
         raise ValueError(msg)
 
-    result: dict[str, Any] = {"benchmark": "train", "images_per_second": {}, "not_measured": {}}
     with data.images_of(options) as folder:
-        result["conditions"] = machine.conditions(options, gpu=gpu) | data.described(folder)
-        result["conditions"]["torch_threads"] = torch.get_num_threads()
-        result["conditions"] |= {"precision": "bfloat16 autocast", "memory_format": "channels_last"}
+        conditions = machine.conditions(options, gpu=gpu) | data.described(folder)
+        conditions |= {"torch_threads": torch.get_num_threads()}
+        conditions |= {"precision": "bfloat16 autocast", "memory_format": "channels_last"}
+        record = Record("train", conditions, options)
         repeated = data.repeated(folder, 20 * options.batch_size)
         setting = loaders.Setting(
             repeated,
@@ -67,48 +68,72 @@ def main() -> None:
             device,
             hw_decoder_load=options.hw_decoder_load,
         )
-        calls: dict[str, list[gil.Call]] = {}
-        streams = {_UNMIXED: loaders.in_graph(setting, channels_last=True)}
-        mixing = {"mix_normalises": True, "channels_last": True}
-        for detector in options.detectors:
-            name, mix = f"saliencymix {detector}", loaders.saliencymix_in_graph(detector)
+        step = training_step(options.arch, setting)
+        for group in groups(options.detectors, gpu=gpu):
+            lacking = record.lacking("images_per_second", group)
+            if lacking and record.seconds_left() > 0:
+                names = list(dict.fromkeys([_UNMIXED, *lacking]))
+                measure_group(record, names, step, setting, options)
+                gc.collect()  # pipelines are parts of cycles
+    record.end()
+
+
+def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
+    """Return the names of the loaders, those that matter most first; `benchmarks.loaders` says what they are."""
+    first = [_UNMIXED, "none, again"]
+    if not gpu:
+        return [[*first, *(f"saliencymix {detector}" for detector in detectors)]]
+    mixing = [loaders.routes(detector) for detector in detectors]
+    return [[*first, *mixing[0]], *mixing[1:], [f"none, decoder {share}" for share in loaders.DECODER_LOADS]]
+
+
+def measure_group(
+    record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, options: Any
+) -> None:
+    """Measure the training behind each of these loaders, then for how long each holds Python's lock."""
+    calls: dict[str, list[gil.Call]] = {}
+    streams: dict[str, loaders.Stream] = {}
+    makers = loaders.makers()
+    for name in names:
+        try:
             with gil.recorded_calls() as calls[name]:
-                streams[name] = loaders.in_graph(setting, mix=mix, **mixing)
-            if gpu:
-                with gil.recorded_calls() as calls[f"{name}, whole batches"]:
-                    streams[f"{name}, whole batches"] = loaders.in_graph_of_whole_batches(setting, mix=mix, **mixing)
-        measure_training(result, streams, calls, setting, options, budget.next_part(0.8))
-        measure_lock(result, streams, setting, options, budget.next_part())
-    measure.write(result, options.output)
-    measure.show(result)
+                streams[name] = makers[name](setting, channels_last=True)
+        except Exception as error:  # whatever it is: the others can be measured all the same
+            record.leave_out(name, error)
+    if _UNMIXED not in streams:
+        return
+    loaders.say_memory(setting.device)
+    record.begin_group()
+    found = measure_training(record, streams, calls, step, setting, options)
+    measure_lock(record, found, streams, setting, options)
 
 
 def measure_training(
-    result: dict[str, Any],
+    record: Record,
     streams: dict[str, loaders.Stream],
     calls: dict[str, list[gil.Call]],
+    step: Callable[..., None],
     setting: loaders.Setting,
     options: Any,
-    seconds: float,
-) -> None:
-    """Train behind each stream in turns; put the rates, their ratios and the operator's calls into `result`."""
-    step = training_step(options.arch, setting)
+) -> dict[str, Any]:
+    """Train behind each stream in turns; return the rates, their ratios and the operator's calls."""
     batch = next(streams[_UNMIXED].batches)
     constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
-    of_turns: dict[str, list[gil.Call]] = {name: [] for name in calls}
+    of_turns: dict[str, list[gil.Call]] = {name: [] for name in streams if name.startswith("saliencymix")}
     variants = {
         name: functools.partial(
             rate_of_turn, stream, setting, options, step, calls.get(name, []), of_turns.get(name, [])
         )
         for name, stream in {_CONSTANT: constant, **streams}.items()
     }
-    kept = {"seconds": seconds, "not_measured": result["not_measured"]}
+    found: dict[str, Any] = {}
+    kept = {"seconds": 0.8 * record.seconds_left(), "not_measured": record.not_measured}
     for rates in measure.in_turns(variants, options.rounds, **kept):
-        result["images_per_second"] = {name: measure.figure(values) for name, values in rates.items()}
-        result["relative_to_constant_batch"] = measure.ratios(rates, _CONSTANT)
+        found["images_per_second"] = {name: measure.figure(values) for name, values in rates.items()}
+        found["relative_to_constant_batch"] = measure.ratios(rates, _CONSTANT)
         without_constant = {name: values for name, values in rates.items() if name != _CONSTANT}
-        result["relative_to_none"] = measure.ratios(without_constant, _UNMIXED)
-        result["operator_call_ms"] = {
+        found["relative_to_none"] = measure.ratios(without_constant, _UNMIXED)
+        found["operator_call_ms"] = {
             name: {
                 "wall": measure.figure([1000 * call.wall_seconds for call in turns[1:]]),
                 "cpu": measure.figure([1000 * call.cpu_seconds for call in turns[1:]]),
@@ -116,10 +141,11 @@ def measure_training(
             for name, turns in of_turns.items()
             if turns[1:]  # the first one warms up
         }
-        measure.write(result, options.output)
+        record.add(found)
     for name, turns in of_turns.items():
         if not turns:
-            result["not_measured"][f"operator_call_ms / {name}"] = "it is no Python function of DALI's"
+            record.not_measured[f"operator_call_ms / {name}"] = "no call of it was seen"
+    return found
 
 
 def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
@@ -160,21 +186,25 @@ def rate_of_turn(
 
 
 def measure_lock(
-    result: dict[str, Any], streams: dict[str, loaders.Stream], setting: loaders.Setting, options: Any, seconds: float
+    record: Record,
+    found: dict[str, Any],
+    streams: dict[str, loaders.Stream],
+    setting: loaders.Setting,
+    options: Any,
 ) -> None:
-    """Take batches from each loader in turns; put the time that each batch holds Python's lock into `result`."""
+    """Take batches from each loader in turns; add to `found` the time that each batch holds Python's lock."""
     variants = {
         name: functools.partial(milliseconds_held, stream, setting, options.steps) for name, stream in streams.items()
     }
-    kept = {"seconds": seconds, "not_measured": result["not_measured"]}
+    kept = {"seconds": record.seconds_left(), "not_measured": record.not_measured}
     for held in measure.in_turns(variants, options.rounds, **kept):
-        result["lock_held_ms_per_batch"] = {name: measure.figure(values) for name, values in held.items()}
-        result["lock_held_ms_per_batch_more_than_none"] = {
+        found["lock_held_ms_per_batch"] = {name: measure.figure(values) for name, values in held.items()}
+        found["lock_held_ms_per_batch_more_than_none"] = {
             name: measure.figure([one - other for one, other in zip(values, held[_UNMIXED], strict=True)])
             for name, values in held.items()
             if name != _UNMIXED and _UNMIXED in held
         }
-        measure.write(result, options.output)
+        record.add(found)
 
 
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-
-_LEAST_ROUNDS = 5
+from benchmarks.record import LEAST_ROUNDS
 
 
 def verdict(before: dict[str, float], after: dict[str, float]) -> str:
     """Say whether a figure changed by more than the spread."""
-    if min(before.get("rounds", _LEAST_ROUNDS), after.get("rounds", _LEAST_ROUNDS)) < _LEAST_ROUNDS:
+    if min(before.get("rounds", LEAST_ROUNDS), after.get("rounds", LEAST_ROUNDS)) < LEAST_ROUNDS:
         return "too few rounds to tell"
     (low, high), (new_low, new_high) = (
         (figure.get("q1", figure["min"]), figure.get("q3", figure["max"])) for figure in (before, after)
@@ -56,9 +55,9 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def conditions_that_differ(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in the conditions of two results, the commit apart, which is there to differ."""
+    """Return what differs in the conditions of two results but for commit, command and date, which are there to."""
     old, new = (_flat(result.get("conditions", {})) for result in (before, after))
-    names = [name for name in {**old, **new} if name not in ("commit", "command")]
+    names = [name for name in {**old, **new} if name not in ("commit", "command", "date")]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 

@@ -9,12 +9,16 @@ image and interpolates its colours, DALI the window that is kept, without interp
 ========================  =============================================================================================
 ``none``                  DALI: decode, random crop, resize, mirror, normalise
 ``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
+``none, decoder X``       on a GPU: the same with the share X of the images for its JPEG engine; 0.65 is the default
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
-``saliencymix NAME``      the same with ``fn.saliencymix`` and the detector NAME in the graph; ``..., array`` is
-                          that without kernels, and only measured when asked for
-``..., apart``            the operator mixes only, and DALI mirrors and normalises, as it does for ``none``. Otherwise
-                          ``cutmix`` and ``saliencymix`` do that along on a CPU, as in ``train.py``
-``..., whole batches``    on a GPU: the operator gets a batch as it lies in memory, as it does on a CPU in any case
+``saliencymix NAME``      the same with ``fn.saliencymix`` and the detector NAME in the graph
+``..., apart``            on a CPU: the operator mixes only, and DALI mirrors and normalises, as it does for ``none``.
+                          Otherwise ``cutmix`` and ``saliencymix`` do that along on a CPU, as in ``train.py``
+``..., samples``          on a GPU: DALI passes the operator a list of samples
+``..., whole batches``    on a GPU: DALI passes the operator each batch as one array, as it does on a CPU
+``..., array``            the operator computes with array operations
+``..., kernel``           the operator computes with kernels
+``..., normalising``      on a GPU: the operator normalises in the place of DALI
 ``after: ...``            DALI, and the mix on the batch that comes out of the iterator, as with NVIDIA's MixUpWrapper.
                           SaliencyMix takes 8-bit images: DALI gives these, and PyTorch normalises them afterwards,
                           which belongs to the cost of that way. CutMix and mixup take DALI's normalised batch
@@ -30,7 +34,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
+import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -44,7 +49,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
 from torch.utils import data
 
-from benchmarks import opencv
+from benchmarks import measure, opencv
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix import fn as mix_fn
 from dali_saliencymix._algorithms import on_gpu
@@ -54,6 +59,10 @@ from pipelines.imagenet import MEAN, STD
 from pipelines.loader import training_loader
 from pipelines.reading import decode_window, read_files, to_device
 
+_OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
+_ALGORITHMS = ("kernel", "array")
+_COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
+DECODER_LOADS = (0, 0.3, 0.9)
 _PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
 
 
@@ -115,49 +124,73 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def say_memory(device: torch.device) -> None:
+    """Say on stderr how much of a GPU's memory is in use."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        measure.say(f"GPU memory in use: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+
 def makers() -> dict[str, Maker]:
-    """Return all ways by name; those with torch's loader first, which fork: DALI and CUDA have no threads yet then."""
-    return {
-        "torch": functools.partial(_torch, collate=data.default_collate),
-        "torch: cutmix": functools.partial(_torch, collate=_cutmix_collate),
-        "torch: opencv": functools.partial(_torch, collate=_opencv_collate, eight_bit=True),
+    """Return all ways by name."""
+    made: dict[str, Maker] = {
+        "torch": functools.partial(torch_loader, collate=data.default_collate),
+        "torch: cutmix": functools.partial(torch_loader, collate=_cutmix_collate),
+        "torch: opencv": functools.partial(torch_loader, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
         "none, again": in_graph,
+        **{f"none, decoder {share}": functools.partial(in_graph, hw_decoder_load=share) for share in DECODER_LOADS},
         "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix, mix_normalises=True),
         "cutmix, apart": functools.partial(in_graph, mix=mix_fn.cutmix),
         "mixup": functools.partial(in_graph, mix=mix_fn.mixup),
-        **{
-            f"saliencymix {name}": functools.partial(in_graph, mix=saliencymix_in_graph(name), mix_normalises=True)
-            for name in DETECTORS
-        },
-        **{
-            f"saliencymix {name}, apart": functools.partial(in_graph, mix=saliencymix_in_graph(name))
-            for name in ("spectral_residual", "fine_grained")
-        },
-        **{
-            f"saliencymix {name}, array": functools.partial(in_graph, mix=saliencymix_in_graph(name, algorithm="array"))
-            for name in DETECTORS
-            if "algorithm" in inspect.signature(mix_fn.saliencymix).parameters
-        },
-        "saliencymix spectral_residual, whole batches": functools.partial(
-            in_graph_of_whole_batches, mix=saliencymix_in_graph("spectral_residual")
-        ),
-        "after: cutmix": functools.partial(_after, mix=transforms.CutMix),
-        "after: mixup": functools.partial(_after, mix=transforms.MixUp),
-        **{
-            f"after: saliencymix {name}": functools.partial(
-                _after_on_8_bits, mix=functools.partial(SaliencyMix, saliency=name)
-            )
-            for name in ("spectral_residual", "fine_grained")
-        },
     }
+    for name in DETECTORS:
+        mix = saliencymix_in_graph(name)
+        made[f"saliencymix {name}"] = functools.partial(in_graph, mix=mix, mix_normalises=True)
+        made[f"saliencymix {name}, apart"] = functools.partial(in_graph, mix=mix)
+        for operator, algorithm, normalise in itertools.product(_OPERATORS, _ALGORITHMS, (False, True)):
+            made[route_name(name, operator, algorithm, normalise=normalise)] = functools.partial(
+                in_graph,
+                mix=saliencymix_in_graph(name, algorithm=algorithm),
+                mix_normalises=True,
+                route={"whole_batches": operator == "whole batches", "normalise": normalise},
+            )
+    made["after: cutmix"] = functools.partial(_after, mix=transforms.CutMix)
+    made["after: mixup"] = functools.partial(_after, mix=transforms.MixUp)
+    for name in _COMPARED:
+        mix = functools.partial(SaliencyMix, saliency=name)
+        made[f"after: saliencymix {name}"] = functools.partial(_after_on_8_bits, mix=mix)
+    return made
 
 
-def default_names(*, gpu: bool) -> list[str]:
-    """Return the names of the ways that are compared when nothing else is asked for."""
-    # On a GPU DALI normalises in any case.
-    left_out = ", apart" if gpu else ", whole batches"
-    return [name for name in makers() if not name.endswith((", array", left_out))]
+def route_name(detector: str, operator: str, algorithm: str, *, normalise: bool = False) -> str:
+    """Return the name of SaliencyMix by one route on a GPU."""
+    return f"saliencymix {detector}, {operator}, {algorithm}" + (", normalising" if normalise else "")
+
+
+def routes(detector: str) -> list[str]:
+    """Return the names of all routes on a GPU that are compared: operator, algorithm, and who normalises."""
+    plain = [route_name(detector, *route) for route in itertools.product(_OPERATORS, _ALGORITHMS)]
+    return [*plain, route_name(detector, "whole batches", "kernel", normalise=True)]
+
+
+def groups(*, gpu: bool) -> list[list[str]]:
+    """Return the names of the ways that are compared when nothing else is asked for, those that matter most first."""
+    torch_s = [name for name in makers() if name.startswith("torch")]
+    after = [name for name in makers() if name.startswith("after")]
+    detectors = [f"saliencymix {name}" for name in DETECTORS]
+    if not gpu:
+        apart = [f"saliencymix {name}, apart" for name in _COMPARED]
+        return [[*torch_s, "none", "none, again", "cutmix", "cutmix, apart", "mixup", *detectors, *apart, *after]]
+    others = [f"saliencymix {name}" for name in DETECTORS if name not in _COMPARED]
+    return [
+        ["none", "none, again", *routes("spectral_residual")],
+        ["cutmix", "mixup", *routes("fine_grained")],
+        [f"none, decoder {share}" for share in DECODER_LOADS],
+        after,
+        torch_s,
+        others,
+    ]
 
 
 def saliencymix_in_graph(detector: str, **options: str) -> Callable[..., Any]:
@@ -168,31 +201,38 @@ def saliencymix_in_graph(detector: str, **options: str) -> Callable[..., Any]:
 # ---- DALI ------------------------------------------------------------------------------------------------------------
 
 
-def in_graph(setting: Setting, *, mix: Callable[..., Any] | None = None, **options: Any) -> Stream:
-    """Return the stream of the training pipeline; `options` are further ones of it."""
-    loader = training_loader(
-        setting.folder,
-        batch_size=setting.batch_size,
-        num_threads=setting.workers,
-        device=setting.device,
-        crop_size=setting.crop_size,
-        mix=mix,
-        prefetch=_PREFETCH,
-        hw_decoder_load=setting.hw_decoder_load,
-        **options,
-    )
+def in_graph(
+    setting: Setting,
+    *,
+    mix: Callable[..., Any] | None = None,
+    route: dict[str, bool] | None = None,
+    hw_decoder_load: float | None = None,
+    **options: Any,
+) -> Stream:
+    """Return the stream of the training pipeline, defined under a route on a GPU; `options` are further ones of it."""
+    with on_gpu(**(route or {})):
+        loader = training_loader(
+            setting.folder,
+            batch_size=setting.batch_size,
+            num_threads=setting.workers,
+            device=setting.device,
+            crop_size=setting.crop_size,
+            mix=mix,
+            prefetch=_PREFETCH,
+            hw_decoder_load=setting.hw_decoder_load if hw_decoder_load is None else hw_decoder_load,
+            **options,
+        )
     return Stream(_endless(loader), _PREFETCH + 1)
 
 
-def in_graph_of_whole_batches(setting: Setting, **options: Any) -> Stream:
-    """Return what `in_graph` does; mixing operators get whole batches on a GPU too."""
-    with on_gpu(whole_batches=True):
-        return in_graph(setting, **options)
-
-
 def _after(setting: Setting, mix: Callable[..., Any]) -> Stream:
-    stream, mixer = in_graph(setting), mix(num_classes=setting.num_classes)
-    return Stream((mixer(images, labels) for images, labels, *_ in stream.batches), stream.ahead)
+    return after_loader(setting, mix(num_classes=setting.num_classes))
+
+
+def after_loader(setting: Setting, mix: Callable[..., Any]) -> Stream:
+    """Return the stream of the training pipeline with ``mix(images, labels)`` of its normalised batches behind it."""
+    stream = in_graph(setting)
+    return Stream((mix(images, labels) for images, labels, *_ in stream.batches), stream.ahead)
 
 
 def _after_on_8_bits(setting: Setting, mix: Callable[..., Any]) -> Stream:
@@ -255,10 +295,14 @@ class _Photos(data.Dataset):
             return self._transform(image.convert("RGB")), self._folder.labels[index]
 
 
-def _torch(setting: Setting, collate: Callable[..., Any], *, eight_bit: bool = False) -> Stream:
+def torch_loader(
+    setting: Setting, collate: Callable[..., Any], *, photos: data.Dataset | None = None, eight_bit: bool = False
+) -> Stream:
+    """Return the stream of a torch DataLoader over `photos`, by default those of the setting decoded by PIL."""
     if collate is _opencv_collate and (why_not := opencv.why_not()):
         raise ImportError(why_not)
-    photos = _Photos(setting.folder, setting.crop_size, eight_bit=eight_bit)
+    photos = photos or _Photos(setting.folder, setting.crop_size, eight_bit=eight_bit)
+    check_shared_memory(setting)
     loader = data.DataLoader(
         photos,
         setting.batch_size,
@@ -267,10 +311,24 @@ def _torch(setting: Setting, collate: Callable[..., Any], *, eight_bit: bool = F
         prefetch_factor=_PREFETCH,
         pin_memory=setting.device.type == "cuda",
         collate_fn=collate,
+        # A fork of this process, in which CUDA and DALI have threads, might hang.
+        multiprocessing_context="forkserver",
     )
     batches = iter(loader)
     batches_there = ([part.to(setting.device, non_blocking=True) for part in batch] for batch in batches)
     return Stream(batches_there, _PREFETCH * setting.workers, at_a_time=setting.workers)
+
+
+def check_shared_memory(setting: Setting) -> None:
+    """Require room in /dev/shm for the batches that worker processes hold."""
+    free = shutil.disk_usage("/dev/shm").free
+    batch = 4 * 3 * setting.batch_size * setting.crop_size**2
+    needed = batch * (_PREFETCH + 1) * setting.workers
+    if free < needed:
+        msg = (
+            f"/dev/shm must have {needed >> 20} MiB for the batches of {setting.workers} workers, got {free >> 20} MiB"
+        )
+        raise MemoryError(msg)
 
 
 def _cutmix_collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
+import importlib.util
 import os
 import platform
 import shlex
@@ -20,6 +22,9 @@ from dali_saliencymix._versions import versions
 
 # Beside those that the package itself works with.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
+
+# Options that say what is measured for how long and where it goes, not how.
+_NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on")
 
 # Of a pool of processes: an interrupt, which all of them get, is for the one that started them.
 DEAF_TO_INTERRUPTS: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
@@ -42,6 +47,14 @@ def has_gpu() -> bool:
 
         return cupy.cuda.runtime.getDeviceCount() > 0
     except Exception:  # not installed, no driver, another CUDA version: without a GPU everything is measured on the CPU
+        return False
+
+
+def installed(name: str) -> bool:
+    """Tell whether a module can be imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
         return False
 
 
@@ -79,16 +92,25 @@ def conditions(options: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
         measure.say(
             f"two busy processes do {machine['cores_given_to_two_processes']} times the work of one: a noisy machine"
         )
-    hidden = ("data", "output", "seconds", "device")
     return {
-        **{name: value for name, value in vars(options).items() if name not in hidden},
-        "device": f"CPU, {cores()} threads",
-        "cuda": None,
-        **(_gpu() if gpu else {}),
+        **{name: value for name, value in vars(options).items() if name not in _NOT_A_CONDITION},
+        **identity(gpu=gpu),
         "versions": versions(*_PACKAGES),
         "machine": machine,
         "command": command(options),
-        "commit": _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"]),
+    }
+
+
+def identity(*, gpu: bool) -> dict[str, Any]:
+    """Return date, device and commit."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": f"CPU, {cores()} threads",
+        "cuda": None,
+        **(_gpu() if gpu else {}),
+        # A copy without git is told its commit.
+        "commit": _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"])
+        or os.environ.get("COMMIT"),
     }
 
 

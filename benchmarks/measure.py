@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import statistics
@@ -81,13 +82,20 @@ def in_turns(
                 if not_measured is None:
                     raise
                 del alive[name], values[name]
-                not_measured[name] = one_line(error)
-                say(f"not measured: {name}: {not_measured[name]}")
+                leave_out(name, error, not_measured)
                 continue
             if number:
                 values[name].append(value)
         if number:
             yield values
+
+
+def leave_out(name: str, error: Exception, not_measured: dict[str, str]) -> None:
+    """Say that a variant cannot be measured, and why; free what it held."""
+    not_measured[name] = one_line(error)
+    say(f"not measured: {name}: {not_measured[name]}")
+    error.__traceback__ = None  # it holds on to the variant's pipelines
+    gc.collect()
 
 
 def order_of_round(names: Sequence[str], number: int) -> list[str]:
@@ -101,12 +109,14 @@ class Timed:
     """Milliseconds of a call on arrays, as often repeated as it takes for a few milliseconds.
 
     On a GPU the time is that between two CUDA events on the current stream, with work enqueued in between and nothing
-    waited for; the first call of the object, which compiles and allocates, is not timed.
+    waited for; the first call of the object, which compiles and allocates, is not timed. If `call` is a `Graph` the
+    time is that of one of the calls in it.
     """
 
     def __init__(self, call: Callable[[], object], *, gpu: bool, least_ms: float = 5.0) -> None:
         self._call, self._gpu, self._least_ms = call, gpu, least_ms
         self._repeats = 0
+        self._calls = call.calls if isinstance(call, Graph) else 1
 
     def __call__(self) -> float:
         """Return the milliseconds of one call."""
@@ -132,19 +142,45 @@ class Timed:
             self._call()
         last.record()
         last.synchronize()
-        return cupy.cuda.get_elapsed_time(first, last) / repeats
+        return cupy.cuda.get_elapsed_time(first, last) / (repeats * self._calls)
 
 
-class Budget:
-    """Seconds that are left of a given number, for parts that come one after the other and differ in need."""
+class Graph:
+    """Calls on CuPy arrays, captured as a CUDA graph when first called: the work of the GPU without that of the host.
 
-    def __init__(self, seconds: float, parts: int) -> None:
-        self._end, self._parts = time.monotonic() + seconds, parts
+    Parameters
+    ----------
+    call : callable
+        Enqueues work on the current stream and waits for nothing.
+    calls : int
+        How often the graph contains it.
+    """
 
-    def next_part(self, share: float = 0.5) -> float:
-        """Return what the next part may take: a share of what is left, all of it for the last one."""
-        self._parts -= 1
-        return (self._end - time.monotonic()) * (share if self._parts else 1)
+    def __init__(self, call: Callable[[], object], calls: int) -> None:
+        self._call, self.calls = call, calls
+        self._graph: Any = None
+
+    def __call__(self) -> None:
+        """Replay the graph on the current stream."""
+        if self._graph is None:
+            self._capture()
+        self._graph.launch()
+
+    def _capture(self) -> None:
+        import cupy
+
+        self._pool = cupy.cuda.MemoryPool()  # what the graph writes to must not become anybody else's memory
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with cupy.cuda.using_allocator(self._pool.malloc), stream:
+            self._call()
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                for _ in range(self.calls):
+                    self._call()
+            finally:
+                graph = stream.end_capture()
+        self._graph = graph
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -179,6 +215,8 @@ def parser_of_rounds(description: str) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=positive, default=9, help="rounds that count (default: %(default)s)")
     time_is_up = "begin no round after this time, but one"
     made.add_argument("--seconds", type=positive_number, default=math.inf, help=time_is_up)
+    lacking = "measure only what the file of -o lacks, on the same device and with the same options, and add it"
+    made.add_argument("--continue", dest="go_on", action="store_true", help=lacking)
     return made
 
 
@@ -236,7 +274,12 @@ def _unfinished(output: Path) -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program; what goes wrong becomes one line and exit status 1."""
+    """Run a program; what goes wrong becomes one line and exit status 1.
+
+    Python's garbage collector runs between variants only. It ends DALI pipelines that nobody uses any more, and in a
+    thread that DALI calls a Python operator in, that can wait for ever: see `tests/conftest.py`.
+    """
+    gc.disable()
     try:
         main()
     except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
@@ -247,7 +290,12 @@ def run(main: Callable[[], None]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Return what an error says, in one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """Return a text in one line of bounded length."""
+    text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_scale, compare, gpu_suite, loaders, machine, measure, opencv, render
+from benchmarks import bench_pipeline, bench_scale, compare, loaders, machine, measure, opencv, render
 from dali_saliencymix.sample_data import make_sample_data
 
 ROOT = Path(__file__).parents[1]
-CONDITIONS = {"device", "cuda", "versions", "machine", "rounds", "command", "commit"}
+CONDITIONS = {"date", "device", "cuda", "versions", "machine", "rounds", "command", "commit"}
 FIGURE = {"median", "q1", "q3", "min", "max", "rounds"}
 
 
@@ -98,11 +97,13 @@ def test_ops(run_small):
     paste = steps["paste"]["numpy"]
     expected = paste["bytes"] / paste["median"] / 1e6 / rate
     assert paste["share_of_copy_rate"] == pytest.approx(expected, rel=0.02)
+    assert result["complete"]
+    reasons = {name: why for name, why in result["not_measured"].items() if "other packages" not in name}
     if opencv.why_not() is None:
         assert f"opencv, {machine.cores()} processes" in steps["saliency fine_grained"]
-        assert result["not_measured"] == {}
+        assert reasons == {}
     else:
-        assert result["not_measured"] == {"opencv": opencv.why_not()}
+        assert reasons == {"opencv": opencv.why_not()}
 
 
 def test_pipeline_as_a_program(data, tmp_path):
@@ -126,12 +127,13 @@ def test_train(data, run_small):
     small = ("-a", "resnet18", "-b", 4, "-j", 1, "--crop-size", 32, "--steps", 1, "--detectors", "fine_grained")
     result = run_small("bench_train", data, *small)
     mixed = "saliencymix fine_grained"
-    assert result["images_per_second"].keys() == {"constant batch", "none", mixed}
-    assert result["relative_to_constant_batch"].keys() == {"constant batch", "none", mixed}
-    assert result["relative_to_none"].keys() == {"none", mixed}
+    assert result["images_per_second"].keys() == {"constant batch", "none", "none, again", mixed}
+    assert result["relative_to_constant_batch"].keys() == {"constant batch", "none", "none, again", mixed}
+    assert result["relative_to_none"].keys() == {"none", "none, again", mixed}
     assert {name: found["rounds"] for name, found in result["operator_call_ms"][mixed].items()} == {"wall": 2, "cpu": 2}
-    assert result["lock_held_ms_per_batch"].keys() == {"none", mixed}
+    assert result["lock_held_ms_per_batch"].keys() == {"none", "none, again", mixed}
     assert result["not_measured"] == {}
+    assert result["complete"]
 
 
 def test_scale(data, run_small):
@@ -146,6 +148,78 @@ def test_detectors(data, run_small):
     result = run_small("bench_detectors", data, "-b", 2, "--size", 16, "--images", 4)
     assert result["conditions"]["images"] == 4
     assert result["agreement_with_fine_grained"]["fine_grained"] == {"mean_distance": 0.0, "within_an_eighth": 1.0}
+
+
+def test_a_loader_that_cannot_be_made_is_listed_and_its_group_goes_on(data, run_small, monkeypatch):
+    def fail(setting):
+        msg = "no room for it"
+        raise MemoryError(msg)
+
+    makers = {**loaders.makers(), "mixup": fail}
+    monkeypatch.setattr(loaders, "makers", lambda: makers)
+    small = ("-b", 4, "-j", 1, "--crop-size", 16, "--batches", 1)
+    result = run_small("bench_pipeline", data, *small, "--variants", "mixup", "cutmix")
+    assert result["images_per_second"].keys() == {"none", "cutmix"}
+    assert result["not_measured"] == {"mixup": "no room for it"}
+    assert not result["complete"]
+
+
+def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, monkeypatch, tmp_path, capsys):
+    made, cut = [], True
+
+    def recorded(name, make, setting):
+        made.append(name)
+        stream = make(setting)
+        if name != "mixup" or not cut:
+            return stream
+        return stream_that_is_interrupted(stream)
+
+    def stream_that_is_interrupted(stream):
+        def batches():
+            for _ in range(2 * stream.ahead + 4):  # the first two rounds
+                yield next(stream.batches)
+            raise KeyboardInterrupt
+
+        return loaders.Stream(batches(), stream.ahead)
+
+    makers = {name: functools.partial(recorded, name, make) for name, make in loaders.makers().items()}
+    monkeypatch.setattr(loaders, "makers", lambda: makers)
+    monkeypatch.setattr(bench_pipeline, "default_groups", lambda gpu: [["none", "cutmix"], ["mixup", "after: cutmix"]])
+    output = tmp_path / "pipeline.json"
+    words = (data, "-b", 4, "-j", 1, "--crop-size", 16, "--batches", 1, "--rounds", 3, "-o", output)
+    with pytest.raises(SystemExit, match="interrupted"):
+        main_of("bench_pipeline", *words)
+    before = json.loads(output.read_text())
+    assert made == ["none", "cutmix", "none", "mixup", "after: cutmix"]
+    assert not before["complete"]
+    assert {name: found["rounds"] for name, found in before["images_per_second"].items()} == {
+        "none": 3,
+        "cutmix": 3,
+        "mixup": 1,
+        "after: cutmix": 1,
+    }
+
+    made.clear()
+    cut = False
+    main_of("bench_pipeline", *words, "--continue")
+    after = checked("bench_pipeline", output, capsys.readouterr().out)
+    assert made == ["none", "mixup", "after: cutmix"]
+    assert after["complete"]
+    assert {found["rounds"] for found in after["images_per_second"].values()} == {3}
+    for section in ("images_per_second", "relative_to_none"):
+        for name in ("none", "cutmix"):
+            assert after[section][name] == before[section][name]
+    assert [part["conditions"]["date"] for part in after["parts"]] == [before["conditions"]["date"]] * 2
+    assert all(part["conditions"]["device"].startswith("CPU") for part in after["parts"])
+    names = [{name.rpartition(" / ")[2] for name in part["measured"]} for part in after["parts"]]
+    assert names == [{"none", "cutmix"}, {"mixup", "after: cutmix"}]
+
+    made.clear()
+    main_of("bench_pipeline", *words, "--continue")
+    assert made == []
+    assert json.loads(output.read_text())["images_per_second"] == after["images_per_second"]
+    with pytest.raises(SystemExit, match=r"--continue: .*pipeline.json was measured with batch_size 4, this run has 8"):
+        main_of("bench_pipeline", data, "-b", 8, *words[3:], "--continue")
 
 
 def test_an_interrupt_does_not_end_the_processes_of_opencv():
@@ -216,6 +290,8 @@ def test_a_wrong_option_is_refused_before_anything_is_measured(main_of, capsys, 
         (("bench_train", "-a", "net"), "error: --arch must be a classification network of torchvision, got 'net'"),
         (("soak", "--minutes", "1"), "error: --every must be at most a tenth of the run, 6 s, got 10"),
         (("gpu_suite", "/tmp/never-made"), "error: there must be a GPU that CuPy sees, or --dry"),
+        (("smoke",), "error: there must be a GPU that CuPy sees, or --dry"),
+        (("sanitize",), "error: there must be a GPU that CuPy sees"),
         (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not there yet, got {ROOT}/benchmarks"),
         (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: is no result of a benchmark"),
         (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
@@ -460,75 +536,3 @@ def test_text_between_a_mark_without_an_end_and_the_next_one_is_kept(results, mo
 def test_the_pages_of_this_repository_are_up_to_date(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["render", "--check"])
     render.main()
-
-
-# ---- the suite for GPU hosts -----------------------------------------------------------------------------------------
-
-
-def test_test_files_that_need_what_is_missing_are_found(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text("import json\nfrom nowhere.at_all import x\n")
-    (tmp_path / "tests" / "test_b.py").write_text("import json\n\ndef test():\n    import nowhere\n")
-    (tmp_path / "tests" / "test_c.py").write_text("import beside\n")
-    (tmp_path / "tests" / "beside.py").write_text("")
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    assert gpu_suite.files_with_missing_imports() == {"tests/test_a.py": "nowhere"}
-    assert "--ignore=tests/test_a.py" in gpu_suite.test_command(tmp_path)
-
-
-def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
-    with open(tmp_path / "log", "w") as log:
-        hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
-        fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
-        assert "was ended when its time was over" in gpu_suite.run_stage(hang, 1, log)
-        assert "fail: failed with status 3" in gpu_suite.run_stage(fail, 9, log)
-    assert "begun" in (tmp_path / "log").read_text()
-
-
-def test_tests_that_are_cut_short_leave_their_report(tmp_path):
-    begun = tmp_path / "begun"
-    (tmp_path / "test_x.py").write_text(
-        "import pathlib, time\n"
-        "def test_a(): assert False\n"
-        f"def test_b(): pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
-    )
-    line = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it where it is ignored
-    try:
-        process = subprocess.Popen(
-            [*line, f"--junitxml={tmp_path / 'tests.xml'}"], start_new_session=True, stdout=subprocess.DEVNULL
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    while not begun.exists() and process.poll() is None:
-        time.sleep(0.05)
-    gpu_suite.end_group(process)
-    assert "1 failures" in gpu_suite.tests_summary(tmp_path / "tests.xml")
-
-
-def test_the_summary_names_what_failed(tmp_path):
-    (tmp_path / "tests.xml").write_text(
-        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0">'
-        '<testcase classname="tests.test_x" name="test_y"><failure/></testcase>'
-        '<testcase name="z"/></testsuite></testsuites>'
-    )
-    measure.write(
-        result_of(5, device="a GPU") | {"not_measured": {"opencv": "cv2 is not installed"}}, tmp_path / "x.json"
-    )
-    text = gpu_suite.summary(tmp_path, ["tests: failed with status 1"])
-    for line in (
-        "tests: 2 tests, 1 failures, 0 errors, 0 skipped\n  tests.test_x::test_y",
-        "## x.json: a GPU\nimages_per_second / none: 5 (4 to 6), 9 rounds",
-        "not measured: opencv: cv2 is not installed",
-    ):
-        assert line in text
-
-
-def test_every_stage_names_a_module_and_writes_into_the_folder(tmp_path):
-    for dry in (False, True):
-        made = list(gpu_suite.stages(tmp_path, tmp_path / "data", None, lambda: 100.0, dry=dry))
-        assert [stage.name for stage in made] == ["images", "tests", "ops", "pipeline", "train", "scale"]
-        for stage in made:
-            assert importlib.util.find_spec(stage.command[1])
-        written = {stage.command[stage.command.index("-o") + 1] for stage in made[2:]}
-        assert written == {str(tmp_path / f"{name}.json") for name in ("ops", "pipeline", "train", "scale")}
