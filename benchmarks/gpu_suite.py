@@ -1,121 +1,190 @@
 """Everything that a GPU host is wanted for, in one command of bounded time: tests, and what is measured on a GPU.
 
     python -m benchmarks.gpu_suite OUT --data DATA
+    python -m benchmarks.gpu_suite OUT --data DATA --continue EARLIER
 
 It needs no network and installs nothing. Each stage is a program of its own with a share of the time; it writes its
-results to OUT as it goes, so that whatever ends the suite early takes little along. A stage that fails does not stop
-the others. What optional packages a host lacks is said, and what depends on them is left out. OUT holds at most eight
-files: suite.log, tests.xml, summary.md, and a JSON file for each benchmark.
+results to OUT as it goes, so that whatever ends the suite early takes little along. What matters most comes first. The
+first stage is a smoke test, without which nothing else begins; behind it a stage that fails does not stop the others.
+What optional packages a host lacks is said, and what depends on them is left out.
+
+With --continue the suite takes what an earlier one left in EARLIER, by default OUT itself, and runs only what is
+missing: stages that did not end well, in them the tests that have not passed and the variants without a result.
+
+OUT holds suite.log, suite.json (the stages of each run, with its device and date), tests.jsonl (each test's outcome),
+summary.md, and a JSON file for each benchmark and device.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
+import collections
+import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
-from xml.etree import ElementTree
+from typing import IO, Any, NamedTuple
 
-from benchmarks import machine, measure
+from benchmarks import machine, measure, outcomes, sanitize, smoke
 
 _GRACE = 12  # seconds that a stage may take longer than it was told, to end the round and to write
 
+# What all else rests on first, trainings last.
+_FIRST_TESTS = ("cuda", "python_operator", "fn", "gpu", "pytorch", "loader")
+_LAST_TESTS = ("accelerate", "gpu_training")
+
+_OUTCOMES = "tests.jsonl"
+
 
 class Stage(NamedTuple):
-    """A program and the seconds that it gets."""
+    """A program, the seconds that it gets, and where it writes its result if it is a benchmark."""
 
     name: str
     seconds: float
     command: list[str]
+    result: Path | None = None
 
 
-def stages(out: Path, data: Path, source: Path | None, left: Callable[[], float], *, dry: bool) -> Iterator[Stage]:
-    """Give the stages in order, the last one with what is left; `dry` makes all small, for a machine without a GPU."""
+def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool) -> list[Stage]:
+    """Return the stages in order; `dry` makes all small, for a machine without a GPU."""
 
-    def module(name: str, seconds: float, *options: str | int) -> list[str]:
-        line = ["-m", f"benchmarks.{name}", *options, "-o", out / f"{name.removeprefix('bench_')}.json"]
-        return [*map(str, line), "--seconds", str(seconds)]
+    def benchmark(name: str, seconds: float, *options: str | float | Path) -> Stage:
+        file = out / f"{name}-{_slug(device)}.json"
+        line = ["-m", f"benchmarks.bench_{name}", *options, "--continue", "-o", file]
+        return Stage(name, seconds, [*map(str, line)], file)
 
     images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
-    yield Stage("images", 40, [*images, *(["--from", str(source)] if source else [])])
-    yield Stage("tests", 125, test_command(out))
+    checks = [
+        Stage("smoke", 120 if dry else 60, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
+        Stage("tests", 150, test_command(out)),
+        Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
+    ]
+    photographs = Stage("images", 40, [*images, *(["--from", str(source)] if source else [])])
     if dry:
         small = ("--rounds", 1, "--crop-size", 32)
         loader = (data, *small, "-j", 1, "-b", 8)
-        yield Stage(
-            "ops", 20, module("bench_ops", 15, "--rounds", 1, "--sizes", 32, "-b", 4, "--detectors", "fine_grained")
-        )
-        yield Stage("pipeline", 40, module("bench_pipeline", 15, *loader, "--batches", 1))
         training = ("-a", "resnet18", "--steps", 1, "--detectors", "fine_grained")
-        yield Stage("train", 60, module("bench_train", 15, *loader, *training))
-        yield Stage("scale", 30, module("bench_scale", 15, *loader, "--axes", "threads", "batch", "--batch", 1, 2))
-        return
+        variants = ("--variants", "none", "none, again", "torch", "saliencymix fine_grained", "after: cutmix")
+        return [
+            *checks[:2],  # the sanitizer is for GPUs
+            benchmark("ops", 120, "--rounds", 1, "--sizes", 32, "-b", 4, "--detectors", "fine_grained"),
+            photographs,
+            benchmark("pipeline", 120, *loader, "--batches", 1, *variants),
+            benchmark("train", 120, *loader, *training),
+            benchmark("scale", 120, *loader, "--axes", "threads", "batch", "--batch", 1, 2),
+        ]
     loader = (data, "-j", machine.cores())
-    yield Stage("ops", 110, module("bench_ops", 100, "-b", 128, 512, 32, 1, "--cpu-up-to", 128, "--rounds", 7))
-    yield Stage("pipeline", 125, module("bench_pipeline", 110, *loader, "-b", 128, "--rounds", 7, "--batches", 16))
-    yield Stage("train", 85, module("bench_train", 75, *loader, "-b", 256, "--rounds", 7, "--steps", 15))
-    axes = ("batch", "size", "detector_size", "threads", "hw_decoder_load")
-    seconds = max(20.0, left() - 2 * _GRACE)
-    yield Stage("scale", seconds, module("bench_scale", seconds - 10, *loader, "--rounds", 7, "--axes", *axes))
+    axes = ("hw_decoder_load", "threads", "batch", "size", "detector_size")
+    return [
+        *checks,
+        benchmark("ops", 80, "--rounds", 7),
+        photographs,
+        benchmark("pipeline", 150, *loader, "-b", 128, "--rounds", 7, "--batches", 16),
+        benchmark("train", 150, *loader, "-b", 256, "--rounds", 5, "--steps", 10),
+        benchmark("scale", 60, *loader, "--rounds", 5, "--axes", *axes),
+    ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def test_command(out: Path) -> list[str]:
-    """Return the command that runs the GPU tests, those files left out that need a package this host lacks.
+    """Return the command that runs the GPU tests that have not passed yet, those left out that lack a package.
 
     Plugins are not loaded on their own account, since a host has others than the ones the tests know; the options of
     pyproject.toml that need a plugin are overridden. Warnings are shown and fail no test: the versions are not ours.
     """
-    line = ["-m", "pytest", "-m", "gpu", "-v", "-ra", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"]
-    line += ["-W", "default", "--continue-on-collection-errors", f"--junitxml={out / 'tests.xml'}"]
-    if installed("pytest_timeout"):
+    line = [*smoke.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
+    line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES)]
+    if machine.installed("pytest_timeout"):
         line += ["-p", "pytest_timeout", "--timeout=90"]
-    if installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
+    if machine.installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
         line += ["-p", "xdist", "-n", str(min(8, machine.cores()))]
-    return [*line, *(f"--ignore={path}" for path in files_with_missing_imports()), "tests"]
+    lacking = files_with_missing_imports()
+    return [*line, *(name for name in test_files() if name not in lacking)]
+
+
+def test_files() -> list[str]:
+    """Return the test files that hold tests for a GPU, in the order of their importance."""
+    found = {}
+    for path in sorted((measure.ROOT / "tests").glob("test_*.py")):
+        if "mark.gpu" in path.read_text() or _uses_the_fixture_of_libraries(path):
+            found[path.stem.removeprefix("test_")] = f"tests/{path.name}"
+    named = {*_FIRST_TESTS, *_LAST_TESTS}
+    order = [*_FIRST_TESTS, *(name for name in found if name not in named), *_LAST_TESTS]
+    return [found[name] for name in order if name in found]
+
+
+def _uses_the_fixture_of_libraries(path: Path) -> bool:
+    """Tell whether a test asks for `xp` of tests/conftest.py, which is CuPy on a GPU."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    return any(argument.arg in ("xp", "put", "fetch") for function in functions for argument in function.args.args)
 
 
 def files_with_missing_imports() -> dict[str, str]:
-    """Return the test files that import, at their top, a package that is not there, with its name."""
+    """Return the test files that cannot be imported for want of a package, with its name."""
     found = {}
     for path in sorted((measure.ROOT / "tests").glob("test_*.py")):
-        for node in ast.parse(path.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in (name.partition(".")[0] for name in names):
-                if not (measure.ROOT / "tests" / f"{name}.py").exists() and not installed(name):
-                    found[f"tests/{path.name}"] = name
+        if name := missing_import(path):
+            found[f"tests/{path.name}"] = name
     return found
 
 
-def installed(name: str) -> bool:
-    """Tell whether a package is there."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        return False
+@functools.cache
+def missing_import(path: Path) -> str | None:
+    """Return a package that importing a file of this repository would miss; imports inside functions do not count."""
+    seen, left = set(), [path]
+    while left:
+        file = left.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                files = first_party_files(name)
+                package = name.partition(".")[0]
+                if files is None and not machine.installed(package):
+                    return package
+                left += files or []
+    return None
 
 
-def run_stage(stage: Stage, seconds: float, log: IO[str]) -> str:
+def first_party_files(name: str) -> list[Path] | None:
+    """Return the files of this repository that importing a module runs; None if it is not of this repository."""
+    parts = name.split(".")
+    for root in (measure.ROOT, measure.ROOT / "tests"):
+        if (root / parts[0]).is_dir() or (root / f"{parts[0]}.py").is_file():
+            places = [root.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+            files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+            return [file for file in files if file.is_file()]
+    return None
+
+
+def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
     """Run a stage for at most `seconds`, its output on the screen and in the log; return how it ended."""
+    command = [*stage.command, "--seconds", f"{max(1, seconds - _GRACE):.0f}"] if stage.result else stage.command
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(measure.ROOT), os.environ.get("PYTHONPATH")])),
     }
-    tee(log, f"\n==== {stage.name}: {' '.join(stage.command)}\n")
+    tee(log, f"\n==== {stage.name}: {' '.join(command)}\n")
     start = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *stage.command],
+        [sys.executable, *command],
         cwd=measure.ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -131,15 +200,15 @@ def run_stage(stage: Stage, seconds: float, log: IO[str]) -> str:
         status = process.wait(seconds)
         ended = "ended" if status == 0 else f"failed with status {status}"
     except subprocess.TimeoutExpired:
-        ended = "was ended when its time was over"
+        status, ended = None, "was ended when its time was over"
     finally:
         end_group(process)
     copying.join(5)
     if not copying.is_alive():
         process.stdout.close()
-    line = f"{stage.name}: {ended} after {time.monotonic() - start:.0f} s of {seconds:.0f} s"
-    tee(log, line + "\n")
-    return line
+    spent = time.monotonic() - start
+    tee(log, f"{stage.name}: {ended} after {spent:.0f} s of {seconds:.0f} s\n")
+    return {"ended": ended, "well": status == 0, "seconds": round(spent)}
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
@@ -162,29 +231,55 @@ def tee(log: IO[str], text: str) -> None:
         stream.flush()
 
 
-def tests_summary(path: Path) -> str:
-    """Return the number of tests by outcome, and the names of those that failed."""
-    if not path.exists():
-        return "tests: no tests.xml; suite.log shows how far they came"
-    suite = next(ElementTree.parse(path).getroot().iter("testsuite"))
-    counts = ", ".join(f"{suite.get(name)} {name}" for name in ("tests", "failures", "errors", "skipped"))
-    bad = [
-        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
-    ]
-    return "\n".join([f"tests: {counts}", *(f"  {case.get('classname')}::{case.get('name')}" for case in bad)])
+def only_packages_are_missing(out: Path) -> bool:
+    """Tell whether all that went wrong with the tests is that packages are not there."""
+    bad = [found["why"] for found in outcomes.read(out / _OUTCOMES).values() if found["outcome"] == "failed"]
+    missing = [re.search(r"No module named '(\w+)", why) for why in bad]
+    return bool(bad) and all(match and not machine.installed(match[1]) for match in missing)
 
 
-def summary(out: Path, ended: list[str]) -> str:
-    """Return the figures of all results as text."""
-    lines = ["# Summary", "", *ended, "", tests_summary(out / "tests.xml")]
+def is_done(stage: Stage, runs: list[dict[str, Any]], this_run: dict[str, Any]) -> bool:
+    """Tell whether a stage has nothing left to do."""
+    if stage.result:
+        return stage.result.exists() and bool(json.loads(stage.result.read_text()).get("complete"))
+    if stage.name == "images":  # they are deleted with each run
+        return False
+    # A smoke test is for a machine, whatever another one has shown.
+    valid = [run for run in runs if stage.name != "smoke" or run["machine"] == this_run["machine"]]
+    return any(run["stages"].get(stage.name, {}).get("well") for run in valid)
+
+
+def tests_summary(out: Path) -> str:
+    """Return the number of tests by outcome over all runs, and the names of those that failed."""
+    found = outcomes.read(out / _OUTCOMES)
+    counts = collections.Counter(outcome["outcome"] for outcome in found.values())
+    bad = [f"  {test}" for test, outcome in found.items() if outcome["outcome"] == "failed"]
+    return "\n".join(
+        [f"tests: {', '.join(f'{counts[name]} {name}' for name in ('passed', 'failed', 'skipped'))}", *bad]
+    )
+
+
+def summary(out: Path, runs: list[dict[str, Any]]) -> str:
+    """Return how the stages of all runs ended, and the figures of all results, as text."""
+    lines = ["# Summary"]
+    for run in runs:
+        lines += ["", f"{run['date']}, {run['device']}, commit {run['commit']}:"]
+        lines += [f"- {name}: {found['ended']}, {found['seconds']} s" for name, found in run["stages"].items()]
+    lines += ["", tests_summary(out)]
     lines += [f"not run: {path}: {name} is not installed" for path, name in files_with_missing_imports().items()]
     for path in sorted(out.glob("*.json")):
         result = json.loads(path.read_text())
+        if "conditions" not in result:
+            continue
         lines += ["", f"## {path.name}: {result['conditions']['device']}"]
+        if result["benchmark"] == "sanitize":
+            lines += ["", sanitize.table(result)]
         for name, figure in measure.figures(result):
             low, high = figure["q1"], figure["q3"]
-            lines.append(f"{' / '.join(name)}: {figure['median']:g} ({low:g} to {high:g}), {figure['rounds']} rounds")
-        lines += [f"not measured: {name}: {reason}" for name, reason in result["not_measured"].items()]
+            share = f", {figure['share_of_copy_rate']:.1%} of a copy" if "share_of_copy_rate" in figure else ""
+            shown = f"{figure['median']:g} ({low:g} to {high:g}), {figure['rounds']} rounds{share}"
+            lines.append(f"{' / '.join(name)}: {shown}")
+        lines += [f"not measured: {name}: {reason}" for name, reason in result.get("not_measured", {}).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -194,7 +289,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("--data", type=Path, metavar="DATA", help="photographs in class folders to make images from")
     parser.add_argument("--minutes", type=float, default=9, help="time for all (default: %(default)s)")
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="default: all; images are made in any case")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="default: all; images are made where they are used")
+    earlier = "run only what is missing of what an earlier run left in EARLIER, or in OUT"
+    parser.add_argument("--continue", nargs="?", const="", dest="earlier", metavar="EARLIER", help=earlier)
     parser.add_argument("--dry", action="store_true", help="everything small, and on the CPU where there is no GPU")
     options = parser.parse_args()
     if not options.dry and not machine.has_gpu():
@@ -207,25 +304,66 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end = time.monotonic() + 60 * options.minutes - _GRACE
     out = options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    ended: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, open(out / "suite.log", "w", encoding="utf-8") as log:
+    runs = earlier_runs(out, options.earlier)
+    run = this_run()
+    with tempfile.TemporaryDirectory() as folder, open(out / "suite.log", "a", encoding="utf-8") as log:
         data = Path(folder, "images")
         source = options.data.absolute() if options.data else None
-        for stage in stages(out, data, source, lambda: end - time.monotonic(), dry=options.dry):
-            if options.stages and stage.name not in [*options.stages, "images"]:
-                continue
+        wanted = [
+            stage
+            for stage in stages(out, data, source, device=run["device"], dry=options.dry)
+            if (not options.stages or stage.name in [*options.stages, "images"]) and not is_done(stage, runs, run)
+        ]
+        if not {"pipeline", "train", "scale"} & {stage.name for stage in wanted}:
+            wanted = [stage for stage in wanted if stage.name != "images"]
+        runs.append(run)
+        for stage in wanted:
             left = end - time.monotonic()
-            if left < 5:
-                ended.append(f"{stage.name}: no time left")
+            if left < 2 * _GRACE:
+                run["stages"][stage.name] = {"ended": "no time was left", "well": False, "seconds": 0}
                 continue
-            ended.append(run_stage(stage, min(stage.seconds + _GRACE, left), log))
-            (out / "summary.md").write_text(summary(out, ended))
-        log.write(summary(out, ended))
-    sys.stdout.write("\n" + summary(out, ended))
-    if failed := [line for line in ended if ": ended" not in line]:
+            ended = run_stage(stage, min(stage.seconds + _GRACE, left), log)
+            if (
+                stage.name == "tests"
+                and not ended["well"]
+                and only_packages_are_missing(max(out.glob("tests-*.xml"), default=out / "none"))
+            ):
+                ended |= {"ended": "ended, but for tests that lack a package", "well": True}
+            run["stages"][stage.name] = ended
+            measure.write({"runs": runs}, out / "suite.json")
+            (out / "summary.md").write_text(summary(out, runs))
+            if stage.name == "smoke" and not ended["well"]:
+                break
+        log.write(summary(out, runs))
+    sys.stdout.write("\n" + summary(out, runs))
+    if failed := [f"{name}: {found['ended']}" for name, found in run["stages"].items() if not found["well"]]:
         msg = "; ".join(failed)
         raise RuntimeError(msg)
+
+
+def earlier_runs(out: Path, earlier: str | None) -> list[dict[str, Any]]:
+    """Return the runs to continue, none unless `earlier` is given, and bring their files to `out`."""
+    source = Path(earlier).absolute() if earlier else out
+    if earlier is None:
+        if (out / "suite.json").exists():
+            msg = f"OUT must hold no earlier run, or --continue be given, got {out}"
+            raise ValueError(msg)
+    elif not (source / "suite.json").is_file():
+        msg = f"--continue must name a folder with the suite.json of an earlier run, got {source}"
+        raise ValueError(msg)
+    out.mkdir(parents=True, exist_ok=True)
+    if earlier is None:
+        return []
+    if source != out:
+        for path in source.iterdir():
+            shutil.copyfile(path, out / path.name)
+    return json.loads((out / "suite.json").read_text())["runs"]
+
+
+def this_run() -> dict[str, Any]:
+    """Return what is known of this run before it begins."""
+    conditions = machine.identity(gpu=machine.has_gpu())
+    return {**conditions, "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "stages": {}}
 
 
 if __name__ == "__main__":

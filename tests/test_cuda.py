@@ -21,6 +21,7 @@ import reference
 from kernels_on_cpu import KERNELS, launch
 from nvidia.dali.ops._operators import python_function
 
+from benchmarks import sanitize
 from dali_saliencymix import (
     Placement,
     _algorithms,
@@ -542,6 +543,11 @@ def test_paste_normalised_refuses(function, wrong, error, message):
 
 
 # --- Compiling and launching ---
+
+
+def test_the_program_for_the_sanitizer_launches_every_kernel(on_cpu):
+    sanitize.launch_every_kernel(np)
+    assert set(on_cpu) == {name for names in KERNELS.values() for name in names}
 
 
 def test_every_kernel_is_listed():

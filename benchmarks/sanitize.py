@@ -1,0 +1,129 @@
+"""Every CUDA kernel under compute-sanitizer: memory that is not its own (memcheck), and races (racecheck).
+
+    python -m benchmarks.sanitize -o OUT.json
+
+A program that launches every kernel at odd sizes runs once under each tool. `python -m benchmarks.sanitize --kernels`
+is that program alone. The result holds what each tool said about which kernel.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine, measure
+from dali_saliencymix import cuda
+from dali_saliencymix.normalise import DTYPES, LAYOUTS
+
+# An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.
+TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
+
+# Rows of 16, 4 and 1 bytes' multiples; grey images; maps of 64x64 and smaller ones; more than one block in each grid.
+SHAPES = ((5, 37, 23, 3), (3, 70, 97, 1), (4, 66, 64, 3), (2, 65, 68, 3))
+
+_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
+_HEADING = re.compile(
+    r"^========= (?!\s|COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY|Target application)(.*)", re.MULTILINE
+)
+_SUMMARY = re.compile(r"^========= (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", re.MULTILINE)
+_KERNEL = re.compile(r"\bat (?:void )?(\w+)[+(<]")
+
+
+def launch_every_kernel(xp: Any) -> None:
+    """Launch every kernel on arrays of a library, with boxes at all borders."""
+    rng = np.random.default_rng(0)
+    for count, height, width, channels in SHAPES:
+        images = xp.asarray(rng.integers(0, 256, (count, height, width, channels), np.uint8))
+        source_index, lam = xp.asarray(rng.permutation(count)), rng.random(count)
+        corners = np.array([(0, 0), (height - 1, width - 1), (0, width - 1), (height - 1, 0)], np.int32)
+        peaks, centres = (xp.asarray(corners[(np.arange(count) + start) % 4]) for start in (0, 1))
+        for dtype in ("float64", "float32"):
+            given = (peaks, source_index, xp.asarray(lam.astype(dtype)), height, width)
+            boxes, source_boxes, _ = cuda.boxes_at_peaks(*given, centres=centres)
+        cuda.paste_boxes(images, source_index, boxes)
+        cuda.paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
+        mirror = xp.asarray(np.arange(count) % 2 == 1)
+        scaling = {"mean": [120.0] * channels, "std": [60.0] * channels}
+        for dtype, layout in itertools.product(DTYPES, LAYOUTS):
+            options = {"source_boxes": source_boxes, "mirror": mirror, "dtype": dtype, "layout": layout}
+            cuda.paste_normalised(images, source_index, boxes, **options, **scaling)
+        cuda.small_luma(images, min(height, 64), min(width, 64))
+        cuda.spectral_residual(images)
+        cuda.spectral_residual_peaks(images, height, width)
+        cuda.fine_grained_peaks(images, least=True)
+        cuda.saliency_peaks(cuda.fine_grained(images), height, width)
+
+
+def findings(text: str) -> dict[str, Any]:
+    """Return what a tool has said: the number of its errors, None where it did not end, and each kind by kernel."""
+    kinds: collections.Counter[str] = collections.Counter()
+    for heading, after in itertools.pairwise([*_HEADING.finditer(text), None]):
+        finding = text[heading.start() : after.start() if after else None]
+        kernel = _KERNEL.search(finding)
+        kinds[f"{kernel[1] if kernel else 'no kernel'}: {measure.shortened(heading[1])}"] += 1
+    summary = _SUMMARY.search(text)
+    return {"errors": int(summary[1] or summary[2]) if summary else None, "kinds": dict(kinds.most_common(20))}
+
+
+def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
+    """Run the program under a tool of compute-sanitizer."""
+    line = [sanitizer, "--tool", tool, *TOOLS[tool], "--print-limit", "1000"]
+    command = [*line, sys.executable, "-m", "benchmarks.sanitize", "--kernels"]
+    ended = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
+    sys.stdout.write(ended.stdout + ended.stderr)
+    found = findings(ended.stdout + ended.stderr)
+    if ended.returncode and found["errors"] == 0:
+        found["errors"] = None  # the program itself failed
+    return found
+
+
+def main() -> None:
+    """Run the tools and write the result."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("--kernels", action="store_true", help="launch the kernels only, on a GPU")
+    options = parser.parse_args()
+    if not machine.has_gpu():
+        msg = "there must be a GPU that CuPy sees"
+        raise ValueError(msg)
+    if options.kernels:
+        import cupy
+
+        cupy.cuda.set_allocator(None)  # in a pool the tools do not see where an array ends
+        launch_every_kernel(cupy)
+        cupy.cuda.Device().synchronize()
+        return
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["PATH"], *_PLACES]))
+    if sanitizer is None:
+        msg = "compute-sanitizer is not installed"
+        raise ImportError(msg)
+    tools: dict[str, Any] = {}
+    result = {"benchmark": "sanitize", "conditions": machine.conditions(options, gpu=True), "tools": tools}
+    for tool in TOOLS:
+        tools[tool] = run_tool(sanitizer, tool)
+        measure.write(result, options.output)
+    sys.stdout.write(table(result) + "\n")
+    if bad := [tool for tool, found in tools.items() if found["errors"] != 0]:
+        msg = f"{', '.join(bad)}: errors were found, or the program did not end"
+        raise RuntimeError(msg)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the findings as a Markdown table."""
+    rows = ["| tool | errors | finding | times |", "| --- | --- | --- | --- |"]
+    for tool, found in result["tools"].items():
+        errors = "did not end" if found["errors"] is None else found["errors"]
+        for kind, times in (found["kinds"] or {"none": ""}).items():
+            rows.append(f"| {tool} | {errors} | {kind} | {times} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    measure.run(main)

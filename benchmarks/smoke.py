@@ -1,0 +1,135 @@
+"""Whether a GPU host is fit to be measured on: a minute of checks before anything else.
+
+    python -m benchmarks.smoke
+
+It shows the machine, lets PyTorch, CuPy and DALI compute in one process, takes batches of the training pipeline with
+and without mixing, and runs the tests on which all else depends. Each step is named before it begins: the last name in
+the log is where it hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import loaders, machine, measure
+from dali_saliencymix import saliencymix
+from dali_saliencymix._versions import versions
+from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.sample_data import make_sample_data
+
+TESTS = (
+    "tests/test_cuda.py::test_kernels_give_what_the_array_functions_give_on_a_gpu",
+    "tests/test_gpu.py::test_kernels_and_array_operations_mix_alike",
+    "tests/test_python_operator.py::test_a_held_batch_of_a_gpu_does_not_change",
+    "tests/test_cuda.py::test_kernels_are_captured_by_the_current_stream_alone",
+)
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "-v", "-ra")
+
+_BATCHES, _BATCH_SIZE, _CROP_SIZE = 20, 16, 64
+
+
+def main() -> None:
+    """Check everything, and stop at the first thing that is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="on the CPU where there is no GPU")
+    options = parser.parse_args()
+    gpu = machine.has_gpu()
+    if not gpu and not options.dry:
+        msg = "there must be a GPU that CuPy sees, or --dry"
+        raise ValueError(msg)
+    show_machine()
+    compute_together(gpu=gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        take_batches(Path(folder), gpu=gpu)
+    run_tests()
+
+
+def step(text: str) -> None:
+    """Say what begins."""
+    sys.stdout.write(f"---- {text}\n")
+    sys.stdout.flush()
+
+
+def show_machine() -> None:
+    """Show the GPU, shared memory and versions."""
+    step("machine")
+    for line in (["nvidia-smi"], ["df", "-h", "/dev/shm", "/tmp"]):
+        if shutil.which(line[0]):
+            sys.stdout.write(subprocess.run(line, capture_output=True, text=True, check=False).stdout)
+    sys.stdout.write(f"cores {machine.cores()}, {versions('numba', 'scipy', 'pytest', 'pillow')}\n")
+
+
+def compute_together(*, gpu: bool) -> None:
+    """Let the three libraries compute in one process, and compare what the mix gives with NumPy's."""
+    step("PyTorch")
+    device = torch.device("cuda" if gpu else "cpu")
+    ones = torch.ones(64, 64, device=device)
+    require((ones @ ones).sum().item() == 64**3, "a product of matrices in PyTorch is wrong")
+    if not gpu:
+        return
+    step("CuPy: a kernel compiled by NVRTC, cuFFT, cuBLAS, DLPack")
+    import cupy
+
+    numbers = cupy.arange(64 * 64, dtype=cupy.float32).reshape(64, 64)
+    spectrum = cupy.fft.rfft2(numbers)
+    require(abs(spectrum[0, 0].get() - numbers.get().sum()) < 1, "a transform in CuPy is wrong")
+    require(bool(cupy.allclose(cupy.eye(64, dtype=cupy.float32) @ numbers, numbers)), "a product in CuPy is wrong")
+    require(cupy.from_dlpack(ones).sum().get() == 64**2, "a tensor of PyTorch is another one in CuPy")
+    step("the mix on arrays, by both routes")
+    rng = np.random.default_rng(0)
+    arguments = rng.integers(0, 256, (4, 70, 90, 3), np.uint8), np.array([1, 2, 3, 0]), np.full(4, 0.6)
+    expected = saliencymix(*arguments, saliency="fine_grained", algorithm="array")
+    for algorithm in ("array", "kernel"):
+        mixed = saliencymix(*map(cupy.asarray, arguments), saliency="fine_grained", algorithm=algorithm)
+        for ours, theirs in zip(mixed, expected, strict=True):
+            require(np.array_equal(ours.get(), theirs), f"algorithm={algorithm!r} mixes otherwise than NumPy")
+
+
+def take_batches(folder: Path, *, gpu: bool) -> None:
+    """Take batches of the training pipeline, with and without mixing."""
+    make_sample_data(folder, train=8, val=1)
+    images = list_image_folder(folder / "train")
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    setting = loaders.Setting(images, _BATCH_SIZE, 2, _CROP_SIZE, device)
+    mixing = loaders.routes("spectral_residual") if gpu else ["saliencymix spectral_residual"]
+    for name in ["none", *mixing]:
+        step(f"pipeline: {name}")
+        stream = loaders.makers()[name](setting)
+        for _ in range(_BATCHES):
+            pixels, labels, source_labels, lam = next(stream.batches)
+            require(pixels.shape == (_BATCH_SIZE, 3, _CROP_SIZE, _CROP_SIZE), f"images of shape {pixels.shape}")
+            require(pixels.device == device and lam.device == device, f"a batch on {pixels.device}")
+            require(bool(pixels.isfinite().all()), "pixels that are no numbers")
+            require(0.1 < pixels.std().item() < 3, f"pixels with a standard deviation of {pixels.std().item():.3g}")
+            require(bool(((lam >= 0) & (lam <= 1)).all()), f"lam of {lam.tolist()}")
+            require(sorted(labels.tolist()) == sorted(source_labels.tolist()), "sources that are no permutation")
+            require(bool((lam == 1).all()) is (name == "none"), f"lam of {lam.tolist()}")
+    loaders.say_memory(device)
+
+
+def run_tests() -> None:
+    """Run the tests on which all else depends; without a GPU they are skipped."""
+    step("tests")
+    plugins = ["-p", "pytest_timeout", "--timeout=60"] if machine.installed("pytest_timeout") else []
+    line = [sys.executable, *PYTEST, *plugins, "-x", *TESTS]
+    if status := subprocess.run(line, cwd=measure.ROOT, check=False).returncode:
+        msg = f"the tests ended with status {status}"
+        raise RuntimeError(msg)
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise an error with the text `otherwise` unless something holds."""
+    if not holds:
+        raise RuntimeError(otherwise)
+
+
+if __name__ == "__main__":
+    measure.run(main)

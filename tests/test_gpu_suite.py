@@ -1,0 +1,310 @@
+"""The suite for GPU hosts: what it runs, in which order, what it leaves out, and how it continues."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_suite, machine, measure, sanitize, smoke
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- tests on a GPU host ---------------------------------------------------------------------------------------------
+
+
+def test_files_that_need_what_is_missing_are_found(tmp_path, monkeypatch):
+    files = {
+        "tests/test_a.py": "import json\nfrom nowhere.at_all import x\n",
+        "tests/test_b.py": "import json\n\ndef test():\n    import nowhere\n",
+        "tests/test_c.py": "import beside\n",
+        "tests/test_d.py": "from package import inner\n",
+        "tests/test_e.py": "import package\n",
+        "tests/beside.py": "import package.inner.deep\n",
+        "package/__init__.py": "",
+        "package/inner/__init__.py": "",
+        "package/inner/deep.py": "from package import __version__\nimport elsewhere.far\n",
+    }
+    files["package/inner/__init__.py"] = "try:\n    import optional\nexcept ImportError:\n    pass\nimport missing\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    found = gpu_suite.files_with_missing_imports()
+    assert found.keys() == {"tests/test_a.py", "tests/test_c.py", "tests/test_d.py"}
+    assert (found["tests/test_a.py"], found["tests/test_d.py"]) == ("nowhere", "missing")
+    assert found["tests/test_c.py"] in {"missing", "elsewhere"}
+
+
+def test_a_test_file_that_lacks_a_package_is_left_out(tmp_path, monkeypatch):
+    gpu_suite.missing_import.cache_clear()
+    monkeypatch.setattr(machine, "installed", lambda name: name != "simplejpeg")
+    try:
+        found = gpu_suite.files_with_missing_imports()
+        assert found["tests/test_image_damage.py"] == "simplejpeg"
+        assert set(found.values()) == {"simplejpeg"}
+        monkeypatch.setattr(machine, "installed", lambda name: name != "hypothesis")
+        gpu_suite.missing_import.cache_clear()
+        assert "tests/test_boxes.py" not in gpu_suite.test_command(tmp_path)
+    finally:
+        gpu_suite.missing_import.cache_clear()
+
+
+def test_what_matters_most_is_tested_first_and_trainings_last():
+    files = gpu_suite.test_files()
+    assert files[:6] == [f"tests/test_{name}.py" for name in gpu_suite._FIRST_TESTS]
+    assert files[-2:] == [f"tests/test_{name}.py" for name in gpu_suite._LAST_TESTS]
+    assert {"tests/test_saliency.py", "tests/test_boxes.py", "tests/test_mixing.py"} <= set(files)
+    assert len(files) == len(set(files))
+
+
+def test_every_file_with_a_test_for_a_gpu_is_run():
+    # A mark of its own, or a fixture with CuPy among its params.
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    others = [f"--ignore={name}" for name in gpu_suite.test_files()]
+    ended = subprocess.run([*line, *others, "tests"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 5, ended.stdout  # nothing is left
+
+
+OUTCOMES = """{"test": "tests/test_x.py::test_y[a-b]", "outcome": "passed"}
+{"test": "tests/test_x.py::test_y[a-b]", "outcome": "failed", "why": "AssertionError"}
+{"test": "tests/test_x.py::test_z", "outcome": "passed"}
+{"test": "tests/test_x.py::test_s", "outcome": "skipped"}
+"""
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('name', ['a-b', 'a-bc'])\n"
+        "def test_y(name): pass\n"
+        "def test_z(): assert False\n"
+        "def test_s(): assert False\n"
+        "def test_zz(): pytest.skip()\n"
+        "@pytest.fixture\n"
+        "def failing(): yield; assert False\n"
+        "def test_w(failing): pass\n"
+    )
+    (tmp_path / "tests" / "test_v.py").write_text("import nowhere\n")
+    (tmp_path / "tests.jsonl").write_text(OUTCOMES)
+    line = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
+    line += ["-p", "xdist", "-n", "1", "--continue-on-collection-errors"]
+    command = [*line, "-p", "benchmarks.outcomes", "--outcomes", str(tmp_path / "tests.jsonl"), "tests"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    new = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()[4:]]
+    assert {(line["test"].rpartition("/")[2], line["outcome"]) for line in new} == {
+        ("test_v.py", "failed"),
+        ("test_x.py::test_y[a-b]", "passed"),
+        ("test_x.py::test_y[a-bc]", "passed"),
+        ("test_x.py::test_zz", "skipped"),
+        ("test_x.py::test_w", "passed"),
+        ("test_x.py::test_w", "failed"),
+    }
+    assert gpu_suite.tests_summary(tmp_path) == (
+        "tests: 3 passed, 2 failed, 2 skipped\n  tests/test_v.py\n  tests/test_x.py::test_w"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("E   ModuleNotFoundError: No module named 'nowhere.at_all'", True),
+        ("E   ModuleNotFoundError: No module named 'numpy.nowhere'", False),
+        ("E   AssertionError", False),
+    ],
+)
+def test_tests_that_only_lack_a_package_are_no_failure(tmp_path, text, lacking):
+    assert not gpu_suite.only_packages_are_missing(tmp_path)
+    line = {"test": "tests/test_x.py", "outcome": "failed", "why": text}
+    (tmp_path / "tests.jsonl").write_text(OUTCOMES.splitlines()[2] + "\n" + json.dumps(line) + "\n")
+    assert gpu_suite.only_packages_are_missing(tmp_path) is lacking
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
+        fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
+        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended when its time was over"
+        assert gpu_suite.run_stage(fail, 9, log) == {"ended": "failed with status 3", "well": False, "seconds": 0}
+    text = (tmp_path / "log").read_text()
+    assert "begun" in text
+    assert "fail: failed with status 3" in text
+
+
+def test_every_stage_names_a_module_and_writes_into_the_folder(tmp_path):
+    for dry in (False, True):
+        made = gpu_suite.stages(tmp_path, tmp_path / "data", None, device="NVIDIA X 80GB", dry=dry)
+        order = ["smoke", "tests", "sanitize", "ops", "images", "pipeline", "train", "scale"]
+        assert [stage.name for stage in made] == [name for name in order if not (dry and name == "sanitize")]
+        for stage in made:
+            assert importlib.util.find_spec(stage.command[1])
+        assert {stage.result for stage in made if stage.result} == {
+            tmp_path / f"{name}-nvidia-x-80gb.json" for name in ("ops", "pipeline", "train", "scale")
+        }
+
+
+def test_the_tests_of_the_smoke_stage_are_there():
+    for test in smoke.TESTS:
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text()
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    """Return a function that runs the suite with stages of its own, which write their names to a file."""
+    written = tmp_path / "written"
+    failing = set()
+
+    def stages(out, data, source, *, device, dry):
+        def stage(name, result=None):
+            script = f"open({str(written)!r}, 'a').write({name!r} + ' '); raise SystemExit({int(name in failing)})"
+            return gpu_suite.Stage(name, 30, ["-c", script], result)
+
+        return [stage("smoke"), stage("tests"), stage("images"), stage("pipeline", out / "pipeline.json")]
+
+    def run(*words):
+        written.write_text("")
+        monkeypatch.setattr(sys, "argv", ["gpu_suite", "--dry", *map(str, words)])
+        try:
+            gpu_suite.main()
+        except (RuntimeError, ValueError) as error:
+            return written.read_text().split(), str(error)
+        return written.read_text().split(), None
+
+    monkeypatch.setattr(gpu_suite, "stages", stages)
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    run.failing = failing
+    return run
+
+
+def test_what_ended_well_is_not_run_again(suite, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    suite.failing |= {"tests"}
+    assert suite(first) == (["smoke", "tests", "images", "pipeline"], "tests: failed with status 1")
+    assert "OUT must hold no earlier run" in suite(first)[1]
+    suite.failing.clear()
+    assert suite(second, "--continue", first) == (["tests", "images", "pipeline"], None)
+    assert suite(second, "--continue") == (["images", "pipeline"], None)  # without a result it is not done
+    measure.write({"benchmark": "pipeline", "complete": True}, second / "pipeline.json")
+    assert suite(second, "--continue") == ([], None)
+    runs = json.loads((second / "suite.json").read_text())["runs"]
+    assert [list(run["stages"]) for run in runs] == [
+        ["smoke", "tests", "images", "pipeline"],
+        ["tests", "images", "pipeline"],
+        ["images", "pipeline"],
+    ]
+    assert {run["device"] for run in runs} == {f"CPU, {machine.cores()} threads"}
+    assert "--continue must name a folder with the suite.json" in suite(tmp_path / "x", "--continue", tmp_path)[1]
+
+
+def test_another_machine_has_to_pass_the_smoke_stage_again(suite, tmp_path):
+    suite(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "suite.json").read_text())
+    state["runs"][0]["machine"] = "another one"
+    measure.write(state, tmp_path / "out" / "suite.json")
+    assert suite(tmp_path / "out", "--continue")[0] == ["smoke", "images", "pipeline"]
+
+
+def test_nothing_begins_after_a_smoke_stage_that_failed(suite, tmp_path):
+    suite.failing |= {"smoke"}
+    assert suite(tmp_path / "out") == (["smoke"], "smoke: failed with status 1")
+
+
+def test_some_stages_can_be_asked_for_and_images_are_made_where_they_are_used(suite, tmp_path):
+    assert suite(tmp_path / "a", "--stages", "tests") == (["tests"], None)
+    assert suite(tmp_path / "b", "--stages", "pipeline") == (["images", "pipeline"], None)
+
+
+def test_the_summary_names_what_failed(tmp_path):
+    (tmp_path / "tests.jsonl").write_text(OUTCOMES)
+    figure = {"median": 5, "q1": 4, "q3": 6, "min": 1, "max": 9, "rounds": 9, "share_of_copy_rate": 0.5}
+    conditions = {"device": "a GPU"}
+    measure.write(
+        {
+            "benchmark": "ops",
+            "images_per_second": {"none": figure},
+            "conditions": conditions,
+            "not_measured": {"opencv": "cv2 is not installed"},
+        },
+        tmp_path / "x.json",
+    )
+    found = {"memcheck": {"errors": 1, "kinds": {"paste_4: Invalid read": 1}}, "racecheck": {"errors": 0, "kinds": {}}}
+    measure.write({"benchmark": "sanitize", "conditions": conditions, "tools": found}, tmp_path / "sanitize.json")
+    stage = {"tests": {"ended": "failed with status 1", "well": False, "seconds": 7}}
+    text = gpu_suite.summary(tmp_path, [{"date": "2026-01-02", "device": "a GPU", "commit": "abc", "stages": stage}])
+    for line in (
+        "2026-01-02, a GPU, commit abc:\n- tests: failed with status 1, 7 s",
+        "tests: 1 passed, 1 failed, 1 skipped\n  tests/test_x.py::test_y[a-b]",
+        "## x.json: a GPU\nimages_per_second / none: 5 (4 to 6), 9 rounds, 50.0% of a copy",
+        "not measured: opencv: cv2 is not installed",
+        "| memcheck | 1 | paste_4: Invalid read | 1 |\n| racecheck | 0 | none |  |",
+    ):
+        assert line in text
+
+
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+MEMCHECK = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at paste_4+0x70 in paste.cu:5
+=========     by thread (33,0,0) in block (0,0,0)
+=========     Address 0x7f0 is out of bounds
+=========     Host Frame: launch [0x1]
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at paste_4+0x90
+========= Program hit cudaErrorIllegalAddress (error 700) due to "illegal memory access" on CUDA API call
+========= ERROR SUMMARY: 3 errors
+"""
+RACECHECK = """========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at void surrounds<int>(int*)+0x100 in x.cu:7
+=========     and Read access at surrounds+0x200 [4 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+def test_findings_of_the_sanitizer_are_counted_by_kernel():
+    kinds = {
+        "paste_4: Invalid __global__ read of size 4 bytes": 2,
+        'no kernel: Program hit cudaErrorIllegalAddress (error 700) due to "illegal memory access" on CUDA API call': 1,
+    }
+    assert sanitize.findings(MEMCHECK) == {"errors": 3, "kinds": kinds}
+    found = sanitize.findings(RACECHECK)
+    assert found["errors"] == 1
+    assert [name.partition(":")[0] for name in found["kinds"]] == ["surrounds"]
+    clean = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    assert sanitize.findings(clean) == {"errors": 0, "kinds": {}}
+    assert sanitize.findings("Traceback")["errors"] is None
+
+
+@pytest.mark.parametrize(("text", "status", "errors"), [("0 errors", 0, 0), ("0 errors", 1, None), ("2 errors", 1, 2)])
+def test_a_program_that_fails_under_the_sanitizer_has_not_passed(tmp_path, text, status, errors):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {text}'\nexit {status}\n")
+    tool.chmod(0o755)
+    assert sanitize.run_tool(str(tool), "memcheck")["errors"] == errors
