@@ -24,6 +24,7 @@ import dali_saliencymix.fn as dsfn
 from dali_saliencymix import (
     DETECTORS,
     MODES,
+    _algorithms,
     _bridge,
     _mix_operator,
     _python_operator,
@@ -52,11 +53,12 @@ MEAN, STD = [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """The stand-in, which is CuPy for as long as the test runs."""
+    """The stand-in, which is CuPy for as long as the test runs; no kernels unless they are asked for."""
     pytest.importorskip("cupy")
     module = stand_in_for_cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+    with _algorithms.on_gpu(kernels=False):
+        yield module
 
 
 def pictures(channels=3, height=HEIGHT, width=WIDTH):
