@@ -476,8 +476,8 @@ def test_a_network_as_detector(cupy, torch_s_gpu, size):
 # --- The kernels ---
 
 
-@pytest.fixture
-def launches(libraries, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["prepared in each call", "prepared once"])
+def launches(request, libraries, monkeypatch):
     """Launch kernels on the CPU, on the arrays of the stand-in; return the list of launches, which grows."""
     launched = []
 
@@ -492,7 +492,8 @@ def launches(libraries, monkeypatch):
         return kernel
 
     monkeypatch.setattr(_launch, "find_kernel", find_kernel)
-    return launched
+    with _algorithms.on_gpu(cached_launches=request.param):
+        yield launched
 
 
 @pytest.mark.parametrize("destination", DESTINATIONS)
@@ -509,12 +510,14 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
         assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 7}[detector]
 
 
-@pytest.mark.parametrize("name", ["saliencymix", "with peaks", "normalised", "normalised as it lies", "mix"])
-def test_the_functions_of_operators_in_kernels(cupy, launches, recorded, name):
-    operator_name, options = OPERATORS[name]
-    function, batches, expected = recorded(operator_name, images=pictures(height=70, width=66), **options)
-    assert_same(called_twice(cupy, functools.partial(function, algorithm="kernel"), *batches), expected)
-    assert launches
+@each_operator
+def test_the_functions_of_operators_with_kernels_as_the_default(cupy, launches, recorded, name, options):
+    function, batches, expected = recorded(name, images=pictures(height=70, width=66), **options)
+    if name in ("saliencymix", "mix"):
+        function = functools.partial(function, algorithm="auto")
+    with _algorithms.on_gpu(kernels=True):
+        assert_same(called_twice(cupy, function, *batches), expected)
+    assert launches or name in ("cutmix", "mixup", "mix", "soft_labels")
 
 
 @pytest.mark.parametrize("detector", ["spectral_residual", "phase_spectrum", "fine_grained"])
