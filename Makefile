@@ -6,7 +6,8 @@
 #
 # DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
 # JOBS=...     processes that run tests, of up to 3 GB of memory
-# DRY=1        gpu-suite, small, also without a GPU
+# DRY=1        gpu-suite, small, also without a GPU      STAGES="..."  some stages only
+# CONTINUE=folder  gpu-suite: only what is missing of an earlier run there (may be OUT)
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
 # PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
 
@@ -66,7 +67,8 @@ bench: $(installed)
 
 gpu-suite:
 	@test -n "$(OUT)" || { echo "error: say where the results go: make gpu-suite OUT=folder" >&2; exit 1; }
-	$(PYTHON) -m benchmarks.gpu_suite "$(OUT)" $(if $(DATA),--data $(data)) $(if $(DRY),--dry)
+	$(PYTHON) -m benchmarks.gpu_suite "$(OUT)" $(if $(DATA),--data $(data)) $(if $(DRY),--dry) \
+	  $(if $(CONTINUE),--continue "$(CONTINUE)") $(if $(STAGES),--stages $(STAGES))
 
 clean:
 	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png

@@ -35,6 +35,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -63,7 +64,7 @@ _OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call
 _ALGORITHMS = ("kernel", "array")
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
 DECODER_LOADS = (0, 0.3, 0.9)
-_PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
+PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,11 @@ def in_graph(
             device=setting.device,
             crop_size=setting.crop_size,
             mix=mix,
-            prefetch=_PREFETCH,
+            prefetch=PREFETCH,
             hw_decoder_load=setting.hw_decoder_load if hw_decoder_load is None else hw_decoder_load,
             **options,
         )
-    return Stream(_endless(loader), _PREFETCH + 1)
+    return Stream(_endless(loader), PREFETCH + 1)
 
 
 def _after(setting: Setting, mix: Callable[..., Any]) -> Stream:
@@ -244,7 +245,7 @@ def _after_on_8_bits(setting: Setting, mix: Callable[..., Any]) -> Stream:
         batch_size=setting.batch_size,
         num_threads=setting.workers,
         device_id=0 if setting.device.type == "cuda" else None,
-        prefetch_queue_depth=_PREFETCH,
+        prefetch_queue_depth=PREFETCH,
         seed=0,
     )
     batches = DALIGenericIterator([pipeline], ["images", "labels"], reader_name="reader", auto_reset=True)
@@ -253,9 +254,9 @@ def _after_on_8_bits(setting: Setting, mix: Callable[..., Any]) -> Stream:
     def mixed() -> Iterator[tuple[torch.Tensor, ...]]:
         for (batch,) in _endless(batches):
             images, targets = mixer(batch["images"].permute(0, 3, 1, 2), batch["labels"].flatten())
-            yield _normalised(images), targets
+            yield normalised(images), targets
 
-    return Stream(mixed(), _PREFETCH + 1)
+    return Stream(mixed(), PREFETCH + 1)
 
 
 @pipeline_def
@@ -302,28 +303,33 @@ def torch_loader(
     if collate is _opencv_collate and (why_not := opencv.why_not()):
         raise ImportError(why_not)
     photos = photos or _Photos(setting.folder, setting.crop_size, eight_bit=eight_bit)
-    check_shared_memory(setting)
-    loader = data.DataLoader(
-        photos,
-        setting.batch_size,
-        sampler=data.RandomSampler(photos, replacement=True, num_samples=10**9),  # one epoch without end
-        num_workers=setting.workers,
-        prefetch_factor=_PREFETCH,
-        pin_memory=setting.device.type == "cuda",
-        collate_fn=collate,
-        # A fork of this process, in which CUDA and DALI have threads, might hang.
-        multiprocessing_context="forkserver",
-    )
-    batches = iter(loader)
+    batches = worker_batches(photos, setting, collate_fn=collate, pin_memory=setting.device.type == "cuda")
     batches_there = ([part.to(setting.device, non_blocking=True) for part in batch] for batch in batches)
-    return Stream(batches_there, _PREFETCH * setting.workers, at_a_time=setting.workers)
+    return Stream(batches_there, PREFETCH * setting.workers, at_a_time=setting.workers)
+
+
+def worker_batches(dataset: data.Dataset, setting: Setting, **options: Any) -> Iterator[Any]:
+    """Return the batches of a torch DataLoader without end; `options` are further ones of it."""
+    check_shared_memory(setting)
+    # A fork of this process, in which CUDA and DALI have threads, might hang. The server imports for all its workers.
+    multiprocessing.set_forkserver_preload(["benchmarks.peers"])
+    loader = data.DataLoader(
+        dataset,
+        setting.batch_size,
+        sampler=data.RandomSampler(dataset, replacement=True, num_samples=10**9),  # one epoch without end
+        num_workers=setting.workers,
+        prefetch_factor=PREFETCH,
+        multiprocessing_context="forkserver",
+        **options,
+    )
+    return iter(loader)  # its workers start now
 
 
 def check_shared_memory(setting: Setting) -> None:
     """Require room in /dev/shm for the batches that worker processes hold."""
     free = shutil.disk_usage("/dev/shm").free
     batch = 4 * 3 * setting.batch_size * setting.crop_size**2
-    needed = batch * (_PREFETCH + 1) * setting.workers
+    needed = batch * (PREFETCH + 1) * setting.workers
     if free < needed:
         msg = (
             f"/dev/shm must have {needed >> 20} MiB for the batches of {setting.workers} workers, got {free >> 20} MiB"
@@ -342,10 +348,10 @@ def _opencv_collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tens
     channels_last = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
     mixed, lam = opencv.saliencymix(channels_last, source_index, lam)
     pixels = torch.from_numpy(mixed).permute(0, 3, 1, 2).contiguous()
-    return _normalised(pixels), labels, labels[torch.from_numpy(source_index)], torch.from_numpy(lam)
+    return normalised(pixels), labels, labels[torch.from_numpy(source_index)], torch.from_numpy(lam)
 
 
-def _normalised(images: torch.Tensor) -> torch.Tensor:
+def normalised(images: torch.Tensor) -> torch.Tensor:
     """Bring (N, 3, H, W) uint8 to float32 of mean 0 and deviation 1."""
     mean, std = _mean_and_std(images.device)
     return images.float().sub_(mean).div_(std)

@@ -48,9 +48,7 @@ from benchmarks import loaders, measure
 from dali_saliencymix.image_folder import ImageFolder
 from pipelines.imagenet import MEAN, STD
 
-_PREFETCH = 2
 _TO_FLOAT = [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(MEAN, STD, inplace=True)]
-_normalised = transforms.Compose(_TO_FLOAT)
 
 
 def makers() -> dict[str, loaders.Maker]:
@@ -88,7 +86,7 @@ def ops_variants(images: np.ndarray, *, gpu: bool) -> dict[str, Callable[[], Any
         If the package mixup is not installed.
     """
     device = torch.device("cuda" if gpu else "cpu")
-    batch = _normalised(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
+    batch = loaders.normalised(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
     no_labels = torch.zeros(len(batch), 1, 1, 1, device=device)  # labels are a step of their own
     mix = _module("mixup").SaliencyMix(alpha=1.0, mode="heuristic")
     return {f"mix saliencymix of mixup | mixup, torch{' on GPU' if gpu else ''}": lambda: mix(batch, no_labels)}
@@ -165,25 +163,10 @@ def _crop_and_mirror(crop_size: int) -> list[Callable[[Any], Any]]:
     return [transforms.RandomResizedCrop(crop_size), transforms.RandomHorizontalFlip()]
 
 
-def _batches(dataset: data.Dataset, setting: loaders.Setting, *, pin: bool, **options: Any) -> Iterator[Any]:
-    loader = data.DataLoader(
-        dataset,
-        setting.batch_size,
-        sampler=data.RandomSampler(dataset, replacement=True, num_samples=10**9),  # one epoch without end
-        num_workers=setting.workers,
-        prefetch_factor=_PREFETCH,
-        pin_memory=pin and setting.device.type == "cuda",
-        multiprocessing_context="forkserver",
-        **options,
-    )
-    return iter(loader)  # its workers start now
-
-
 def _decoded_in_workers(setting: loaders.Setting, package: str) -> loaders.Stream:
     _decoders(package)
-    batches = _batches(_Decoded(setting.folder, setting.crop_size, package), setting, pin=True)
-    there = (tuple(part.to(setting.device, non_blocking=True) for part in batch) for batch in batches)
-    return loaders.Stream(there, _PREFETCH * setting.workers, at_a_time=setting.workers)
+    photos = _Decoded(setting.folder, setting.crop_size, package)
+    return loaders.torch_loader(setting, data.default_collate, photos=photos)
 
 
 def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
@@ -195,15 +178,18 @@ def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
 
 
 def _decoded_in_this_process(setting: loaders.Setting, decode: Callable[..., Any]) -> loaders.Stream:
-    batches = _batches(_Encoded(setting.folder), setting, pin=False, collate_fn=_one_tensor)
+    batches = loaders.worker_batches(_Encoded(setting.folder), setting, collate_fn=_one_tensor)
     crop_and_mirror = transforms.Compose(_crop_and_mirror(setting.crop_size))
 
     def decoded() -> Iterator[tuple[torch.Tensor, ...]]:
         for encoded, lengths, labels in batches:
             images = decode(list(encoded.split(lengths)), mode="RGB", device=setting.device)
-            yield _normalised(torch.stack([crop_and_mirror(image) for image in images])), labels.to(setting.device)
+            yield (
+                loaders.normalised(torch.stack([crop_and_mirror(image) for image in images])),
+                labels.to(setting.device),
+            )
 
-    return loaders.Stream(decoded(), _PREFETCH * setting.workers, at_a_time=setting.workers)
+    return loaders.Stream(decoded(), loaders.PREFETCH * setting.workers, at_a_time=setting.workers)
 
 
 # ---- SPDL ------------------------------------------------------------------------------------------------------------
@@ -239,15 +225,15 @@ def _spdl(setting: loaders.Setting) -> loaders.Stream:
         # On a GPU the pixels are sent as 8 bits, and normalised there.
         if on_gpu:
             return spdl.transfer_tensor_h2d((images, torch.tensor(labels)))
-        return _normalised(images), torch.tensor(labels)
+        return loaders.normalised(images), torch.tensor(labels)
 
     builder = pipeline.PipelineBuilder().add_source(files()).pipe(decoded, concurrency=setting.workers)
-    builder = builder.aggregate(setting.batch_size).pipe(batch_of).add_sink(_PREFETCH)
+    builder = builder.aggregate(setting.batch_size).pipe(batch_of).add_sink(loaders.PREFETCH)
     made = builder.build(num_threads=setting.workers, max_failures=0)
-    batches = ((_normalised(images) if on_gpu else images, labels) for images, labels in made)
+    batches = ((loaders.normalised(images) if on_gpu else images, labels) for images, labels in made)
     # Before the last queue each stage keeps 2 in one of its own and holds what it has no place for: so there are 7 more
     # batches or lists of images, then 2 images and one in each thread. That many were counted, too.
-    return loaders.Stream(batches, _PREFETCH + 7 + math.ceil((setting.workers + 2) / setting.batch_size))
+    return loaders.Stream(batches, loaders.PREFETCH + 7 + math.ceil((setting.workers + 2) / setting.batch_size))
 
 
 def _random_crop(width: int, height: int) -> tuple[int, int, int, int]:
@@ -268,9 +254,7 @@ _Mix = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
 
 
 def _after(setting: loaders.Setting, mix: Callable[[loaders.Setting], _Mix]) -> loaders.Stream:
-    mixer = mix(setting)
-    stream = loaders.in_graph(setting)
-    return loaders.Stream((tuple(mixer(images, labels)) for images, labels, *_ in stream.batches), stream.ahead)
+    return loaders.after_loader(setting, mix(setting))
 
 
 def _timm_cutmix(setting: loaders.Setting) -> _Mix:

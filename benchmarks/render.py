@@ -112,7 +112,7 @@ def conditions_text(result: dict[str, Any]) -> str:
     found = result["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rounds = [figure["rounds"] for _, figure in measure.figures(result) if "rounds" in figure]
-    parts = [found["device"]]
+    parts = [found["device"], *([found["date"]] if "date" in found else [])]
     if found.get("cuda"):
         parts += [f"CUDA {found['cuda']}", f"{found['machine']['cores']} cores"]
     if "batch_size" in found:
@@ -128,7 +128,17 @@ def conditions_text(result: dict[str, Any]) -> str:
     if "cores_given_to_two_processes" in machine:
         parts.append(f"two busy processes got {machine['cores_given_to_two_processes']} cores")
     missing = "".join(f" Not measured: {name} ({why})." for name, why in result.get("not_measured", {}).items())
-    return f"{', '.join(parts)}. {versions}. `{found['command']}`{missing}"
+    return f"{', '.join(parts)}. {versions}. `{found['command']}`{_runs(result)}{missing}"
+
+
+def _runs(result: dict[str, Any]) -> str:
+    """Return where and when each part of a result was measured that comes from several runs."""
+    shown = []
+    for part in result.get("parts", []):
+        conditions = part["conditions"]
+        on = f"{conditions['device']} on {conditions['date']}, commit {conditions['commit']}"
+        shown.append(f"{len(part['measured'])} figures on {on}")
+    return f" Measured in {len(shown)} runs: {'; '.join(shown)}." if shown else ""
 
 
 def cell(figure: dict[str, float] | None) -> str:

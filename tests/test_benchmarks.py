@@ -500,6 +500,18 @@ def test_conditions_are_a_sentence(results, monkeypatch):
     assert page.splitlines()[1] == "CPU, 2 threads, 1 to 9 rounds. numpy 2. `python x`"
 
 
+def test_conditions_name_the_device_and_the_date_of_each_part(results, monkeypatch):
+    result = json.loads((results / "results" / "a.json").read_text())
+    result["parts"] = [
+        {"conditions": {"device": "a GPU", "date": f"2026-01-0{day}", "commit": "abc"}, "measured": ["x"] * day}
+        for day in (1, 2)
+    ]
+    measure.write(result, results / "results" / "a.json")
+    page = rendered_page(monkeypatch, results, "<!-- conditions: a.json -->\n<!-- end of result -->\n")
+    expected = "1 figures on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
+    assert page.splitlines()[1].endswith(f"`python x` Measured in 2 runs: {expected}")
+
+
 def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
     pytest.importorskip("matplotlib")
     text = "<!-- plot: pipeline a.json -->\n<!-- end of result -->\n"
