@@ -23,6 +23,7 @@ import numpy as np
 import dali_saliencymix as ds
 from benchmarks import machine, measure, opencv, peers
 from benchmarks.record import Record
+from dali_saliencymix import cuda
 from dali_saliencymix._algorithms import on_gpu
 from dali_saliencymix.normalise import paste_normalised
 
@@ -172,21 +173,26 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
 
     variants: dict[str, Variant] = {}
 
-    def add(step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Any = None) -> None:
+    def add(step: str, implementation: str, call: Callable[[], Any], moved: int) -> None:
+        """Add a step as one implementation does it; on a GPU in all the ways in which it is timed."""
+        name = f"{step} | {implementation}"
+        variants[name] = Variant(call, moved, gpu)
+        if gpu:
+            if "kernel" in implementation:
+                variants[f"{name}, cached launches"] = Variant(call, moved, gpu, cached_launches=True)
+            variants[f"{name}, graph"] = Variant(measure.Graph(call, copies), moved, gpu)
+
+    def add_all(
+        step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Any = None
+    ) -> None:
         """Add a step by all implementations of a function, or of the one that `offers` them."""
         for implementation, chosen in implementations(offers or function, library):
-            made = functools.partial(call, functools.partial(function, **chosen))
-            name = f"{step} | {implementation}"
-            variants[name] = Variant(made, moved, gpu)
-            if gpu:
-                if "kernel" in implementation:
-                    variants[f"{name}, cached launches"] = Variant(made, moved, gpu, cached_launches=True)
-                variants[f"{name}, graph"] = Variant(measure.Graph(made, copies), moved, gpu)
+            add(step, implementation, functools.partial(call, functools.partial(function, **chosen)), moved)
 
     find = ds.DETECTORS[detector]
     maps = find(images)
-    add(f"saliency {detector}", find, lambda function: function(next(batches)), images.nbytes + maps.nbytes)
-    add(
+    add_all(f"saliency {detector}", find, lambda function: function(next(batches)), images.nbytes + maps.nbytes)
+    add_all(
         f"mix {detector}",
         functools.partial(ds.saliencymix, saliency=detector),
         lambda function: function(next(batches), source_index, lam),
@@ -195,7 +201,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
     )
     step = f"peak of {maps.shape[1]}x{maps.shape[2]} maps"
     moved = maps.nbytes + 8 * len(maps)
-    add(step, ds.saliency_peaks, lambda function: function(maps, *size), moved)
+    add_all(step, ds.saliency_peaks, lambda function: function(maps, *size), moved)
     if not steps:
         return variants
     peaks = xp.asarray(np.random.default_rng(1).integers(0, size, (len(images), 2)))
@@ -219,10 +225,15 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
     def targets(function: Callable[..., Any]) -> Any:
         return function(labels, labels, lam, num_classes=_NUM_CLASSES)
 
-    add("boxes and lam", ds.boxes_at, boxes_and_lam, peaks.nbytes + boxes.nbytes + 2 * lam.nbytes)
-    add("paste", ds.paste_boxes, pasted, 2 * images.nbytes)
-    add("paste, mirror, normalise", paste_normalised, normalised, 5 * images.nbytes)
-    add("labels", ds.soft_labels, targets, 2 * labels.nbytes + lam.nbytes + 4 * len(labels) * _NUM_CLASSES)
+    of_boxes = peaks.nbytes + boxes.nbytes + 2 * lam.nbytes
+    if gpu:  # two steps that offer no choice themselves
+        given = (peaks, source_index, lam, *size)
+        add("boxes and lam", "gpu kernel", functools.partial(cuda.boxes_at_peaks, *given), of_boxes)
+        add("paste", "gpu kernel", functools.partial(pasted, cuda.paste_boxes), 2 * images.nbytes)
+    add_all("boxes and lam", ds.boxes_at, boxes_and_lam, of_boxes)
+    add_all("paste", ds.paste_boxes, pasted, 2 * images.nbytes)
+    add_all("paste, mirror, normalise", paste_normalised, normalised, 5 * images.nbytes)
+    add_all("labels", ds.soft_labels, targets, 2 * labels.nbytes + lam.nbytes + 4 * len(labels) * _NUM_CLASSES)
     return variants
 
 

@@ -43,8 +43,8 @@ def saliency_peaks(
     least : bool
         If true, look for the minimum.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel: compiled by Numba on a CPU, for maxima of float32 maps, or in CUDA. Both find the
-        same pixels. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        Array operations, or a kernel for float32 maps: compiled by Numba on a CPU, for maxima, or in CUDA. Both find
+        the same pixels. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -69,14 +69,14 @@ def saliency_peaks(
     _, map_height, map_width = saliency_map.shape
     closeness = constant(xp, closeness_to_centre, map_height, map_width, height, width)
     find = functools.partial(_extreme, closeness=closeness, least=least)
-    kernel = uses_kernel(algorithm, xp)
+    kernel = uses_kernel(algorithm, xp) and saliency_map.dtype == np.float32
     if not is_host(xp):
         if kernel:
             from dali_saliencymix import cuda
 
             return cuda.saliency_peaks(saliency_map, height, width, least=least)
         peak = find(saliency_map)
-    elif kernel and saliency_map.dtype == np.float32 and not least:
+    elif kernel and not least:
         from dali_saliencymix import compiled_pixels
 
         find = functools.partial(compiled_pixels.most_salient, closeness=closeness)

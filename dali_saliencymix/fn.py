@@ -403,7 +403,8 @@ def saliency_peaks(
     ...     inverted = fn.cast(255 - images, dtype=types.UINT8)
     ...     return saliencymix(inverted, labels, peaks=peaks)
     """
-    find = functools.partial(_peaks_of_images, detector=get_detector(saliency, algorithm=algorithm), least=bool(least))
+    detector = get_detector(saliency, algorithm=algorithm)
+    find = functools.partial(_peaks_of_images, detector=detector, least=bool(least), algorithm=algorithm)
     return python_operator(find, images, name="saliency_peaks")
 
 
@@ -502,9 +503,10 @@ def _drawn_point() -> list[DataNode]:
     return [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
 
 
-def _peaks_of_images(images: Array, *, detector: Detector, least: bool) -> tuple[Array]:
+def _peaks_of_images(images: Array, *, detector: Detector, least: bool, algorithm: str) -> tuple[Array]:
     check_images(images)
-    return (peaks_of_maps(checked_maps(detector, images), *images.shape[1:3], least=least),)
+    maps = checked_maps(detector, images)
+    return (peaks_of_maps(maps, *images.shape[1:3], least=least, algorithm=algorithm),)
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:

@@ -178,7 +178,7 @@ def _boxes_of_pairs(
     asked = {"sources": (sources, placement.source)}
     if placement.destination in SOURCES:
         asked["receivers"] = (receivers, placement.destination)
-    found = _salient_points(images, asked, detector, peaks, "array" if algorithm == "array" else "auto")
+    found = _salient_points(images, asked, detector, peaks, algorithm)
     source_boxes = boxes_at(found["sources"], lam, *size, box=placement.box)
     if placement.destination == "corresponding":
         return source_boxes, None

@@ -164,10 +164,12 @@ class SaliencyMix:
             # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
             batch = _to_array(images.permute(0, 2, 3, 1))
             params = draw_mix_params(self._rng(), len(images), **self._drawn)
-            mixed = self._mix(batch, *(_on_the_device_of(images, array) for array in params))
-            ids = _to_array(labels.to(images.device))
-            source_ids = ids[_on_the_device_of(images, params.source_index)]
-            targets = soft_labels(ids, source_ids, mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing)
+            source_index, *others = (_to_array(_on_the_device_of(images, torch.from_numpy(array))) for array in params)
+            mixed = self._mix(batch, source_index, *others)
+            ids = _to_array(_on_the_device_of(images, labels))
+            targets = soft_labels(
+                ids, ids[source_index], mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing
+            )
             memory_format = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
             pixels = _to_tensor(mixed.images).permute(0, 3, 1, 2)
             if images.is_cuda:
@@ -341,13 +343,11 @@ def _to_tensor(array: Array) -> torch.Tensor:
     return dlpack.from_dlpack(array.copy() if read_only or backwards else array)
 
 
-def _on_the_device_of(images: torch.Tensor, array: np.ndarray[Any, Any]) -> Array:
+def _on_the_device_of(images: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device == images.device:
+        return tensor
     # From pinned memory the copy does not stall the stream.
-    return (
-        _to_array(torch.from_numpy(array).pin_memory().to(images.device, non_blocking=True))
-        if images.is_cuda
-        else array
-    )
+    return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor.to(images.device)
 
 
 def _on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

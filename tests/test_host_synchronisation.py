@@ -431,14 +431,15 @@ MIXES = {
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
-def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format):
+@pytest.mark.parametrize("labels_on_gpu", [True, False])
+def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format, labels_on_gpu):
     images = torch.from_numpy(pictures()).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
     labels = torch.arange(COUNT)
     on_cpu, ours = (pytorch.SaliencyMix(COUNT, seed=3, algorithm="array", **options) for _ in range(2))
     for call in range(3):
         expected = on_cpu(images, labels)
         copies = cupy.copies_from_host
-        mixed = ours(on_gpu(images), on_gpu(labels))
+        mixed = ours(on_gpu(images), on_gpu(labels) if labels_on_gpu else labels)
         assert call == 0 or cupy.copies_from_host == copies
         for our_tensor, their_tensor in zip(mixed, expected, strict=True):
             assert type(our_tensor) is OnGpu
@@ -513,7 +514,7 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
 @each_operator
 def test_the_functions_of_operators_with_kernels_as_the_default(cupy, launches, recorded, name, options):
     function, batches, expected = recorded(name, images=pictures(height=70, width=66), **options)
-    if name in ("saliencymix", "mix"):
+    if name in ("saliencymix", "mix", "saliency_peaks"):
         function = functools.partial(function, algorithm="auto")
     with _algorithms.on_gpu(kernels=True):
         assert_same(called_twice(cupy, function, *batches), expected)
