@@ -204,7 +204,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
     add_all(step, ds.saliency_peaks, lambda function: function(maps, *size), moved)
     if not steps:
         return variants
-    peaks = xp.asarray(np.random.default_rng(1).integers(0, size, (len(images), 2)))
+    peaks = xp.asarray(np.random.default_rng(1).integers(0, size, (len(images), 2), np.int32))
     boxes = ds.boxes_at(peaks, lam, *size)
 
     def boxes_and_lam(function: Callable[..., Any]) -> Any:

@@ -171,6 +171,7 @@ class Graph:
 
         self._pool = cupy.cuda.MemoryPool()  # what the graph writes to must not become anybody else's memory
         stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()  # the inputs were made on another stream
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
             self._call()
             stream.synchronize()

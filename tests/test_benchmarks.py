@@ -12,12 +12,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_pipeline, bench_scale, compare, loaders, machine, measure, opencv, render
+from benchmarks import (
+    bench_pipeline,
+    bench_scale,
+    bench_train,
+    compare,
+    loaders,
+    machine,
+    measure,
+    opencv,
+    peers,
+    render,
+)
 from dali_saliencymix.sample_data import make_sample_data
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +341,28 @@ def test_a_turn_uses_up_what_was_made_in_advance_and_times_whole_sets_of_batches
     assert loaders.images_per_second(stream, setting, 4, use=used.append, watch=Watch()) > 0
     assert seen == [2, 8]
     assert used == [*range(8)]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_every_group_names_loaders_that_there_are(gpu):
+    names = loaders.makers() | peers.makers()
+    for groups in (
+        bench_pipeline.default_groups(gpu=gpu),
+        bench_train.groups(["spectral_residual", "fine_grained"], gpu=gpu),
+    ):
+        flat = [name for group in groups for name in group]
+        assert flat[:2] == ["none", "none, again"] or not gpu
+        assert len(flat) == len(set(flat))
+        assert set(flat) <= names.keys()
+    for detector in ("spectral_residual", "fine_grained"):
+        assert len(loaders.routes(detector)) == 5  # two operators, two algorithms, and who normalises
+
+
+def test_a_share_of_memory_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 * 2**20))
+    setting = loaders.Setting(None, batch_size=128, workers=16, crop_size=224, device=torch.device("cpu"))
+    with pytest.raises(MemoryError, match="/dev/shm must have 3528 MiB for the batches of 16 workers, got 64 MiB"):
+        loaders.check_shared_memory(setting)
 
 
 # ---- machine ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from nvidia.dali import fn, pipeline_def
 from torch.utils import dlpack
 
 import dali_saliencymix.fn as dsfn
+from benchmarks import bench_ops, measure
 from dali_saliencymix import (
     DETECTORS,
     MODES,
@@ -663,3 +664,17 @@ def test_constants_are_not_written_to(cupy):
 def test_tensors_that_say_that_they_are_on_a_gpu_do_not_wait(name):
     with pytest.raises(HostSynchronisation):
         getattr(on_gpu(torch.ones(1)), name)()
+
+
+# --- The benchmarks ---
+
+
+def test_what_the_benchmark_of_operations_times_on_a_gpu(cupy, launches, monkeypatch):
+    for detector in ("spectral_residual", "fine_grained", "frequency_tuned"):
+        with monkeypatch.context() as setting_up:
+            setting_up.setattr(cupy, "asarray", lambda array: on_device(array))
+            variants = bench_ops.package_variants(bench_ops.Inputs(70, 3), "cupy", detector, steps=True)
+        for variant in variants.values():
+            if not isinstance(variant.call, measure.Graph):  # the stand-in captures nothing
+                bench_ops.milliseconds(variant, variant.call)
+    assert {"spectral_residual", "contrast_peaks", "paste_normalised_float32_CHW"} <= set(launches)
