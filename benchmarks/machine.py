@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import functools
 import importlib.util
 import os
 import platform
@@ -50,6 +51,7 @@ def has_gpu() -> bool:
         return False
 
 
+@functools.cache
 def installed(name: str) -> bool:
     """Tell whether a module can be imported."""
     try:
