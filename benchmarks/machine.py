@@ -23,6 +23,7 @@ from dali_saliencymix._versions import versions
 
 # Beside those that the package itself works with.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
+_PACKAGES += ("timm", "kornia", "mixup", "spdl", "torchcodec")  # what benchmarks/peers.py measures
 
 # Options that say what is measured for how long and where it goes, not how.
 _NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on")

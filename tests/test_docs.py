@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from training_fixtures import python_path
 
 import dali_saliencymix
 import pipelines
@@ -191,7 +192,7 @@ def test_code_runs(workers, data):
         f"import gc; gc.disable()\nfor page, code in {pages!r}.items():\n"
         "    exec(compile(code, page, 'exec'), {'__name__': page}); gc.collect()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     process = subprocess.run(
         [sys.executable, "-c", runner],
         cwd=data,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_fixtures import python_path
 
 from benchmarks import gpu_suite, machine, measure, sanitize, smoke
 
@@ -91,7 +92,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     line = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     line += ["-p", "xdist", "-n", "1", "--continue-on-collection-errors"]
     command = [*line, "-p", "benchmarks.outcomes", "--outcomes", str(tmp_path / "tests.jsonl"), "tests"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     new = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()[4:]]

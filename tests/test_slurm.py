@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from training_fixtures import REPOSITORY, TINY, read_log
+from training_fixtures import REPOSITORY, TINY, python_path, read_log
 
 from dali_saliencymix.training.checkpoints import load_checkpoint
 
@@ -56,7 +56,7 @@ def job(tmp_path, data_folder):
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": python_path(),
     }
     started = []
 

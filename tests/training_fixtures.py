@@ -41,11 +41,16 @@ class Ended:
         return errors[0]
 
 
+def python_path() -> str:
+    """Return a PYTHONPATH with the repository, and what is on it already: packages may lie there."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+
 def run_program(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments from the root of the repository, on one thread and without a GPU."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONWARNINGS")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()}
     line = [sys.executable, *map(str, command)]
     ended = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
     if check:
