@@ -258,7 +258,7 @@ def _square(saliency_map):  # type: ignore[no-untyped-def]
     for y in range(size):
         for x in range(size):
             tops[x] = max(tops[x], saliency_map[y, x])
-    top = tops.max()
+    top = np.max(tops)
     if top == 0:
         top = _ONE
     for y in range(size):
