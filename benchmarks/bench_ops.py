@@ -56,10 +56,8 @@ def main() -> None:
     options.copy_megabytes = options.copy_megabytes or (2048 if gpu else 256)
 
     record = Record("ops", machine.conditions(options, gpu=gpu), options)
-    device = "gpu" if gpu else "cpu"
-    record.add(
-        {"copy_gigabytes_per_second": {device: measure.memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)}}
-    )
+    rate_of_copy = measure.memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)
+    record.add({"copy_gigabytes_per_second": {"gpu" if gpu else "cpu": rate_of_copy}})
     why_not = "it is measured without a GPU" if gpu else opencv.why_not()
     processes = None
     if why_not:
@@ -68,10 +66,8 @@ def main() -> None:
         processes = opencv.Processes(machine.cores())
     try:
         for size, batch in itertools.product(options.sizes, options.batches):
-            first = (size, batch) == (options.sizes[0], options.batches[0])
             for detector in options.detectors:
-                steps = detector == options.detectors[0]
-                measure_group(record, Inputs(size, batch), detector, steps, gpu, first, processes, options.rounds)
+                measure_group(record, Inputs(size, batch), detector, options, gpu, processes, rate_of_copy["median"])
                 gc.collect()
     finally:
         if processes:
@@ -83,15 +79,16 @@ def measure_group(
     record: Record,
     inputs: Inputs,
     detector: str,
-    steps: bool,
+    options: Any,
     gpu: bool,
-    first: bool,
     processes: opencv.Processes | None,
-    rounds: int,
+    rate_of_copy: float,
 ) -> None:
-    """Measure a detector and the mix with it at one size of images and batches, and with `steps` all other steps."""
+    """Measure a detector and the mix with it at one size of images and batches; with the first one all other steps."""
     count, size = inputs.images.shape[:2]
     place = f"{size} px, batch {count}"
+    first, steps = (size, count) == (options.sizes[0], options.batches[0]), detector == options.detectors[0]
+    record.ask_for(f"{place} / {detector}", "milliseconds_per_batch", place, f"mix {detector}")
     try:
         variants = package_variants(inputs, "cupy" if gpu else "numpy", detector, steps=steps)
     except Exception as error:  # whatever it is: other detectors can be measured all the same
@@ -121,11 +118,10 @@ def measure_group(
         name: functools.partial(milliseconds, variant, measure.Timed(variant.call, gpu=variant.on_gpu))
         for name, variant in variants.items()
     }
-    rate_of_copy = record.result["copy_gigabytes_per_second"]["gpu" if gpu else "cpu"]["median"]
     found: dict[str, Any] = {}
     if gpu:
         found["peak_memory_relative_to_batch"] = {place: peak_memory(variants, inputs)}
-    for values in measure.in_turns(timed, rounds, seconds=record.seconds_left(), not_measured=reasons):
+    for values in measure.in_turns(timed, options.rounds, seconds=record.seconds_left(), not_measured=reasons):
         of_place: dict[str, dict[str, Any]] = {}
         for name, times in values.items():
             step, _, implementation = name.partition(" | ")

@@ -67,7 +67,10 @@ def main() -> None:
         record = Record("scale", conditions, options)
         for axis in options.axes:
             if record.ask_for(axis, "curves", axis) and record.seconds_left() > 0:
-                measure_curves(record, axis, folder, options, gpu)
+                try:
+                    measure_curves(record, axis, folder, options, gpu)
+                except Exception as error:  # whatever it is: other axes can be measured all the same
+                    record.leave_out(axis, error)
                 gc.collect()  # pipelines are parts of cycles
     record.end()
 

@@ -68,6 +68,7 @@ class Record:
         self._earlier: list[dict[str, Any]] = []
         self._measured: set[tuple[str, ...]] = set()
         self._asked: dict[str, tuple[str, ...]] = {}
+        self._ended = False  # before, groups may be left that nobody has asked for yet
         self.not_measured: dict[str, str] = {}
         self.unavailable: set[str] = set()
         self.result: dict[str, Any] = {"benchmark": benchmark, "conditions": conditions}
@@ -141,12 +142,13 @@ class Record:
         for name, path in self._asked.items():
             if self.lacks(*path) and self.seconds_left() < 0:
                 self.not_measured.setdefault(name, "no time was left for it, or for all of its rounds")
+        self._ended = True
         self.write()
         measure.show(self._whole())
 
     def _whole(self) -> dict[str, Any]:
         missing = [name for name, path in self._asked.items() if self.lacks(*path) and name not in self.unavailable]
-        whole = {**self.result, "not_measured": self.not_measured, "complete": not missing}
+        whole = {**self.result, "not_measured": self.not_measured, "complete": self._ended and not missing}
         if self._earlier:
             now = {" / ".join(path) for path in self._measured}
             earlier = [

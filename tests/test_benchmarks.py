@@ -194,6 +194,11 @@ def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, mon
 
         return loaders.Stream(batches(), stream.ahead)
 
+    complete_between = []
+    write = measure.write
+    monkeypatch.setattr(
+        measure, "write", lambda result, to: (complete_between.append(result["complete"]), write(result, to))
+    )
     makers = {name: functools.partial(recorded, name, make) for name, make in loaders.makers().items()}
     monkeypatch.setattr(loaders, "makers", lambda: makers)
     monkeypatch.setattr(bench_pipeline, "default_groups", lambda gpu: [["none", "cutmix"], ["mixup", "after: cutmix"]])
@@ -204,6 +209,7 @@ def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, mon
     before = json.loads(output.read_text())
     assert made == ["none", "cutmix", "none", "mixup", "after: cutmix"]
     assert not before["complete"]
+    assert not any(complete_between)  # while groups are left that nobody has asked for yet
     assert {name: found["rounds"] for name, found in before["images_per_second"].items()} == {
         "none": 3,
         "cutmix": 3,
