@@ -272,23 +272,23 @@ def _waits(self, name, *_, **__):
 
 
 class _Module(ModuleType):
-    """A module of CuPy, `real`, whose functions are those of NumPy or SciPy in `twin`."""
+    """A module of CuPy, `real`, whose functions are those of NumPy or SciPy in `host`."""
 
-    def __init__(self, real, twin):
+    def __init__(self, real, host):
         super().__init__(real.__name__)
         self.__spec__ = real.__spec__
-        self._real, self._twin = real, twin
+        self._real, self._host = real, host
 
     def __getattr__(self, name):
         real = getattr(self._real, name)  # an AttributeError where CuPy has no such thing
-        twin = getattr(self._twin, name, None)
+        host = getattr(self._host, name, None)
         if name in ABOUT_ARRAYS:
-            return functools.partial(_told, twin)
-        if isinstance(twin, np.ufunc) and isinstance(real, cupy.ufunc):
-            return functools.partial(_elementwise, twin)
+            return functools.partial(_told, host)
+        if isinstance(host, np.ufunc) and isinstance(real, cupy.ufunc):
+            return functools.partial(_elementwise, host)
         if name in FUNCTIONS:
-            return functools.partial(_function, name, inspect.signature(real), twin)
-        if not (name.startswith("__") or isinstance(real, (float, type(None))) or real is twin):  # nan, float32
+            return functools.partial(_function, name, inspect.signature(real), host)
+        if not (name.startswith("__") or isinstance(real, (float, type(None))) or real is host):  # nan, float32
             _refuse_the_unknown(name)
         return real
 
