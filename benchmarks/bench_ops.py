@@ -66,8 +66,9 @@ def main() -> None:
         processes = opencv.Processes(machine.cores())
     try:
         for size, batch in itertools.product(options.sizes, options.batches):
+            inputs = Inputs(size, batch)
             for detector in options.detectors:
-                measure_group(record, Inputs(size, batch), detector, options, gpu, processes, rate_of_copy["median"])
+                measure_group(record, inputs, detector, options, gpu, processes, rate_of_copy["median"])
                 gc.collect()
     finally:
         if processes:
@@ -89,6 +90,8 @@ def measure_group(
     place = f"{size} px, batch {count}"
     first, steps = (size, count) == (options.sizes[0], options.batches[0]), detector == options.detectors[0]
     record.ask_for(f"{place} / {detector}", "milliseconds_per_batch", place, f"mix {detector}")
+    if record.seconds_left() < 0:
+        return
     try:
         variants = package_variants(inputs, "cupy" if gpu else "numpy", detector, steps=steps)
     except Exception as error:  # whatever it is: other detectors can be measured all the same
@@ -110,7 +113,7 @@ def measure_group(
         for name, variant in variants.items()
         if record.ask_for(f"{place} / {name}", "milliseconds_per_batch", place, *name.split(" | "))
     }
-    if not variants or record.seconds_left() < 0:
+    if not variants:
         return
     record.begin_group()
     reasons: dict[str, str] = {}

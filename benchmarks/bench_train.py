@@ -5,7 +5,7 @@
 The rate on a constant batch, which lies on the device, is what the network can do. The ratio of the loader's rate to it
 says whether the loader holds the training back, and that of mixing to no mixing what mixing costs a training run.
 
-Then the loaders run alone, and a probe measures for how long each batch holds Python's lock: benchmarks/gil.py. The
+Then the loaders run alone, and a probe measures for how long each batch holds the GIL: benchmarks/gil.py. The
 difference to the loader that does not mix is the operator's. The calls of the operator are timed during the training.
 """
 
@@ -84,13 +84,13 @@ def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
     if not gpu:
         return [[*first, *(f"saliencymix {detector}" for detector in detectors)]]
     mixing = [loaders.routes(detector) for detector in detectors]
-    return [[*first, *mixing[0]], *mixing[1:], [f"none, decoder {share}" for share in loaders.DECODER_LOADS]]
+    return [[*first, *mixing[0]], *mixing[1:], list(loaders.DECODER_LOADS)]
 
 
 def measure_group(
     record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, options: Any
 ) -> None:
-    """Measure the training behind each of these loaders, then for how long each holds Python's lock."""
+    """Measure the training behind each of these loaders, then for how long each holds the GIL."""
     calls: dict[str, list[gil.Call]] = {}
     streams: dict[str, loaders.Stream] = {}
     makers = loaders.makers()
@@ -192,7 +192,7 @@ def measure_lock(
     setting: loaders.Setting,
     options: Any,
 ) -> None:
-    """Take batches from each loader in turns; add to `found` the time that each batch holds Python's lock."""
+    """Take batches from each loader in turns; add to `found` the time that each batch holds the GIL."""
     variants = {
         name: functools.partial(milliseconds_held, stream, setting, options.steps) for name, stream in streams.items()
     }
@@ -208,7 +208,7 @@ def measure_lock(
 
 
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
-    """Return for how long each batch of a stream holds Python's lock."""
+    """Return for how long each batch of a stream holds the GIL."""
     probe = gil.Probe()
     loaders.images_per_second(stream, setting, batches, watch=probe)
     return 1000 * probe.held_seconds / batches

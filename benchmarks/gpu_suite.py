@@ -222,7 +222,7 @@ def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and what it started, gently first: interrupted, pytest still writes its report."""
+    """End a process and what it started, gently first: interrupted, pytest still says what failed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -343,8 +343,7 @@ def main() -> None:
             (out / "summary.md").write_text(summary(out, runs))
             if stage.name == "smoke" and not ended["well"]:
                 break
-        log.write(summary(out, runs))
-    sys.stdout.write("\n" + summary(out, runs))
+        tee(log, "\n" + summary(out, runs))
     if failed := [f"{name}: {found['ended']}" for name, found in run["stages"].items() if not found["well"]]:
         msg = "; ".join(failed)
         raise RuntimeError(msg)

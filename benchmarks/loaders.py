@@ -63,7 +63,8 @@ from pipelines.reading import decode_window, read_files, to_device
 _OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
 _ALGORITHMS = ("kernel", "array")
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
-DECODER_LOADS = (0, 0.3, 0.9)
+# Shares of the images for the JPEG engine of a GPU, by the name of the loader without mixing that has them.
+DECODER_LOADS = {f"none, decoder {share}": share for share in (0, 0.3, 0.9)}
 PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
 
 
@@ -140,7 +141,7 @@ def makers() -> dict[str, Maker]:
         "torch: opencv": functools.partial(torch_loader, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
         "none, again": in_graph,
-        **{f"none, decoder {share}": functools.partial(in_graph, hw_decoder_load=share) for share in DECODER_LOADS},
+        **{name: functools.partial(in_graph, hw_decoder_load=share) for name, share in DECODER_LOADS.items()},
         "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix, mix_normalises=True),
         "cutmix, apart": functools.partial(in_graph, mix=mix_fn.cutmix),
         "mixup": functools.partial(in_graph, mix=mix_fn.mixup),
@@ -187,7 +188,7 @@ def groups(*, gpu: bool) -> list[list[str]]:
     return [
         ["none", "none, again", *routes("spectral_residual")],
         ["cutmix", "mixup", *routes("fine_grained")],
-        [f"none, decoder {share}" for share in DECODER_LOADS],
+        list(DECODER_LOADS),
         after,
         torch_s,
         others,

@@ -103,9 +103,7 @@ class Record:
 
     def lacking(self, section: str, names: Iterable[str]) -> list[str]:
         """Return which variants have no figure yet in a section of the result; all of them have to have one."""
-        names = list(names)
-        self._asked |= {name: (section, name) for name in names}
-        return [name for name in names if self.lacks(section, name)]
+        return [name for name in names if self.ask_for(name, section, name)]
 
     def ask_for(self, name: str, *path: str) -> bool:
         """Say that a variant has to have a figure; tell whether it lacks it."""

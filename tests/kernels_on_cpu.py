@@ -1,4 +1,4 @@
-"""The CUDA kernels as C++ on the CPU, through ``cuda_on_cpu.h``: compiled once, launched by name.
+"""The CUDA kernels as C++ on the CPU, through ``cuda_on_cpu.h``: compiled once, launched by name; and images for them.
 
 A test module gets the fixture with ``pytest_plugins = ["kernels_on_cpu"]`` and imports the rest by name. That import
 comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
@@ -83,3 +83,22 @@ def _argument_value(argument):
     # NumPy's arrays have their address in another place than CuPy's.
     address = argument.ctypes.data if isinstance(argument, np.ndarray) else argument.data.ptr
     return np.array([address], np.uintp)
+
+
+def pictures(count, height, width, channels, seed=0, apart=0):
+    """Random images with some structure, (N, H, W, C) uint8, read-only, `apart` bytes between two of them."""
+    rng = np.random.default_rng([seed, count, height, width, channels])
+    y, x = np.ogrid[:height, :width]
+    shape = (count, 1, 1, channels)
+    waves = np.sin(y[..., None] * rng.uniform(0, 0.3, shape) + x[..., None] * rng.uniform(0, 0.3, shape))
+    images = (127 + 60 * waves + rng.normal(0, 20, (count, height, width, channels))).clip(0, 255).astype(np.uint8)
+    memory = np.full((count, images[0].size + apart), 7, np.uint8)
+    memory[:, : images[0].size] = images.reshape(count, -1)
+    memory.setflags(write=False)
+    return memory[:, : images[0].size].reshape(images.shape) if not apart else strided(memory, images.shape)
+
+
+def strided(memory, shape):
+    view = np.lib.stride_tricks.as_strided(memory, shape, (memory.strides[0], *np.zeros(shape[1:], "u1").strides))
+    view.setflags(write=False)
+    return view

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import reference
-from kernels_on_cpu import KERNELS, launch
+from kernels_on_cpu import KERNELS, launch, pictures, strided
 from nvidia.dali.ops._operators import python_function
 
 from benchmarks import sanitize
@@ -84,25 +84,6 @@ def on_cpu(request, libraries, monkeypatch):
     for memory in guarded:
         assert (memory[:MARGIN] == 0x5A).all(), "a kernel wrote in front of its result"
         assert (memory[-MARGIN:] == 0x5A).all(), "a kernel wrote behind its result"
-
-
-def pictures(count, height, width, channels, seed=0, apart=0):
-    """Random images with some structure, (N, H, W, C) uint8, read-only, `apart` bytes between two of them."""
-    rng = np.random.default_rng([seed, count, height, width, channels])
-    y, x = np.ogrid[:height, :width]
-    shape = (count, 1, 1, channels)
-    waves = np.sin(y[..., None] * rng.uniform(0, 0.3, shape) + x[..., None] * rng.uniform(0, 0.3, shape))
-    images = (127 + 60 * waves + rng.normal(0, 20, (count, height, width, channels))).clip(0, 255).astype(np.uint8)
-    memory = np.full((count, images[0].size + apart), 7, np.uint8)
-    memory[:, : images[0].size] = images.reshape(count, -1)
-    memory.setflags(write=False)
-    return memory[:, : images[0].size].reshape(images.shape) if not apart else strided(memory, images.shape)
-
-
-def strided(memory, shape):
-    view = np.lib.stride_tricks.as_strided(memory, shape, (memory.strides[0], *np.zeros(shape[1:], "u1").strides))
-    view.setflags(write=False)
-    return view
 
 
 def assert_same(ours, theirs):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,23 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     assert gpu_suite.tests_summary(tmp_path) == (
         "tests: 3 passed, 2 failed, 2 skipped\n  tests/test_v.py\n  tests/test_x.py::test_w"
     )
+
+
+def test_tests_that_are_cut_short_leave_their_outcomes(tmp_path):
+    begun = tmp_path / "begun"
+    (tmp_path / "test_x.py").write_text(
+        "import pathlib, time\n"
+        "def test_a(): assert False\n"
+        f"def test_b(): pathlib.Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    )
+    line = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
+    line += ["-p", "benchmarks.outcomes", "--outcomes", str(tmp_path / "tests.jsonl")]
+    process = subprocess.Popen(line, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert gpu_suite.tests_summary(tmp_path).startswith("tests: 0 passed, 1 failed, 0 skipped")
 
 
 @pytest.mark.parametrize(

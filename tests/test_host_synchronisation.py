@@ -12,6 +12,7 @@ import operator
 import sys
 from types import SimpleNamespace
 
+import kernels_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -64,13 +65,9 @@ def cupy(monkeypatch):
 
 def pictures(channels=3, height=HEIGHT, width=WIDTH):
     """Random images with some structure, and a constant one: (N, H, W, C) uint8."""
-    rng = np.random.default_rng([channels, height, width])
-    y, x = np.ogrid[:height, :width]
-    shape = (COUNT, 1, 1, channels)
-    waves = np.sin(y[..., None] * rng.uniform(0, 0.3, shape) + x[..., None] * rng.uniform(0, 0.3, shape))
-    images = 127 + 60 * waves + rng.normal(0, 20, (COUNT, height, width, channels))
+    images = kernels_on_cpu.pictures(COUNT, height, width, channels).copy()
     images[1] = 90
-    return images.clip(0, 255).astype(np.uint8)
+    return images
 
 
 def drawn():
