@@ -34,6 +34,8 @@ from torch import nn
 from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
+from dali_saliencymix.loaders.dali import LoaderError
+from dali_saliencymix.loaders.data import Batches, chosen_backend, open_data
 from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.banner import banner, epoch_line, run_facts
@@ -48,8 +50,6 @@ from dali_saliencymix.training.resources import resources_in_use
 from dali_saliencymix.training.run_record import RunRecord
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
-from pipelines.data import Batches, chosen_backend, open_data
-from pipelines.loader import LoaderError
 
 # What a checkpoint holds: see Trainer.checkpoint.
 ENTRIES = (

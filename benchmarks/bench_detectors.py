@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def
 
 from benchmarks import data, machine, measure, opencv
 from dali_saliencymix import DETECTORS, saliency_peaks
-from dali_saliencymix.image_folder import find_unreadable
+from dali_saliencymix.datasets.image_folder import find_unreadable
 
 REFERENCE = "fine_grained"  # the paper's choice
 

@@ -23,8 +23,8 @@ import numpy as np
 import dali_saliencymix as ds
 from benchmarks import machine, measure, opencv, peers
 from benchmarks.record import Record
-from dali_saliencymix import cuda
-from dali_saliencymix._algorithms import on_gpu
+from dali_saliencymix import _cuda as cuda
+from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.normalise import paste_normalised
 
 _NUM_CLASSES = 1000

@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import machine, measure
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.sample_data import CLASSES, sample_jpeg
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 
 _LONG_SIDE = 500
 _QUALITY = 96  # with it the files come out about as large as ImageNet's

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from dali_saliencymix import _python_operator
+from dali_saliencymix._dali import operator as _python_operator
 
 
 class Call(NamedTuple):

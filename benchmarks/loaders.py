@@ -53,12 +53,12 @@ from torch.utils import data
 from benchmarks import measure, opencv
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix import fn as mix_fn
-from dali_saliencymix._algorithms import on_gpu
-from dali_saliencymix.image_folder import ImageFolder
+from dali_saliencymix._routes import on_gpu
+from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.loaders.dali import training_loader
+from dali_saliencymix.loaders.imagenet import MEAN, STD
+from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
 from dali_saliencymix.pytorch import SaliencyMix
-from pipelines.imagenet import MEAN, STD
-from pipelines.loader import training_loader
-from pipelines.reading import decode_window, read_files, to_device
 
 _OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
 _ALGORITHMS = ("kernel", "array")

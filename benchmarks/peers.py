@@ -45,8 +45,8 @@ from torch.nn.functional import one_hot
 from torch.utils import data
 
 from benchmarks import loaders, measure
-from dali_saliencymix.image_folder import ImageFolder
-from pipelines.imagenet import MEAN, STD
+from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.loaders.imagenet import MEAN, STD
 
 _TO_FLOAT = [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(MEAN, STD, inplace=True)]
 

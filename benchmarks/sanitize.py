@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, measure
-from dali_saliencymix import cuda
+from dali_saliencymix import _cuda as cuda
 from dali_saliencymix.normalise import DTYPES, LAYOUTS
 
 # An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.

@@ -22,8 +22,8 @@ import torch
 from benchmarks import loaders, machine, measure
 from dali_saliencymix import saliencymix
 from dali_saliencymix._versions import versions
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 TESTS = (
     "tests/test_cuda.py::test_kernels_give_what_the_array_functions_give_on_a_gpu",

@@ -18,8 +18,8 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from benchmarks import measure
+from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.image_folder import list_image_folder
 
 SIDE = 1600  # pixels of the longer side
 SECONDS = 0.09  # of a step

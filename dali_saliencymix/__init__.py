@@ -12,8 +12,8 @@ from typing import Any
 
 from dali_saliencymix.boxes import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
 from dali_saliencymix.core import Mixed, cutmix, mix, mixup, saliencymix
-from dali_saliencymix.mixing import blend_images, paste_boxes, soft_labels
-from dali_saliencymix.params import MODES, MixParams, draw_mix_params, draw_params
+from dali_saliencymix.draw import MODES, MixParams, draw_mix_params, draw_params
+from dali_saliencymix.pixels import blend_images, paste_boxes, soft_labels
 from dali_saliencymix.placement import PRESETS, Placement
 from dali_saliencymix.saliency import (
     DETECTORS,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dali_saliencymix.boxes import BOXES
-from dali_saliencymix.params import MODES
+from dali_saliencymix.draw import MODES
 from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = args.pop("command")
     try:
         if command == "sample-data":
-            from dali_saliencymix.sample_data import make_sample_data
+            from dali_saliencymix.datasets.sample_data import make_sample_data
 
             make_sample_data(args.pop("root"), **args)
         elif command == "compare":
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return run_compare(prog=f"{parser.prog} compare", **args)
         elif command == "scan":
-            from dali_saliencymix.scan import run_scan
+            from dali_saliencymix.datasets.scan import run_scan
 
             return run_scan(**args)
         else:

@@ -10,7 +10,6 @@ import functools
 
 import numpy as np
 
-from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
@@ -22,6 +21,7 @@ from dali_saliencymix._checks import (
     check_points,
     check_range,
 )
+from dali_saliencymix._routes import uses_kernel
 from dali_saliencymix._threads import in_chunks
 
 BOXES = ("fit", "clip")
@@ -72,12 +72,12 @@ def saliency_peaks(
     kernel = uses_kernel(algorithm, xp) and saliency_map.dtype == np.float32
     if not is_host(xp):
         if kernel:
-            from dali_saliencymix import cuda
+            from dali_saliencymix import _cuda as cuda
 
             return cuda.saliency_peaks(saliency_map, height, width, least=least)
         peak = find(saliency_map)
     elif kernel and not least:
-        from dali_saliencymix import compiled_pixels
+        from dali_saliencymix._numba import pixels as compiled_pixels
 
         find = functools.partial(compiled_pixels.most_salient, closeness=closeness)
         peak = in_chunks(find, saliency_map, max(_WORTH_A_THREAD // (map_height * map_width), 1))

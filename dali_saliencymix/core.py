@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, is_host
 from dali_saliencymix._checks import (
     check_images,
@@ -18,9 +17,10 @@ from dali_saliencymix._checks import (
     check_range,
     check_source_index,
 )
+from dali_saliencymix._routes import uses_kernel
 from dali_saliencymix.boxes import boxes_at, kept_fraction, points_at
-from dali_saliencymix.mixing import blend_images, blend_onto, paste_boxes
-from dali_saliencymix.params import MODES
+from dali_saliencymix.draw import MODES
+from dali_saliencymix.pixels import blend_images, blend_onto, paste_boxes
 from dali_saliencymix.placement import check_given_points, resolve_placement, salient_boxes
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def saliencymix(
     placement = resolve_placement(preset, options, peaks_given=peaks is not None)
     check_given_points(placement, images, peaks, point)
     if uses_kernel(algorithm, xp) and not is_host(xp) and not placement.per_batch:
-        from dali_saliencymix import cuda
+        from dali_saliencymix import _cuda as cuda
 
         paste = cuda.paste_boxes if paste is paste_boxes else paste
         return Mixed(*cuda.saliencymix(images, source_index, lam, placement, peaks, point, paste))

@@ -16,14 +16,15 @@ import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from dali_saliencymix import _mix_operator, mixing
-from dali_saliencymix._algorithms import ALGORITHMS
+from dali_saliencymix import pixels as mixing
 from dali_saliencymix._array import array_namespace, is_host
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
-from dali_saliencymix._python_operator import python_operator, to_device
+from dali_saliencymix._dali import mix as _mix_operator
+from dali_saliencymix._dali.operator import python_operator, to_device
+from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.params import CHOOSE, check_alphas, check_modes
+from dali_saliencymix.draw import CHOOSE, check_alphas, check_modes
 from dali_saliencymix.placement import checked_maps, resolve_placement
 from dali_saliencymix.saliency import get_detector
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_choice, check_images, check_out, check_per_image
-from dali_saliencymix.mixing import check_pasting, into, paste_boxes
+from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix.pixels import check_pasting, into, paste_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ def paste_normalised(
         check_out(out, xp, shape, dtype)
     kernel = uses_kernel(algorithm, xp)
     if kernel and not is_host(xp):
-        from dali_saliencymix import cuda
+        from dali_saliencymix import _cuda as cuda
 
         return cuda.paste_normalised(
             images,
@@ -106,7 +106,7 @@ def paste_normalised(
         )
     shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     if kernel and dtype == np.float32:
-        from dali_saliencymix import compiled_pixels
+        from dali_saliencymix._numba import pixels as compiled_pixels
 
         check_pasting(images, source_index, boxes, source_boxes)
         out = np.empty(shape, np.float32) if out is None else out

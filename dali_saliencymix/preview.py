@@ -11,8 +11,8 @@ import numpy as np
 from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix.boxes import boxes_at, saliency_peaks
 from dali_saliencymix.core import mix
-from dali_saliencymix.image_folder import list_image_folder, why_unreadable
-from dali_saliencymix.params import MODES, MixParams, draw_mix_params
+from dali_saliencymix.datasets.image_folder import list_image_folder, why_unreadable
+from dali_saliencymix.draw import MODES, MixParams, draw_mix_params
 from dali_saliencymix.placement import SOURCES, checked_maps, resolve_placement
 from dali_saliencymix.saliency import DETECTORS, get_detector
 

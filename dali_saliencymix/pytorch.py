@@ -15,12 +15,12 @@ import torch
 from torch.utils import data, dlpack
 
 from dali_saliencymix import core
-from dali_saliencymix._algorithms import ALGORITHMS
 from dali_saliencymix._array import NO_CUPY
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction
+from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix._threads import limited_to
-from dali_saliencymix.mixing import soft_labels
-from dali_saliencymix.params import CHOOSE, check_alphas, check_modes, draw_mix_params
+from dali_saliencymix.draw import CHOOSE, check_alphas, check_modes, draw_mix_params
+from dali_saliencymix.pixels import soft_labels
 from dali_saliencymix.placement import resolve_placement
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ import torchvision
 from accelerate import Accelerator
 from torch import nn
 
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.loaders.dali import training_loader
 from dali_saliencymix.training.metrics import mixed_cross_entropy
-from pipelines.loader import training_loader
 
 
 def train(

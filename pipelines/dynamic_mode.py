@@ -26,7 +26,7 @@ import torch
 from torch.utils import dlpack
 
 from dali_saliencymix import draw_params, saliencymix
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 
 MEAN, STD = [0.485 * 255, 0.456 * 255, 0.406 * 255], [0.229 * 255, 0.224 * 255, 0.225 * 255]
 
@@ -85,8 +85,8 @@ def training_batches(
     Examples
     --------
     >>> import tempfile
-    >>> from dali_saliencymix.image_folder import list_image_folder
-    >>> from dali_saliencymix.sample_data import make_sample_data
+    >>> from dali_saliencymix.datasets.image_folder import list_image_folder
+    >>> from dali_saliencymix.datasets.sample_data import make_sample_data
     >>> with tempfile.TemporaryDirectory() as root:
     ...     make_sample_data(root, train=1, val=1)
     ...     folder = list_image_folder(f"{root}/train")

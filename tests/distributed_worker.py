@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from dali_saliencymix import fn as mix_fn
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.loaders.dali import training_loader, validation_loader
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import gather_from_processes, start_processes, stop_processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
-from pipelines.loader import training_loader, validation_loader
 
 TRAINING = [(12, 3), (13, 3), (23, 4), (47, 5)]  # images and images of a batch
 VALIDATION = [(5, 3), (7, 3), (16, 4), (23, 5)]

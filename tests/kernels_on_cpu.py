@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_saliencymix.cuda import _launch
+from dali_saliencymix._cuda import _launch
 
 KERNELS = {
     "fine_grained": ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps", "contrast_peaks"],

@@ -23,7 +23,7 @@ OPTIONS = {"epochs": EPOCHS, "batch_size": BATCH, "crop_size": 32, "num_threads"
 
 def numbered(data):
     """Return a data set in which a label says which file it is."""
-    from dali_saliencymix.image_folder import list_image_folder
+    from dali_saliencymix.datasets.image_folder import list_image_folder
 
     folder = list_image_folder(data / "train")
     names = [f"{number:03d}" for number in range(len(folder))]
@@ -117,8 +117,8 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder):
     from torch.nn.functional import cross_entropy
 
     from dali_saliencymix import fn
+    from dali_saliencymix.loaders.dali import training_loader
     from pipelines.accelerate_training import train
-    from pipelines.loader import training_loader
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,11 +9,11 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from dali_saliencymix.image_folder import ImageFolder
+from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.loaders.dali import validation_loader
+from dali_saliencymix.loaders.imagenet import MEAN, STD
 from dali_saliencymix.training.activation_maps import _centre_crop, class_activation_maps, save_activation_maps
 from dali_saliencymix.training.models import WideResNet, make_model
-from pipelines.imagenet import MEAN, STD
-from pipelines.loader import validation_loader
 
 SIZES = {"resize_size": 72, "crop_size": 64}
 NORMALISED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}

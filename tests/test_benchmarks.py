@@ -30,7 +30,7 @@ from benchmarks import (
     peers,
     render,
 )
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = {"date", "device", "cuda", "versions", "machine", "rounds", "command", "commit"}

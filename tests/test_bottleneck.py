@@ -1069,6 +1069,6 @@ def test_arguments_that_make_no_sense_end_with_usage(arguments, text, capfd):
 
 
 def test_away_from_the_repository_the_error_says_where_the_pipelines_are(data_folder, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pipelines.data", None)  # as good as not there
+    monkeypatch.setitem(sys.modules, "dali_saliencymix.loaders.data", None)  # as good as not there
     assert main(["bottleneck", str(data_folder), *FAST_COMMAND]) == 1
     assert "error: the ready-made pipelines are not part of the installed package: run this from" in lines_of(capfd)[1]

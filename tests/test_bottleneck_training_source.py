@@ -11,10 +11,10 @@ from dali_saliencymix.__main__ import main
 from dali_saliencymix.bottleneck import command, measure, stages, whatifs
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.training_source import training_source
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.data import CifarData, FolderData, open_data
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import Processes
-from pipelines.data import CifarData, FolderData, open_data
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLDER = ("--train-crop-size", "32", "--color-jitter", "0.4", "--min-crop-area", "0.5", "--hflip-prob", "0.9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dali_saliencymix._bridge import as_batch, as_samples
+from dali_saliencymix._dali.bridge import as_batch, as_samples
 
 
 def test_samples_that_lie_in_one_block_become_a_view(xp):

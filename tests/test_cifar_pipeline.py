@@ -11,7 +11,7 @@ from PIL import Image
 
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import DETECTORS, core, fine_grained, saliency_peaks
-from pipelines.cifar import MEAN, STD, cifar_training_pipeline
+from dali_saliencymix.loaders.cifar import MEAN, STD, cifar_training_pipeline
 
 SIZE, PADDING, COUNT = 32, 4, 40
 FOUND = {name: functools.partial(dsfn.saliency_peaks, saliency=name) for name in ("fine_grained", "spectral_residual")}

@@ -28,10 +28,10 @@ from dali_saliencymix._threads import in_chunks, limited_to
 from dali_saliencymix.normalise import paste_normalised
 from dali_saliencymix.saliency import grey
 
-compiled = pytest.importorskip("dali_saliencymix.saliency.compiled", reason="Numba is not installed")
-compiled_pixels = pytest.importorskip("dali_saliencymix.compiled_pixels", reason="Numba is not installed")
-compiled_fft = pytest.importorskip("dali_saliencymix.saliency.compiled_fft", reason="Numba is not installed")
-compiled_spectral = pytest.importorskip("dali_saliencymix.saliency.compiled_spectral", reason="Numba is not installed")
+compiled = pytest.importorskip("dali_saliencymix._numba.contrast", reason="Numba is not installed")
+compiled_pixels = pytest.importorskip("dali_saliencymix._numba.pixels", reason="Numba is not installed")
+compiled_fft = pytest.importorskip("dali_saliencymix._numba.fft", reason="Numba is not installed")
+compiled_spectral = pytest.importorskip("dali_saliencymix._numba.spectral", reason="Numba is not installed")
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 7, 1), (1, 2, 2), (5, 37, 23), (9, 64, 64), (2, 70, 331), (3, 225, 224)]
 

@@ -37,8 +37,8 @@ from dali_saliencymix import (
 from dali_saliencymix import fine_grained as fine_grained_of_arrays
 from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
-from dali_saliencymix._algorithms import on_gpu
-from dali_saliencymix.cuda import _launch
+from dali_saliencymix._cuda import _launch
+from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.saliency import grey
 
 pytest_plugins = ["kernels_on_cpu"]
@@ -69,7 +69,7 @@ def on_cpu(request, libraries, monkeypatch):
     def empty(shape, dtype=float, **options):
         # What the kernels write to is full of what no test expects, and lies between margins that are looked at in the
         # end.
-        if not sys._getframe(1).f_globals["__name__"].startswith("dali_saliencymix.cuda"):
+        if not sys._getframe(1).f_globals["__name__"].startswith("dali_saliencymix._cuda"):
             return plain_empty(shape, dtype, **options)
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         memory = np.full(size + 2 * MARGIN, 0x5A, np.uint8)
@@ -588,7 +588,7 @@ def test_the_wheel_takes_the_kernels_along():
 
 
 def test_importing_the_kernels_imports_no_cupy():
-    script = "import sys, dali_saliencymix.cuda, dali_saliencymix.normalise; print('cupy' in sys.modules)"
+    script = "import sys, dali_saliencymix._cuda, dali_saliencymix.normalise; print('cupy' in sys.modules)"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -16,15 +16,15 @@ from cifar_files import python2_pickle, write_cifar
 from training_fixtures import TINY
 
 from dali_saliencymix import core
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.cifar import read_cifar
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders import data as data_module
+from dali_saliencymix.loaders.dali import LoaderError
+from dali_saliencymix.loaders.data import chosen_backend, open_data
+from dali_saliencymix.loaders.torch import Mixing, PaddedImages, TrainingBatches
 from dali_saliencymix.training import arguments
 from dali_saliencymix.training.checkpoints import load_checkpoint
 from dali_saliencymix.training.distributed import Processes
-from pipelines import data as data_module
-from pipelines.cifar_archive import read_cifar
-from pipelines.data import chosen_backend, open_data
-from pipelines.loader import LoaderError
-from pipelines.torch_loader import Mixing, PaddedImages, TrainingBatches
 
 pytest_plugins = ["training_fixtures"]
 

@@ -27,9 +27,12 @@ from training_fixtures import python_path
 
 import dali_saliencymix
 import pipelines
-from dali_saliencymix import _bridge, _python_operator, core, fn, mixing, placement, preview, pytorch
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix import core, fn, placement, preview, pytorch
+from dali_saliencymix import pixels as mixing
+from dali_saliencymix._dali import bridge as _bridge
+from dali_saliencymix._dali import operator as _python_operator
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -108,7 +111,7 @@ def test_every_public_name_has_an_entry(site):
     lines = zlib.decompress(inventory[4]).decode().splitlines()
     entries = {line.split()[0] for line in lines if line.split()[1].startswith("py:")}
     names = set(public_names())
-    assert {"dali_saliencymix.fn.mix", "pipelines.cifar.cifar_training_pipeline"} <= names
+    assert {"dali_saliencymix.fn.mix", "dali_saliencymix.loaders.cifar.cifar_training_pipeline"} <= names
     assert sorted(names - entries) == []
 
 

@@ -11,8 +11,8 @@ from batches import assert_equal_batches
 from nvidia.dali.experimental.dynamic import _capture
 
 from dali_saliencymix import saliencymix
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from pipelines import dynamic_mode
 from pipelines.dynamic_mode import training_batches
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log, torchrun
 
-from dali_saliencymix.sample_data import CLASSES
+from dali_saliencymix.datasets.sample_data import CLASSES
 from dali_saliencymix.training.checkpoints import BEST, LAST
 
 pytest_plugins = ["training_fixtures"]

@@ -25,7 +25,7 @@ from PIL import Image
 
 import pipelines.examples
 from dali_saliencymix import core
-from dali_saliencymix.image_folder import list_image_folder
+from dali_saliencymix.datasets.image_folder import list_image_folder
 from pipelines.examples import records
 from pipelines.examples.__main__ import EXAMPLES, OUTPUTS, main
 

@@ -23,9 +23,9 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
-from dali_saliencymix._algorithms import on_gpu
+from dali_saliencymix._routes import on_gpu
+from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.saliency import spectral_residual
-from dali_saliencymix.sample_data import CLASSES, sample_jpeg
 
 FILES = 24
 HEIGHT, WIDTH = 40, 56

@@ -22,13 +22,13 @@ from training_fixtures import TINY
 
 import dali_saliencymix as dsm
 import dali_saliencymix.fn as mix_fn
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.normalise import paste_normalised
 from dali_saliencymix.preview import save_preview
 from dali_saliencymix.pytorch import NetworkSaliency, SaliencyMix
-from dali_saliencymix.sample_data import make_sample_data
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import Processes
-from pipelines.data import open_data
 
 pytest_plugins = ["training_fixtures"]
 FILE = Path(__file__).with_name("golden.json")

@@ -13,10 +13,10 @@ from nvidia.dali import fn, pipeline_def
 
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import DETECTORS, cutmix, draw_params, saliencymix
-from dali_saliencymix._algorithms import GpuRoute, on_gpu
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from pipelines.loader import training_loader
+from dali_saliencymix._routes import GpuRoute, on_gpu
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.dali import training_loader
 
 pytestmark = pytest.mark.gpu
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from nvidia.dali import fn
 
-from dali_saliencymix._algorithms import GpuRoute, gpu_route, on_gpu, uses_kernel
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from pipelines.imagenet import training_pipeline
+from dali_saliencymix._routes import GpuRoute, gpu_route, on_gpu, uses_kernel
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.imagenet import training_pipeline
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -66,7 +66,7 @@ def test_who_normalises(monkeypatch, folder, route, places, numba, normalises, c
         given.append(options)
         return images, labels, labels, fn.constant(fdata=[1.0], shape=[])
 
-    monkeypatch.setattr("dali_saliencymix._algorithms._numba_is_installed", lambda: numba)
+    monkeypatch.setattr("dali_saliencymix._routes._numba_is_installed", lambda: numba)
     process_on, device = places
     options = {"batch_size": 2, "num_threads": 1, "device_id": 0, "mix": mix, "mix_normalises": True}
     with on_gpu(normalise=route):

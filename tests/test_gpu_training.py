@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 pytestmark = pytest.mark.gpu
 

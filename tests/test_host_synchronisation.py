@@ -42,7 +42,7 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
-from dali_saliencymix.cuda import _launch
+from dali_saliencymix._cuda import _launch
 from dali_saliencymix.placement import DESTINATIONS
 
 pytest_plugins = ["kernels_on_cpu"]

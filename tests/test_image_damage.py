@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_saliencymix.image_damage import EXCLUDED, NOTED, examine
-from dali_saliencymix.image_folder import ImageFolder
-from dali_saliencymix.sample_data import CLASSES, sample_jpeg
-from pipelines.loader import LoaderError, validation_loader
+from dali_saliencymix.datasets.image_damage import EXCLUDED, NOTED, examine
+from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
+from dali_saliencymix.loaders.dali import LoaderError, validation_loader
 
 JPEG = sample_jpeg("train", "red_square", 0)
 PIXELS = JPEG.index(b"\xff\xda") + 14  # where the segment that holds them has begun

@@ -8,8 +8,8 @@ import pytest
 import torchvision
 from PIL import Image
 
-from dali_saliencymix.image_folder import find_unreadable, list_image_folder
-from dali_saliencymix.sample_data import sample_jpeg
+from dali_saliencymix.datasets.image_folder import find_unreadable, list_image_folder
+from dali_saliencymix.datasets.sample_data import sample_jpeg
 
 JPEG = sample_jpeg("train", "red_square", 0)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from batches import assert_equal_batches, epoch, ids
 
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from pipelines.loader import LoaderError, training_loader, validation_loader
+from dali_saliencymix.loaders.dali import LoaderError, training_loader, validation_loader
 
 CPU = torch.device("cpu")
 

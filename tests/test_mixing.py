@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dali_saliencymix import blend_images, paste_boxes, soft_labels
-from dali_saliencymix.mixing import _paste_by_mask, _paste_by_slices
+from dali_saliencymix.pixels import _paste_by_mask, _paste_by_slices
 
 SHAPES = [(1, 1, 1, 1), (1, 8, 8, 3), (5, 37, 23, 3), (4, 6, 9, 1), (2, 1, 7, 3)]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import loaders, peers
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 BATCH, SIZE, CLASSES = 4, 16, 8
 PACKAGES = {

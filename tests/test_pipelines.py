@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
-from pipelines.imagenet import MEAN, STD, training_pipeline, validation_pipeline
+from dali_saliencymix.loaders.imagenet import MEAN, STD, training_pipeline, validation_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from dali_saliencymix import _python_operator
-from dali_saliencymix._algorithms import on_gpu
-from dali_saliencymix._python_operator import Buffers, python_operator
+from dali_saliencymix._dali import operator as _python_operator
+from dali_saliencymix._dali.operator import Buffers, python_operator
+from dali_saliencymix._routes import on_gpu
 
 
 def address(array):

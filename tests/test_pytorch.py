@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dali_saliencymix
 from dali_saliencymix import DETECTORS, MODES, pytorch, saliency_peaks, saliencymix
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.pytorch import NetworkSaliency, SaliencyMix
-from dali_saliencymix.sample_data import make_sample_data
 
 # From Python 3.12 on forking a process that has threads is warned of, and NumPy and PyTorch have threads. The workers
 # of a DataLoader are forked by default on Linux: users live with the same.

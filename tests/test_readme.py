@@ -12,7 +12,7 @@ import pytest
 from benchmarks import bench_pipeline
 from dali_saliencymix import PRESETS
 from dali_saliencymix.__main__ import main as package_main
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]

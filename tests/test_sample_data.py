@@ -10,7 +10,7 @@ from PIL import Image
 from training_fixtures import TRAIN_PER_CLASS, VAL_PER_CLASS
 
 from dali_saliencymix import DETECTORS, get_detector, saliency_peaks
-from dali_saliencymix.sample_data import CLASSES, make_sample_data, sample_jpeg
+from dali_saliencymix.datasets.sample_data import CLASSES, make_sample_data, sample_jpeg
 
 pytest_plugins = ["training_fixtures"]
 

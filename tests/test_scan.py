@@ -18,10 +18,10 @@ from scan_tasks import die_on_bad, hang_on_bad
 from training_fixtures import REPOSITORY
 
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import make_sample_data, sample_jpeg
-from dali_saliencymix.scan import check_output, examined_in_processes, scan, write_scan
-from pipelines.data import open_data
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data, sample_jpeg
+from dali_saliencymix.datasets.scan import check_output, examined_in_processes, scan, write_scan
+from dali_saliencymix.loaders.data import open_data
 
 JPEG = sample_jpeg("train", "red_square", 0)
 HALF = len(JPEG) // 2

@@ -17,14 +17,14 @@ from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS,
 
 import train
 from dali_saliencymix.bottleneck import Monitor, command
-from dali_saliencymix.image_folder import list_image_folder
-from dali_saliencymix.sample_data import CLASSES
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import CLASSES
+from dali_saliencymix.loaders.dali import Loader, validation_loader
 from dali_saliencymix.training import evaluation, metrics
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.models import choose_kernels
-from pipelines.loader import Loader, validation_loader
 from train import Trainer
 
 pytest_plugins = ["training_fixtures"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, run_program
 
-from dali_saliencymix.sample_data import CLASSES
+from dali_saliencymix.datasets.sample_data import CLASSES
 
 pytest_plugins = ["training_fixtures"]
 
@@ -72,8 +72,8 @@ def test_bad_data_ends_with_one_line_that_names_the_file_or_folder(case, own_dat
 # A program of its own, for it may crash: DALI 2.4 leaves threads at work on a batch that its decoder has given up.
 LOAD_UNTIL_IT_FAILS = """
 import sys, torch
-from dali_saliencymix.image_folder import list_image_folder
-from pipelines.loader import LoaderError, training_loader, validation_loader
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.loaders.dali import LoaderError, training_loader, validation_loader
 folder = list_image_folder(sys.argv[1])
 common = {"batch_size": 40, "device": torch.device("cpu"), "crop_size": 64}
 for seed in range(10):

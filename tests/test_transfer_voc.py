@@ -14,9 +14,9 @@ from training_fixtures import Ended, run_program
 from voc_fixtures import SETS, make_voc
 
 import transfer_voc
+from dali_saliencymix.loaders.imagenet import MEAN, STD
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint, save_checkpoint
 from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
-from pipelines.imagenet import MEAN, STD
 
 pytest_plugins = ["voc_fixtures"]
 

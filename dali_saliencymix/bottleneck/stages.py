@@ -275,7 +275,7 @@ def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = T
 @contextlib.contextmanager
 def _free_saliency() -> Iterator[None]:
     """Let the mixing operators that are defined in here use a detector that costs nothing."""
-    from dali_saliencymix import _mix_operator
+    from dali_saliencymix._dali import mix as _mix_operator
 
     original = _mix_operator.mixed_with_partners
 

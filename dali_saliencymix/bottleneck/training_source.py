@@ -12,8 +12,8 @@ from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
 from dali_saliencymix.training.schedule import Phase, phase_at
 
 if TYPE_CHECKING:
+    from dali_saliencymix.loaders.data import Data, FolderData
     from dali_saliencymix.training.distributed import Processes
-    from pipelines.data import Data, FolderData
 
 
 def training_source(args: argparse.Namespace, processes: Processes, *, images: int) -> Source:
@@ -31,7 +31,7 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
         How many images of a folder to read at most, for each process; spread evenly over it.
     """
     try:
-        from pipelines.data import FolderData, chosen_backend, open_data
+        from dali_saliencymix.loaders.data import FolderData, chosen_backend, open_data
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "pipelines":
             raise
@@ -115,9 +115,9 @@ def _dali_source(
     on_gpu: bool,
     about: dict[str, Any],
 ) -> Source:
-    from pipelines.data import dali_augmentation
-    from pipelines.imagenet import training_pipeline
-    from pipelines.loader import training_loader
+    from dali_saliencymix.loaders.dali import training_loader
+    from dali_saliencymix.loaders.data import dali_augmentation
+    from dali_saliencymix.loaders.imagenet import training_pipeline
 
     device, folder = processes.device, data.train
     settings = {"batch_size": args.batch_size, "num_threads": args.workers, "prefetch_queue_depth": 2}

@@ -9,8 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dali_saliencymix._algorithms import ALGORITHMS
 from dali_saliencymix._checks import check_choice
+from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.saliency.contrast import fine_grained, frequency_tuned
 from dali_saliencymix.saliency.spectral import image_signature, phase_spectrum, spectral_residual
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
+from dali_saliencymix._routes import uses_kernel
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import with_margin
 from dali_saliencymix.saliency.grey import luma
@@ -69,10 +69,10 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     xp = check_images(images)
     if uses_kernel(algorithm, xp):
         if not is_host(xp):
-            from dali_saliencymix import cuda
+            from dali_saliencymix import _cuda as cuda
 
             return cuda.fine_grained(images)
-        from dali_saliencymix.saliency import compiled
+        from dali_saliencymix._numba import contrast as compiled
 
         return in_chunks(compiled.fine_grained, images, 4)
     # On a CPU the sums of one image fit the cache and those of a batch do not: one by one is several times as fast.

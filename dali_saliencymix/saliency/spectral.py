@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dali_saliencymix._algorithms import uses_kernel
 from dali_saliencymix._array import Array, array_namespace, constant, fft_module, is_host
 from dali_saliencymix._checks import check_images
+from dali_saliencymix._routes import uses_kernel
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix, gaussian_weights
 from dali_saliencymix.saliency.grey import small_luma
@@ -100,10 +100,10 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     xp = check_images(images)
     if uses_kernel(algorithm, xp):
         if not is_host(xp):
-            from dali_saliencymix import cuda
+            from dali_saliencymix import _cuda as cuda
 
             return cuda.spectral_residual(images)
-        from dali_saliencymix.saliency import compiled_spectral
+        from dali_saliencymix._numba import spectral as compiled_spectral
 
         height, width = _map_size(images)
         if height == width and width in compiled_spectral.SIZES:
@@ -252,10 +252,10 @@ def _of_small_luma(detector: Callable[[Array], Array], images: Array, algorithm:
     size = _map_size(images)
     if uses_kernel(algorithm, xp):
         if not is_host(xp):
-            from dali_saliencymix import cuda
+            from dali_saliencymix import _cuda as cuda
 
             return detector(cuda.small_luma(images, *size).astype(xp.float32))
-        from dali_saliencymix.saliency import compiled
+        from dali_saliencymix._numba import contrast as compiled
 
         return in_chunks(lambda chunk: detector(compiled.small_luma(chunk, *size)), images, _CHUNK)
 

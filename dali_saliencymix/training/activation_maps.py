@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from dali_saliencymix.image_folder import why_unreadable
+from dali_saliencymix.datasets.image_folder import why_unreadable
 from dali_saliencymix.training.evaluation import unused_path
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from dali_saliencymix.loaders.data import Batches, Data
 from dali_saliencymix.training import evaluation, logs
 from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.robustness import attacked_accuracy
-from pipelines.data import Batches, Data
 
 # Validates a network on a loader, and counts its answers class by class where it is given a third argument.
 Validate = Callable[[Batches, nn.Module, evaluation.PerClass | None], dict[str, float]]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.sample_data import make_sample_data
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
 from pipelines.examples import records
 
 OUTPUTS = ("images", "labels", "source_labels", "lam", "targets")

@@ -1,4 +1,4 @@
-"""The pixels of a mixed batch: `dali_saliencymix.mixing` and `dali_saliencymix.normalise` in CUDA.
+"""The pixels of a mixed batch: `dali_saliencymix.pixels` and `dali_saliencymix.normalise` in CUDA.
 
 Images are (N, H, W, C) CuPy arrays; a batch whose images lie apart is read where it is. Nothing is modified.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant, is_host
 from dali_saliencymix._checks import check_array, check_boxes, check_images, check_out, check_source_index
-from dali_saliencymix.cuda._launch import (
+from dali_saliencymix._cuda.launch import (
     GIVEN,
     Launch,
     blocks_for,

@@ -22,9 +22,9 @@ import nvidia.dali
 from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
-from dali_saliencymix import _bridge
-from dali_saliencymix._algorithms import gpu_route
 from dali_saliencymix._array import NO_CUPY
+from dali_saliencymix._dali import bridge as _bridge
+from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def python_operator(
     debugged = getattr(pipeline, "_debug_on", False)
     if (device == "cpu" or gpu_route.whole_batches) and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
-        operator = _whole_batch_function()(limited, _module=f"{__package__}.fn", _display_name=name, **options)
+        operator = _whole_batch_function()(limited, _module="dali_saliencymix.fn", _display_name=name, **options)
         # On a GPU the memory that CuPy gives away is taken back by CuPy as soon as DALI or its user lets go of it,
         # while they may still read it on streams of their own. DALI's copy, on this one, is the one to keep.
         return operator(*inputs) if device == "cpu" else fn.copy(operator(*inputs))

@@ -19,10 +19,10 @@ from nvidia.dali.pipeline import DataNode, do_not_convert
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import BatchInfo
 
+from dali_saliencymix.datasets.cifar import CifarImages
 from dali_saliencymix.fn import saliency_peaks
-from pipelines.cifar_archive import CifarImages
-from pipelines.loader import LoaderError, LoaderState
-from pipelines.reading import decode_window, read_files, to_device
+from dali_saliencymix.loaders.dali import LoaderError, LoaderState
+from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
 
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
@@ -65,7 +65,7 @@ def cifar_training_pipeline(
     device : {"cpu", "gpu"}
         Where images are decoded and processed.
     shard_id, num_shards, shuffle_seed
-        As for `pipelines.imagenet.training_pipeline`.
+        As for `dali_saliencymix.loaders.imagenet.training_pipeline`.
 
     Returns
     -------
@@ -170,7 +170,7 @@ def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
 
 
 class CifarLoader:
-    """Training batches of images in memory, processed by DALI: what `pipelines.loader.Loader` is to files.
+    """Training batches of images in memory, processed by DALI: what `dali_saliencymix.loaders.dali.Loader` is to files.
 
     Every epoch has an order of its own; the end that fills no batch is left out. A batch is images (N, 3, 32, 32)
     float32, labels and labels of the sources (N,) int64, and weights (N,) float32.

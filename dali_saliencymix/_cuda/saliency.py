@@ -9,9 +9,9 @@ import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant
 from dali_saliencymix._checks import check_images
+from dali_saliencymix._cuda.boxes import cell_tables
+from dali_saliencymix._cuda.launch import GIVEN, Launch, blocks_for, prepared, with_image_stride
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.cuda._launch import GIVEN, Launch, blocks_for, prepared, with_image_stride
-from dali_saliencymix.cuda.boxes import cell_tables
 from dali_saliencymix.saliency import spectral
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
 

@@ -14,9 +14,9 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
-from dali_saliencymix._algorithms import gpu_route, uses_kernel
+from dali_saliencymix._routes import gpu_route, uses_kernel
 from dali_saliencymix.fn import Normalise
-from pipelines.reading import decode_window, read_files, to_device
+from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -68,7 +68,7 @@ def training_pipeline(
     mix_normalises : bool
         Whether `mix` takes `normalise` as well, as ``fn.saliencymix`` and ``fn.cutmix`` do. It then normalises where
         that is the faster way: on the CPU for float32, with Numba installed; on a GPU where
-        `dali_saliencymix._algorithms.gpu_route` says so.
+        `dali_saliencymix._routes.gpu_route` says so.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}

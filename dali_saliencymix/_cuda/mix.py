@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dali_saliencymix._array import Array
+from dali_saliencymix._cuda.boxes import boxes_at_peaks, saliency_peaks
+from dali_saliencymix._cuda.mixing import paste_boxes
+from dali_saliencymix._cuda.saliency import fine_grained_peaks, spectral_residual_peaks
 from dali_saliencymix.boxes import points_at
 from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.cuda.boxes import boxes_at_peaks, saliency_peaks
-from dali_saliencymix.cuda.mixing import paste_boxes
-from dali_saliencymix.cuda.saliency import fine_grained_peaks, spectral_residual_peaks
 from dali_saliencymix.placement import SOURCES, checked_maps
 from dali_saliencymix.saliency import get_detector
 

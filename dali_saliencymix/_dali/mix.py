@@ -14,10 +14,10 @@ from nvidia.dali import fn, types
 
 from dali_saliencymix import core
 from dali_saliencymix._array import array_namespace, constant, is_host
-from dali_saliencymix._python_operator import Buffers, python_operator, to_device
-from dali_saliencymix.mixing import paste_boxes
+from dali_saliencymix._dali.operator import Buffers, python_operator, to_device
+from dali_saliencymix.draw import MODES
 from dali_saliencymix.normalise import check_scaling, normalised_shape, paste_normalised
-from dali_saliencymix.params import MODES
+from dali_saliencymix.pixels import paste_boxes
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import DataNode

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._algorithms import gpu_route
 from dali_saliencymix._array import Array, Namespace, device_of, is_host
+from dali_saliencymix._routes import gpu_route
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,9 +16,8 @@ import numba
 import numpy as np
 
 from dali_saliencymix._array import Array, constant
-from dali_saliencymix._threads import for_each_chunk
-from dali_saliencymix.saliency.compiled import reduce_luma, rows_of_pixels
-from dali_saliencymix.saliency.compiled_fft import (
+from dali_saliencymix._numba.contrast import reduce_luma, rows_of_pixels
+from dali_saliencymix._numba.fft import (
     ROW,
     pair_columns,
     take_half,
@@ -27,6 +26,7 @@ from dali_saliencymix.saliency.compiled_fft import (
     transpose_half,
     twiddles,
 )
+from dali_saliencymix._threads import for_each_chunk
 from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
 from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
 

@@ -1,6 +1,6 @@
 """Batches without DALI: PyTorch's ``DataLoader``, torchvision's transforms, and this project's array functions.
 
-The way of an image is that of `pipelines.imagenet` and `pipelines.cifar`: a random crop, mixed as uint8, mirrored,
+The way of an image is that of `dali_saliencymix.loaders.imagenet` and `dali_saliencymix.loaders.cifar`: a random crop, mixed as uint8, mirrored,
 normalised. Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so
 the number of workers changes nothing, and where a loader stands is two numbers.
 """
@@ -21,11 +21,11 @@ from torchvision.transforms import v2
 
 from dali_saliencymix import core, get_detector, saliency_peaks
 from dali_saliencymix._threads import limited_to
-from dali_saliencymix.image_folder import ImageFolder, why_unreadable
-from dali_saliencymix.params import draw_mix_params
+from dali_saliencymix.datasets.cifar import CifarImages
+from dali_saliencymix.datasets.image_folder import ImageFolder, why_unreadable
+from dali_saliencymix.draw import draw_mix_params
+from dali_saliencymix.loaders.dali import LoaderError
 from dali_saliencymix.placement import resolve_placement
-from pipelines.cifar_archive import CifarImages
-from pipelines.loader import LoaderError
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 
@@ -108,7 +108,7 @@ class FolderImages:
     crop_size : int
         Height and width of what comes out.
     min_crop_area, color_jitter : float
-        As for `pipelines.imagenet.training_pipeline`.
+        As for `dali_saliencymix.loaders.imagenet.training_pipeline`.
     resize_size : int, optional
         For validation: length of the short side, before the centre is cut out.
     """
@@ -257,7 +257,7 @@ class ValidationBatches:
 
 
 class TorchLoader:
-    """Batches on a device, normalised, made in advance by worker processes: what `pipelines.loader.Loader` is to DALI.
+    """Batches on a device, normalised, made in advance by worker processes: what `dali_saliencymix.loaders.dali.Loader` is to DALI.
 
     Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import simplejpeg  # type: ignore[import-untyped]
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dali_saliencymix.image_folder import SIGNATURES
+from dali_saliencymix.datasets.image_folder import SIGNATURES
 
 # Kinds of findings that a training stumbles over, with their meaning.
 EXCLUDED = {

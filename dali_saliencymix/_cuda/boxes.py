@@ -12,8 +12,8 @@ import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, constant
 from dali_saliencymix._checks import check_array, check_choice, check_lam, check_maps, check_points, check_source_index
+from dali_saliencymix._cuda.launch import GIVEN, Launch, blocks_for, index_with_step, int32_rows, prepared, with_step
 from dali_saliencymix.boxes import BOXES, closeness_to_centre
-from dali_saliencymix.cuda._launch import GIVEN, Launch, blocks_for, index_with_step, int32_rows, prepared, with_step
 
 _LAM_DTYPES = (np.dtype("float32"), np.dtype("float64"))
 

@@ -15,8 +15,8 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from dali_saliencymix.image_folder import ImageFolder, find_unreadable, why_unreadable
-from pipelines.imagenet import training_pipeline, validation_pipeline
+from dali_saliencymix.datasets.image_folder import ImageFolder, find_unreadable, why_unreadable
+from dali_saliencymix.loaders.imagenet import training_pipeline, validation_pipeline
 
 # Makes the pipeline that reads these files with these labels, from its own beginning or from a checkpoint.
 Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
@@ -285,7 +285,7 @@ def training_loader(
     state : LoaderState, optional
         To go on from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
     **options
-        Of `pipelines.imagenet.training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
+        Of `dali_saliencymix.loaders.imagenet.training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
 
     Raises
     ------
@@ -332,7 +332,7 @@ def validation_loader(
 ) -> Loader:
     """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
 
-    Parameters are those of `training_loader`; `options` those of `pipelines.imagenet.validation_pipeline`.
+    Parameters are those of `training_loader`; `options` those of `dali_saliencymix.loaders.imagenet.validation_pipeline`.
 
     Raises
     ------

@@ -15,7 +15,7 @@ _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
 def read_files(
     files: Sequence[str], labels: Sequence[int], shard_id: int, num_shards: int, **shuffling: int
 ) -> tuple[DataNode, DataNode]:
-    """Read encoded images and labels, with the name and the padding that `pipelines.loader.Loader` counts on."""
+    """Read encoded images and labels, with the name and the padding that `dali_saliencymix.loaders.dali.Loader` counts on."""
     return fn.readers.file(
         files=list(files),
         labels=list(labels),

@@ -25,10 +25,10 @@ The kernels are tried against their twins on a CPU, on which they run as C++. Th
 
 from __future__ import annotations
 
-from dali_saliencymix.cuda.boxes import boxes_at_peaks, saliency_peaks
-from dali_saliencymix.cuda.mix import saliencymix
-from dali_saliencymix.cuda.mixing import paste_boxes, paste_normalised
-from dali_saliencymix.cuda.saliency import (
+from dali_saliencymix._cuda.boxes import boxes_at_peaks, saliency_peaks
+from dali_saliencymix._cuda.mix import saliencymix
+from dali_saliencymix._cuda.mixing import paste_boxes, paste_normalised
+from dali_saliencymix._cuda.saliency import (
     fine_grained,
     fine_grained_peaks,
     small_luma,

@@ -1,7 +1,7 @@
 """From the options of a run to its batches: which data set, and who makes the batches of it.
 
 `open_data` looks at the data set once; what it returns makes the loaders of each process. A training batch is
-``(images, labels, source_labels, lam)``, one of validation ``(images, labels)``: see `pipelines.loader.Loader`.
+``(images, labels, source_labels, lam)``, one of validation ``(images, labels)``: see `dali_saliencymix.loaders.dali.Loader`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 import dali_saliencymix.fn as mix_fn
-from dali_saliencymix.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.placement import resolve_placement
-from dali_saliencymix.training.distributed import Processes
-from pipelines import cifar, imagenet
-from pipelines.cifar_archive import DATASETS as CIFAR_DATASETS
-from pipelines.cifar_archive import SIZE as CIFAR_SIZE
-from pipelines.cifar_archive import CifarImages, read_cifar
-from pipelines.loader import training_loader, validation_loader
-from pipelines.torch_loader import (
+from dali_saliencymix.datasets.cifar import DATASETS as CIFAR_DATASETS
+from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
+from dali_saliencymix.datasets.cifar import CifarImages, read_cifar
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.loaders import cifar, imagenet
+from dali_saliencymix.loaders.dali import training_loader, validation_loader
+from dali_saliencymix.loaders.torch import (
     FolderImages,
     Mixing,
     PaddedImages,
@@ -35,6 +33,8 @@ from pipelines.torch_loader import (
     TrainingBatches,
     ValidationBatches,
 )
+from dali_saliencymix.placement import resolve_placement
+from dali_saliencymix.training.distributed import Processes
 
 DATASETS = ("folder", *CIFAR_DATASETS)
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
@@ -186,7 +186,7 @@ def _augmentation(args: argparse.Namespace, crop_size: int) -> dict[str, Any]:
 
 
 def dali_augmentation(args: argparse.Namespace, crop_size: int) -> dict[str, Any]:
-    """Return the options of `pipelines.imagenet.training_pipeline` that say what happens to a training image."""
+    """Return the options of `dali_saliencymix.loaders.imagenet.training_pipeline` that say what happens to a training image."""
     return {
         **_augmentation(args, crop_size),
         "hflip_prob": args.hflip_prob,
