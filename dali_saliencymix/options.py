@@ -1,0 +1,224 @@
+"""Every mixing option, declared once: its default, choices and help, what is valid, and which modes use it.
+
+Functions that users call have explicit keyword arguments of the same names and defaults. They make a `MixOptions` of
+these, which is what the code below them takes, and so do the command lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from dali_saliencymix._checks import check_choice, check_fraction, check_positive
+from dali_saliencymix._routes import ALGORITHMS
+from dali_saliencymix.saliency import DETECTORS, get_detector
+
+if TYPE_CHECKING:
+    from dali_saliencymix.saliency import Detector
+
+MODES = ("saliencymix", "cutmix", "mixup")
+CHOOSE = ("sample", "batch")
+SOURCES = ("salient", "non_salient")
+DESTINATIONS = ("corresponding", "salient", "non_salient", "random")
+BOXES = ("fit", "clip")
+
+# What an option is where it is not given: this project's choice, the paper's, and the released code's geometry.
+_DEFAULT = {
+    "saliency": "spectral_residual",
+    "source": "salient",
+    "destination": "corresponding",
+    "box": "fit",
+    "per_batch": False,
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "default": _DEFAULT,
+    "paper": {**_DEFAULT, "saliency": "fine_grained"},
+    "released-code": {**_DEFAULT, "saliency": "fine_grained", "box": "clip", "per_batch": True},
+}
+_BOX_OF_CUTMIX = "clip"  # whatever the preset
+
+_SALIENCYMIX = MODES[:1]
+
+
+def _about(
+    text: str, *, choices: Sequence[str] = (), modes: Sequence[str] = MODES, metavar: str | None = None
+) -> dict[str, Any]:
+    return {"help": text, "choices": choices, "modes": modes, "metavar": metavar}
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """How batches are mixed.
+
+    Attributes
+    ----------
+    modes : mapping from str to float
+        Modes, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their weights; by default saliencymix alone.
+    alpha : float or mapping from str to float
+        `lam` is drawn from Beta(alpha, alpha): one number for all modes, or one for each.
+    prob : float
+        Probability in [0, 1] that an image is mixed.
+    choose : {"sample", "batch"}
+        Whether each image gets a mode of its own, or all images of a batch the same one.
+    preset : {"default", "paper", "released-code"}
+        What the options that are None become. Afterwards none of them is.
+    saliency : str or callable, optional
+        Detector: a name in `dali_saliencymix.DETECTORS`, or a function from images (N, H, W, C) uint8 to maps
+        (N, h, w), larger where more salient.
+    source : {"salient", "non_salient"}, optional
+        Cut the patch around the most or the least salient pixel of the source.
+    destination : {"corresponding", "salient", "non_salient", "random"}, optional
+        Paste it at the same place, around the most or the least salient pixel of the receiver, or around a point
+        drawn uniformly.
+    box : {"fit", "clip"}, optional
+        A box that would stick out of the source is moved inside, or cut off; see `dali_saliencymix.boxes_at`. At
+        another destination the patch keeps its size and is moved inside. Without saliencymix among the modes the
+        default is ``"clip"``.
+    per_batch : bool, optional
+        If true, the pair of image 0 and its source decides for the whole batch.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations or kernels, for the steps that have one: see `dali_saliencymix.fine_grained`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option is not valid; it is named.
+
+    Examples
+    --------
+    >>> MixOptions(preset="paper").saliency
+    'fine_grained'
+    """
+
+    # Where None is a default, it is replaced by a value: `Any` lets it in, and out comes what stands beside it.
+    modes: Mapping[str, float] | Any = field(default=None, metadata=_about("modes, one for each sample"))
+    alpha: float | Mapping[str, float] = field(
+        default=1.0, metadata=_about("lam is drawn from Beta(ALPHA, ALPHA)", metavar="ALPHA")
+    )
+    prob: float = field(default=1.0, metadata=_about("probability that an image is mixed", metavar="P"))
+    choose: str = field(
+        default="sample", metadata=_about("draw a mode for each sample, or for each batch", choices=CHOOSE)
+    )
+    preset: str = field(
+        default="default", metadata=_about("defaults of what follows", choices=tuple(_PRESETS), modes=_SALIENCYMIX)
+    )
+    saliency: str | Detector | Any = field(
+        default=None, metadata=_about("saliency detector", choices=sorted(DETECTORS), modes=_SALIENCYMIX)
+    )
+    source: str | Any = field(
+        default=None, metadata=_about("what to cut out of the source", choices=SOURCES, modes=_SALIENCYMIX)
+    )
+    destination: str | Any = field(
+        default=None, metadata=_about("where to paste it", choices=DESTINATIONS, modes=_SALIENCYMIX)
+    )
+    box: str | Any = field(
+        default=None,
+        metadata=_about(
+            "move or cut boxes that stick out; with cutmix clip by default", choices=BOXES, modes=MODES[:2]
+        ),
+    )
+    per_batch: bool | Any = field(default=None, metadata=_about("one box for the whole batch"))
+    algorithm: str = field(default="auto", metadata=_about("array operations or kernels", choices=ALGORITHMS))
+
+    def __post_init__(self) -> None:
+        if self.modes is None:
+            object.__setattr__(self, "modes", {"saliencymix": 1.0})
+        else:
+            _check_modes(self.modes)
+        for name, value in vars(self).items():
+            declared = _DECLARED[name]
+            if value is None or value is declared.default:  # which are valid
+                continue
+            if name == "saliency":
+                get_detector(value)
+            elif name == "alpha":
+                _check_alpha(value, self.modes)
+            elif name == "prob":
+                check_fraction(value, name)
+            elif name == "per_batch" and not isinstance(value, bool):
+                msg = f"per_batch must be True or False, got {value!r}"
+                raise TypeError(msg)
+            elif declared.metadata["choices"]:
+                check_choice(value, name, declared.metadata["choices"])
+        for name, value in _PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                of_cutmix = name == "box" and "saliencymix" not in self.modes
+                object.__setattr__(self, name, _BOX_OF_CUTMIX if of_cutmix else value)
+
+    @property
+    def mode(self) -> str | None:
+        """The mode, where there is one only."""
+        return next(iter(self.modes)) if len(self.modes) == 1 else None
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """The probability of each mode, in the order in which they were given."""
+        total = sum(self.modes.values())
+        return {name: weight / total for name, weight in self.modes.items()}
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The alpha of each mode."""
+        alpha = self.alpha
+        return {name: float(alpha[name] if isinstance(alpha, Mapping) else alpha) for name in self.modes}
+
+
+_DECLARED: dict[str, Field[Any]] = {declared.name: declared for declared in fields(MixOptions)}
+
+PRESETS = {name: MixOptions(preset=name) for name in _PRESETS}
+
+
+def check_with_peaks(options: MixOptions, saliency: str | Detector | None) -> None:
+    """Require options that go with peaks that are known already; `saliency` is as it was given."""
+    if saliency is not None:
+        msg = f"saliency must be left out where peaks are given, got {saliency!r}"
+        raise ValueError(msg)
+    for name in ("source", "destination"):
+        if getattr(options, name) == "non_salient":
+            msg = f"{name} must not be 'non_salient' where peaks are given: they are the most salient pixels"
+            raise ValueError(msg)
+
+
+def unused_options(mode: str) -> tuple[str, ...]:
+    """Return the options that a mode has no use for; with ``"none"`` all."""
+    return tuple(name for name, declared in _DECLARED.items() if mode not in declared.metadata["modes"])
+
+
+def add_option(parser: argparse._ActionsContainer, name: str, *flags: str) -> None:
+    """Add a mixing option to a command line, by default with the flag of its name."""
+    declared = _DECLARED[name]
+    add = functools.partial(
+        parser.add_argument,
+        *(flags or (f"--{name.replace('_', '-')}",)),
+        default=declared.default,
+        help=declared.metadata["help"],
+    )
+    if name == "per_batch":
+        add(action=argparse.BooleanOptionalAction)
+    elif declared.metadata["choices"]:
+        add(choices=declared.metadata["choices"])
+    else:
+        add(type=float, metavar=declared.metadata["metavar"])
+
+
+def _check_modes(modes: Mapping[str, float]) -> None:
+    if not isinstance(modes, Mapping) or not modes:
+        msg = f"modes must map names of {', '.join(MODES)} to weights, got {modes!r}"
+        raise ValueError(msg)
+    for name, weight in modes.items():
+        check_choice(name, "modes", MODES)
+        check_positive(weight, f"modes[{name!r}]")
+
+
+def _check_alpha(alpha: float | Mapping[str, float], modes: Mapping[str, float]) -> None:
+    if not isinstance(alpha, Mapping):
+        check_positive(alpha, "alpha")
+        return
+    if set(alpha) != set(modes):
+        msg = f"alpha must be one number, or one for each of {', '.join(modes)}, got {dict(alpha)!r}"
+        raise ValueError(msg)
+    for name in modes:
+        check_positive(alpha[name], f"alpha[{name!r}]")
