@@ -11,10 +11,11 @@ import importlib
 from typing import Any
 
 from dali_saliencymix.boxes import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
-from dali_saliencymix.core import Mixed, cutmix, mix, mixup, saliencymix
-from dali_saliencymix.draw import MODES, MixParams, draw_mix_params, draw_params
-from dali_saliencymix.pixels import blend_images, paste_boxes, soft_labels
-from dali_saliencymix.placement import PRESETS, Placement
+from dali_saliencymix.draw import MixParams, draw_mix_params, draw_params
+from dali_saliencymix.labels import soft_labels
+from dali_saliencymix.mix import Mixed, cutmix, mix, mixup, saliencymix
+from dali_saliencymix.options import MODES, PRESETS, MixOptions
+from dali_saliencymix.pixels import blend_images, paste_boxes, paste_normalised
 from dali_saliencymix.saliency import (
     DETECTORS,
     fine_grained,
@@ -27,10 +28,13 @@ from dali_saliencymix.saliency import (
 
 __version__ = "0.1.0"
 
+Placement = MixOptions  # the name that it had before it held all options
+
 __all__ = [
     "DETECTORS",
     "MODES",
     "PRESETS",
+    "MixOptions",
     "MixParams",
     "Mixed",
     "Placement",
@@ -48,6 +52,7 @@ __all__ = [
     "mix",
     "mixup",
     "paste_boxes",
+    "paste_normalised",
     "phase_spectrum",
     "points_at",
     "saliency_peaks",

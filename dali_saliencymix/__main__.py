@@ -7,10 +7,7 @@ import functools
 import sys
 from pathlib import Path
 
-from dali_saliencymix.boxes import BOXES
-from dali_saliencymix.draw import MODES
-from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
-from dali_saliencymix.saliency import DETECTORS
+from dali_saliencymix.options import MODES, add_option
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,16 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
     preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
     preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
-    preview.add_argument("--alpha", type=float, default=1.0, help="lam is drawn from Beta(alpha, alpha)")
-    preview.add_argument("--prob", type=float, default=1.0, help="probability that an image is mixed")
-    preview.add_argument(
-        "--preset", choices=list(PRESETS), default="default", help="what the options below are by default"
-    )
-    preview.add_argument("--saliency", choices=sorted(DETECTORS), help="detector")
-    preview.add_argument("--source", choices=SOURCES, help="what to cut out")
-    preview.add_argument("--destination", choices=DESTINATIONS, help="where to paste it")
-    preview.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out")
-    preview.add_argument("--per-batch", action="store_true", default=None, help="one box for all samples")
+    for option in ("alpha", "prob", "preset", "saliency", "source", "destination", "box", "per_batch"):
+        add_option(preview, option)
     preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
 
     scan = add_command("scan", help="decode every file of a data set once and list those that a training can use")

@@ -28,7 +28,9 @@ def check_array(array: Array, name: str) -> Namespace:
 
 def check_images(images: Array) -> Namespace:
     """Require a batch (N, H, W, C) uint8 with C of 1 or 3 and nothing empty; return its array library."""
-    xp = check_array(images, "images")
+    xp = array_namespace(images)
+    if xp is None:
+        return check_array(images, "images")
     if images.dtype != np.uint8:
         msg = (
             f"images must be uint8 with pixel values 0..255, got {images.dtype}: saliency is defined on 8-bit pixels, "
@@ -62,8 +64,10 @@ def check_per_image(
     array: Array, name: str, xp: Namespace, count: int, kind: str, trailing: Sequence[int] = ()
 ) -> None:
     """Require an array of `xp` with shape (count, *trailing) and a dtype of `kind`: ``"iu"``, ``"f"`` or ``"biuf"``."""
-    if check_array(array, name) is not xp:
-        msg = f"{name} must be a {xp.__name__} array as the others are, got a {array_namespace(array).__name__} array"
+    library = array_namespace(array)
+    if library is not xp:
+        library = check_array(array, name)
+        msg = f"{name} must be a {xp.__name__} array as the others are, got a {library.__name__} array"
         raise TypeError(msg)
     shape = (count, *trailing)
     if array.shape != shape:
@@ -78,12 +82,14 @@ def check_range(array: Array, name: str, low: float, high: float, rule: str) -> 
     """Require low <= values <= high of an array in host memory; `rule` says so in words."""
     if not is_host(array_namespace(array)) or array.size == 0:
         return
-    wrong = ~((array >= low) & (array <= high))  # written so that NaN is wrong
-    if wrong.any():
-        position = np.unravel_index(int(wrong.argmax()), array.shape)
-        where = ", ".join(str(int(i)) for i in position)
-        msg = f"{name} must be {rule}, got {array[position]} at [{where}]"
-        raise ValueError(msg)
+    # Written so that NaN is wrong.
+    if array.min() >= low and array.max() <= high:
+        return
+    wrong = ~((array >= low) & (array <= high))
+    position = np.unravel_index(int(wrong.argmax()), array.shape)
+    where = ", ".join(str(int(i)) for i in position)
+    msg = f"{name} must be {rule}, got {array[position]} at [{where}]"
+    raise ValueError(msg)
 
 
 def check_source_index(source_index: Array, xp: Namespace, count: int) -> None:
@@ -96,6 +102,20 @@ def check_lam(lam: Array, xp: Namespace, count: int) -> None:
     """Require (count,) floats in [0, 1]."""
     check_per_image(lam, "lam", xp, count, "f")
     check_range(lam, "lam", 0, 1, "in [0, 1]")
+
+
+def check_mixing(images: Array, source_index: Array, lam: Array) -> Namespace:
+    """Require images with a source and a weight for each of them; return their array library."""
+    xp = check_images(images)
+    check_source_index(source_index, xp, len(images))
+    check_lam(lam, xp, len(images))
+    return xp
+
+
+def check_fractions(point: Array, name: str, xp: Namespace, count: int) -> None:
+    """Require (count, 2) floats in [0, 1]: fractions (y, x) of height and width."""
+    check_per_image(point, name, xp, count, "f", trailing=(2,))
+    check_range(point, name, 0, 1, "in [0, 1]")
 
 
 def check_points(points: Array, name: str, xp: Namespace, count: int, height: int, width: int) -> None:

@@ -2,6 +2,8 @@
 
 A peak is (y, x) in image pixels, a box (y0, x0, y1, x1), half-open, rows first; both are int32. `lam` is the weight of
 the receiving image, so a box covers 1 - lam of it.
+
+Each function that users call checks its arguments and calls one that trusts them, as `dali_saliencymix.mix` does.
 """
 
 from __future__ import annotations
@@ -10,21 +12,21 @@ import functools
 
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace, constant, is_host
+from dali_saliencymix._array import Array, Namespace, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
     check_boxes,
     check_choice,
+    check_fractions,
     check_lam,
     check_maps,
-    check_per_image,
     check_points,
-    check_range,
 )
 from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._tables import closeness_to_centre
 from dali_saliencymix._threads import in_chunks
+from dali_saliencymix.options import BOXES
 
-BOXES = ("fit", "clip")
 _CHUNK = 16  # maps that fit a core's cache
 _WORTH_A_THREAD = 2**20  # pixels: to wake a thread takes as long as to look at a quarter of them
 
@@ -66,20 +68,27 @@ def saliency_peaks(
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)
+    return find_peaks(saliency_map, height, width, xp, least=least, kernel=uses_kernel(algorithm, xp))
+
+
+def find_peaks(
+    saliency_map: Array, height: int, width: int, xp: Namespace, *, least: bool = False, kernel: bool = False
+) -> Array:
+    """Return what `saliency_peaks` returns, by a kernel where there is one for such maps."""
+    kernel = kernel and saliency_map.dtype == np.float32
+    if kernel and not is_host(xp):
+        from dali_saliencymix import _cuda
+
+        return _cuda.saliency_peaks(saliency_map, height, width, least=least)
     _, map_height, map_width = saliency_map.shape
     closeness = constant(xp, closeness_to_centre, map_height, map_width, height, width)
     find = functools.partial(_extreme, closeness=closeness, least=least)
-    kernel = uses_kernel(algorithm, xp) and saliency_map.dtype == np.float32
     if not is_host(xp):
-        if kernel:
-            from dali_saliencymix import _cuda as cuda
-
-            return cuda.saliency_peaks(saliency_map, height, width, least=least)
         peak = find(saliency_map)
     elif kernel and not least:
-        from dali_saliencymix._numba import pixels as compiled_pixels
+        from dali_saliencymix._numba import pixels
 
-        find = functools.partial(compiled_pixels.most_salient, closeness=closeness)
+        find = functools.partial(pixels.most_salient, closeness=closeness)
         peak = in_chunks(find, saliency_map, max(_WORTH_A_THREAD // (map_height * map_width), 1))
     else:
         peak = in_chunks(find, saliency_map, _CHUNK)
@@ -102,17 +111,6 @@ def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
     if not is_host(xp) or np.count_nonzero(extreme) > count:  # there are ties
         extreme = xp.where(extreme, closeness, 0)
     return extreme.reshape(count, -1).argmax(axis=1)
-
-
-def closeness_to_centre(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
-    """Rank the cells of a map by their distance to the centre, the nearest highest: (h, w) int32, all different."""
-    y = (np.arange(map_height) + 0.5) / map_height * height - height / 2
-    x = (np.arange(map_width) + 0.5) / map_width * width - width / 2
-    distance = np.round(y[:, None] ** 2 + x**2, 6)  # cells placed symmetrically must tie in spite of rounding
-    order = np.argsort(distance, axis=None, kind="stable")
-    closeness = np.empty(order.size, np.int32)
-    closeness[order] = np.arange(order.size, 0, -1)
-    return closeness.reshape(distance.shape)
 
 
 def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "fit") -> Array:
@@ -154,6 +152,11 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     xp = check_array(peaks, "peaks")
     check_points(peaks, "peaks", xp, len(peaks), height, width)
     check_lam(lam, xp, len(peaks))
+    return place_boxes(peaks, lam, height, width, xp, box=box)
+
+
+def place_boxes(peaks: Array, lam: Array, height: int, width: int, xp: Namespace, *, box: str) -> Array:
+    """Return what `boxes_at` returns."""
     size = constant(xp, _size, height, width)
     # In float64 on every device: the floor must not depend on where it is computed.
     side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
@@ -192,6 +195,11 @@ def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Arr
     xp = check_array(boxes, "boxes")
     check_boxes(boxes, "boxes", xp, len(boxes), height, width)
     check_points(centres, "centres", xp, len(boxes), height, width)
+    return move_boxes(boxes, centres, height, width, xp)
+
+
+def move_boxes(boxes: Array, centres: Array, height: int, width: int, xp: Namespace) -> Array:
+    """Return what `boxes_moved_to` returns."""
     side = boxes[:, 2:] - boxes[:, :2]
     start = xp.clip(centres - side // 2, 0, constant(xp, _size, height, width) - side)
     return xp.concatenate([start, start + side], axis=1).astype(xp.int32)
@@ -219,8 +227,12 @@ def points_at(fractions: Array, height: int, width: int) -> Array:
     [[0, 7]]
     """
     xp = check_array(fractions, "fractions")
-    check_per_image(fractions, "fractions", xp, len(fractions), "f", trailing=(2,))
-    check_range(fractions, "fractions", 0, 1, "in [0, 1]")
+    check_fractions(fractions, "fractions", xp, len(fractions))
+    return scale_points(fractions, height, width, xp)
+
+
+def scale_points(fractions: Array, height: int, width: int, xp: Namespace) -> Array:
+    """Return what `points_at` returns."""
     size = constant(xp, _size, height, width)
     return xp.clip((fractions * size).astype(xp.int32), 0, size - 1).astype(xp.int32)
 
@@ -248,6 +260,11 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
     """
     xp = check_array(boxes, "boxes")
     check_boxes(boxes, "boxes", xp, len(boxes), height, width)
+    return share_outside(boxes, height, width, xp)
+
+
+def share_outside(boxes: Array, height: int, width: int, xp: Namespace) -> Array:
+    """Return what `kept_fraction` returns."""
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (1 - area / (height * width)).astype(xp.float32)
 

@@ -1,22 +1,21 @@
-"""What is drawn at random for a batch, and from which laws.
+"""What is drawn at random for a batch, for use outside DALI.
 
-The functions here draw for use outside DALI. Inside DALI its own operators draw, so that checkpoints cover them.
+Inside DALI its own operators draw, so that checkpoints cover them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_positive
+from dali_saliencymix._checks import check_at_least, check_fraction, check_positive
+from dali_saliencymix.options import MODES, MixOptions
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Mapping
 
-MODES = ("saliencymix", "cutmix", "mixup")
-CHOOSE = ("sample", "batch")
+    from numpy.typing import NDArray
 
 
 class MixParams(NamedTuple):
@@ -123,38 +122,19 @@ def draw_mix_params(
     ['saliencymix', 'mixup', 'saliencymix', 'saliencymix']
     """
     check_at_least(batch_size, "batch_size", 1)
-    check_choice(choose, "choose", CHOOSE)
-    probabilities = check_modes(modes)
-    alphas, prob = check_alphas(alpha, modes), check_fraction(prob, "prob")
+    return draw(rng, batch_size, MixOptions(modes=modes, alpha=alpha, prob=prob, choose=choose))
+
+
+def draw(rng: np.random.Generator, batch_size: int, options: MixOptions) -> MixParams:
+    """Return what `draw_mix_params` returns."""
+    probabilities, alphas = options.probabilities, options.alphas
     source_index = rng.permutation(batch_size)
-    drawn = rng.choice(len(probabilities), size=batch_size if choose == "sample" else 1, p=list(probabilities.values()))
+    size = batch_size if options.choose == "sample" else 1
+    drawn = rng.choice(len(probabilities), size=size, p=list(probabilities.values()))
     which = np.broadcast_to(drawn, batch_size)
     beta = np.array(list(alphas.values()))[which]
     lam = rng.beta(beta, beta)
-    mixed = rng.random(batch_size) < prob
+    mixed = rng.random(batch_size) < options.prob
     mode = np.array([MODES.index(name) for name in probabilities])[which]
     point = rng.random((batch_size, 2))
     return MixParams(source_index, np.where(mixed, lam, 1).astype(np.float32), mode, point)
-
-
-def check_modes(modes: Mapping[str, float]) -> dict[str, float]:
-    """Require names of `MODES` with positive weights; return their probabilities."""
-    if not isinstance(modes, Mapping) or not modes:
-        msg = f"modes must map names of {', '.join(MODES)} to weights, got {modes!r}"
-        raise ValueError(msg)
-    for name, weight in modes.items():
-        check_choice(name, "modes", MODES)
-        check_positive(weight, f"modes[{name!r}]")
-    total = sum(modes.values())
-    return {name: weight / total for name, weight in modes.items()}
-
-
-def check_alphas(alpha: float | Mapping[str, float], modes: Mapping[str, float]) -> dict[str, float]:
-    """Require one positive number, or one for each of the modes; return one for each."""
-    if not isinstance(alpha, Mapping):
-        value = check_positive(alpha, "alpha")
-        return dict.fromkeys(modes, value)
-    if set(alpha) != set(modes):
-        msg = f"alpha must be one number, or one for each of {', '.join(modes)}, got {dict(alpha)!r}"
-        raise ValueError(msg)
-    return {name: check_positive(alpha[name], f"alpha[{name!r}]") for name in modes}

@@ -10,26 +10,25 @@ the Python code that DALI calls for each batch is a pure function.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, do_not_convert
 
-from dali_saliencymix import pixels as mixing
+from dali_saliencymix import labels as array_labels
 from dali_saliencymix._array import array_namespace, is_host
-from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images, check_positive
-from dali_saliencymix._dali import mix as _mix_operator
-from dali_saliencymix._dali.operator import python_operator, to_device
-from dali_saliencymix._routes import ALGORITHMS
-from dali_saliencymix.boxes import BOXES
-from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.draw import CHOOSE, check_alphas, check_modes
-from dali_saliencymix.placement import checked_maps, resolve_placement
-from dali_saliencymix.saliency import get_detector
+from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images
+from dali_saliencymix._dali.mix import Normalise, mix_nodes
+from dali_saliencymix._dali.operator import Stage, python_operator, to_device
+from dali_saliencymix._routes import ALGORITHMS, uses_kernel
+from dali_saliencymix.boxes import find_peaks
+from dali_saliencymix.options import MixOptions, check_with_peaks
+from dali_saliencymix.pixels import check_scaling
+from dali_saliencymix.saliency import get_detector, saliency_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from nvidia.dali.pipeline import DataNode
 
@@ -37,32 +36,6 @@ if TYPE_CHECKING:
     from dali_saliencymix.saliency import Detector
 
 __all__ = ["Normalise", "cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
-
-
-class Normalise(NamedTuple):
-    """What stands behind the mix in a training pipeline, for the mix to do it along: mirror and normalise.
-
-    On a CPU with Numba installed one pass over the pixels does it all, which takes less time than
-    ``fn.crop_mirror_normalize`` alone.
-
-    Attributes
-    ----------
-    mean, std : sequence of float
-        Of each channel, in grey levels 0..255.
-    mirror : DataNode, optional
-        Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
-        nobody looks, all but 0 is 1.
-    dtype : {"float32", "float16"} or DALIDataType
-        Of the images; DALI's own names are welcome, such as ``types.FLOAT``.
-    layout : {"CHW", "HWC"}
-        Of the images.
-    """
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    mirror: DataNode | None = None
-    dtype: str | types.DALIDataType = "float32"
-    layout: str = "CHW"
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -174,16 +147,20 @@ def saliencymix(
     ...     images, labels, source_labels, lam = saliencymix(images, labels)
     ...     return images, labels, source_labels, lam
     """
-    options = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
-    placement = resolve_placement(preset, options, peaks_given=peaks is not None)
-    check_choice(algorithm, "algorithm", ALGORITHMS)
-    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
-    if placement.destination == "random":
-        drawn["point"] = _drawn_point()
-    options |= {"preset": preset, "algorithm": algorithm}
-    return _mix_operator.mixed_with_partners(
-        images, labels, "saliencymix", drawn, peaks, normalise=_checked(normalise), **options
+    options = MixOptions(
+        alpha=alpha,
+        prob=prob,
+        preset=preset,
+        saliency=saliency,
+        source=source,
+        destination=destination,
+        box=box,
+        per_batch=per_batch,
+        algorithm=algorithm,
     )
+    if peaks is not None:
+        check_with_peaks(options, saliency)
+    return mix_nodes(images, labels, options, peaks=peaks, normalise=_checked(normalise))
 
 
 @_operator
@@ -230,10 +207,8 @@ def cutmix(
     ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
     ...     return cutmix(images, labels, alpha=1.0, prob=0.5)
     """
-    check_choice(box, "box", BOXES)
-    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))], "point": _drawn_point()}
-    options = {"box": box, "per_batch": bool(per_batch)}
-    return _mix_operator.mixed_with_partners(images, labels, "cutmix", drawn, normalise=_checked(normalise), **options)
+    options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
+    return mix_nodes(images, labels, options, normalise=_checked(normalise))
 
 
 @_operator
@@ -271,8 +246,8 @@ def mixup(
     ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
     ...     return mixup(images, labels, alpha=0.2)
     """
-    drawn = {"lam": [_drawn_lam(alpha, _drawn_choice(prob))]}
-    return _mix_operator.mixed_with_partners(images, labels, "mixup", drawn, per_batch=bool(per_batch))
+    options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
+    return mix_nodes(images, labels, options)
 
 
 @_operator
@@ -336,22 +311,22 @@ def mix(
     ...     modes, alpha = {"saliencymix": 0.5, "mixup": 0.5}, {"saliencymix": 1.0, "mixup": 0.2}
     ...     return mix(images, labels, modes=modes, alpha=alpha)
     """
-    options: dict[str, Any] = {"saliency": saliency, "source": source, "destination": destination, "box": box}
-    options["per_batch"] = per_batch
-    resolve_placement(preset, options, peaks_given=peaks is not None)
-    check_choice(algorithm, "algorithm", ALGORITHMS)
-    check_choice(choose, "choose", CHOOSE)
-    probabilities = check_modes(modes)
-    mixed = _drawn_choice(prob)
-    drawn = {
-        "lam": [_drawn_lam(value, mixed) for value in check_alphas(alpha, modes).values()],
-        "mode": [fn.random.choice(len(probabilities), p=list(probabilities.values()))],
-        "point": _drawn_point(),
-    }
-    choice = functools.partial(_mix_operator.chosen, modes=tuple(probabilities), choose=choose)
-    return _mix_operator.mixed_with_partners(
-        images, labels, "mix", drawn, peaks, choice=choice, preset=preset, algorithm=algorithm, **options
+    options = MixOptions(
+        modes=modes,
+        alpha=alpha,
+        prob=prob,
+        choose=choose,
+        preset=preset,
+        saliency=saliency,
+        source=source,
+        destination=destination,
+        box=box,
+        per_batch=per_batch,
+        algorithm=algorithm,
     )
+    if peaks is not None:
+        check_with_peaks(options, saliency)
+    return mix_nodes(images, labels, options, peaks=peaks, policy=True)
 
 
 @_operator
@@ -404,9 +379,10 @@ def saliency_peaks(
     ...     inverted = fn.cast(255 - images, dtype=types.UINT8)
     ...     return saliencymix(inverted, labels, peaks=peaks)
     """
-    detector = get_detector(saliency, algorithm=algorithm)
-    find = functools.partial(_peaks_of_images, detector=detector, least=bool(least), algorithm=algorithm)
-    return python_operator(find, images, name="saliency_peaks")
+    get_detector(saliency)
+    check_choice(algorithm, "algorithm", ALGORITHMS)
+    find = functools.partial(_peaks_of_images, saliency=saliency, least=bool(least), algorithm=algorithm)
+    return python_operator(find, images, name="saliency_peaks", stage=Stage("saliency peaks"))
 
 
 @_operator
@@ -473,41 +449,27 @@ def soft_labels(
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
-    return python_operator(make, fn.cat(*flat), name="soft_labels")
+    return python_operator(make, fn.cat(*flat), name="soft_labels", stage=Stage("soft labels"))
 
 
 def _checked(normalise: Normalise | None) -> Normalise | None:
-    """Require a `Normalise` or None; return it with a dtype that NumPy understands."""
+    """Require a valid `Normalise` or None; return it with a dtype that NumPy understands."""
     if normalise is None:
         return None
     if not isinstance(normalise, Normalise):
         msg = f"normalise must be a dali_saliencymix.fn.Normalise, got {normalise!r}"
         raise TypeError(msg)
-    if isinstance(normalise.dtype, types.DALIDataType):
-        return normalise._replace(dtype=np.dtype(types.to_numpy_type(normalise.dtype)).name)
-    return normalise
+    dtype = normalise.dtype
+    if isinstance(dtype, types.DALIDataType):
+        dtype = np.dtype(types.to_numpy_type(dtype)).name
+    check_scaling(normalise.mean, normalise.std, dtype, normalise.layout)
+    return normalise._replace(dtype=dtype)
 
 
-def _drawn_choice(prob: float) -> DataNode | None:
-    """Draw whether a sample is mixed; None where all are."""
-    prob = check_fraction(prob, "prob")
-    return fn.random.coin_flip(probability=prob) if prob < 1 else None
-
-
-def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
-    alpha = check_positive(alpha, "alpha")
-    lam = fn.random.beta(alpha=alpha, beta=alpha)
-    return lam if mixed is None else mixed * lam + (1 - mixed)
-
-
-def _drawn_point() -> list[DataNode]:
-    return [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
-
-
-def _peaks_of_images(images: Array, *, detector: Detector, least: bool, algorithm: str) -> tuple[Array]:
-    check_images(images)
-    maps = checked_maps(detector, images)
-    return (peaks_of_maps(maps, *images.shape[1:3], least=least, algorithm=algorithm),)
+def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, algorithm: str) -> tuple[Array]:
+    xp = check_images(images)
+    maps = saliency_maps(images, saliency, algorithm=algorithm)
+    return (find_peaks(maps, *images.shape[1:3], xp, least=least, kernel=uses_kernel(algorithm, xp)),)
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
@@ -519,7 +481,9 @@ def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[
         )
         raise ValueError(msg)
     labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
-    return (mixing.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),)
+    return (
+        array_labels.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),
+    )
 
 
 def _class_ids(values: Array, name: str) -> Array:

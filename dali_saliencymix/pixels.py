@@ -1,26 +1,40 @@
-"""Pixels and labels of a mixed batch, once boxes are known.
+"""The pixels of a mixed batch, once boxes are known: pasted, blended, or pasted and normalised.
 
-Nothing here modifies its arguments, but for `out`.
+Images are (N, H, W, C). Nothing here modifies its arguments, but for `out`. Each function that users call checks its
+arguments and calls one that trusts them, as `dali_saliencymix.mix` does.
 """
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
+from dali_saliencymix._array import Array, Namespace, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
-    check_at_least,
     check_boxes,
-    check_fraction,
+    check_choice,
     check_images,
-    check_lam,
+    check_mixing,
     check_out,
     check_per_image,
-    check_range,
     check_source_index,
 )
+from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._tables import scaling
 from dali_saliencymix._threads import for_each_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LAYOUTS = ("CHW", "HWC")
+DTYPES = ("float32", "float16")
+
+# Of ImageNet's training images, for pixels in 0..1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CHUNK = 16  # images for one thread at a time
 
@@ -61,18 +75,25 @@ def paste_boxes(
     >>> paste_boxes(images, np.array([1, 0]), np.array([[0, 0, 1, 2], [0, 0, 0, 0]]))[..., 0].tolist()
     [[[1, 1], [0, 0]], [[1, 1], [1, 1]]]
     """
-    xp = check_pasting(images, source_index, boxes, source_boxes)
+    xp = _check_pasting(images, source_index, boxes, source_boxes)
     if out is not None:
         check_out(out, xp, images.shape, images.dtype)
         if xp.may_share_memory(out, images):
             msg = "out must share no memory with images, whose pixels are read until the end"
             raise ValueError(msg)
-    if is_host(xp):
+    return paste(images, source_index, boxes, source_boxes=source_boxes, out=out)
+
+
+def paste(
+    images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None, out: Array | None = None
+) -> Array:
+    """Return what `paste_boxes` returns."""
+    if is_host(array_namespace(images)):
         return _paste_by_slices(images, source_index, boxes, source_boxes, out)
-    return into(out, _paste_by_mask(images, source_index, boxes, source_boxes))
+    return _into(out, _paste_by_mask(images, source_index, boxes, source_boxes))
 
 
-def into(out: Array | None, made: Array) -> Array:
+def _into(out: Array | None, made: Array) -> Array:
     """Return `made`, or `out` with the same values where there is one."""
     if out is None:
         return made
@@ -80,7 +101,7 @@ def into(out: Array | None, made: Array) -> Array:
     return out
 
 
-def check_pasting(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None) -> Namespace:
+def _check_pasting(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None) -> Namespace:
     """Require arguments of `paste_boxes` that fit the images; return their array library."""
     xp = check_array(images, "images")
     check_source_index(source_index, xp, len(images))
@@ -89,6 +110,16 @@ def check_pasting(images: Array, source_index: Array, boxes: Array, source_boxes
         check_boxes(source_boxes, "source_boxes", xp, *images.shape[:3])
         _check_same_sizes(boxes, source_boxes, xp)
     return xp
+
+
+def _check_same_sizes(boxes: Array, source_boxes: Array, xp: Namespace) -> None:
+    if not is_host(xp):
+        return
+    different = ((boxes[:, 2:] - boxes[:, :2]) != (source_boxes[:, 2:] - source_boxes[:, :2])).any(axis=1)
+    if different.any():
+        i = int(different.argmax())
+        msg = f"source_boxes must have the sizes of boxes, got {source_boxes[i].tolist()} for {boxes[i].tolist()}"
+        raise ValueError(msg)
 
 
 def _paste_by_slices(
@@ -126,16 +157,6 @@ def _paste_by_mask(images: Array, source_index: Array, boxes: Array, source_boxe
     return xp.where(inside[..., None], sources, images)
 
 
-def _check_same_sizes(boxes: Array, source_boxes: Array, xp: Namespace) -> None:
-    if not is_host(xp):
-        return
-    different = ((boxes[:, 2:] - boxes[:, :2]) != (source_boxes[:, 2:] - source_boxes[:, :2])).any(axis=1)
-    if different.any():
-        i = int(different.argmax())
-        msg = f"source_boxes must have the sizes of boxes, got {source_boxes[i].tolist()} for {boxes[i].tolist()}"
-        raise ValueError(msg)
-
-
 def blend_images(images: Array, source_index: Array, lam: Array) -> Array:
     """Return the weighted mean of each image and its source: mixup.
 
@@ -165,13 +186,11 @@ def blend_images(images: Array, source_index: Array, lam: Array) -> Array:
     >>> blend_images(images, np.array([1, 0]), np.array([0.75, 1.0], np.float32)).ravel().tolist()
     [25, 100]
     """
-    xp = check_images(images)
-    check_source_index(source_index, xp, len(images))
-    check_lam(lam, xp, len(images))
-    return blend_onto(images.copy(order="K"), images, source_index, lam.astype(xp.float32))
+    xp = check_mixing(images, source_index, lam)
+    return blend(images.copy(order="K"), images, source_index, lam.astype(xp.float32))
 
 
-def blend_onto(mixed: Array, images: Array, source_index: Array, lam: Array) -> Array:
+def blend(mixed: Array, images: Array, source_index: Array, lam: Array) -> Array:
     """Return `mixed`, which may be written to, with the images whose `lam` is under 1 replaced by blended `images`."""
     xp = array_namespace(images)
     if not is_host(xp):
@@ -187,77 +206,174 @@ def _blended(image: Array, source: Array, weight: Array) -> Array:
     return xp.rint(image * weight + source * (1 - weight)).astype(xp.uint8)
 
 
-def soft_labels(
-    labels: Array, source_labels: Array, lam: Array, *, num_classes: int | None = None, smoothing: float = 0.0
+def paste_normalised(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    *,
+    source_boxes: Array | None = None,
+    mirror: Array | None = None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any = "float32",
+    layout: str = "CHW",
+    algorithm: str = "auto",
+    out: Array | None = None,
 ) -> Array:
-    """Return the targets of mixed images: `lam` on the label, 1 - `lam` on the source's label.
+    """Return mixed images, mirrored, normalised and in the layout of a network.
 
     Parameters
     ----------
-    labels, source_labels : ndarray of shape (N,), integer, or (N, K), real
-        Labels of the receiving and of the source images: class ids in [0, num_classes), or vectors of K weights, such
-        as one-hot or multi-hot ones.
-    lam : ndarray of shape (N,), floating
-        Weight of `labels`, in [0, 1].
-    num_classes : int, optional
-        K, the number of classes. Needed for class ids, to be left out for vectors.
-    smoothing : float
-        Share of the weight that is spread evenly over all classes, in [0, 1]; for class ids.
+    images : ndarray of shape (N, H, W, C), uint8
+        The receiving images, and the sources.
+    source_index : ndarray of shape (N,), integer
+        Image `i` receives from ``images[source_index[i]]``.
+    boxes, source_boxes : ndarray of shape (N, 4), integer
+        As for `paste_boxes`.
+    mirror : ndarray of shape (N,), bool or integer, optional
+        Which of the mixed images are flipped horizontally, with their patches: those that are not 0. By default none.
+    mean, std : sequence of C floats
+        Of each channel, in grey levels 0..255; `std` is positive.
+    dtype : {"float32", "float16"}
+        Of the result, which is computed in float32 and rounded once.
+    layout : {"CHW", "HWC"}
+        Of each image of the result.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations, or a kernel that goes over the pixels once: compiled by Numba on a CPU, for float32, and in
+        CUDA on a GPU. Both give the same bits. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+    out : ndarray, optional
+        Where the result goes, C-contiguous; by default a new array.
 
     Returns
     -------
-    ndarray of shape (N, K), float32
-        For class ids, rows that sum to 1. On a GPU, where looking at a value would stall the stream, a label outside
-        [0, num_classes) is no error: its row is NaN, and so is any loss computed from it.
+    ndarray of shape (N, C, H, W) or (N, H, W, C)
+        ``(pixel - mean) * (1 / std)``: a new array, or `out`.
 
     Raises
     ------
     TypeError, ValueError
-        If a label in host memory lies outside [0, num_classes), or shapes or dtypes do not agree.
+        If an argument has the wrong type, dtype, shape or value.
+
+    Notes
+    -----
+    The arithmetic of DALI's ``fn.crop_mirror_normalize`` but for its last bit.
 
     Examples
     --------
     >>> import numpy as np
-    >>> lam = np.array([0.75], np.float32)
-    >>> soft_labels(np.array([0]), np.array([2]), lam, num_classes=3).tolist()
-    [[0.75, 0.0, 0.25]]
-    >>> soft_labels(np.array([[1, 1, 0]]), np.array([[0, 1, 1]]), lam).tolist()
-    [[0.75, 1.0, 0.25]]
+    >>> images = np.array([[10, 20], [30, 40]], np.uint8).reshape(2, 1, 2, 1)
+    >>> boxes = np.array([[0, 0, 1, 1], [0, 0, 0, 0]])
+    >>> options = {"mirror": np.array([True, False]), "mean": [10], "std": [10]}
+    >>> paste_normalised(images, np.array([1, 0]), boxes, **options).tolist()
+    [[[[1.0, 2.0]]], [[[2.0, 3.0]]]]
     """
-    xp = check_array(labels, "labels")
-    smoothing = check_fraction(smoothing, "smoothing")
-    if num_classes is None:
-        return _mixed_vectors(labels, source_labels, lam, smoothing, xp)
-    check_at_least(num_classes, "num_classes", 1)
-    if labels.ndim == 2:
-        msg = f"num_classes must be left out where labels are vectors, of shape {labels.shape}; got {num_classes}"
-        raise ValueError(msg)
-    for name, array in (("labels", labels), ("source_labels", source_labels)):
-        check_per_image(array, name, xp, labels.size, "iu")
-        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), as num_classes={num_classes} says")
-    check_lam(lam, xp, labels.size)
-
-    lam = lam.astype(xp.float32)[:, None]
-    classes = xp.arange(num_classes)
-    label, source_label = labels[:, None], source_labels[:, None]
-    targets = lam * (label == classes) + (1 - lam) * (source_label == classes)
-    if smoothing:
-        targets = targets * xp.float32(1 - smoothing) + xp.float32(smoothing / num_classes)
-    if is_host(xp):
-        return targets
-    known = (label >= 0) & (label < num_classes) & (source_label >= 0) & (source_label < num_classes)
-    return xp.where(known, targets, xp.float32(xp.nan))
+    xp = check_images(images)
+    dtype = _check_normalisation(images, mirror, mean, std, dtype, layout)
+    if out is not None:
+        check_out(out, xp, normalised_shape(images.shape, layout), dtype)
+    _check_pasting(images, source_index, boxes, source_boxes)
+    return paste_and_normalise(
+        images,
+        source_index,
+        boxes,
+        source_boxes=source_boxes,
+        mirror=mirror,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        layout=layout,
+        kernel=uses_kernel(algorithm, xp),
+        out=out,
+    )
 
 
-def _mixed_vectors(labels: Array, source_labels: Array, lam: Array, smoothing: float, xp: Namespace) -> Array:
-    if labels.ndim != 2:
-        msg = f"num_classes must be given where labels are class ids, of shape {labels.shape}"
+def paste_and_normalise(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    *,
+    source_boxes: Array | None,
+    mirror: Array | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: np.dtype[Any],
+    layout: str,
+    kernel: bool,
+    out: Array | None,
+) -> Array:
+    """Return what `paste_normalised` returns, by a kernel where there is one for `dtype`."""
+    xp = array_namespace(images)
+    shape = normalised_shape(images.shape, layout)
+    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
+    if kernel and not is_host(xp):
+        from dali_saliencymix import _cuda
+
+        out = xp.empty(shape, dtype) if out is None else out
+        _cuda.paste_normalised(images, source_index, boxes, source_boxes, mirror, shift_and_scale, layout, out)
+        return out
+    if kernel and dtype == np.float32:
+        from dali_saliencymix._numba import pixels
+
+        out = np.empty(shape, np.float32) if out is None else out
+        origins = boxes if source_boxes is None else source_boxes
+        pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
+        return out
+    mixed = paste(images, source_index, boxes, source_boxes=source_boxes)
+    if mirror is not None:
+        mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)
+    shift, scale = shift_and_scale
+    normalised = ((mixed.astype(xp.float32) - shift) * scale).astype(dtype)
+    if layout == "CHW":
+        normalised = normalised.transpose(0, 3, 1, 2)
+    return _into(out, normalised if layout == "HWC" else xp.ascontiguousarray(normalised))
+
+
+def normalised_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """Return the shape of the result for images of shape (N, H, W, C)."""
+    count, height, width, channels = shape
+    return (count, channels, height, width) if layout == "CHW" else shape
+
+
+def _check_normalisation(
+    images: Array, mirror: Array | None, mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str
+) -> np.dtype[Any]:
+    """Require arguments of `paste_normalised` that fit the images; return `dtype` as an object of that class."""
+    count, _, _, channels = images.shape
+    if mirror is not None:
+        kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
+        check_per_image(mirror, "mirror", array_namespace(images), count, kind)
+    checked = check_scaling(mean, std, dtype, layout)
+    check_channels(channels, mean, std)
+    return checked
+
+
+def check_channels(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Require a mean and a std for each channel."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            msg = f"{name} must have one finite number for each of the {channels} channels, got {list(values)}"
+            raise ValueError(msg)
+
+
+def check_scaling(mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str) -> np.dtype[Any]:
+    """Require what can be required before there are images; return `dtype` as an object of that class."""
+    for name, values in (("mean", mean), ("std", std)):
+        try:
+            finite = all(math.isfinite(value) for value in values)
+        except TypeError:  # no sequence, or not of numbers
+            finite = False
+        if not finite:
+            msg = f"{name} must have one finite number for each channel, got {values!r}"
+            raise ValueError(msg)
+    if not all(value > 0 for value in std):
+        msg = f"std must be positive, got {list(std)}"
         raise ValueError(msg)
-    if smoothing:
-        msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
+    check_choice(layout, "layout", LAYOUTS)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found not in DTYPES:  # NumPy takes None for float64
+        msg = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
         raise ValueError(msg)
-    for name, array in (("labels", labels), ("source_labels", source_labels)):
-        check_per_image(array, name, xp, len(labels), "biuf", trailing=labels.shape[1:])
-    check_lam(lam, xp, len(labels))
-    lam = lam.astype(xp.float32)[:, None]
-    return (lam * labels + (1 - lam) * source_labels).astype(xp.float32)
+    return found

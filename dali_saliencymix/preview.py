@@ -10,11 +10,11 @@ import numpy as np
 
 from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix.boxes import boxes_at, saliency_peaks
-from dali_saliencymix.core import mix
 from dali_saliencymix.datasets.image_folder import list_image_folder, why_unreadable
-from dali_saliencymix.draw import MODES, MixParams, draw_mix_params
-from dali_saliencymix.placement import SOURCES, checked_maps, resolve_placement
-from dali_saliencymix.saliency import DETECTORS, get_detector
+from dali_saliencymix.draw import MixParams, draw
+from dali_saliencymix.mix import apply
+from dali_saliencymix.options import MODES, SOURCES, MixOptions
+from dali_saliencymix.saliency import DETECTORS, saliency_maps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,25 +60,25 @@ def draw_mixed(
     ImportError
         If Matplotlib is not installed.
     """
-    options: dict[str, Any] = {"saliency": saliency, "source": source, "destination": destination}
-    options |= {"box": box, "per_batch": per_batch}
-    placement = resolve_placement(preset, options)
-    mixed = mix(images, *params, preset=preset, **options)
-    maps = checked_maps(get_detector(placement.saliency), images)
+    options = MixOptions(
+        preset=preset, saliency=saliency, source=source, destination=destination, box=box, per_batch=per_batch
+    )
+    mixed = apply(options, images, *params)
+    maps = saliency_maps(images, options.saliency)
     modes = [MODES[mode] for mode in params.mode]
-    if placement.per_batch:
+    if options.per_batch:
         modes = modes[:1] * len(images)
     rows = ["receiver", "source", "mixed"]
     if "saliencymix" in modes:
         rows.insert(2, "saliency of source")
-        if placement.destination in SOURCES:
+        if options.destination in SOURCES:
             rows.insert(1, "saliency of receiver")
     figure, axes = _panels(rows, len(images))
     for column, partner in enumerate(params.source_index):
         panels = dict(zip(rows, axes[:, column], strict=True))
         mode = modes[column]
         # In a batch with one box for all, the box belongs to the first sample and its source.
-        receiver, giver = (0, params.source_index[0]) if placement.per_batch else (column, partner)
+        receiver, giver = (0, params.source_index[0]) if options.per_batch else (column, partner)
         edges = {"receiver": (mixed.boxes, "white"), "source": (mixed.source_boxes, "cyan")}
         for name, pixels in (
             ("receiver", images[column]),
@@ -89,8 +89,8 @@ def draw_mixed(
             boxes, colour = edges.get(name, (mixed.boxes, "cyan"))
             _show_box(panels[name], boxes[column], colour)
         for name, index, which in (
-            ("saliency of source", giver, placement.source),
-            ("saliency of receiver", receiver, placement.destination),
+            ("saliency of source", giver, options.source),
+            ("saliency of receiver", receiver, options.destination),
         ):
             if name in panels:
                 if mode == "saliencymix":
@@ -144,7 +144,7 @@ def draw_detectors(
         _show_image(axis, pixels)
         axis.set_title(name, fontsize=8)
     for row, detector in zip(axes[1:], detectors.values(), strict=True):
-        maps = checked_maps(detector, images)
+        maps = saliency_maps(images, detector)
         boxes = boxes_at(saliency_peaks(maps, *size), share, *size, box=box)
         for axis, saliency_map, edges in zip(row, maps, boxes, strict=True):
             _show_map(axis, saliency_map, size, least=False)
@@ -206,7 +206,7 @@ def save_preview(
         raise ValueError(msg)
     root = Path(root)
     rng = np.random.default_rng(seed)
-    params = draw_mix_params(rng, count, modes=dict.fromkeys(modes, 1.0), alpha=alpha, prob=prob)
+    params = draw(rng, count, MixOptions(modes=dict.fromkeys(modes, 1.0), alpha=alpha, prob=prob))
     folder = list_image_folder(root / "train" if (root / "train").is_dir() else root)
     chosen = rng.choice(len(folder), size=count, replace=len(folder) < count)
     files = [folder.files[i] for i in chosen]

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.utils import data, dlpack
 
-from dali_saliencymix import core
 from dali_saliencymix._array import NO_CUPY
-from dali_saliencymix._checks import check_at_least, check_choice, check_fraction
-from dali_saliencymix._routes import ALGORITHMS
+from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix._threads import limited_to
-from dali_saliencymix.draw import CHOOSE, check_alphas, check_modes, draw_mix_params
-from dali_saliencymix.pixels import soft_labels
-from dali_saliencymix.placement import resolve_placement
+from dali_saliencymix.draw import draw
+from dali_saliencymix.labels import soft_labels
+from dali_saliencymix.mix import apply
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from dali_saliencymix._array import Array
@@ -98,18 +98,21 @@ class SaliencyMix:
         per_batch: bool | None = None,
         algorithm: str = "auto",
     ) -> None:
-        modes = {"saliencymix": 1.0} if modes is None else modes
         check_at_least(num_classes, "num_classes", 1)
-        check_modes(modes)
-        check_alphas(alpha, modes)
-        check_fraction(prob, "prob")
         check_fraction(label_smoothing, "label_smoothing")
-        check_choice(choose, "choose", CHOOSE)
-        check_choice(algorithm, "algorithm", ALGORITHMS)
-        given = {"saliency": saliency, "source": source, "destination": destination, "box": box, "per_batch": per_batch}
-        self._algorithm = algorithm
-        self._placement = resolve_placement(preset, given)
-        self._drawn: dict[str, Any] = {"modes": modes, "alpha": alpha, "prob": prob, "choose": choose}
+        self._options = MixOptions(
+            modes=modes,
+            alpha=alpha,
+            prob=prob,
+            choose=choose,
+            preset=preset,
+            saliency=saliency,
+            source=source,
+            destination=destination,
+            box=box,
+            per_batch=per_batch,
+            algorithm=algorithm,
+        )
         self._num_classes = num_classes
         self._smoothing = label_smoothing
         self._generator = _generator(seed, generator)
@@ -163,9 +166,12 @@ class SaliencyMix:
         with limited_to(0 if data.get_worker_info() is None else 1), _on_torch_s_stream(images):
             # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
             batch = _to_array(images.permute(0, 2, 3, 1))
-            params = draw_mix_params(self._rng(), len(images), **self._drawn)
-            source_index, *others = (_to_array(_on_the_device_of(images, torch.from_numpy(array))) for array in params)
-            mixed = self._mix(batch, source_index, *others)
+            params = draw(self._rng(), len(images), self._options)
+            source_index, lam, mode, point = (
+                _to_array(_on_the_device_of(images, torch.from_numpy(array))) for array in params
+            )
+            alone = self._options.mode == "saliencymix"
+            mixed = apply(self._options, batch, source_index, lam, None if alone else mode, point)
             ids = _to_array(_on_the_device_of(images, labels))
             targets = soft_labels(
                 ids, ids[source_index], mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing
@@ -206,13 +212,6 @@ class SaliencyMix:
         if self._generator is not None:
             own = torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8)
             self._generator = torch.Generator("cpu").set_state(own)
-
-    def _mix(self, images: Array, source_index: Array, lam: Array, mode: Array, point: Array) -> core.Mixed:
-        options = {**self._placement._asdict(), "algorithm": self._algorithm}
-        if set(self._drawn["modes"]) == {"saliencymix"}:
-            at = {"point": point} if self._placement.destination == "random" else {}
-            return core.saliencymix(images, source_index, lam, **at, **options)
-        return core.mix(images, source_index, lam, mode, point, **options)
 
     def _rng(self) -> np.random.Generator:
         """Return a generator for one batch, seeded from PyTorch's, whose state covers everything so."""
@@ -267,8 +266,8 @@ class NetworkSaliency:
         self,
         network: torch.nn.Module,
         *,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         size: int | None = None,
     ) -> None:
         if size is not None:

@@ -22,9 +22,9 @@ from training_fixtures import TINY
 
 import dali_saliencymix as dsm
 import dali_saliencymix.fn as mix_fn
+from dali_saliencymix import paste_normalised
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.data import open_data
-from dali_saliencymix.normalise import paste_normalised
 from dali_saliencymix.preview import save_preview
 from dali_saliencymix.pytorch import NetworkSaliency, SaliencyMix
 from dali_saliencymix.training.arguments import parse_arguments

@@ -1,11 +1,11 @@
-"""The GPU route in CUDA: kernels in ``.cu`` files beside this one, which CuPy compiles when they are first used.
+"""Kernels in CUDA: ``.cu`` files beside this one, which CuPy compiles when they are first used.
 
-Each function here has a twin among the array functions, takes what that takes, in CuPy arrays, and gives the same
-result; where it does not to the last bit, it says so. Nothing waits for the GPU, all work goes to CuPy's current
-stream, and no memory is taken but for results and what is named:
+Each function here has a reference implementation among the array functions. It takes CuPy arrays, trusts its arguments
+and gives the same result; where it does not to the last bit, it says so. Nothing waits for the GPU, all work goes to
+CuPy's current stream, and no memory is taken but for results and what is named:
 
 =========================================  ===================================  ========  ==================
-function                                   twin                                 launches  scratch per image
+function                                   reference                            launches  scratch per image
 =========================================  ===================================  ========  ==================
 `small_luma`                               ``saliency.grey.small_luma``         1         none
 `spectral_residual` (64x64 maps)           ``spectral_residual``                1         none
@@ -16,18 +16,16 @@ function                                   twin                                 
 `boxes_at_peaks`                           ``boxes_at``, ``boxes_moved_to``     1         none
                                            and ``kept_fraction``
 `paste_boxes`                              ``paste_boxes``                      1         none
-`paste_normalised`                         ``normalise.paste_normalised``       1         none
-`saliencymix`                              ``saliencymix``                      3 or 7    that of the detector
+`paste_normalised`                         ``paste_normalised``                 1         none
 =========================================  ===================================  ========  ==================
 
-The kernels are tried against their twins on a CPU, on which they run as C++. Their speed has not been measured.
+The kernels are tried against their references on a CPU, on which they run as C++. Their speed has not been measured.
 """
 
 from __future__ import annotations
 
 from dali_saliencymix._cuda.boxes import boxes_at_peaks, saliency_peaks
-from dali_saliencymix._cuda.mix import saliencymix
-from dali_saliencymix._cuda.mixing import paste_boxes, paste_normalised
+from dali_saliencymix._cuda.pixels import paste_boxes, paste_normalised
 from dali_saliencymix._cuda.saliency import (
     fine_grained,
     fine_grained_peaks,
@@ -43,7 +41,6 @@ __all__ = [
     "paste_boxes",
     "paste_normalised",
     "saliency_peaks",
-    "saliencymix",
     "small_luma",
     "spectral_residual",
     "spectral_residual_peaks",

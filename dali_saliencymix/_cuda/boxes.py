@@ -10,40 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, constant
-from dali_saliencymix._checks import check_array, check_choice, check_lam, check_maps, check_points, check_source_index
+from dali_saliencymix._array import Array, Namespace, array_namespace, constant
 from dali_saliencymix._cuda.launch import GIVEN, Launch, blocks_for, index_with_step, int32_rows, prepared, with_step
-from dali_saliencymix.boxes import BOXES, closeness_to_centre
+from dali_saliencymix._tables import closeness_to_centre
 
 _LAM_DTYPES = (np.dtype("float32"), np.dtype("float64"))
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
-    """Return the most salient pixel of each image, or the least salient one: see `dali_saliencymix.saliency_peaks`.
-
-    Parameters
-    ----------
-    saliency_map : ndarray of shape (N, h, w), float32
-        Larger is more salient. A pixel that is NaN is not chosen while there is another.
-    height, width : int
-        Size of the images that the maps belong to.
-    least : bool
-        If true, look for the minimum.
-
-    Returns
-    -------
-    ndarray of shape (N, 2), int32
-        (y, x) in image pixels, the same as from the array function.
-
-    Raises
-    ------
-    TypeError
-        If the maps are not float32.
-    """
-    xp = check_maps(saliency_map)
-    if saliency_map.dtype != np.float32:
-        msg = f"saliency_map must be float32 for the kernel, got {saliency_map.dtype}"
-        raise TypeError(msg)
+    """Return what `dali_saliencymix.saliency_peaks` returns of float32 maps."""
+    xp = array_namespace(saliency_map)
     peaks = xp.empty((len(saliency_map), 2), xp.int32)
     _saliency_peaks(xp, saliency_map.shape, height, width, least)(xp.ascontiguousarray(saliency_map), peaks)
     return peaks
@@ -98,14 +74,8 @@ def boxes_at_peaks(
     The same bits as from ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then ``boxes_moved_to``, then
     ``kept_fraction``.
     """
-    check_choice(box, "box", BOXES)
-    xp = check_array(peaks, "peaks")
+    xp = array_namespace(peaks)
     count = len(peaks)
-    check_points(peaks, "peaks", xp, count, height, width)
-    check_source_index(source_index, xp, count)
-    check_lam(lam, xp, count)
-    if centres is not None:
-        check_points(centres, "centres", xp, count, height, width)
     boxes = xp.empty((count, 4), xp.int32)
     source_boxes = None if centres is None else xp.empty((count, 4), xp.int32)
     kept = xp.empty((count,), xp.float32)

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, constant
-from dali_saliencymix._checks import check_images
+from dali_saliencymix._array import Array, Namespace, array_namespace, constant
 from dali_saliencymix._cuda.boxes import cell_tables
 from dali_saliencymix._cuda.launch import GIVEN, Launch, blocks_for, prepared, with_image_stride
-from dali_saliencymix.boxes import saliency_peaks as peaks_of_maps
-from dali_saliencymix.saliency import spectral
-from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
-
-_MAP_SIZE = 64  # spectral_residual.cu is written for it
+from dali_saliencymix._tables import MAP_SIZE, tap_indices, tap_weights
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:
@@ -33,7 +28,7 @@ def small_luma(images: Array, height: int, width: int) -> Array:
     ndarray of shape (N, height, width), int32
         In 0..255, the same bits as from ``saliency.grey.small_luma``.
     """
-    xp = check_images(images)
+    xp = array_namespace(images)
     images, stride = with_image_stride(images, xp)
     grey = xp.empty((len(images), height, width), xp.int32)
     _small_luma(xp, images.shape, stride, height, width)(images, grey)
@@ -58,24 +53,20 @@ def _taps(xp: Namespace, full: int, reduced: int) -> tuple[Array, Array]:
 def spectral_residual(images: Array) -> Array:
     """Return the spectral residual saliency of `images`: see `dali_saliencymix.spectral_residual`.
 
-    One launch where the map is 64x64. Images that are smaller along an axis go through the array function.
-
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey ones with C = 1, of at least 64x64.
 
     Returns
     -------
-    ndarray of shape (N, min(64, H), min(64, W)), float32
+    ndarray of shape (N, 64, 64), float32
         The same maps as from the array function but for rounding, since the FFT adds in another order.
     """
-    xp = check_images(images)
-    if not _has_full_map(images):
-        return spectral.spectral_residual(images, algorithm="array")
-    maps = xp.empty((len(images), _MAP_SIZE, _MAP_SIZE), xp.float32)
+    xp = array_namespace(images)
+    maps = xp.empty((len(images), MAP_SIZE, MAP_SIZE), xp.float32)
     images, stride = with_image_stride(images, xp)
-    _spectral_residual(xp, images.shape, stride, _MAP_SIZE, _MAP_SIZE, False)(images, maps, None)
+    _spectral_residual(xp, images.shape, stride, MAP_SIZE, MAP_SIZE, False)(images, maps, None)
     return maps
 
 
@@ -85,7 +76,7 @@ def spectral_residual_peaks(images: Array, height: int, width: int, *, least: bo
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey ones with C = 1, of at least 64x64.
     height, width : int
         Size of the image that the peaks are meant for, most often H and W.
     least : bool
@@ -96,9 +87,7 @@ def spectral_residual_peaks(images: Array, height: int, width: int, *, least: bo
     ndarray of shape (N, 2), int32
         ``saliency_peaks(spectral_residual(images), height, width, least=least)``.
     """
-    xp = check_images(images)
-    if not _has_full_map(images):
-        return peaks_of_maps(spectral.spectral_residual(images, algorithm="array"), height, width, least=least)
+    xp = array_namespace(images)
     peaks = xp.empty((len(images), 2), xp.int32)
     images, stride = with_image_stride(images, xp)
     _spectral_residual(xp, images.shape, stride, height, width, least)(images, None, peaks)
@@ -110,8 +99,8 @@ def _spectral_residual(
     xp: Namespace, shape: tuple[int, int, int, int], stride: int, height: int, width: int, least: bool
 ) -> Launch:
     count, full_height, full_width, channels = shape
-    taps = *_taps(xp, full_height, _MAP_SIZE), *_taps(xp, full_width, _MAP_SIZE)
-    tables = constant(xp, _turns, _MAP_SIZE), *cell_tables(xp, _MAP_SIZE, _MAP_SIZE, height, width)
+    taps = *_taps(xp, full_height, MAP_SIZE), *_taps(xp, full_width, MAP_SIZE)
+    tables = constant(xp, _turns, MAP_SIZE), *cell_tables(xp, MAP_SIZE, MAP_SIZE, height, width)
     batch = (GIVEN, np.int64(stride), full_width, channels)
     return Launch(xp, "spectral_residual", count, 512, *batch, *taps, *tables, height, width, int(least), GIVEN, GIVEN)
 
@@ -130,7 +119,7 @@ def fine_grained(images: Array) -> Array:
         The same bits as from the array function in host memory, whatever the size of the images: the integral image
         is summed in a fixed order.
     """
-    xp = check_images(images)
+    xp = array_namespace(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
     maps = xp.empty(on_off.shape, xp.float32)
     _contrast_maps(xp, on_off.shape)(on_off, maxima, maps)
@@ -152,15 +141,11 @@ def fine_grained_peaks(images: Array, *, least: bool = False) -> Array:
     ndarray of shape (N, 2), int32
         ``saliency_peaks(fine_grained(images), H, W, least=least)``.
     """
-    xp = check_images(images)
+    xp = array_namespace(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
     peaks = xp.empty((len(on_off), 2), xp.int32)
     _contrast_peaks(xp, on_off.shape, least)(on_off, maxima, peaks)
     return peaks
-
-
-def _has_full_map(images: Array) -> bool:
-    return min(images.shape[1:3]) >= _MAP_SIZE
 
 
 def _turns(size: int) -> np.ndarray:

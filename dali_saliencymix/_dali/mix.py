@@ -1,4 +1,4 @@
-"""What the mixing operators of `dali_saliencymix.fn` put into a pipeline: params drawn and packed, images mixed.
+"""Mixing as nodes of a DALI graph: what is random is drawn by DALI and packed, images are mixed in Python.
 
 Python gets two inputs, the images and one vector of params a sample: each further one would be a copy more on its way
 to a GPU.
@@ -7,36 +7,76 @@ to a GPU.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, types
 
-from dali_saliencymix import core
+from dali_saliencymix import pixels
 from dali_saliencymix._array import array_namespace, constant, is_host
-from dali_saliencymix._dali.operator import Buffers, python_operator, to_device
-from dali_saliencymix.draw import MODES
-from dali_saliencymix.normalise import check_scaling, normalised_shape, paste_normalised
-from dali_saliencymix.pixels import paste_boxes
+from dali_saliencymix._dali.operator import Buffers, Stage, python_operator, to_device
+from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix.mix import apply
+from dali_saliencymix.options import MODES, MixOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nvidia.dali.pipeline import DataNode
 
     from dali_saliencymix._array import Array
-    from dali_saliencymix.fn import Normalise
+
+    Nodes = tuple[DataNode, DataNode, DataNode, DataNode]
 
 
-def mixed_with_partners(
+class Normalise(NamedTuple):
+    """What stands behind the mix in a training pipeline, for the mix to do it along: mirror and normalise.
+
+    On a CPU with Numba installed one pass over the pixels does it all, which takes less time than
+    ``fn.crop_mirror_normalize`` alone.
+
+    Attributes
+    ----------
+    mean, std : sequence of float
+        Of each channel, in grey levels 0..255.
+    mirror : DataNode, optional
+        Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
+        nobody looks, all but 0 is 1.
+    dtype : {"float32", "float16"} or DALIDataType
+        Of the images; DALI's own names are welcome, such as ``types.FLOAT``.
+    layout : {"CHW", "HWC"}
+        Of the images.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    mirror: DataNode | None = None
+    dtype: str | types.DALIDataType = "float32"
+    layout: str = "CHW"
+
+
+def mix_nodes(
     images: DataNode,
     labels: DataNode,
-    function: str,
-    drawn: dict[str, list[DataNode]],
-    peaks: DataNode | None = None,
+    options: MixOptions,
     *,
+    peaks: DataNode | None = None,
     normalise: Normalise | None = None,
-    **options: Any,
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Draw partners, then mix: Python gets two inputs, the images and one vector of params a sample."""
+    policy: bool = False,
+) -> Nodes:
+    """Return mixed images, labels, labels of the sources, and weights: see `dali_saliencymix.fn.saliencymix`.
+
+    Where `policy` is true, a mode is drawn for each sample or batch; otherwise `options` have one.
+    """
+    mixed = fn.random.coin_flip(probability=options.prob) if options.prob < 1 else None
+    drawn = {"lam": [_drawn_lam(alpha, mixed) for alpha in options.alphas.values()]}
+    if policy:
+        probabilities = list(options.probabilities.values())
+        drawn["mode"] = [fn.random.choice(len(probabilities), p=probabilities)]
+    at_random = options.mode == "saliencymix" and options.destination == "random"
+    if policy or options.mode == "cutmix" or at_random:
+        drawn["point"] = [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
     source_index = fn.batch_permutation()
     drawn = {"source_index": [source_index], **drawn}
     if normalise is not None and normalise.mirror is not None:
@@ -49,75 +89,73 @@ def mixed_with_partners(
         # Flat, so that peaks of any shape get as far as the check that names them.
         flat = fn.reshape(fn.cast(peaks, dtype=types.FLOAT), shape=[-1])
         params = fn.cat(params, to_device(images.device, flat))
-    mix = functools.partial(_mix, function=function, columns=columns, **options)
-    layout = "HWC" if normalise is None else normalise.layout
-    if normalise is not None or (images.device == "cpu" and function in ("saliencymix", "cutmix")):
-        mix = functools.partial(mix, paste=_Paste(normalise))
-    images, lam = python_operator(mix, images, params, name=function, num_outputs=2, layouts=[layout])
+    mixing = _Mixing(options, columns, normalise)
+    images, lam = python_operator(
+        mixing,
+        images,
+        params,
+        name="mix" if policy else str(options.mode),
+        num_outputs=2,
+        layouts=["HWC" if normalise is None else normalise.layout],
+        stage=mixing.stage(),
+    )
     return images, labels, fn.permute_batch(labels, indices=source_index), lam
 
 
-def _mix(
-    images: Array,
-    params: Array,
-    *,
-    function: str,
-    columns: dict[str, int],
-    choice: Any = None,
-    paste: _Paste | None = None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """Return images and lam of a function of `core`, with what is packed in the columns of `params`, (N, P) float32."""
-    arrays, start = {}, 0
-    for name, width in columns.items():
-        arrays[name] = params[:, start : start + width]
-        start += width
-    if choice:
-        arrays |= choice(arrays["mode"], arrays["lam"])
-    else:
-        arrays["lam"] = arrays["lam"][:, 0]
-    # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
-    arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
-    if "peaks" in arrays:
-        arrays["peaks"] = params[:, start - columns["peaks"] :].astype("int64")  # the last; too many are refused later
-    mirror = arrays.pop("mirror", None)
-    if mirror is not None and is_host(array_namespace(mirror)):
-        wrong = mirror[(mirror != 0) & (mirror != 1)]
-        if wrong.size:
-            msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
-            raise ValueError(msg)
-    if paste is not None:
-        options["paste"] = functools.partial(paste, mirror=mirror, algorithm=options.get("algorithm", "auto"))
-    mixed = getattr(core, function)(images, **arrays, **options)
-    return mixed.images, mixed.lam
+def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
+    lam = fn.random.beta(alpha=alpha, beta=alpha)
+    return lam if mixed is None else mixed * lam + (1 - mixed)
 
 
-class _Paste:
-    """Makes the mixed images, or the normalised ones; in host memory in buffers that are used again."""
+class _Mixing:
+    """What DALI calls for each batch: mixes images as `options` say, with what is packed in columns of params."""
 
-    def __init__(self, normalise: Normalise | None) -> None:
-        self.normalise = normalise
-        if normalise is not None:
-            self._dtype = check_scaling(normalise.mean, normalise.std, normalise.dtype, normalise.layout)
+    def __init__(self, options: MixOptions, columns: dict[str, int], normalise: Normalise | None) -> None:
+        self._options = options
+        self._columns = columns
+        self._normalise = normalise
         self._buffers = Buffers()
 
-    def __call__(
-        self,
-        images: Array,
-        source_index: Array,
-        boxes: Array,
-        *,
-        source_boxes: Array | None,
-        mirror: Array | None,
-        algorithm: str,
+    def __call__(self, images: Array, params: Array) -> tuple[Array, Array]:
+        """Return the mixed images and lam; `params` are (N, P) float32."""
+        options = self._options
+        arrays, start = {}, 0
+        for name, width in self._columns.items():
+            arrays[name] = params[:, start : start + width]
+            start += width
+        if "mode" in arrays:
+            arrays |= _chosen(arrays["mode"], arrays["lam"], options)
+        else:
+            arrays["lam"] = arrays["lam"][:, 0]
+        # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
+        arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
+        if "peaks" in arrays:
+            # The last columns; too many are refused later.
+            arrays["peaks"] = params[:, start - self._columns["peaks"] :].astype("int64")
+        on_host = is_host(array_namespace(params))
+        mirror = arrays.pop("mirror", None)
+        if mirror is not None and on_host:
+            wrong = mirror[(mirror != 0) & (mirror != 1)]
+            if wrong.size:
+                msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
+                raise ValueError(msg)
+        paste = functools.partial(self._paste, mirror=mirror) if on_host or self._normalise is not None else None
+        mixed = apply(options, images, **arrays, paste=paste)
+        return mixed.images, mixed.lam
+
+    def _paste(
+        self, images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None, mirror: Array | None
     ) -> Array:
-        on_host = is_host(array_namespace(images))
-        if self.normalise is None:
+        """Make the mixed images, or the normalised ones; in host memory in buffers that are used again."""
+        xp = array_namespace(images)
+        on_host = is_host(xp)
+        if self._normalise is None:
             out = self._buffers.take(images.shape, images.dtype) if on_host else None
-            return paste_boxes(images, source_index, boxes, source_boxes=source_boxes, out=out)
-        mean, std, _, _, layout = self.normalise
-        out = self._buffers.take(normalised_shape(images.shape, layout), self._dtype) if on_host else None
-        return paste_normalised(
+            return pixels.paste(images, source_index, boxes, source_boxes=source_boxes, out=out)
+        mean, std, _, dtype, layout = self._normalise
+        pixels.check_channels(images.shape[3], mean, std)
+        shape = pixels.normalised_shape(images.shape, layout)
+        return pixels.paste_and_normalise(
             images,
             source_index,
             boxes,
@@ -125,21 +163,38 @@ class _Paste:
             mirror=None if mirror is None else mirror[:, 0] != 0,
             mean=mean,
             std=std,
-            dtype=self._dtype,
+            dtype=np.dtype(dtype),
             layout=layout,
-            algorithm=algorithm,
-            out=out,
+            kernel=uses_kernel(self._options.algorithm, xp),
+            out=self._buffers.take(shape, dtype) if on_host else None,
         )
 
+    def stage(self) -> Stage:
+        """Return what this is in a graph."""
+        options = self._options
+        looks_for_saliency = "saliencymix" in options.modes and "peaks" not in self._columns
+        return Stage(
+            "paste" if self._normalise is None else "paste and normalise",
+            self._leave_out_saliency if looks_for_saliency else None,
+        )
 
-def chosen(position: Array, lam: Array, *, modes: tuple[str, ...], choose: str) -> dict[str, Array]:
-    """Return mode and lam of each sample from positions in `modes` and one column of lam for each of these."""
+    def _leave_out_saliency(self) -> None:
+        self._options = replace(self._options, saliency=_no_saliency)
+
+
+def _no_saliency(images: Array) -> Array:
+    """Return constant maps (N, 8, 8): a detector that costs nothing."""
+    return array_namespace(images).zeros((len(images), 8, 8), dtype="float32")
+
+
+def _chosen(position: Array, lam: Array, options: MixOptions) -> dict[str, Array]:
+    """Return mode and lam of each sample from positions in the modes and one column of lam for each of these."""
     xp = array_namespace(position)
     position = position.astype("int64")
-    if choose == "batch":
+    if options.choose == "batch":
         position = xp.repeat(position[:1], len(position), axis=0)
     return {
-        "mode": constant(xp, _indices, modes)[position[:, 0]],
+        "mode": constant(xp, _indices, tuple(options.modes))[position[:, 0]],
         "lam": xp.take_along_axis(lam, position, axis=1)[:, 0],
     }
 

@@ -1,7 +1,7 @@
 """Python functions in a pipeline: whole batches in, whole batches out.
 
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
-apart with Python's lock held; `_bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
+apart with Python's lock held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
 no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
 it serves only with the versions of DALI in which it was tried. Both give the same batches. It is the default on a CPU;
 on a GPU `_algorithms.gpu_route` decides.
@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import math
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
 from dali_saliencymix._array import NO_CUPY
-from dali_saliencymix._dali import bridge as _bridge
+from dali_saliencymix._dali import bridge
 from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
 
@@ -42,8 +43,31 @@ _CACHE_LINE = 64  # bytes
 _MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What an operator of this package is in a graph: the attribute `stage` of its nodes' ``source``.
+
+    It is for whoever measures a pipeline and for nothing else.
+
+    Attributes
+    ----------
+    name : str
+        What it does, but for the saliency.
+    leave_out_saliency : callable, optional
+        Lets the operator use a detector that costs nothing, for good; None where it looks for no saliency.
+    """
+
+    name: str
+    leave_out_saliency: Callable[[], None] | None = None
+
+
 def python_operator(
-    function: Callable[..., Batches], *inputs: DataNode, name: str, num_outputs: int = 1, layouts: Sequence[str] = ()
+    function: Callable[..., Batches],
+    *inputs: DataNode,
+    name: str,
+    stage: Stage,
+    num_outputs: int = 1,
+    layouts: Sequence[str] = (),
 ) -> Any:
     """Put ``function(*batches) -> batches`` into the pipeline that is being defined.
 
@@ -58,6 +82,8 @@ def python_operator(
         All on one device.
     name : str
         What errors call the operator, where DALI lets it have a name.
+    stage : Stage
+        What it is in the graph.
     num_outputs : int
         Length of the tuple.
     layouts : sequence of str
@@ -84,13 +110,21 @@ def python_operator(
     if (device == "cpu" or gpu_route.whole_batches) and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         operator = _whole_batch_function()(limited, _module="dali_saliencymix.fn", _display_name=name, **options)
-        # On a GPU the memory that CuPy gives away is taken back by CuPy as soon as DALI or its user lets go of it,
-        # while they may still read it on streams of their own. DALI's copy, on this one, is the one to keep.
-        return operator(*inputs) if device == "cpu" else fn.copy(operator(*inputs))
+        nodes = _marked(operator(*inputs), stage)
+        # CuPy's pool may reuse a buffer once DALI or its user lets go of it, while they may still read it on streams of
+        # their own. DALI's copy, on this one, is the one to keep.
+        return nodes if device == "cpu" else fn.copy(nodes)
     if layouts:
         options["output_layouts"] = list(layouts)
-    on_samples = functools.partial(_bridge.on_samples, limited)
-    return fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
+    on_samples = functools.partial(bridge.on_samples, limited)
+    nodes = fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
+    return nodes if debugged else _marked(nodes, stage)
+
+
+def _marked(nodes: Any, stage: Stage) -> Any:
+    first = nodes[0] if isinstance(nodes, list | tuple) else nodes
+    first.source.stage = stage  # the operator, which all of its outputs share
+    return nodes
 
 
 def to_device(device: str, node: DataNode) -> DataNode:
@@ -127,7 +161,7 @@ def _on_gpu_tensors(function: Callable[..., Batches], stream: int, *tensors: Any
 
     # Of this kind CuPy does not destroy DALI's stream.
     lent = cupy.cuda.ExternalStream(stream)
-    return _bridge.in_lasting_thread(lent, cupy, _on_cupy_tensors, function, tensors)
+    return bridge.in_lasting_thread(lent, cupy, _on_cupy_tensors, function, tensors)
 
 
 def _on_cupy_tensors(function: Callable[..., Batches], tensors: tuple[Any, ...]) -> tuple[Any, ...]:

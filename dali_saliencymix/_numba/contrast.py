@@ -14,9 +14,7 @@ import numba
 import numpy as np
 
 from dali_saliencymix._array import Array, constant
-from dali_saliencymix.saliency.contrast import SURROUNDS
-from dali_saliencymix.saliency.grey import BLUE, GREEN, RED, SHIFT
-from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
+from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT, SURROUNDS, tap_indices, tap_weights
 
 _kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 

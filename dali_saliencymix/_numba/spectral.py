@@ -5,7 +5,7 @@ core's cache, and Python's lock is not needed in between. Maps differ from those
 transform is another one.
 
 Each step is a function of its own, with loops over a whole map that write to one array: LLVM uses the vector units of
-the CPU then. Spectra are transposed, (kx, ky): see `compiled_fft`.
+the CPU then. Spectra are transposed, (kx, ky): see `dali_saliencymix._numba.fft`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from dali_saliencymix._numba.fft import (
     transpose_half,
     twiddles,
 )
+from dali_saliencymix._tables import GAUSSIAN, MEAN, tap_indices, tap_weights
 from dali_saliencymix._threads import for_each_chunk
-from dali_saliencymix.saliency.reduction import tap_indices, tap_weights
-from dali_saliencymix.saliency.spectral import GAUSSIAN, MEAN
 
-SIZES = (32, 64)
+SIZES = ((32, 32), (64, 64))
 
 _CHUNK = 8  # images for one thread at a time: few enough that all threads end together
 

@@ -7,7 +7,6 @@ DALI overlaps it with others.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dali_saliencymix._array import Array, array_namespace
 from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
 
 MOST_STAGES = 9
@@ -83,8 +81,8 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     ends = _with_unique_names(_fewer(ends))
     cuts = []
     for name, category, count in ends:
-        if name == "saliency":  # a mixing operator that looks for it
-            pasting = "paste and normalise" if any(map(_normalises, operators)) else "paste"
+        if name == "saliency":  # an operator of this package that looks for it
+            pasting = next(stage.name for stage in map(_stage, operators) if stage and stage.leave_out_saliency)
             cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
     # The whole pipeline is itself, with all that is not on the way of the images.
@@ -184,6 +182,8 @@ def _is_small(schema: str) -> bool:
 def _described(operator: Any, schema: str) -> tuple[str, str]:
     """Return name and category of an operator that works on images."""
     lower = schema.lower()
+    if stage := _stage(operator):
+        return "saliency" if stage.leave_out_saliency else stage.name, "mix"
     if _reads(operator):
         return "read", "read"
     if lower.startswith(("decoders__", "imagedecoder", "experimental__decoders__")):
@@ -193,47 +193,21 @@ def _described(operator: Any, schema: str) -> tuple[str, str]:
     if lower == "cropmirrornormalize":
         return "normalise", "prep"
     if "pythonfunction" in lower or "jaxfunction" in lower:
-        return _described_python(operator)
+        return _described_python(operator), "prep"
     return schema, "prep"
 
 
-def _called(operator: Any) -> Any:
-    """Return the function that a Python operator was given."""
+def _stage(operator: Any) -> Any:
+    """Return what an operator of this package says of itself, a `dali_saliencymix._dali.operator.Stage`, or None."""
+    return getattr(operator, "stage", None)
+
+
+def _described_python(operator: Any) -> str:
+    """Name the function of a user's Python operator, which DALI has wrapped."""
     function = getattr(operator._op, "function", None)
-    # DALI wraps what ``fn.python_function`` is given, and leaves the function of its other operator as it is.
-    return inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else function
-
-
-def _normalises(operator: Any) -> bool:
-    """Tell whether this is a mixing operator that normalises along."""
-    return getattr(_all_arguments(_called(operator)).get("paste"), "normalise", None) is not None
-
-
-def _described_python(operator: Any) -> tuple[str, str]:
-    inner = _called(operator)
-    arguments = _all_arguments(inner)
-    if arguments.get("function") in {"saliencymix", "mix"} and "peaks" not in arguments.get("columns", {}):
-        return "saliency", "mix"
-    if arguments.get("function") in {"saliencymix", "mix", "cutmix", "mixup"}:
-        return "paste and normalise" if _normalises(operator) else "paste", "mix"
-    if "detector" in arguments:
-        return "saliency peaks", "mix"
-    if "smoothing" in arguments:
-        return "soft labels", "mix"
+    inner = inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else function
     name = getattr(inner, "__name__", None) or getattr(getattr(inner, "func", None), "__name__", None)
-    return (f"python function {name}" if name else "python function"), "prep"
-
-
-def _all_arguments(function: Any) -> dict[str, Any]:
-    """Return the keyword arguments that partials of this package's functions bind, also one within the other."""
-    if not hasattr(function, "func"):
-        return {}
-    found: dict[str, Any] = {}
-    if (getattr(function.func, "__module__", "") or "").startswith("dali_saliencymix."):
-        found |= function.keywords
-    for inner in function.args:
-        found |= _all_arguments(inner)
-    return found
+    return f"python function {name}" if name else "python function"
 
 
 def _fewer(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
@@ -260,40 +234,15 @@ def _with_unique_names(ends: list[tuple[str, str, int]]) -> list[tuple[str, str,
 
 def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = True) -> Any:
     """Return a new pipeline of the first `count` operators."""
-    with contextlib.nullcontext() if with_saliency else _free_saliency():
-        pipeline = _defined(define)
+    pipeline = _defined(define)
     outputs = _graph_outputs(pipeline)
     operators = _operators(outputs)
+    for stage in map(_stage, operators):
+        if stage and stage.leave_out_saliency and not with_saliency:
+            stage.leave_out_saliency()
     kept = {id(operator) for operator in operators[:count]}
     used = [node for operator in operators[count:] for node in _inputs(operator)] + outputs
     frontier = {node.name: node for node in used if id(node.source) in kept}
     pipeline._sinks = []  # such as debugging outputs, which would bring back what was cut off
     pipeline.set_outputs(*frontier.values())
     return pipeline
-
-
-@contextlib.contextmanager
-def _free_saliency() -> Iterator[None]:
-    """Let the mixing operators that are defined in here use a detector that costs nothing."""
-    from dali_saliencymix._dali import mix as _mix_operator
-
-    original = _mix_operator.mixed_with_partners
-
-    def with_free_detector(*nodes: Any, **options: Any) -> Any:
-        if "saliency" in options and not (len(nodes) > 4 and nodes[4] is not None):
-            options["saliency"] = _no_saliency
-            if "algorithm" in options:
-                options["algorithm"] = "auto"  # the only one for a function
-        return original(*nodes, **options)
-
-    _mix_operator.mixed_with_partners = with_free_detector
-    try:
-        yield
-    finally:
-        _mix_operator.mixed_with_partners = original
-
-
-def _no_saliency(images: Array) -> Array:
-    """Return constant maps (N, 8, 8)."""
-    xp = array_namespace(images)
-    return xp.zeros((len(images), 8, 8), dtype="float32")

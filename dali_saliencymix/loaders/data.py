@@ -33,7 +33,7 @@ from dali_saliencymix.loaders.torch import (
     TrainingBatches,
     ValidationBatches,
 )
-from dali_saliencymix.placement import resolve_placement
+from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.distributed import Processes
 
 DATASETS = ("folder", *CIFAR_DATASETS)
@@ -304,7 +304,7 @@ def _detector_before_padding(args: argparse.Namespace) -> str | None:
                 "could be one of the padding; --crop-padding 0 goes with it"
             )
             raise ValueError(msg)
-    return str(resolve_placement(args.preset, {"saliency": args.saliency}).saliency)
+    return str(MixOptions(preset=args.preset, saliency=args.saliency).saliency)
 
 
 @dataclass(frozen=True)

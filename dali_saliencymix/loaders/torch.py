@@ -19,13 +19,14 @@ from PIL import Image, ImageOps
 from torch.utils import data
 from torchvision.transforms import v2
 
-from dali_saliencymix import core, get_detector, saliency_peaks
+import dali_saliencymix as core
+from dali_saliencymix import get_detector, saliency_peaks
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.datasets.cifar import CifarImages
 from dali_saliencymix.datasets.image_folder import ImageFolder, why_unreadable
 from dali_saliencymix.draw import draw_mix_params
 from dali_saliencymix.loaders.dali import LoaderError
-from dali_saliencymix.placement import resolve_placement
+from dali_saliencymix.options import MixOptions
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 
@@ -91,8 +92,7 @@ class Mixing:
         elif self.mode == "mixup":
             mixed = mix()
         else:
-            given = {name: value for name, value in self.options.items() if name != "preset"}
-            at_random = resolve_placement(self.options["preset"], given).destination == "random"
+            at_random = MixOptions(**self.options).destination == "random"
             mixed = mix(peaks=peaks, point=drawn.point if at_random else None)
         return mixed.images, labels[drawn.source_index], mixed.lam
 

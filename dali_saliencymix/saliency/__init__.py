@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dali_saliencymix._array import array_namespace
 from dali_saliencymix._checks import check_choice
 from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.saliency.contrast import fine_grained, frequency_tuned
@@ -35,6 +36,7 @@ __all__ = [
     "get_detector",
     "image_signature",
     "phase_spectrum",
+    "saliency_maps",
     "spectral_residual",
 ]
 
@@ -79,3 +81,17 @@ def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detect
     if algorithm == "auto" or saliency not in _WITH_KERNELS:
         return detector
     return functools.partial(detector, algorithm=algorithm)
+
+
+def saliency_maps(images: Array, saliency: str | Detector, *, algorithm: str = "auto") -> Array:
+    """Return the maps that a detector makes of `images`; it may be the user's own, so look at what it returns."""
+    saliency_map = get_detector(saliency, algorithm=algorithm)(images)
+    shape: tuple[int, ...] = getattr(saliency_map, "shape", ())
+    if array_namespace(saliency_map) is not array_namespace(images) or len(shape) != 3 or shape[0] != len(images):
+        kind = type(saliency_map)
+        msg = (
+            f"saliency must return maps of shape ({len(images)}, h, w), in the array library of the images, "
+            f"got {kind.__module__}.{kind.__qualname__} of shape {shape}"
+        )
+        raise ValueError(msg)
+    return saliency_map

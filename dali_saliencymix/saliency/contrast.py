@@ -10,13 +10,11 @@ import numpy as np
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
 from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._tables import SURROUNDS
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import with_margin
 from dali_saliencymix.saliency.grey import luma
 from dali_saliencymix.saliency.lab import channel_planes, lab
-
-# Half the side of the square surrounds, in pixels whatever the size of the image.
-SURROUNDS = (12, 24, 28, 48, 56, 112)
 
 # Distance in L*a*b* that is left to rounding, which makes 2e-5. One pixel that is one level off in one channel
 # makes 2.6e-3, the least of 3000 colours tried.
@@ -69,12 +67,12 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     xp = check_images(images)
     if uses_kernel(algorithm, xp):
         if not is_host(xp):
-            from dali_saliencymix import _cuda as cuda
+            from dali_saliencymix import _cuda
 
-            return cuda.fine_grained(images)
-        from dali_saliencymix._numba import contrast as compiled
+            return _cuda.fine_grained(images)
+        from dali_saliencymix._numba import contrast
 
-        return in_chunks(compiled.fine_grained, images, 4)
+        return in_chunks(contrast.fine_grained, images, 4)
     # On a CPU the sums of one image fit the cache and those of a batch do not: one by one is several times as fast.
     return in_chunks(_fine_grained, images, 1) if is_host(xp) else _fine_grained(images)
 

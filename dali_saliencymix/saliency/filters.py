@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._tables import gaussian_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,9 +59,3 @@ def filter_matrix(size: int, weights: np.ndarray) -> np.ndarray:
 def gaussian_matrix(size: int, sigma: float, reach: int) -> np.ndarray:
     """Return the matrix that applies a Gaussian cut off at `reach` pixels."""
     return filter_matrix(size, gaussian_weights(sigma, reach))
-
-
-def gaussian_weights(sigma: float, reach: int) -> np.ndarray:
-    """Return the weights of a Gaussian cut off at `reach` pixels, (2 * reach + 1,), which sum to 1."""
-    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
-    return weights / weights.sum()

@@ -6,11 +6,8 @@ Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1; grey images are (
 from __future__ import annotations
 
 from dali_saliencymix._array import Array, array_namespace
+from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT
 from dali_saliencymix.saliency.reduction import reduced
-
-# Rec. 601 luma weights in units of 2**-15, for RGB order. OpenCV's cvtColor gives the same grey level for each of
-# the 2**24 colours.
-RED, GREEN, BLUE, SHIFT = 9798, 19235, 3735, 15
 
 
 def luma(images: Array) -> Array:

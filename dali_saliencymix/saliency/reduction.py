@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._tables import tap_indices, tap_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,19 +35,3 @@ def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Ar
     weight = constant(xp, tap_weights, full_height, height)[:, None]
     taps = taps[..., :height, :] * (256 - weight) + taps[..., height:, :] * weight
     return (taps + (1 << 15)) >> 16
-
-
-def _tap_centres(size: int, reduced: int) -> np.ndarray:
-    return (np.arange(reduced) + 0.5) * (size / reduced) - 0.5
-
-
-def tap_indices(size: int, reduced: int) -> np.ndarray:
-    """Index of the lower neighbour of each sample, then of the upper one: (2 * reduced,)."""
-    lower = np.floor(_tap_centres(size, reduced)).astype(np.int64)
-    return np.concatenate([lower, lower + 1]).clip(0, size - 1)
-
-
-def tap_weights(size: int, reduced: int) -> np.ndarray:
-    """Weight of each upper neighbour in units of 1/256: (reduced,) int32."""
-    centres = _tap_centres(size, reduced)
-    return np.rint((centres - np.floor(centres)) * 256).astype(np.int32)

@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace, constant, fft_module, is_host
+from dali_saliencymix._array import Array, Namespace, array_namespace, constant, fft_module, is_host
 from dali_saliencymix._checks import check_images
 from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._tables import GAUSSIAN, MAP_SIZE, MEAN
 from dali_saliencymix._threads import in_chunks
-from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix, gaussian_weights
+from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix
 from dali_saliencymix.saliency.grey import small_luma
 from dali_saliencymix.saliency.lab import lab, small_planes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_MAP_SIZE = 64
-# Filters of spectral_residual along one axis: weights of the centre and outwards.
-MEAN = (1 / 3, 1 / 3)
-GAUSSIAN = tuple(float(weight) for weight in gaussian_weights(8.0, 2)[2:])
 
 _CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads wait for Python's lock
 
@@ -63,7 +59,7 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel, whose maps differ by rounding: compiled by Numba on a CPU, for maps of 64x64 and
-        32x32, or in CUDA. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        32x32, or in CUDA, for those of 64x64. ``"auto"`` takes the kernel on a CPU where Numba is installed.
 
     Returns
     -------
@@ -98,17 +94,19 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     (1, 64, 64)
     """
     xp = check_images(images)
-    if uses_kernel(algorithm, xp):
-        if not is_host(xp):
-            from dali_saliencymix import _cuda as cuda
+    kernel = uses_kernel(algorithm, xp)
+    if kernel:
+        size = _map_size(images)
+        if is_host(xp):
+            from dali_saliencymix._numba import spectral
 
-            return cuda.spectral_residual(images)
-        from dali_saliencymix._numba import spectral as compiled_spectral
+            if size in spectral.SIZES:
+                return spectral.spectral_residual(images, size[0])
+        elif size == (MAP_SIZE, MAP_SIZE):
+            from dali_saliencymix import _cuda
 
-        height, width = _map_size(images)
-        if height == width and width in compiled_spectral.SIZES:
-            return compiled_spectral.spectral_residual(images, width)
-    return _of_small_luma(_spectral_residual, images, algorithm)
+            return _cuda.spectral_residual(images)
+    return _of_small_luma(_spectral_residual, images, xp, kernel=kernel)
 
 
 def _spectral_residual(grey: Array) -> Array:
@@ -170,7 +168,8 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
     >>> saliency_map.shape, float(saliency_map[0, 40:48, 10:16].max())
     ((1, 64, 64), 1.0)
     """
-    return _of_small_luma(_phase_spectrum, images, algorithm)
+    xp = check_images(images)
+    return _of_small_luma(_phase_spectrum, images, xp, kernel=uses_kernel(algorithm, xp))
 
 
 def _phase_spectrum(grey: Array) -> Array:
@@ -246,18 +245,17 @@ def image_signature(images: Array) -> Array:
     return (saliency_map - lowest) / xp.where(flat, xp.float32(1), highest - lowest) * ~flat
 
 
-def _of_small_luma(detector: Callable[[Array], Array], images: Array, algorithm: str) -> Array:
+def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namespace, *, kernel: bool) -> Array:
     """Return ``detector(grey)`` of the grey levels of `images`, reduced to (N, h, w) float32."""
-    xp = check_images(images)
     size = _map_size(images)
-    if uses_kernel(algorithm, xp):
+    if kernel:
         if not is_host(xp):
-            from dali_saliencymix import _cuda as cuda
+            from dali_saliencymix import _cuda
 
-            return detector(cuda.small_luma(images, *size).astype(xp.float32))
-        from dali_saliencymix._numba import contrast as compiled
+            return detector(_cuda.small_luma(images, *size).astype(xp.float32))
+        from dali_saliencymix._numba import contrast
 
-        return in_chunks(lambda chunk: detector(compiled.small_luma(chunk, *size)), images, _CHUNK)
+        return in_chunks(lambda chunk: detector(contrast.small_luma(chunk, *size)), images, _CHUNK)
 
     def detect(chunk: Array) -> Array:
         return detector(small_luma(chunk, *size).astype(xp.float32))
@@ -296,7 +294,7 @@ def _mirrored_sign(height: int, width: int) -> np.ndarray:
 
 
 def _map_size(images: Array) -> tuple[int, int]:
-    return min(_MAP_SIZE, images.shape[1]), min(_MAP_SIZE, images.shape[2])
+    return min(MAP_SIZE, images.shape[1]), min(MAP_SIZE, images.shape[2])
 
 
 def _normalised(saliency_map: Array, grey: Array) -> Array:

@@ -10,10 +10,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dali_saliencymix.boxes import BOXES
 from dali_saliencymix.datasets.image_folder import why_unreadable
-from dali_saliencymix.draw import MODES
-from dali_saliencymix.placement import DESTINATIONS, PRESETS, SOURCES
+from dali_saliencymix.options import BOXES, DESTINATIONS, MODES, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 from dali_saliencymix.training.models import model_names
 from dali_saliencymix.training.robustness import DEFAULT_EPSILON, read_epsilon

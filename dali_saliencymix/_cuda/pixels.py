@@ -1,16 +1,15 @@
-"""The pixels of a mixed batch: `dali_saliencymix.pixels` and `dali_saliencymix.normalise` in CUDA.
+"""The pixels of a mixed batch: `dali_saliencymix.pixels` in CUDA.
 
 Images are (N, H, W, C) CuPy arrays; a batch whose images lie apart is read where it is. Nothing is modified.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, constant, is_host
-from dali_saliencymix._checks import check_array, check_boxes, check_images, check_out, check_source_index
+from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
 from dali_saliencymix._cuda.launch import (
     GIVEN,
     Launch,
@@ -20,10 +19,6 @@ from dali_saliencymix._cuda.launch import (
     prepared,
     with_image_stride,
 )
-from dali_saliencymix.normalise import check_normalisation, normalised_shape, scaling
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _PASTE_THREADS, _PASTE_CHUNKS = 256, 4  # as in paste.cu
 
@@ -46,8 +41,7 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     ndarray of shape (N, H, W, C)
         A new array of the dtype of `images`: the same as from the array function.
     """
-    xp = check_array(images, "images")
-    _check_boxes_of(images, source_index, boxes, source_boxes, xp)
+    xp = array_namespace(images)
     mixed = xp.empty(images.shape, images.dtype)
     if not mixed.size:
         return mixed
@@ -75,42 +69,24 @@ def paste_normalised(
     images: Array,
     source_index: Array,
     boxes: Array,
-    *,
-    source_boxes: Array | None = None,
-    mirror: Array | None = None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: Any = "float32",
-    layout: str = "CHW",
-    out: Array | None = None,
-) -> Array:
-    """Return mixed images, mirrored, normalised and in the layout of a network, in one pass over the pixels.
+    source_boxes: Array | None,
+    mirror: Array | None,
+    scaling: Array,
+    layout: str,
+    out: Array,
+) -> None:
+    """Do what `dali_saliencymix.paste_normalised` does, to the bit, in one pass over the pixels, into `out`.
 
-    Parameters
-    ----------
-    images, source_index, boxes, source_boxes, mirror, mean, std, dtype, layout, out
-        As for `dali_saliencymix.normalise.paste_normalised`. An index outside the batch counts around it.
-
-    Returns
-    -------
-    ndarray of shape (N, C, H, W) or (N, H, W, C), float32 or float16
-        The same bits as from the array function: a new array, or `out`.
+    `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then. An index outside the
+    batch counts around it.
     """
-    xp = check_images(images)
-    _check_boxes_of(images, source_index, boxes, source_boxes, xp)
-    dtype = check_normalisation(images, mirror, mean, std, dtype, layout)
-    shape = normalised_shape(images.shape, layout)
-    if out is None:
-        out = xp.empty(shape, dtype)
-    else:
-        check_out(out, xp, shape, dtype)
+    xp = array_namespace(images)
     images, stride = with_image_stride(images, xp)
     source_index, step = index_with_step(source_index)
     if mirror is not None:
         mirror = xp.ascontiguousarray(mirror if mirror.dtype == np.bool_ else mirror != 0)
-    launch = _paste_normalised(xp, images.shape, stride, step, tuple(mean), tuple(std), dtype, layout)
-    launch(images, source_index, int32_rows(boxes, xp), int32_rows(source_boxes, xp), mirror, out)
-    return out
+    launch = _paste_normalised(xp, images.shape, stride, step, out.dtype, layout)
+    launch(images, source_index, int32_rows(boxes, xp), int32_rows(source_boxes, xp), mirror, scaling, out)
 
 
 @prepared
@@ -119,8 +95,6 @@ def _paste_normalised(
     shape: tuple[int, int, int, int],
     stride: int,
     index_step: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     dtype: np.dtype[Any],
     layout: str,
 ) -> Launch:
@@ -129,19 +103,7 @@ def _paste_normalised(
     batch = (GIVEN, *shape, np.int64(stride))
     patches = (GIVEN, index_step, GIVEN, GIVEN, GIVEN)
     kernel = f"paste_normalised:paste_normalised_{dtype.name}_{layout}"
-    return Launch(xp, kernel, count * blocks, 256, *batch, *patches, constant(xp, scaling, mean, std), blocks, GIVEN)
-
-
-def _check_boxes_of(
-    images: Array, source_index: Array, boxes: Array, source_boxes: Array | None, xp: Namespace
-) -> None:
-    if images.ndim != 4:
-        msg = f"images must have shape (N, H, W, C), got {images.shape}"
-        raise ValueError(msg)
-    check_source_index(source_index, xp, len(images))
-    check_boxes(boxes, "boxes", xp, *images.shape[:3])
-    if source_boxes is not None:
-        check_boxes(source_boxes, "source_boxes", xp, *images.shape[:3])
+    return Launch(xp, kernel, count * blocks, 256, *batch, *patches, GIVEN, blocks, GIVEN)
 
 
 def _address(array: Array, xp: Namespace) -> int:

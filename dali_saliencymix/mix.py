@@ -1,0 +1,546 @@
+"""Whole batches in, whole batches out: the mixing functions on arrays, without DALI and without randomness.
+
+Images are (N, H, W, C) uint8 in NumPy or CuPy; all other arrays of a call belong to the same library. With CuPy all
+work is enqueued on the current stream and nothing waits for the GPU. CuPy keeps FFT plans for each thread, and a plan
+has one work area: use one stream in a thread, or synchronise the streams.
+
+Arguments are checked here, once, and here it is chosen what computes: array functions or kernels. What is called from
+here trusts its arguments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dali_saliencymix._array import Array, Namespace, constant, is_host
+from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
+from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._tables import MAP_SIZE
+from dali_saliencymix.boxes import find_peaks, move_boxes, place_boxes, scale_points, share_outside
+from dali_saliencymix.options import MODES, SOURCES, MixOptions, check_with_peaks
+from dali_saliencymix.pixels import blend, paste
+from dali_saliencymix.saliency import saliency_maps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dali_saliencymix.saliency import Detector
+
+    Paste = Callable[..., Array]
+
+
+class Mixed(NamedTuple):
+    """A mixed batch.
+
+    Attributes
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        The mixed images, a new array; what `paste` made where it was given.
+    lam : ndarray of shape (N,), float32
+        Weight of each receiving image's label. Where a box was pasted, it is exactly the share of the pixels outside
+        the box.
+    boxes : ndarray of shape (N, 4), int32
+        Where the source's pixels are: (y0, x0, y1, x1), half-open. All 0 where nothing was pasted.
+    source_boxes : ndarray of shape (N, 4), int32
+        Where in the source they were taken from.
+    """
+
+    images: Array
+    lam: Array
+    boxes: Array
+    source_boxes: Array
+
+
+def saliencymix(
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    *,
+    preset: str = "default",
+    saliency: str | Detector | None = None,
+    source: str | None = None,
+    destination: str | None = None,
+    box: str | None = None,
+    per_batch: bool | None = None,
+    peaks: Array | None = None,
+    point: Array | None = None,
+    algorithm: str = "auto",
+    paste: Paste | None = None,
+) -> Mixed:
+    """Cut the most salient part out of each image's source and paste it into the image.
+
+    Parameters
+    ----------
+    images : ndarray of shape (N, H, W, C), uint8
+        RGB images, or grey ones with C = 1. Not modified.
+    source_index : ndarray of shape (N,), integer
+        Image `i` receives from ``images[source_index[i]]``. On a GPU the values are not checked.
+    lam : ndarray of shape (N,), floating
+        Share of each receiving image to keep, in [0, 1]; 1 leaves it as it is.
+    preset : {"default", "paper", "released-code"}
+        What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
+        ``"paper"`` takes fine_grained instead; ``"released-code"`` has moreover ``box="clip"`` and ``per_batch=True``.
+    saliency : str or callable, optional
+        Name of a detector in `DETECTORS`, or a function from images (N, H, W, C) uint8 to maps (N, h, w), larger
+        where more salient. On a CPU it is asked for the images that are needed only.
+    source : {"salient", "non_salient"}, optional
+        Cut around the most or the least salient pixel of the source.
+    destination : {"corresponding", "salient", "non_salient", "random"}, optional
+        Paste at the same place, around the most or the least salient pixel of the receiver, or around `point`.
+    box : {"fit", "clip"}, optional
+        ``"fit"`` moves a box that would stick out of the source inside, ``"clip"`` cuts it off; see `boxes_at`. At
+        another place than the corresponding one the patch keeps its size and is moved inside.
+    per_batch : bool, optional
+        If true, ``lam[0]`` and the boxes of image 0 and its source serve all images.
+    peaks : ndarray of shape (N, 2), integer, optional
+        Most salient pixel (y, x) of each image, where it is known already: in place of `saliency`.
+    point : ndarray of shape (N, 2), floating, optional
+        Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
+    algorithm : {"auto", "array", "kernel"}
+        Array operations or kernels, for the steps that have one: see `fine_grained`. On a GPU ``"auto"`` means array
+        operations: the CUDA kernels have not been measured yet.
+    paste : callable, optional
+        What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``,
+        such as `paste_normalised` with its options bound; by default `paste_boxes`.
+
+    Returns
+    -------
+    Mixed
+        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape, value or name, or arguments contradict each other. Images
+        that are not uint8 are refused.
+
+    Notes
+    -----
+    Uddin et al., "SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization", ICLR 2021;
+    the schemes are those of its section 3.4, and salient to random, which the released code once had. The paper found
+    salient to corresponding best.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> images = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    >>> mixed = saliencymix(images, np.array([1, 2, 3, 0]), np.full(4, 0.75, np.float32))
+    >>> mixed.lam.tolist()
+    [0.75, 0.75, 0.75, 0.75]
+    """
+    options = MixOptions(
+        preset=preset,
+        saliency=saliency,
+        source=source,
+        destination=destination,
+        box=box,
+        per_batch=per_batch,
+        algorithm=algorithm,
+    )
+    if peaks is not None:
+        check_with_peaks(options, saliency)
+    if (point is None) is (options.destination == "random"):
+        rule = "be given with" if point is None else "be left out without"
+        msg = f"point must {rule} destination='random', got destination={options.destination!r}"
+        raise ValueError(msg)
+    return apply(options, images, source_index, lam, point=point, peaks=peaks, paste=paste)
+
+
+def cutmix(
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    point: Array,
+    *,
+    box: str = "clip",
+    per_batch: bool = False,
+    paste: Paste | None = None,
+) -> Mixed:
+    """Cut a box around a given point out of each image's source and paste it at the same place.
+
+    Parameters
+    ----------
+    images, source_index, lam, per_batch, paste
+        As for `saliencymix`.
+    point : ndarray of shape (N, 2), floating
+        Centre of each box as fractions (y, x) of height and width, in [0, 1]; drawn uniformly for CutMix.
+    box : {"fit", "clip"}
+        ``"clip"``, the default, is CutMix.
+
+    Returns
+    -------
+    Mixed
+        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape, value or name.
+
+    Notes
+    -----
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
+    with a box and a weight for each sample.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.arange(2, dtype=np.uint8).repeat(64).reshape(2, 8, 8, 1)
+    >>> mixed = cutmix(images, np.array([1, 0]), np.array([0.75, 1.0]), np.full((2, 2), 0.5))
+    >>> mixed.boxes.tolist(), mixed.lam.tolist()
+    ([[2, 2, 6, 6], [0, 0, 0, 0]], [0.75, 1.0])
+    """
+    options = MixOptions(modes={"cutmix": 1.0}, box=box, per_batch=per_batch)
+    return apply(options, images, source_index, lam, point=point, paste=paste)
+
+
+def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = False) -> Mixed:
+    """Blend each image with its source: `lam` of the image, 1 - `lam` of the source.
+
+    Parameters
+    ----------
+    images, source_index
+        As for `saliencymix`.
+    lam : ndarray of shape (N,), floating
+        Weight of each receiving image, in [0, 1].
+    per_batch : bool
+        If true, ``lam[0]`` serves all images.
+
+    Returns
+    -------
+    Mixed
+        Named tuple (images, lam, boxes, source_boxes); `lam` as it was given, and no boxes: they are all 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape or value.
+
+    Notes
+    -----
+    See `blend_images`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = np.array([0, 100], np.uint8).reshape(2, 1, 1, 1)
+    >>> mixed = mixup(images, np.array([1, 0]), np.array([0.75, 0.5], np.float32))
+    >>> mixed.images.ravel().tolist(), mixed.lam.tolist()
+    ([25, 50], [0.75, 0.5])
+    """
+    options = MixOptions(modes={"mixup": 1.0}, per_batch=per_batch)
+    return apply(options, images, source_index, lam)
+
+
+def mix(
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    mode: Array,
+    point: Array,
+    *,
+    preset: str = "default",
+    saliency: str | Detector | None = None,
+    source: str | None = None,
+    destination: str | None = None,
+    box: str | None = None,
+    per_batch: bool | None = None,
+    peaks: Array | None = None,
+    algorithm: str = "auto",
+) -> Mixed:
+    """Mix each image in a way of its own: saliencymix, cutmix or mixup.
+
+    Parameters
+    ----------
+    images, source_index, lam
+        As for `saliencymix`.
+    mode : ndarray of shape (N,), integer
+        Index into `MODES`: 0 for saliencymix, 1 for cutmix, 2 for mixup. On a GPU, where the values are not checked,
+        an image with any other mode stays as it is.
+    point : ndarray of shape (N, 2), floating
+        Fractions (y, x) of height and width, in [0, 1], drawn uniformly: the centre of a cutmix box, and the place of
+        a saliencymix patch with ``destination="random"``.
+    preset, saliency, source, destination, box, peaks, algorithm
+        As for `saliencymix`, and for its samples only: cutmix boxes are clipped.
+    per_batch : bool, optional
+        If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source serve all images.
+
+    Returns
+    -------
+    Mixed
+        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes where there is one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has the wrong type, dtype, shape, value or name, or arguments contradict each other.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+    >>> lam, point = np.full(3, 0.75, np.float32), np.full((3, 2), 0.5)
+    >>> mixed = mix(images, np.array([1, 2, 0]), lam, np.array([0, 1, 2]), point)
+    >>> mixed.boxes[1:].tolist()
+    [[8, 8, 24, 24], [0, 0, 0, 0]]
+    """
+    options = MixOptions(
+        preset=preset,
+        saliency=saliency,
+        source=source,
+        destination=destination,
+        box=box,
+        per_batch=per_batch,
+        algorithm=algorithm,
+    )
+    if peaks is not None:
+        check_with_peaks(options, saliency)
+    return apply(options, images, source_index, lam, mode, point, peaks=peaks)
+
+
+def apply(
+    options: MixOptions,
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    mode: Array | None = None,
+    point: Array | None = None,
+    *,
+    peaks: Array | None = None,
+    paste: Paste | None = None,
+) -> Mixed:
+    """Mix a batch as `options` say: what all mixing functions, DALI operators and loaders call.
+
+    Parameters
+    ----------
+    options : MixOptions
+        How to mix. Without `mode` it has one mode.
+    images, source_index, lam, mode, point, peaks, paste
+        As for `mix` and `saliencymix`. A `point` that the mode has no use for is not looked at.
+    """
+    xp = check_mixing(images, source_index, lam)
+    count = len(images)
+    if mode is not None:
+        check_per_image(mode, "mode", xp, count, "iu")
+        check_range(mode, "mode", 0, len(MODES) - 1, f"in [0, {len(MODES)}), which are {', '.join(MODES)}")
+    elif options.mode is None:
+        msg = f"mode must be given where there are several modes: {', '.join(options.modes)}"
+        raise ValueError(msg)
+    at_random = options.mode == "saliencymix" and options.destination == "random"
+    if mode is not None or options.mode == "cutmix" or at_random:
+        check_fractions(point, "point", xp, count)
+    if peaks is not None:
+        check_points(peaks, "peaks", xp, count, *images.shape[1:3])
+    kernel = uses_kernel(options.algorithm, xp)
+    if mode is not None:
+        return _mix(options, images, source_index, lam, mode, point, peaks, xp, kernel=kernel)
+    if options.mode == "mixup":
+        return _mixup(options, images, source_index, lam, xp)
+    if options.mode == "cutmix":
+        boxes = _boxes_around_points(images, point, lam, options.box, xp)
+        boxes, source_boxes = _first_for_all(boxes, xp) if options.per_batch else boxes, None
+    elif kernel and not is_host(xp) and not options.per_batch:
+        return _saliencymix_in_kernels(options, images, source_index, lam, point, peaks, xp, paste)
+    else:
+        wanted = lam < 1
+        boxes, source_boxes = _salient_boxes(
+            options, images, source_index, lam, wanted, point, peaks, xp, kernel=kernel
+        )
+    return _pasted(images, source_index, boxes, source_boxes, xp, paste)
+
+
+def _mixup(options: MixOptions, images: Array, source_index: Array, lam: Array, xp: Namespace) -> Mixed:
+    lam = (_first_for_all(lam, xp) if options.per_batch else lam).astype(xp.float32)
+    no_boxes = xp.zeros((len(images), 4), xp.int32)
+    return Mixed(blend(images.copy(order="K"), images, source_index, lam), lam, no_boxes, no_boxes)
+
+
+def _mix(
+    options: MixOptions,
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    mode: Array,
+    point: Array,
+    peaks: Array | None,
+    xp: Namespace,
+    *,
+    kernel: bool,
+) -> Mixed:
+    if options.per_batch:
+        lam, mode, point = (_first_for_all(array, xp) for array in (lam, mode, point))
+    by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
+    wanted = by_saliency[:, 0] & (lam < 1)
+    boxes, source_boxes = _salient_boxes(options, images, source_index, lam, wanted, point, peaks, xp, kernel=kernel)
+    around_point = xp.where(by_point, _boxes_around_points(images, point, lam, "clip", xp), 0)
+    boxes = xp.where(by_saliency, boxes, around_point)
+    if source_boxes is not None:
+        source_boxes = xp.where(by_saliency, source_boxes, around_point)
+    mixed = _pasted(images, source_index, boxes, source_boxes, xp)
+    weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
+    pixels = blend(mixed.images, images, source_index, weight)
+    return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
+
+
+def _pasted(
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    source_boxes: Array | None,
+    xp: Namespace,
+    paste_them: Paste | None = None,
+) -> Mixed:
+    # An empty box can lie anywhere: let all of them look the same.
+    covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
+    boxes = xp.where(covers, boxes, 0)
+    if source_boxes is not None:
+        source_boxes = xp.where(covers, source_boxes, 0)
+    mixed = (paste_them or paste)(images, source_index, boxes, source_boxes=source_boxes)
+    lam = share_outside(boxes, *images.shape[1:3], xp)
+    return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
+
+
+def _salient_boxes(
+    options: MixOptions,
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    wanted: Array,
+    point: Array | None,
+    peaks: Array | None,
+    xp: Namespace,
+    *,
+    kernel: bool,
+) -> tuple[Array, Array | None]:
+    """Return the boxes in the receivers, and those of the same sizes in the sources; None where they are the same.
+
+    `wanted`, (N,) bool, says which boxes are needed; the others are any boxes of the right size.
+    """
+    count = len(images)
+    if options.per_batch:
+        rows: Any = slice(1)
+    elif not is_host(xp) or wanted.all():
+        rows = slice(count)
+    else:  # on a CPU the maps that nobody needs are worth leaving out
+        rows = np.flatnonzero(wanted)
+        if not len(rows):
+            return np.zeros((count, 4), np.int32), None
+    receivers = constant(xp, np.arange, count)[rows]
+    pairs = receivers, source_index[rows], lam[rows], None if point is None else point[rows]
+    boxes, source_boxes = _boxes_of_pairs(options, images, *pairs, peaks, xp, kernel=kernel)
+
+    def for_all(boxes: Array) -> Array:
+        if options.per_batch:
+            return _first_for_all(boxes, xp, count)
+        if isinstance(rows, slice):
+            return boxes
+        scattered = np.zeros((count, 4), np.int32)
+        scattered[rows] = boxes
+        return scattered
+
+    return for_all(boxes), None if source_boxes is None else for_all(source_boxes)
+
+
+def _boxes_of_pairs(
+    options: MixOptions,
+    images: Array,
+    receivers: Array,
+    sources: Array,
+    lam: Array,
+    point: Array | None,
+    peaks: Array | None,
+    xp: Namespace,
+    *,
+    kernel: bool,
+) -> tuple[Array, Array | None]:
+    """Return the boxes of some pairs of images; all arrays but `images` and `peaks` have one entry for each pair."""
+    size = images.shape[1:3]
+    asked = {"sources": (sources, options.source)}
+    if options.destination in SOURCES:
+        asked["receivers"] = (receivers, options.destination)
+    if peaks is not None:
+        found = {name: peaks[index] for name, (index, _) in asked.items()}
+    else:
+        found = _salient_points(options, images, asked, xp, kernel=kernel)
+    source_boxes = place_boxes(found["sources"], lam, *size, xp, box=options.box)
+    if options.destination == "corresponding":
+        return source_boxes, None
+    centres = scale_points(point, *size, xp) if options.destination == "random" else found["receivers"]
+    return move_boxes(source_boxes, centres, *size, xp), source_boxes
+
+
+def _salient_points(
+    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], xp: Namespace, *, kernel: bool
+) -> dict[str, Array]:
+    """Return the most or least salient pixels of the images that are asked for by index."""
+    index = xp.concatenate([index for index, _ in asked.values()])
+    position = index
+    if is_host(xp):
+        needed, position = np.unique(index, return_inverse=True)  # no map is computed twice
+        images = images if len(needed) == len(images) else images[needed]
+    elif len(index) < len(images):
+        images, position = images[index], xp.arange(len(index))
+    maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
+    found = {
+        which: find_peaks(maps, *images.shape[1:3], xp, least=which == "non_salient", kernel=kernel)
+        for _, which in asked.values()
+    }
+    # All parts have one entry for each pair.
+    positions = position.reshape(len(asked), -1)
+    return {name: found[which][places] for (name, (_, which)), places in zip(asked.items(), positions, strict=True)}
+
+
+def _saliencymix_in_kernels(
+    options: MixOptions,
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    point: Array | None,
+    peaks: Array | None,
+    xp: Namespace,
+    paste_them: Paste | None,
+) -> Mixed:
+    """Do it in CUDA: with `spectral_residual` or `fine_grained` in 3 or 7 launches, without a map in memory.
+
+    Maps of `spectral_residual` come through another FFT, so near ties can be decided otherwise; all else has the same
+    bits.
+    """
+    from dali_saliencymix import _cuda
+
+    size = images.shape[1:3]
+
+    def peaks_at(which: str) -> Array:
+        if peaks is not None:
+            return peaks
+        least = which == "non_salient"
+        if options.saliency == "fine_grained":
+            return _cuda.fine_grained_peaks(images, least=least)
+        if options.saliency == "spectral_residual" and min(size) >= MAP_SIZE:
+            return _cuda.spectral_residual_peaks(images, *size, least=least)
+        maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
+        return find_peaks(maps, *size, xp, least=least, kernel=True)
+
+    own = peaks_at(options.source)
+    centres = None
+    if options.destination == "random":
+        centres = scale_points(point, *size, xp)
+    elif options.destination in SOURCES:
+        centres = own if options.destination == options.source else peaks_at(options.destination)
+    boxes, source_boxes, kept = _cuda.boxes_at_peaks(own, source_index, lam, *size, box=options.box, centres=centres)
+    origins = None if centres is None else source_boxes
+    mixed = (paste_them or _cuda.paste_boxes)(images, source_index, boxes, source_boxes=origins)
+    return Mixed(mixed, kept, boxes, source_boxes)
+
+
+def _boxes_around_points(images: Array, point: Array, lam: Array, box: str, xp: Namespace) -> Array:
+    """Return CutMix boxes: around `point`, which is fractions of the image."""
+    size = images.shape[1:3]
+    return place_boxes(scale_points(point, *size, xp), lam, *size, xp, box=box)
+
+
+def _first_for_all(array: Array, xp: Namespace, count: int | None = None) -> Array:
+    return xp.repeat(array[:1], len(array) if count is None else count, axis=0)
