@@ -25,7 +25,7 @@ from benchmarks import machine, measure, opencv, peers
 from benchmarks.record import Record
 from dali_saliencymix import _cuda as cuda
 from dali_saliencymix._routes import on_gpu
-from dali_saliencymix.normalise import paste_normalised
+from dali_saliencymix.pixels import paste_normalised
 
 _NUM_CLASSES = 1000
 _ROTATED_BYTES = 256 * 2**20  # several times the cache of a GPU

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from dali_saliencymix._dali import operator as _python_operator
+from dali_saliencymix._dali import operator
 
 
 class Call(NamedTuple):
@@ -31,7 +31,7 @@ def recorded_calls() -> Iterator[list[Call]]:
     What DALI does around a call, such as making an array of each sample, is not part of it.
     """
     calls: list[Call] = []
-    original = _python_operator._limited
+    original = operator._limited
 
     def timed(*arguments: Any) -> Any:
         wall, cpu = time.perf_counter(), time.thread_time()
@@ -40,7 +40,7 @@ def recorded_calls() -> Iterator[list[Call]]:
         return made
 
     # What every operator of the package is called through, whoever puts it into the pipeline.
-    with mock.patch.object(_python_operator, "_limited", timed):
+    with mock.patch.object(operator, "_limited", timed):
         yield calls
 
 

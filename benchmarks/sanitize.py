@@ -21,7 +21,8 @@ import numpy as np
 
 from benchmarks import machine, measure
 from dali_saliencymix import _cuda as cuda
-from dali_saliencymix.normalise import DTYPES, LAYOUTS
+from dali_saliencymix._tables import MAP_SIZE, scaling
+from dali_saliencymix.pixels import DTYPES, LAYOUTS
 
 # An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
@@ -51,13 +52,14 @@ def launch_every_kernel(xp: Any) -> None:
         cuda.paste_boxes(images, source_index, boxes)
         cuda.paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
         mirror = xp.asarray(np.arange(count) % 2 == 1)
-        scaling = {"mean": [120.0] * channels, "std": [60.0] * channels}
+        tables = xp.asarray(scaling((120.0,) * channels, (60.0,) * channels))
         for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-            options = {"source_boxes": source_boxes, "mirror": mirror, "dtype": dtype, "layout": layout}
-            cuda.paste_normalised(images, source_index, boxes, **options, **scaling)
+            patches = images, source_index, boxes, source_boxes, mirror
+            cuda.paste_normalised(*patches, tables, np.dtype(dtype), layout)
         cuda.small_luma(images, min(height, 64), min(width, 64))
-        cuda.spectral_residual(images)
-        cuda.spectral_residual_peaks(images, height, width)
+        if min(height, width) >= MAP_SIZE:
+            cuda.spectral_residual(images)
+            cuda.spectral_residual_peaks(images, height, width)
         cuda.fine_grained_peaks(images, least=True)
         cuda.saliency_peaks(cuda.fine_grained(images), height, width)
 

@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, array_namespace, constant, is_host
+from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import (
     check_array,
     check_boxes,
@@ -68,13 +68,12 @@ def saliency_peaks(
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)
-    return find_peaks(saliency_map, height, width, xp, least=least, kernel=uses_kernel(algorithm, xp))
+    return find_peaks(saliency_map, height, width, least=least, kernel=uses_kernel(algorithm, xp))
 
 
-def find_peaks(
-    saliency_map: Array, height: int, width: int, xp: Namespace, *, least: bool = False, kernel: bool = False
-) -> Array:
+def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False, kernel: bool = False) -> Array:
     """Return what `saliency_peaks` returns, by a kernel where there is one for such maps."""
+    xp = array_namespace(saliency_map)
     kernel = kernel and saliency_map.dtype == np.float32
     if kernel and not is_host(xp):
         from dali_saliencymix import _cuda
@@ -152,11 +151,12 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     xp = check_array(peaks, "peaks")
     check_points(peaks, "peaks", xp, len(peaks), height, width)
     check_lam(lam, xp, len(peaks))
-    return place_boxes(peaks, lam, height, width, xp, box=box)
+    return place_boxes(peaks, lam, height, width, box=box)
 
 
-def place_boxes(peaks: Array, lam: Array, height: int, width: int, xp: Namespace, *, box: str) -> Array:
+def place_boxes(peaks: Array, lam: Array, height: int, width: int, *, box: str) -> Array:
     """Return what `boxes_at` returns."""
+    xp = array_namespace(peaks)
     size = constant(xp, _size, height, width)
     # In float64 on every device: the floor must not depend on where it is computed.
     side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
@@ -195,11 +195,12 @@ def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Arr
     xp = check_array(boxes, "boxes")
     check_boxes(boxes, "boxes", xp, len(boxes), height, width)
     check_points(centres, "centres", xp, len(boxes), height, width)
-    return move_boxes(boxes, centres, height, width, xp)
+    return move_boxes(boxes, centres, height, width)
 
 
-def move_boxes(boxes: Array, centres: Array, height: int, width: int, xp: Namespace) -> Array:
+def move_boxes(boxes: Array, centres: Array, height: int, width: int) -> Array:
     """Return what `boxes_moved_to` returns."""
+    xp = array_namespace(boxes)
     side = boxes[:, 2:] - boxes[:, :2]
     start = xp.clip(centres - side // 2, 0, constant(xp, _size, height, width) - side)
     return xp.concatenate([start, start + side], axis=1).astype(xp.int32)
@@ -228,11 +229,12 @@ def points_at(fractions: Array, height: int, width: int) -> Array:
     """
     xp = check_array(fractions, "fractions")
     check_fractions(fractions, "fractions", xp, len(fractions))
-    return scale_points(fractions, height, width, xp)
+    return scale_points(fractions, height, width)
 
 
-def scale_points(fractions: Array, height: int, width: int, xp: Namespace) -> Array:
+def scale_points(fractions: Array, height: int, width: int) -> Array:
     """Return what `points_at` returns."""
+    xp = array_namespace(fractions)
     size = constant(xp, _size, height, width)
     return xp.clip((fractions * size).astype(xp.int32), 0, size - 1).astype(xp.int32)
 
@@ -260,11 +262,12 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
     """
     xp = check_array(boxes, "boxes")
     check_boxes(boxes, "boxes", xp, len(boxes), height, width)
-    return share_outside(boxes, height, width, xp)
+    return share_outside(boxes, height, width)
 
 
-def share_outside(boxes: Array, height: int, width: int, xp: Namespace) -> Array:
+def share_outside(boxes: Array, height: int, width: int) -> Array:
     """Return what `kept_fraction` returns."""
+    xp = array_namespace(boxes)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (1 - area / (height * width)).astype(xp.float32)
 

@@ -469,7 +469,7 @@ def _checked(normalise: Normalise | None) -> Normalise | None:
 def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, algorithm: str) -> tuple[Array]:
     xp = check_images(images)
     maps = saliency_maps(images, saliency, algorithm=algorithm)
-    return (find_peaks(maps, *images.shape[1:3], xp, least=least, kernel=uses_kernel(algorithm, xp)),)
+    return (find_peaks(maps, *images.shape[1:3], least=least, kernel=uses_kernel(algorithm, xp)),)
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dali_saliencymix._array import Array, Namespace, constant, is_host
+from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
 from dali_saliencymix._routes import uses_kernel
 from dali_saliencymix._tables import MAP_SIZE
@@ -336,91 +336,80 @@ def apply(
     if peaks is not None:
         check_points(peaks, "peaks", xp, count, *images.shape[1:3])
     kernel = uses_kernel(options.algorithm, xp)
+    batch = _Batch(images, source_index, lam, mode, point, peaks)
     if mode is not None:
-        return _mix(options, images, source_index, lam, mode, point, peaks, xp, kernel=kernel)
+        return _mix(options, batch, kernel=kernel)
     if options.mode == "mixup":
-        return _mixup(options, images, source_index, lam, xp)
+        return _mixup(options, batch)
     if options.mode == "cutmix":
-        boxes = _boxes_around_points(images, point, lam, options.box, xp)
-        boxes, source_boxes = _first_for_all(boxes, xp) if options.per_batch else boxes, None
+        boxes, source_boxes = _boxes_around_points(batch, options.box), None
+        if options.per_batch:
+            boxes = _first_for_all(boxes, count)
     elif kernel and not is_host(xp) and not options.per_batch:
-        return _saliencymix_in_kernels(options, images, source_index, lam, point, peaks, xp, paste)
+        return _saliencymix_in_kernels(options, batch, paste)
     else:
-        wanted = lam < 1
-        boxes, source_boxes = _salient_boxes(
-            options, images, source_index, lam, wanted, point, peaks, xp, kernel=kernel
-        )
-    return _pasted(images, source_index, boxes, source_boxes, xp, paste)
+        boxes, source_boxes = _salient_boxes(options, batch, lam < 1, kernel=kernel)
+    return _pasted(batch, boxes, source_boxes, paste)
 
 
-def _mixup(options: MixOptions, images: Array, source_index: Array, lam: Array, xp: Namespace) -> Mixed:
-    lam = (_first_for_all(lam, xp) if options.per_batch else lam).astype(xp.float32)
+class _Batch(NamedTuple):
+    """The arrays of a call, checked."""
+
+    images: Array
+    source_index: Array
+    lam: Array
+    # Each of these is there where it is needed.
+    mode: Array = None
+    point: Array = None
+    peaks: Array = None
+
+
+def _mixup(options: MixOptions, batch: _Batch) -> Mixed:
+    images, source_index, lam, *_ = batch
+    xp = array_namespace(images)
+    lam = (_first_for_all(lam, len(lam)) if options.per_batch else lam).astype(xp.float32)
     no_boxes = xp.zeros((len(images), 4), xp.int32)
     return Mixed(blend(images.copy(order="K"), images, source_index, lam), lam, no_boxes, no_boxes)
 
 
-def _mix(
-    options: MixOptions,
-    images: Array,
-    source_index: Array,
-    lam: Array,
-    mode: Array,
-    point: Array,
-    peaks: Array | None,
-    xp: Namespace,
-    *,
-    kernel: bool,
-) -> Mixed:
+def _mix(options: MixOptions, batch: _Batch, *, kernel: bool) -> Mixed:
+    xp = array_namespace(batch.images)
     if options.per_batch:
-        lam, mode, point = (_first_for_all(array, xp) for array in (lam, mode, point))
+        first = {name: _first_for_all(getattr(batch, name), len(batch.images)) for name in ("lam", "mode", "point")}
+        batch = batch._replace(**first)
+    images, source_index, lam, mode, _, _ = batch
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
-    wanted = by_saliency[:, 0] & (lam < 1)
-    boxes, source_boxes = _salient_boxes(options, images, source_index, lam, wanted, point, peaks, xp, kernel=kernel)
-    around_point = xp.where(by_point, _boxes_around_points(images, point, lam, "clip", xp), 0)
+    boxes, source_boxes = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), kernel=kernel)
+    around_point = xp.where(by_point, _boxes_around_points(batch, "clip"), 0)
     boxes = xp.where(by_saliency, boxes, around_point)
     if source_boxes is not None:
         source_boxes = xp.where(by_saliency, source_boxes, around_point)
-    mixed = _pasted(images, source_index, boxes, source_boxes, xp)
+    mixed = _pasted(batch, boxes, source_boxes)
     weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
     pixels = blend(mixed.images, images, source_index, weight)
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
 
 
-def _pasted(
-    images: Array,
-    source_index: Array,
-    boxes: Array,
-    source_boxes: Array | None,
-    xp: Namespace,
-    paste_them: Paste | None = None,
-) -> Mixed:
+def _pasted(batch: _Batch, boxes: Array, source_boxes: Array | None, paste_them: Paste | None = None) -> Mixed:
+    images, source_index, *_ = batch
+    xp = array_namespace(images)
     # An empty box can lie anywhere: let all of them look the same.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
     mixed = (paste_them or paste)(images, source_index, boxes, source_boxes=source_boxes)
-    lam = share_outside(boxes, *images.shape[1:3], xp)
+    lam = share_outside(boxes, *images.shape[1:3])
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 
 
-def _salient_boxes(
-    options: MixOptions,
-    images: Array,
-    source_index: Array,
-    lam: Array,
-    wanted: Array,
-    point: Array | None,
-    peaks: Array | None,
-    xp: Namespace,
-    *,
-    kernel: bool,
-) -> tuple[Array, Array | None]:
+def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, kernel: bool) -> tuple[Array, Array | None]:
     """Return the boxes in the receivers, and those of the same sizes in the sources; None where they are the same.
 
     `wanted`, (N,) bool, says which boxes are needed; the others are any boxes of the right size.
     """
-    count = len(images)
+    xp = array_namespace(wanted)
+    count = len(wanted)
     if options.per_batch:
         rows: Any = slice(1)
     elif not is_host(xp) or wanted.all():
@@ -429,13 +418,17 @@ def _salient_boxes(
         rows = np.flatnonzero(wanted)
         if not len(rows):
             return np.zeros((count, 4), np.int32), None
+    pairs = batch._replace(
+        source_index=batch.source_index[rows],
+        lam=batch.lam[rows],
+        point=None if batch.point is None else batch.point[rows],
+    )
     receivers = constant(xp, np.arange, count)[rows]
-    pairs = receivers, source_index[rows], lam[rows], None if point is None else point[rows]
-    boxes, source_boxes = _boxes_of_pairs(options, images, *pairs, peaks, xp, kernel=kernel)
+    boxes, source_boxes = _boxes_of_pairs(options, pairs, receivers, kernel=kernel)
 
     def for_all(boxes: Array) -> Array:
         if options.per_batch:
-            return _first_for_all(boxes, xp, count)
+            return _first_for_all(boxes, count)
         if isinstance(rows, slice):
             return boxes
         scattered = np.zeros((count, 4), np.int32)
@@ -446,18 +439,10 @@ def _salient_boxes(
 
 
 def _boxes_of_pairs(
-    options: MixOptions,
-    images: Array,
-    receivers: Array,
-    sources: Array,
-    lam: Array,
-    point: Array | None,
-    peaks: Array | None,
-    xp: Namespace,
-    *,
-    kernel: bool,
+    options: MixOptions, pairs: _Batch, receivers: Array, *, kernel: bool
 ) -> tuple[Array, Array | None]:
-    """Return the boxes of some pairs of images; all arrays but `images` and `peaks` have one entry for each pair."""
+    """Return the boxes of some pairs of images; all arrays but images and peaks have one entry for each pair."""
+    images, sources, lam, _, point, peaks = pairs
     size = images.shape[1:3]
     asked = {"sources": (sources, options.source)}
     if options.destination in SOURCES:
@@ -465,18 +450,19 @@ def _boxes_of_pairs(
     if peaks is not None:
         found = {name: peaks[index] for name, (index, _) in asked.items()}
     else:
-        found = _salient_points(options, images, asked, xp, kernel=kernel)
-    source_boxes = place_boxes(found["sources"], lam, *size, xp, box=options.box)
+        found = _salient_points(options, images, asked, kernel=kernel)
+    source_boxes = place_boxes(found["sources"], lam, *size, box=options.box)
     if options.destination == "corresponding":
         return source_boxes, None
-    centres = scale_points(point, *size, xp) if options.destination == "random" else found["receivers"]
-    return move_boxes(source_boxes, centres, *size, xp), source_boxes
+    centres = scale_points(point, *size) if options.destination == "random" else found["receivers"]
+    return move_boxes(source_boxes, centres, *size), source_boxes
 
 
 def _salient_points(
-    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], xp: Namespace, *, kernel: bool
+    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], *, kernel: bool
 ) -> dict[str, Array]:
     """Return the most or least salient pixels of the images that are asked for by index."""
+    xp = array_namespace(images)
     index = xp.concatenate([index for index, _ in asked.values()])
     position = index
     if is_host(xp):
@@ -486,7 +472,7 @@ def _salient_points(
         images, position = images[index], xp.arange(len(index))
     maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
     found = {
-        which: find_peaks(maps, *images.shape[1:3], xp, least=which == "non_salient", kernel=kernel)
+        which: find_peaks(maps, *images.shape[1:3], least=which == "non_salient", kernel=kernel)
         for _, which in asked.values()
     }
     # All parts have one entry for each pair.
@@ -494,16 +480,7 @@ def _salient_points(
     return {name: found[which][places] for (name, (_, which)), places in zip(asked.items(), positions, strict=True)}
 
 
-def _saliencymix_in_kernels(
-    options: MixOptions,
-    images: Array,
-    source_index: Array,
-    lam: Array,
-    point: Array | None,
-    peaks: Array | None,
-    xp: Namespace,
-    paste_them: Paste | None,
-) -> Mixed:
+def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Paste | None = None) -> Mixed:
     """Do it in CUDA: with `spectral_residual` or `fine_grained` in 3 or 7 launches, without a map in memory.
 
     Maps of `spectral_residual` come through another FFT, so near ties can be decided otherwise; all else has the same
@@ -511,6 +488,7 @@ def _saliencymix_in_kernels(
     """
     from dali_saliencymix import _cuda
 
+    images, source_index, lam, _, point, peaks = batch
     size = images.shape[1:3]
 
     def peaks_at(which: str) -> Array:
@@ -522,12 +500,14 @@ def _saliencymix_in_kernels(
         if options.saliency == "spectral_residual" and min(size) >= MAP_SIZE:
             return _cuda.spectral_residual_peaks(images, *size, least=least)
         maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
-        return find_peaks(maps, *size, xp, least=least, kernel=True)
+        if maps.dtype == np.float32:
+            return _cuda.saliency_peaks(maps, *size, least=least)
+        return find_peaks(maps, *size, least=least)
 
     own = peaks_at(options.source)
     centres = None
     if options.destination == "random":
-        centres = scale_points(point, *size, xp)
+        centres = scale_points(point, *size)
     elif options.destination in SOURCES:
         centres = own if options.destination == options.source else peaks_at(options.destination)
     boxes, source_boxes, kept = _cuda.boxes_at_peaks(own, source_index, lam, *size, box=options.box, centres=centres)
@@ -536,11 +516,11 @@ def _saliencymix_in_kernels(
     return Mixed(mixed, kept, boxes, source_boxes)
 
 
-def _boxes_around_points(images: Array, point: Array, lam: Array, box: str, xp: Namespace) -> Array:
-    """Return CutMix boxes: around `point`, which is fractions of the image."""
-    size = images.shape[1:3]
-    return place_boxes(scale_points(point, *size, xp), lam, *size, xp, box=box)
+def _boxes_around_points(batch: _Batch, box: str) -> Array:
+    """Return CutMix boxes: around points that are fractions of the image."""
+    size = batch.images.shape[1:3]
+    return place_boxes(scale_points(batch.point, *size), batch.lam, *size, box=box)
 
 
-def _first_for_all(array: Array, xp: Namespace, count: int | None = None) -> Array:
-    return xp.repeat(array[:1], len(array) if count is None else count, axis=0)
+def _first_for_all(array: Array, count: int) -> Array:
+    return array_namespace(array).repeat(array[:1], count, axis=0)

@@ -308,9 +308,9 @@ def paste_and_normalise(
     if kernel and not is_host(xp):
         from dali_saliencymix import _cuda
 
-        out = xp.empty(shape, dtype) if out is None else out
-        _cuda.paste_normalised(images, source_index, boxes, source_boxes, mirror, shift_and_scale, layout, out)
-        return out
+        return _cuda.paste_normalised(
+            images, source_index, boxes, source_boxes, mirror, shift_and_scale, dtype, layout, out
+        )
     if kernel and dtype == np.float32:
         from dali_saliencymix._numba import pixels
 

@@ -14,7 +14,6 @@ from unittest import mock
 import transfer_voc
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
-from dali_saliencymix.placement import Placement
 from dali_saliencymix.training.arguments import parse_arguments
 from pipelines import accelerate_training, dynamic_mode
 from pipelines.examples.__main__ import main as examples_main
@@ -44,8 +43,9 @@ def parts() -> dict[str, str]:
 
 def presets() -> str:
     """Return the options of each preset as a table."""
-    rows = ([f"`{name}`", *(f"`{value}`" for value in placement)] for name, placement in PRESETS.items())
-    return table(["preset", *(f"`{field}`" for field in Placement._fields)], rows)
+    options = ("saliency", "source", "destination", "box", "per_batch")
+    rows = ([f"`{name}`", *(f"`{getattr(preset, option)}`" for option in options)] for name, preset in PRESETS.items())
+    return table(["preset", *(f"`{option}`" for option in options)], rows)
 
 
 def detector_costs() -> str:

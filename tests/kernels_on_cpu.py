@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dali_saliencymix._cuda import _launch
+from dali_saliencymix._cuda import launch as cuda_launch
 
 KERNELS = {
     "fine_grained": ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps", "contrast_peaks"],
@@ -43,7 +43,7 @@ def libraries(tmp_path_factory):
             for name in names
         )
         (folder / f"{file}.cpp").write_text(
-            f'#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n{_launch.source(file)}\n'
+            f'#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n{cuda_launch.source(file)}\n'
             'extern "C" const char* run(const char* name, void** arguments, const size_t* sizes, int count,'
             " unsigned blocks, unsigned threads, int reversed) {\n"
             'static std::string wrong; wrong = "no such kernel";\n'

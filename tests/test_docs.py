@@ -27,12 +27,12 @@ from training_fixtures import python_path
 
 import dali_saliencymix
 import pipelines
-from dali_saliencymix import core, fn, placement, preview, pytorch
-from dali_saliencymix import pixels as mixing
-from dali_saliencymix._dali import bridge as _bridge
-from dali_saliencymix._dali import operator as _python_operator
+from dali_saliencymix import fn, preview, pytorch, saliencymix, soft_labels
+from dali_saliencymix._dali import bridge
+from dali_saliencymix._dali.operator import Stage, python_operator
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.saliency import saliency_maps
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -118,7 +118,7 @@ def test_every_public_name_has_an_entry(site):
 def test_parameters_are_rendered_as_a_list(site):
     page = (site / "api" / "package.html").read_text()
     entry = page[page.index('id="dali_saliencymix.saliencymix"') : page.index('id="dali_saliencymix.cutmix"')]
-    for name in inspect.signature(core.saliencymix).parameters:
+    for name in inspect.signature(saliencymix).parameters:
         assert f"<li><p><strong>{name}</strong>" in entry
     assert "-------" not in entry
 
@@ -220,13 +220,13 @@ def real_errors(monkeypatch):
     shapes = [np.zeros((height, 100, 3), np.uint8) for height in range(96, 104)]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     mistakes = [
-        lambda: core.saliencymix(images.astype(np.float32), index, lam),
-        lambda: core.saliencymix(np.moveaxis(images, 3, 1), index, lam),
-        lambda: _bridge.as_batch(shapes),
-        lambda: mixing.soft_labels(index, index, lam, num_classes=4),
-        lambda: placement.checked_maps(lambda images: images, images),
-        lambda: placement.resolve_placement("default", {"saliency": "fine_grained"}, peaks_given=True),
-        lambda: _python_operator.python_operator(print, SimpleNamespace(device="gpu"), name="saliencymix"),
+        lambda: saliencymix(images.astype(np.float32), index, lam),
+        lambda: saliencymix(np.moveaxis(images, 3, 1), index, lam),
+        lambda: bridge.as_batch(shapes),
+        lambda: soft_labels(index, index, lam, num_classes=4),
+        lambda: saliency_maps(images, lambda images: images),
+        lambda: saliencymix(images, index, lam, saliency="fine_grained", peaks=np.zeros((8, 2), int)),
+        lambda: python_operator(print, SimpleNamespace(device="gpu"), name="saliencymix", stage=Stage("paste")),
     ]
     for mistake in mistakes:
         with pytest.raises((TypeError, ValueError, ImportError)) as error:

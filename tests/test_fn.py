@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -13,8 +14,6 @@ from nvidia.dali.auto_aug import trivial_augment
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import (
     MODES,
-    _python_operator,
-    core,
     cutmix,
     fine_grained,
     mix,
@@ -23,6 +22,8 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
+from dali_saliencymix._dali import mix as dali_mix
+from dali_saliencymix._dali import operator as dali_operator
 from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.saliency import spectral_residual
@@ -47,7 +48,7 @@ def files(tmp_path_factory):
 def operator(request, monkeypatch):
     """Try everything with both of DALI's operators for Python functions."""
     if request.param == "samples":
-        monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
+        monkeypatch.setattr(dali_operator, "whole_batches_work", lambda: False)
     with on_gpu(whole_batches=True):
         yield request.param
 
@@ -183,18 +184,19 @@ def in_numpy(array):
     return array.get() if hasattr(array, "get") else array
 
 
-def draws_of(monkeypatch, name):
-    """Record what an array function is called with inside the pipeline; return the list of records."""
+def draws_of(monkeypatch):
+    """Record what images are mixed with inside the pipeline; return the list of records."""
     calls = []
-    function = getattr(core, name)
+    function = dali_mix.apply
 
-    def recorded(images, **arguments):
-        mixed = function(images, **arguments)
+    def recorded(options, images, **arrays):
+        mixed = function(options, images, **arrays)
         # Copies: what DALI hands out is valid during the call only.
-        calls.append({key: in_numpy(value).copy() if is_array(value) else value for key, value in arguments.items()})
+        kept = {key: in_numpy(value).copy() for key, value in arrays.items() if is_array(value)}
+        calls.append({"options": options, **kept})
         return mixed
 
-    monkeypatch.setattr(core, name, recorded)
+    monkeypatch.setattr(dali_mix, "apply", recorded)
     return calls
 
 
@@ -205,9 +207,13 @@ def is_array(value):
 def check_against_the_array_function(calls, function, pipeline, device, batches=1):
     for batch in range(batches):
         images, mixed, labels, source_labels, lam = run(pipeline)
-        arguments = {key: on(device, value) if is_array(value) else value for key, value in calls[batch].items()}
+        arrays = {key: on(device, value) for key, value in calls[batch].items() if is_array(value)}
+        names = inspect.signature(function).parameters.keys() & vars(calls[batch]["options"]).keys()
+        options = {name: getattr(calls[batch]["options"], name) for name in names}
+        if "peaks" in arrays:
+            del options["saliency"]
         # With the array library of that device: two FFTs round differently, which can move a peak.
-        expected = function(on(device, images), **arguments)
+        expected = function(on(device, images), **arrays, **options)
         np.testing.assert_array_equal(mixed, in_numpy(expected.images))
         np.testing.assert_array_equal(lam, in_numpy(expected.lam))
         assert lam.shape == labels.shape[:1]
@@ -233,16 +239,16 @@ def check_against_the_array_function(calls, function, pipeline, device, batches=
     ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
 )
 def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options, batch_size):
-    calls = draws_of(monkeypatch, "saliencymix")
+    calls = draws_of(monkeypatch)
     pipeline = build(before_and_after, files, options, device, batch_size=batch_size, device=device)
     check_against_the_array_function(calls, saliencymix, pipeline, device, batches=3)
     for name in options.keys() - {"prob", "alpha"}:
-        assert calls[0][name] == options[name]
+        assert getattr(calls[0]["options"], name) == options[name]
 
 
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5, "per_batch": True}, {"box": "fit"}], ids=str)
 def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
-    calls = draws_of(monkeypatch, "cutmix")
+    calls = draws_of(monkeypatch)
     pipeline = build(before_and_after, files, options, device, dsfn.cutmix, device=device)
     check_against_the_array_function(calls, cutmix, pipeline, device, batches=2)
     point = calls[0]["point"]
@@ -251,7 +257,7 @@ def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, devi
 
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5, "alpha": 0.2}, {"per_batch": True}], ids=str)
 def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
-    calls = draws_of(monkeypatch, "mixup")
+    calls = draws_of(monkeypatch)
     pipeline = build(before_and_after, files, options, device, dsfn.mixup, device=device)
     check_against_the_array_function(calls, mixup, pipeline, device, batches=2)
 
@@ -267,7 +273,7 @@ def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, devic
     ids=str,
 )
 def test_mix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
-    calls = draws_of(monkeypatch, "mix")
+    calls = draws_of(monkeypatch)
     pipeline = build(before_and_after, files, options, device, dsfn.mix, device=device)
     check_against_the_array_function(calls, mix, pipeline, device, batches=3)
     for call in calls:
@@ -276,7 +282,7 @@ def test_mix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device,
 
 
 def test_modes_come_as_often_as_their_weights_say_each_with_its_own_alpha(monkeypatch, files):
-    calls = draws_of(monkeypatch, "mix")
+    calls = draws_of(monkeypatch)
     options = {"modes": {"mixup": 3.0, "cutmix": 1.0}, "alpha": {"mixup": 100.0, "cutmix": 0.01}}
     pipeline = build(before_and_after, files, options, "cpu", dsfn.mix, batch_size=50)
     for _ in range(20):
@@ -291,7 +297,7 @@ def test_modes_come_as_often_as_their_weights_say_each_with_its_own_alpha(monkey
 
 
 def test_one_mode_for_a_batch_differs_between_batches(monkeypatch, files):
-    calls = draws_of(monkeypatch, "mix")
+    calls = draws_of(monkeypatch)
     options = {"modes": {"mixup": 1, "cutmix": 1}, "choose": "batch"}
     pipeline = build(before_and_after, files, options, "cpu", dsfn.mix)
     for _ in range(20):
@@ -436,7 +442,7 @@ def test_prob_0_changes_nothing_and_says_so(files):
 
 
 def test_prob_and_alpha_shape_the_draws(monkeypatch, files):
-    calls = draws_of(monkeypatch, "cutmix")
+    calls = draws_of(monkeypatch)
     pipeline = build(before_and_after, files, {"prob": 0.4, "alpha": 2.0}, "cpu", dsfn.cutmix, batch_size=50)
     for _ in range(20):
         run(pipeline)
@@ -644,7 +650,9 @@ def test_outside_of_a_pipeline_the_operators_name_the_function_on_arrays(name):
 def test_a_gpu_pipeline_without_cupy_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs CuPy, which is not installed: pip install"):
-        _python_operator.python_operator(print, SimpleNamespace(device="gpu"), name="saliencymix")
+        dali_operator.python_operator(
+            print, SimpleNamespace(device="gpu"), name="saliencymix", stage=dali_operator.Stage("paste")
+        )
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ def test_what_matters_most_is_tested_first_and_trainings_last():
     files = gpu_suite.test_files()
     assert files[:6] == [f"tests/test_{name}.py" for name in gpu_suite._FIRST_TESTS]
     assert files[-2:] == [f"tests/test_{name}.py" for name in gpu_suite._LAST_TESTS]
-    assert {"tests/test_saliency.py", "tests/test_boxes.py", "tests/test_mixing.py"} <= set(files)
+    assert {"tests/test_saliency.py", "tests/test_boxes.py", "tests/test_pixels.py"} <= set(files)
     assert len(files) == len(set(files))
 
 

@@ -26,24 +26,24 @@ from benchmarks import bench_ops, measure
 from dali_saliencymix import (
     DETECTORS,
     MODES,
-    _algorithms,
-    _bridge,
-    _mix_operator,
-    _python_operator,
+    _routes,
     blend_images,
     cutmix,
     get_detector,
     mix,
     mixup,
-    normalise,
     paste_boxes,
+    paste_normalised,
     pytorch,
     saliency_peaks,
     saliencymix,
     soft_labels,
 )
-from dali_saliencymix._cuda import _launch
-from dali_saliencymix.placement import DESTINATIONS
+from dali_saliencymix._cuda import launch as cuda_launch
+from dali_saliencymix._dali import bridge
+from dali_saliencymix._dali import mix as dali_mix
+from dali_saliencymix._dali import operator as dali_operator
+from dali_saliencymix.options import DESTINATIONS
 
 pytest_plugins = ["kernels_on_cpu"]
 
@@ -59,7 +59,7 @@ def cupy(monkeypatch):
     pytest.importorskip("cupy")
     module = stand_in_for_cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    with _algorithms.on_gpu(kernels=False):
+    with _routes.on_gpu(kernels=False):
         yield module
 
 
@@ -214,7 +214,7 @@ def test_pasting(cupy, dtype, layout, other_place):
     assert_runs(cupy, paste_boxes, *arguments, **options)
     for mirror in (None, given.lam > 0.5, np.arange(COUNT)):
         options |= {"mirror": mirror, "mean": MEAN, "std": STD, "dtype": dtype, "layout": layout}
-        assert_runs(cupy, normalise.paste_normalised, *arguments, **options, **of_arrays)
+        assert_runs(cupy, paste_normalised, *arguments, **options, **of_arrays)
 
 
 def test_results_go_where_they_are_asked_for(cupy):
@@ -226,8 +226,8 @@ def test_results_go_where_they_are_asked_for(cupy):
     assert_same(out, paste_boxes(*arguments))
     options = {"mean": MEAN, "std": STD}
     out = cupy.empty((COUNT, 3, HEIGHT, WIDTH), cupy.float32)
-    assert called_twice(cupy, normalise.paste_normalised, *arguments, out=out, **options) is out
-    assert_same(out, normalise.paste_normalised(*arguments, algorithm="array", **options))
+    assert called_twice(cupy, paste_normalised, *arguments, out=out, **options) is out
+    assert_same(out, paste_normalised(*arguments, algorithm="array", **options))
 
 
 def test_blending(cupy):
@@ -250,9 +250,9 @@ def recorded(monkeypatch):
             calls.append((function, [np.array(batch) for batch in batches], [np.array(batch) for batch in made]))
             return made
 
-        return _python_operator.python_operator(recorded_function, *inputs, **options)
+        return dali_operator.python_operator(recorded_function, *inputs, **options)
 
-    for module in (_mix_operator, dsfn):
+    for module in (dali_mix, dsfn):
         monkeypatch.setattr(module, "python_operator", recording)
 
     def run(name, *, images=None, **options):
@@ -322,9 +322,9 @@ def test_lists_of_samples(cupy, recorded, name, options, apart):
     function, batches, expected = recorded(name, **options)
     samples = [samples_in_memory(batch, apart) for batch in batches]
     with cupy.cuda.ExternalStream(7):
-        first = _bridge.on_samples(function, *samples)
+        first = bridge.on_samples(function, *samples)
         copies = cupy.copies_from_host
-        second = _bridge.on_samples(function, *samples)
+        second = bridge.on_samples(function, *samples)
     assert cupy.copies_from_host == copies
     for made in (first, second):
         for ours, theirs in zip(made, expected, strict=True):
@@ -345,9 +345,7 @@ def test_whole_batches(cupy, recorded, name, options):
     function, batches, expected = recorded(name, **options)
     tensors = [ndarray(batch) for batch in batches]
     for _ in range(2):
-        capsules = _python_operator._on_gpu_tensors(
-            functools.partial(_python_operator._limited, 2, function), 7, *tensors
-        )
+        capsules = dali_operator._on_gpu_tensors(functools.partial(dali_operator._limited, 2, function), 7, *tensors)
         made = [dlpack.from_dlpack(capsule).numpy() for capsule in capsules]
         assert_same(made, expected)
 
@@ -490,8 +488,8 @@ def launches(request, libraries, monkeypatch):
 
         return kernel
 
-    monkeypatch.setattr(_launch, "find_kernel", find_kernel)
-    with _algorithms.on_gpu(cached_launches=request.param):
+    monkeypatch.setattr(cuda_launch, "find_kernel", find_kernel)
+    with _routes.on_gpu(cached_launches=request.param):
         yield launched
 
 
@@ -514,7 +512,7 @@ def test_the_functions_of_operators_with_kernels_as_the_default(cupy, launches, 
     function, batches, expected = recorded(name, images=pictures(height=70, width=66), **options)
     if name in ("saliencymix", "mix", "saliency_peaks"):
         function = functools.partial(function, algorithm="auto")
-    with _algorithms.on_gpu(kernels=True):
+    with _routes.on_gpu(kernels=True):
         assert_same(called_twice(cupy, function, *batches), expected)
     assert launches or name in ("cutmix", "mixup", "mix", "soft_labels")
 

@@ -56,8 +56,8 @@ def draws(monkeypatch):
         drawn.append(draw(*args, **options))
         return drawn[-1]
 
-    draw = pytorch.draw_mix_params
-    monkeypatch.setattr(pytorch, "draw_mix_params", recorded)
+    draw = pytorch.draw
+    monkeypatch.setattr(pytorch, "draw", recorded)
     return drawn
 
 

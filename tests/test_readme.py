@@ -55,8 +55,9 @@ def test_the_snippet_on_tensors_runs():
 
 
 def test_the_presets_are_those_of_the_code():
-    for name, placement in PRESETS.items():
-        cells = " | ".join(f'`"{value}"`' if isinstance(value, str) else f"`{value}`" for value in placement)
+    for name, preset in PRESETS.items():
+        values = (getattr(preset, option) for option in ("saliency", "source", "destination", "box", "per_batch"))
+        cells = " | ".join(f'`"{value}"`' if isinstance(value, str) else f"`{value}`" for value in values)
         assert f'| `"{name}"` | {cells} |' in README
 
 

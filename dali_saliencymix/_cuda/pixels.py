@@ -72,21 +72,26 @@ def paste_normalised(
     source_boxes: Array | None,
     mirror: Array | None,
     scaling: Array,
+    dtype: np.dtype[Any],
     layout: str,
-    out: Array,
-) -> None:
-    """Do what `dali_saliencymix.paste_normalised` does, to the bit, in one pass over the pixels, into `out`.
+    out: Array | None = None,
+) -> Array:
+    """Return what `dali_saliencymix.paste_normalised` returns, to the bit, in one pass over the pixels.
 
     `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then. An index outside the
     batch counts around it.
     """
     xp = array_namespace(images)
+    if out is None:
+        count, height, width, channels = images.shape
+        out = xp.empty((count, channels, height, width) if layout == "CHW" else images.shape, dtype)
     images, stride = with_image_stride(images, xp)
     source_index, step = index_with_step(source_index)
     if mirror is not None:
         mirror = xp.ascontiguousarray(mirror if mirror.dtype == np.bool_ else mirror != 0)
-    launch = _paste_normalised(xp, images.shape, stride, step, out.dtype, layout)
+    launch = _paste_normalised(xp, images.shape, stride, step, dtype, layout)
     launch(images, source_index, int32_rows(boxes, xp), int32_rows(source_boxes, xp), mirror, scaling, out)
+    return out
 
 
 @prepared

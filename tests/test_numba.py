@@ -14,24 +14,24 @@ from hypothesis import strategies as st
 
 from dali_saliencymix import (
     DETECTORS,
-    _algorithms,
+    _routes,
     _threads,
     boxes,
     fine_grained,
     get_detector,
+    paste_normalised,
     phase_spectrum,
     saliency_peaks,
     saliencymix,
     spectral_residual,
 )
 from dali_saliencymix._threads import in_chunks, limited_to
-from dali_saliencymix.normalise import paste_normalised
 from dali_saliencymix.saliency import grey
 
-compiled = pytest.importorskip("dali_saliencymix._numba.contrast", reason="Numba is not installed")
-compiled_pixels = pytest.importorskip("dali_saliencymix._numba.pixels", reason="Numba is not installed")
-compiled_fft = pytest.importorskip("dali_saliencymix._numba.fft", reason="Numba is not installed")
-compiled_spectral = pytest.importorskip("dali_saliencymix._numba.spectral", reason="Numba is not installed")
+contrast = pytest.importorskip("dali_saliencymix._numba.contrast", reason="Numba is not installed")
+pixels = pytest.importorskip("dali_saliencymix._numba.pixels", reason="Numba is not installed")
+fft = pytest.importorskip("dali_saliencymix._numba.fft", reason="Numba is not installed")
+spectral = pytest.importorskip("dali_saliencymix._numba.spectral", reason="Numba is not installed")
 
 SHAPES = [(1, 1, 1), (2, 1, 7), (2, 7, 1), (1, 2, 2), (5, 37, 23), (9, 64, 64), (2, 70, 331), (3, 225, 224)]
 
@@ -103,18 +103,18 @@ def test_the_transform_is_that_of_numpy(size):
     values = rng.normal(size=(size, size)) + 1j * rng.normal(size=(size, size))
     planes = np.zeros((2, 64, 64), np.float32)
     planes[:, :size, :size] = values.real, values.imag
-    twiddles = compiled_fft.twiddles(size)
-    compiled_fft.transform_columns(planes, np.empty_like(planes), twiddles, size)
+    twiddles = fft.twiddles(size)
+    fft.transform_columns(planes, np.empty_like(planes), twiddles, size)
     ours = planes[0, :size, :size] + 1j * planes[1, :size, :size]
     np.testing.assert_allclose(ours, np.fft.fft(values, axis=0), atol=2e-6 * size)
 
 
 def test_logarithm_and_exponential_are_those_of_numpy():
     amplitudes = np.geomspace(1, 1e7, 20001).astype(np.float32)
-    ours = np.array([compiled_spectral._log(value) for value in amplitudes])
+    ours = np.array([spectral._log(value) for value in amplitudes])
     np.testing.assert_allclose(ours, np.log(amplitudes.astype(np.float64)), rtol=2e-7, atol=1e-8)
     residuals = np.linspace(-30, 30, 20001).astype(np.float32)
-    ours = np.array([compiled_spectral._exp(value) for value in residuals])
+    ours = np.array([spectral._exp(value) for value in residuals])
     np.testing.assert_allclose(ours, np.exp(residuals.astype(np.float64)), rtol=3e-7)
 
 
@@ -127,7 +127,7 @@ def test_the_most_salient_pixel_is_that_of_numpy(seed, size, levels):
     maps = np.random.default_rng(seed).choice(np.array(levels, np.float32), (3, *size))
     closeness = boxes.closeness_to_centre(*size, 40, 90)
     expected = boxes._extreme(maps, closeness=closeness, least=False)
-    np.testing.assert_array_equal(compiled_pixels.most_salient(maps, closeness), expected)
+    np.testing.assert_array_equal(pixels.most_salient(maps, closeness), expected)
 
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
@@ -169,7 +169,7 @@ def test_fine_grained_rounds_its_float32_sums_as_numpy_does(level):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_luma_is_that_of_numpy(reduced, channels):
     images = images_of((3, 97, 131), channels)
-    ours = compiled.small_luma(images, *reduced)
+    ours = contrast.small_luma(images, *reduced)
     np.testing.assert_array_equal(ours, grey.small_luma(images, *reduced))
     assert ours.dtype == np.float32
 
@@ -177,13 +177,13 @@ def test_small_luma_is_that_of_numpy(reduced, channels):
 def test_auto_takes_the_kernel_where_numba_is_installed(monkeypatch):
     images = images_of((2, 20, 30))
     called = []
-    kernel = compiled.fine_grained
-    monkeypatch.setattr(compiled, "fine_grained", lambda batch: called.append(len(batch)) or kernel(batch))
+    kernel = contrast.fine_grained
+    monkeypatch.setattr(contrast, "fine_grained", lambda batch: called.append(len(batch)) or kernel(batch))
     fine_grained(images)
     assert called == [2]
     fine_grained(images, algorithm="array")
     assert called == [2]
-    monkeypatch.setattr(_algorithms, "_numba_is_installed", lambda: False)
+    monkeypatch.setattr(_routes, "_numba_is_installed", lambda: False)
     fine_grained(images)
     assert called == [2]
     message = r"algorithm='kernel' on a CPU needs Numba, .* pip install 'dali-saliencymix\[compiled\]'"

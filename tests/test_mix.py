@@ -16,6 +16,8 @@ all_options = pytest.mark.parametrize(
     "options", [{"box": box, "per_batch": per_batch} for box in ("fit", "clip") for per_batch in (False, True)], ids=str
 )
 
+PLACEMENT = ("saliency", "source", "destination", "box", "per_batch")
+
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return images that share no pixel value, sources that repeat and point at themselves, lam with 0 and 1."""
@@ -365,16 +367,18 @@ def test_options_that_contradict_each_other_are_refused_by_name(options, error, 
 def test_a_preset_is_its_options_and_an_option_that_is_given_goes_before_it(preset, put, fetch):
     batch = tuple(map(put, random_batch((5, 37, 23, 3))))
     by_name = [fetch(array) for array in saliencymix(*batch, preset=preset)]
-    check(saliencymix(*batch, **PRESETS[preset]._asdict()), by_name, fetch)
-    options = {**PRESETS[preset]._asdict(), "box": "clip", "per_batch": False, "saliency": "image_signature"}
+    spelled_out = {name: getattr(PRESETS[preset], name) for name in PLACEMENT}
+    check(saliencymix(*batch, **spelled_out), by_name, fetch)
+    options = {**spelled_out, "box": "clip", "per_batch": False, "saliency": "image_signature"}
     expected = [fetch(array) for array in saliencymix(*batch, **options)]
     given_options = {name: options[name] for name in ("box", "per_batch", "saliency")}
     check(saliencymix(*batch, preset=preset, **given_options), expected, fetch)
 
 
 def test_presets_are_what_the_paper_and_its_code_do():
-    assert PRESETS["paper"] == ("fine_grained", "salient", "corresponding", "fit", False)
-    assert PRESETS["released-code"] == ("fine_grained", "salient", "corresponding", "clip", True)
+    paper, released = ([getattr(PRESETS[name], option) for option in PLACEMENT] for name in ("paper", "released-code"))
+    assert paper == ["fine_grained", "salient", "corresponding", "fit", False]
+    assert released == ["fine_grained", "salient", "corresponding", "clip", True]
 
 
 @pytest.mark.parametrize("lam", [[1.0, 1, 1, 1, 1], [1, 0.5, 1, 1, 0.5]])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from dali_saliencymix._dali import operator as _python_operator
-from dali_saliencymix._dali.operator import Buffers, python_operator
+from dali_saliencymix._dali import operator as dali_operator
+from dali_saliencymix._dali.operator import Buffers, Stage, python_operator
 from dali_saliencymix._routes import on_gpu
 
 
@@ -48,20 +48,22 @@ def test_no_more_buffers_are_kept_than_are_in_use_at_a_time():
     held = [buffers.take((100,), np.uint8) for _ in range(20)]
     assert len({address(array) for array in held}) == 20
     del held
-    assert len(buffers._free) == _python_operator._MOST_FREE
+    assert len(buffers._free) == dali_operator._MOST_FREE
 
 
 @pytest.fixture(params=["whole batches", "samples"])
 def operator(request, monkeypatch):
     if request.param == "samples":
-        monkeypatch.setattr(_python_operator, "whole_batches_work", lambda: False)
+        monkeypatch.setattr(dali_operator, "whole_batches_work", lambda: False)
     return request.param
 
 
 @pipeline_def(batch_size=4, num_threads=3, device_id=None)
 def calling(function, values, num_outputs, layouts=()):
     numbers = fn.external_source(source=lambda: values)
-    outputs = python_operator(function, numbers, name="doubled", num_outputs=num_outputs, layouts=layouts)
+    outputs = python_operator(
+        function, numbers, name="doubled", stage=Stage("double"), num_outputs=num_outputs, layouts=layouts
+    )
     return tuple(outputs) if num_outputs > 1 else outputs
 
 
@@ -117,26 +119,52 @@ def test_pipelines_may_end_while_they_work(operator):
             np.testing.assert_array_equal(outputs[0].as_array(), 1)
 
 
+def made(how):
+    """Return what stands for the nodes of an operator that was made in some way."""
+    return SimpleNamespace(source=SimpleNamespace(), how=how)
+
+
+@pytest.fixture
+def in_no_graph(monkeypatch):
+    """Let the operators be made where no pipeline is defined; return the pipeline that they see."""
+    pipeline = SimpleNamespace(num_threads=1)
+    monkeypatch.setattr(dali_operator.Pipeline, "current", lambda: pipeline)
+    whole_batches = lambda *_, **__: lambda *_: made("whole batches")  # noqa: E731
+    monkeypatch.setattr(dali_operator, "_whole_batch_function", lambda: whole_batches)
+    monkeypatch.setattr(fn, "python_function", lambda *_, **__: made("samples"))
+    return pipeline
+
+
 @pytest.mark.parametrize("debugged", [True, False])
-def test_debug_mode_goes_the_documented_way(monkeypatch, debugged):
-    pipeline = SimpleNamespace(num_threads=1, _debug_on=debugged)
-    monkeypatch.setattr(_python_operator.Pipeline, "current", lambda: pipeline)
-    monkeypatch.setattr(_python_operator, "_whole_batch_function", lambda: lambda *_, **__: lambda *_: "whole batches")
-    monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
-    node = SimpleNamespace(device="cpu")
-    assert python_operator(print, node, name="mix") == ("samples" if debugged else "whole batches")
+def test_debug_mode_goes_the_documented_way(in_no_graph, debugged):
+    in_no_graph._debug_on = debugged
+    node = python_operator(print, SimpleNamespace(device="cpu"), name="mix", stage=Stage("paste"))
+    assert node.how == ("samples" if debugged else "whole batches")
 
 
 @pytest.mark.parametrize("whole_batches", [True, False])
-def test_on_a_gpu_whole_batches_are_switched_on_and_copied(monkeypatch, whole_batches):
+def test_on_a_gpu_whole_batches_are_switched_on_and_copied(in_no_graph, monkeypatch, whole_batches):
     pytest.importorskip("cupy")
-    monkeypatch.setattr(_python_operator.Pipeline, "current", lambda: SimpleNamespace(num_threads=1))
-    monkeypatch.setattr(_python_operator, "_whole_batch_function", lambda: lambda *_, **__: lambda *_: "whole batches")
-    monkeypatch.setattr(fn, "python_function", lambda *_, **__: "samples")
-    monkeypatch.setattr(fn, "copy", lambda outputs: f"copy of {outputs}")
+    monkeypatch.setattr(fn, "copy", lambda nodes: made(f"copy of {nodes.how}"))
     with on_gpu(whole_batches=whole_batches):
-        made = python_operator(print, SimpleNamespace(device="gpu"), name="mix")
-    assert made == ("copy of whole batches" if whole_batches else "samples")
+        node = python_operator(print, SimpleNamespace(device="gpu"), name="mix", stage=Stage("paste"))
+    assert node.how == ("copy of whole batches" if whole_batches else "samples")
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_nodes_carry_what_they_are(operator, outputs):
+    stage = Stage("paste")
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=None)
+    def pipeline():
+        given = fn.constant(idata=[1, 2], shape=[2])
+        nodes = python_operator(lambda batch: (batch + 0,) * outputs, given, name="x", num_outputs=outputs, stage=stage)
+        nodes = nodes if outputs > 1 else [nodes]
+        assert [node.source.stage for node in nodes] == [stage] * outputs
+        return tuple(nodes)
+
+    for output in pipeline().run():
+        np.testing.assert_array_equal(output.as_array(), [[1, 2], [1, 2]])
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1, 4), (3, 1, 2), ()])
@@ -144,10 +172,10 @@ def test_what_dali_takes_has_the_strides_of_a_dense_array(shape):
     canonical = np.zeros(shape).strides
     odd = np.lib.stride_tricks.as_strided(np.arange(24.0), shape, [8 * stride for stride in canonical])
     for array in (odd, np.zeros(shape)):
-        dense = _python_operator._dense(array)
+        dense = dali_operator._dense(array)
         assert dense.strides == canonical
         np.testing.assert_array_equal(dense, array)
-    assert _python_operator._dense(array) is array
+    assert dali_operator._dense(array) is array
 
 
 @pytest.mark.gpu
@@ -155,7 +183,7 @@ def test_a_held_batch_of_a_gpu_does_not_change():
     @pipeline_def(batch_size=4, num_threads=2, device_id=0)
     def counting():
         numbers = fn.external_source(source=lambda info: np.full((4, 1000), info, np.int32), batch_info=False)
-        return python_operator(lambda batch: (batch * 2,), numbers.gpu(), name="doubled")
+        return python_operator(lambda batch: (batch * 2,), numbers.gpu(), name="doubled", stage=Stage("double"))
 
     with on_gpu(whole_batches=True):
         pipeline = counting()
@@ -165,6 +193,6 @@ def test_a_held_batch_of_a_gpu_does_not_change():
 
 
 def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
-    assert _python_operator.whole_batches_work()  # in the version that the tests have
+    assert dali_operator.whole_batches_work()  # in the version that the tests have
     monkeypatch.setattr("nvidia.dali.__version__", "2.5.0")
-    assert not _python_operator.whole_batches_work()
+    assert not dali_operator.whole_batches_work()
