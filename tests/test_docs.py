@@ -27,7 +27,7 @@ from training_fixtures import python_path
 
 import dali_saliencymix
 import pipelines
-from dali_saliencymix import fn, preview, pytorch, saliencymix, soft_labels
+from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._dali.operator import Stage, python_operator
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -60,7 +60,11 @@ def page_id(page):
 
 def public_names():
     """Return the full names of all that is public."""
-    modules = [importlib.import_module(f"pipelines.{name}") for _, name, _ in pkgutil.iter_modules(pipelines.__path__)]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}")
+        for package in (datasets, loaders, pipelines)
+        for _, name, _ in pkgutil.iter_modules(package.__path__)
+    ]
     examples = importlib.import_module("pipelines.examples")
     found = pkgutil.iter_modules(examples.__path__, "pipelines.examples.")
     modules += [importlib.import_module(name) for _, name, _ in found if not name.endswith("__main__")]
