@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated parts; pipelines and train, which are not installed
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated parts; train.py, which is not installed
 
 import generated  # noqa: E402
 

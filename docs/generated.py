@@ -15,8 +15,6 @@ import transfer_voc
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.training.arguments import parse_arguments
-from pipelines import accelerate_training, dynamic_mode
-from pipelines.examples.__main__ import main as examples_main
 
 DETECTOR_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "detectors-cpu-2-cores.json"
 
@@ -35,9 +33,6 @@ def parts() -> dict[str, str]:
         "help_preview": help_of("python -m dali_saliencymix", package_main, "preview"),
         "help_train": help_of("train.py", parse_arguments),
         "help_transfer_voc": help_of("transfer_voc.py", transfer_voc.parse_arguments),
-        "help_examples": help_of("python -m pipelines.examples", examples_main),
-        "help_dynamic_mode": help_of("python -m pipelines.dynamic_mode", dynamic_mode.main),
-        "help_accelerate": help_of("python -m pipelines.accelerate_training", accelerate_training.main),
     }
 
 

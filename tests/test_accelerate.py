@@ -12,13 +12,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest_plugins = ["training_fixtures"]
 
-EPOCHS, BATCH, LR = 2, 8, 0.01
-OPTIONS = {"epochs": EPOCHS, "batch_size": BATCH, "crop_size": 32, "num_threads": 1, "lr": LR, "seed": 3}
+IMAGES, EPOCHS, BATCH, LR = 48, 2, 8, 0.01
+OPTIONS = {"epochs": EPOCHS, "batch_size": BATCH, "size": 32, "lr": LR}
 
 
 def numbered(data):
@@ -41,24 +42,16 @@ def record(data, output):
     from pipelines import accelerate_training
 
     accelerator = Accelerator(cpu=True)
-    batches, make_loader = [], accelerate_training.training_loader
+    batches, cross_entropy = [], accelerate_training.cross_entropy
 
-    class Recorded:
-        def __init__(self, loader):
-            self.loader = loader
+    def recorded(logits, targets):
+        batches.append(targets.tolist())
+        return cross_entropy(logits, targets)
 
-        def __len__(self):
-            return len(self.loader)
-
-        def __iter__(self):
-            for batch in self.loader:
-                batches.append([tensor.tolist() for tensor in batch[1:]])
-                yield batch
-
-    accelerate_training.training_loader = lambda *args, **options: Recorded(make_loader(*args, **options))
+    accelerate_training.cross_entropy = recorded
     model, losses = accelerate_training.train(numbered(data), accelerator, **OPTIONS)
     report = {
-        "batches": batches,
+        "targets": batches,
         "losses": losses,
         "weights": checksums(model),
         "type": type(model).__name__,
@@ -91,55 +84,53 @@ def test_two_processes_agree_on_weights_and_loss(reports):
     assert all(map(math.isfinite, reports[0]["losses"]))
 
 
+def images_of(targets):
+    """Return the numbers of the images that a batch is made of: each of them is a receiver once, and a source once."""
+    return set(np.nonzero(targets)[1].tolist())
+
+
 def test_two_processes_share_the_images_of_each_epoch(reports):
-    steps = 48 // 2 // BATCH
-    assert [len(report["batches"]) for report in reports] == [EPOCHS * steps] * 2
+    steps = IMAGES // 2 // BATCH
+    assert [len(report["targets"]) for report in reports] == [EPOCHS * steps] * 2
     for epoch in range(EPOCHS):
-        seen = [
-            label
-            for report in reports
-            for labels, _, _ in report["batches"][epoch * steps : (epoch + 1) * steps]
-            for label in labels
-        ]
-        assert sorted(seen) == list(range(48))
+        seen = [images_of(batch) for report in reports for batch in report["targets"][epoch * steps :][:steps]]
+        assert sorted(number for images in seen for number in images) == list(range(IMAGES))
 
 
 def test_two_processes_mix_with_draws_of_their_own(reports):
-    lam = [[own for _, _, lam in report["batches"] for own in lam] for report in reports]
-    assert min(map(min, lam)) < 0.5
-    assert not set(lam[0]) - {1.0} <= set(lam[1])
+    weights = [{weight for batch in report["targets"] for row in batch for weight in row} for report in reports]
+    assert all(len(of_one) > 2 * BATCH for of_one in weights)
+    assert not weights[0] <= weights[1]
 
 
-def test_one_process_trains_as_a_loop_by_hand_does(data_folder):
+@pytest.mark.parametrize("batch_size", [BATCH, 10], ids=["whole batches", "a remainder"])
+def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
     """The same steps without Accelerate, by code of its own, lead to the same weights."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     import torchvision
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import log_softmax
 
-    from dali_saliencymix import fn
-    from dali_saliencymix.loaders.dali import training_loader
-    from pipelines.accelerate_training import train
+    from pipelines.accelerate_training import train, training_pipeline
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = numbered(data_folder)
-    model, losses = train(folder, accelerate.Accelerator(cpu=True), **OPTIONS)
+    torch.manual_seed(3)
+    model, losses = train(folder, accelerate.Accelerator(cpu=True), **{**OPTIONS, "batch_size": batch_size})
 
-    torch.manual_seed(OPTIONS["seed"])
-    by_hand = torchvision.models.resnet18(num_classes=48)
+    torch.manual_seed(3)
+    by_hand = torchvision.models.resnet18(num_classes=IMAGES)
     begin = checksums(by_hand)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
-    loader = training_loader(
-        folder, batch_size=BATCH, num_threads=1, device=torch.device("cpu"), seed=3, crop_size=32, mix=fn.saliencymix
-    )
+    pipeline = training_pipeline(folder, 32, False, 0, 1, batch_size=batch_size, num_threads=4, device_id=None, seed=0)
     losses_by_hand = []
     for _ in range(EPOCHS):
         epoch = []
-        for images, labels, source_labels, lam in loader:
-            # The same arithmetic, not only the same value: each step makes rounding errors grow about tenfold.
-            logits = by_hand(images)
-            own, other = (cross_entropy(logits, ids, reduction="none") for ids in (labels, source_labels))
-            loss = (lam * own + (1 - lam) * other).mean()
+        for step in range(math.ceil(IMAGES / batch_size)):
+            images, targets = (torch.from_numpy(np.array(output.as_tensor())) for output in pipeline.run())
+            if step == IMAGES // batch_size:  # its end is padding
+                continue
+            loss = -(targets * log_softmax(by_hand(images), 1)).sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -158,17 +149,15 @@ def test_the_command_trains_and_writes_weights(data_folder, tmp_path):
     from training_fixtures import run_program
 
     weights = tmp_path / "weights.pt"
-    options = ["--cpu", "-b", "8", "--crop-size", "32", "-j", "1", "--lr", "0.01", "--output", weights]
-    ended = run_program("-m", "pipelines.accelerate_training", data_folder / "train", *options)
+    options = ["--cpu", "-b", "8", "--size", "32", "--lr", "0.01", "--output", weights]
+    ended = run_program("pipelines/accelerate_training.py", data_folder / "train", *options)
     line = ended.stdout.splitlines()[-1]
     assert line.startswith("epoch 1/1  6 steps  loss ")
     assert math.isfinite(float(line.split()[-1]))
     model = torchvision.models.resnet18(num_classes=8)
     model.load_state_dict(torch.load(weights, weights_only=True))
-    torch.manual_seed(0)
-    begin = torchvision.models.resnet18(num_classes=8)
-    assert not torch.equal(model.conv1.weight, begin.conv1.weight)
     assert torch.isfinite(model.conv1.weight).all()
+    assert model.bn1.num_batches_tracked == 6
 
 
 def test_too_few_images_are_an_error(data_folder):

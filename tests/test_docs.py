@@ -26,7 +26,6 @@ from PIL import Image
 from training_fixtures import python_path
 
 import dali_saliencymix
-import pipelines
 from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._dali.operator import Stage, python_operator
@@ -37,7 +36,6 @@ from dali_saliencymix.saliency import saliency_maps
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 BLOCK = re.compile(r"^```(\{code-block\} )?(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PROGRAMS = {"main"}  # of modules that are programs: on the page of the command line
 
 
 def blocks(page):
@@ -62,18 +60,15 @@ def public_names():
     """Return the full names of all that is public."""
     modules = [
         importlib.import_module(f"{package.__name__}.{name}")
-        for package in (datasets, loaders, pipelines)
+        for package in (datasets, loaders)
         for _, name, _ in pkgutil.iter_modules(package.__path__)
     ]
-    examples = importlib.import_module("pipelines.examples")
-    found = pkgutil.iter_modules(examples.__path__, "pipelines.examples.")
-    modules += [importlib.import_module(name) for _, name, _ in found if not name.endswith("__main__")]
     for module in (dali_saliencymix, fn, pytorch):
         yield from (f"{module.__name__}.{name}" for name in module.__all__)
     for module in (preview, *modules):
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
-            if own and callable(value) and not name.startswith("_") and name not in PROGRAMS and inspect.getdoc(value):
+            if own and callable(value) and not name.startswith("_") and inspect.getdoc(value):
                 yield f"{module.__name__}.{name}"
 
 
@@ -242,7 +237,7 @@ def real_errors(monkeypatch):
 
 def test_the_errors_of_the_guide_are_those_that_are_raised(monkeypatch):
     page = (DOCS / "guides" / "dali.md").read_text()
-    table = page[page.index("## What the errors mean") : page.index("## Examples that run")]
+    table = page[page.index("## What the errors mean") : page.index("## Complete jobs")]
     shown = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
     errors = list(real_errors(monkeypatch))
     assert len(shown) == len(errors)

@@ -1,42 +1,57 @@
-"""Every example runs on real JPEG files, and what comes out is mixed as labels and weights say.
+"""Every job of pipelines/ runs on real JPEG files, and what comes out is mixed as labels and weights say.
 
-Each class of the test's data set is a colour, which survives decoding, cropping, resizing and mirroring: every pixel of
-a mixed batch tells its class.
+So do the whole pipelines that only the guide for DALI has. Each class of the test's data set is a colour, which
+survives decoding, cropping, resizing and flipping: every pixel of a mixed batch tells its class.
 """
 
 from __future__ import annotations
 
-import importlib
+import ast
+import functools
+import importlib.util
 import io
-import pkgutil
+import math
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import records
+import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 from PIL import Image
+from training_fixtures import REPOSITORY, run_program
 
-import pipelines.examples
 from dali_saliencymix import core
 from dali_saliencymix.datasets.image_folder import list_image_folder
-from pipelines.examples import records
-from pipelines.examples.__main__ import EXAMPLES, OUTPUTS, main
+from pipelines import (
+    conditionals,
+    external_source,
+    imagenet,
+    label_forms,
+    recordio_reader,
+    tfrecord_reader,
+    webdataset_reader,
+)
 
-ROOT = Path(pipelines.examples.__file__).parents[2]
 CLASSES = 8
 IMAGES = 3  # of each class
 BATCH = 8
 SIZE = (48, 48)
-NOT_EXAMPLES = {"__main__", "records"}
-NAMES = sorted({module.name for module in pkgutil.iter_modules(pipelines.examples.__path__)} - NOT_EXAMPLES)
+JOBS = {path.stem: path for path in (REPOSITORY / "pipelines").glob("*.py")}
+OUTPUTS = ("images", "labels", "source_labels", "lam", "targets")
 MEAN, STD = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
+# Multi-label vectors: each image has its class and the one behind it.
+TAGS = np.maximum(np.eye(CLASSES, dtype=np.float32), np.roll(np.eye(CLASSES, dtype=np.float32), 1, axis=1))
 
 
 def jpeg(label, number):
@@ -84,14 +99,65 @@ def batches_mixed(monkeypatch):
     return calls
 
 
-def variants(name, folder, scratch):
-    """Return the pipelines of one example, as the command line makes them."""
-    definition = importlib.import_module(f"pipelines.examples.{name}").training_pipeline
-    return [build(definition, *args, **options) for args, options in EXAMPLES[name](folder, scratch)]
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """The imports and functions of the guide for DALI, as a module: DALI reads the source of a pipeline definition."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "docs/guides/dali.md").read_text(), re.M | re.S)
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    source = "\n".join(ast.unparse(node) for node in ast.parse("".join(blocks)).body if isinstance(node, kept))
+    path = tmp_path_factory.mktemp("guide") / "guide.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("guide", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def build(definition, *args, batch_size=BATCH, seed=5, size=SIZE[0], **options):
-    return definition(*args, batch_size=batch_size, num_threads=2, device_id=None, seed=seed, size=size, **options)
+@pytest.fixture(scope="module")
+def record_files(samples, tmp_path_factory):
+    """The samples in each record format: an object with pairs of file and index."""
+    root = tmp_path_factory.mktemp("records")
+    files = {}
+    for name, (write, _) in FORMATS.items():
+        files[name] = str(root / name), str(root / f"{name}.idx")
+        write(samples, *files[name])
+    return SimpleNamespace(**files)
+
+
+def label_forms_pipeline(form):
+    return lambda data: functools.partial(
+        label_forms.training_pipeline, data.files, data.labels, form=form, num_classes=CLASSES, tags=TAGS
+    )
+
+
+# Name of a pipeline -> from the test's data to the function that makes it.
+GRAPHS = {
+    "imagenet": lambda data: functools.partial(imagenet.training_pipeline, data.files, data.labels, device="cpu"),
+    "conditionals": lambda data: functools.partial(conditionals.training_pipeline, data.root),
+    "external_source": lambda data: functools.partial(external_source.training_pipeline, data.source),
+    "webdataset_reader": lambda data: functools.partial(webdataset_reader.training_pipeline, *data.tar),
+    "tfrecord_reader": lambda data: functools.partial(tfrecord_reader.training_pipeline, *data.tfrecord),
+    "recordio_reader": lambda data: functools.partial(recordio_reader.training_pipeline, *data.recordio),
+    "class_ids": label_forms_pipeline("class_ids"),
+    "one_hot": label_forms_pipeline("one_hot"),
+    "multi_label": label_forms_pipeline("multi_label"),
+    "guide: augmented": lambda data: functools.partial(data.guide.augmented_pipeline, data.root),
+    "guide: float16": lambda data: functools.partial(data.guide.float16_pipeline, data.root),
+}
+
+
+@pytest.fixture
+def build(folder, record_files, guide):
+    """Return a function that builds one of `GRAPHS` by its name."""
+    source = external_source.ShuffledImages(folder)
+    of_folder = {"root": str(folder.root), "files": folder.files, "labels": folder.labels, "source": source}
+    data = SimpleNamespace(**of_folder, **vars(record_files), guide=guide)
+    return lambda name, **options: built(GRAPHS[name](data), **options)
+
+
+def built(definition, *args, seed=5, **options):
+    options = {"batch_size": BATCH, "num_threads": 2, "device_id": None, "seed": seed, "size": SIZE[0], **options}
+    return definition(*args, **options)
 
 
 def run(pipeline):
@@ -125,47 +191,42 @@ def check_mixed_as_labels_say(images, labels, source_labels, lam):
             assert foreign[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
 
 
-def test_the_command_line_knows_every_example():
-    assert list(NAMES) == sorted(EXAMPLES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_comes_out_is_mixed_as_it_says(name, folder, batches_mixed, tmp_path):
-    for pipeline in variants(name, folder, tmp_path):
-        outputs = [run(pipeline) for _ in range(3)]
-        for batch in outputs:
-            images, labels, source_labels, lam = (batch[output] for output in OUTPUTS[:4])
-            assert len(images) == BATCH
-            assert sorted(images.shape[1:]) == [3, *SIZE]
-            assert images.dtype == (np.float16 if name == "float16" else np.float32)
-            if name != "label_forms":
-                assert labels.dtype == source_labels.dtype == (np.int64 if name == "tfrecord" else np.int32)
-                assert labels.size == source_labels.size == BATCH
-                assert (labels != source_labels).any()
-            assert lam.shape == (BATCH,)
-            assert lam.dtype == np.float32
-            assert ((lam >= 0) & (lam <= 1)).all()
-            assert (lam < 1).any()
-            if name != "auto_augment" and labels.size == BATCH:  # colours stay, and labels are class ids
-                check_mixed_as_labels_say(images, labels.ravel(), source_labels.ravel(), lam)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_comes_out_is_mixed_as_it_says(name, build, batches_mixed):
+    pipeline = build(name)
+    outputs = [run(pipeline) for _ in range(3)]
+    for batch in outputs:
+        images, labels, source_labels, lam = (batch[output] for output in OUTPUTS[:4])
+        assert len(images) == BATCH
+        assert sorted(images.shape[1:]) == [3, *SIZE]
+        assert images.dtype == (np.float16 if name == "guide: float16" else np.float32)
+        if name not in ("one_hot", "multi_label"):
+            assert labels.dtype == source_labels.dtype == (np.int64 if name == "tfrecord_reader" else np.int32)
+            assert labels.size == source_labels.size == BATCH
+            assert (labels != source_labels).any()
+        assert lam.shape == (BATCH,)
+        assert lam.dtype == np.float32
+        assert ((lam >= 0) & (lam <= 1)).all()
+        assert (lam < 1).any()
+        if name != "guide: augmented" and labels.size == BATCH:  # colours stay, and labels are class ids
+            check_mixed_as_labels_say(images, labels.ravel(), source_labels.ravel(), lam)
         if name == "conditionals":
             continue  # the operator does not see the whole batch there
-        for batch in outputs:
-            # Pipelines run ahead, so the records of one variant may stand among those of another.
-            called = [call for call in batches_mixed if np.array_equal(call[2].lam, batch["lam"])]
-            before, source_index, mixed = called[0]
-            np.testing.assert_array_equal(batch["source_labels"], batch["labels"][source_index])
-            for image, whole, receiver, source in zip(
-                pixels_of(batch["images"]), mixed.images, before, before[source_index], strict=True
-            ):
-                mirrored = np.abs(whole[:, ::-1].astype(int) - image).max() <= 1
-                whole_image = image[:, ::-1] if mirrored else image
-                close = [(np.abs(other.astype(int) - whole_image) <= 1).all(-1) for other in (receiver, source)]
-                assert (close[0] | close[1]).all()
+        # Pipelines run ahead, so there are more records than batches.
+        called = [call for call in batches_mixed if np.array_equal(call[2].lam, batch["lam"])]
+        before, source_index, mixed = called[0]
+        np.testing.assert_array_equal(batch["source_labels"], batch["labels"][source_index])
+        for image, whole, receiver, source in zip(
+            pixels_of(batch["images"]), mixed.images, before, before[source_index], strict=True
+        ):
+            mirrored = np.abs(whole[:, ::-1].astype(int) - image).max() <= 1
+            whole_image = image[:, ::-1] if mirrored else image
+            close = [(np.abs(other.astype(int) - whole_image) <= 1).all(-1) for other in (receiver, source)]
+            assert (close[0] | close[1]).all()
 
 
-def test_automatic_augmentation_comes_before_the_mixing(folder, batches_mixed, tmp_path):
-    (pipeline,) = variants("auto_augment", folder, tmp_path)
+def test_automatic_augmentation_comes_before_the_mixing(build, batches_mixed):
+    pipeline = build("guide: augmented")
     for _ in range(3):
         run(pipeline)
     before = np.concatenate([images for images, _, _ in batches_mixed])
@@ -174,10 +235,9 @@ def test_automatic_augmentation_comes_before_the_mixing(folder, batches_mixed, t
     assert 0.3 < changed.mean() < 1
 
 
-def test_a_branch_of_a_conditional_mixes_its_samples_among_themselves(folder):
-    definition = importlib.import_module("pipelines.examples.conditionals").training_pipeline
+def test_a_branch_of_a_conditional_mixes_its_samples_among_themselves(build):
     unmixed_class = 5
-    pipeline = build(definition, folder.files, folder.labels, unmixed_class=unmixed_class)
+    pipeline = build("conditionals", unmixed_class=unmixed_class)
     untouched = 0
     for _ in range(6):
         batch = run(pipeline)
@@ -192,20 +252,21 @@ def test_a_branch_of_a_conditional_mixes_its_samples_among_themselves(folder):
     assert untouched
 
 
-def test_a_sample_that_is_alone_in_the_branch_stays_as_it_is(folder, batches_mixed):
-    definition = importlib.import_module("pipelines.examples.conditionals").training_pipeline
+def test_a_sample_that_is_alone_in_the_branch_stays_as_it_is(batches_mixed, tmp_path):
     # One image of class 0, seven of class 1.
-    files, labels = folder.files[:1] + [folder.files[IMAGES]] * 7, [0] + [1] * 7
-    pipeline = build(definition, files, labels, unmixed_class=1)
-    batch = run(pipeline)
+    for number in range(BATCH):
+        file = tmp_path / f"class{min(number, 1)}" / f"{number}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(jpeg(min(number, 1), number))
+    batch = run(built(conditionals.training_pipeline, str(tmp_path), unmixed_class=1))
+    assert sorted(batch["labels"].ravel()) == [0] + [1] * 7
     assert [len(images) for images, _, _ in batches_mixed[:1]] == [1]
     np.testing.assert_array_equal(batch["source_labels"], batch["labels"])
     np.testing.assert_array_equal(batches_mixed[0][2].images, batches_mixed[0][0])
 
 
-def test_targets_of_each_form_are_labels_weighted_by_lam(folder, tmp_path):
-    pipelines_of_forms = variants("label_forms", folder, tmp_path)
-    assert len(pipelines_of_forms) == 3
+def test_targets_of_each_form_are_labels_weighted_by_lam(build):
+    pipelines_of_forms = [build(form) for form in ("class_ids", "one_hot", "multi_label")]
     ids, one_hot, multi_label = ([run(pipeline) for _ in range(3)] for pipeline in pipelines_of_forms)
     eye = np.eye(CLASSES, dtype=np.float32)
     for by_id, by_vector, by_tags in zip(ids, one_hot, multi_label, strict=True):
@@ -220,29 +281,24 @@ def test_targets_of_each_form_are_labels_weighted_by_lam(folder, tmp_path):
         # Targets name the classes of the pixels, in their shares.
         shares = (classes_of(by_vector["images"])[..., None] == np.arange(CLASSES)).mean((1, 2))
         np.testing.assert_allclose(by_vector["targets"], shares, atol=1e-6)
-        # As tags each image has its class and the one behind it.
-        own, source = (np.maximum(rows, np.roll(rows, 1, axis=1)) for rows in (own, source))
+        own, source = (TAGS[by_id[output].ravel()] for output in ("labels", "source_labels"))
         np.testing.assert_array_equal(by_tags["labels"], own)
         np.testing.assert_array_equal(by_tags["source_labels"], source)
         np.testing.assert_allclose(by_tags["targets"], lam * own + (1 - lam) * source, atol=1e-6)
         np.testing.assert_array_equal(by_tags["targets"][(own == 1) & (source == 1)], 1)
 
 
-def test_float16_is_channels_last_in_pytorch_without_a_copy(folder, tmp_path):
-    torch = pytest.importorskip("torch")
-    (pipeline,) = variants("float16", folder, tmp_path)
-    images = torch.from_numpy(run(pipeline)["images"]).permute(0, 3, 1, 2)
+def test_float16_is_channels_last_in_pytorch_without_a_copy(build):
+    images = torch.from_numpy(run(build("guide: float16"))["images"]).permute(0, 3, 1, 2)
     assert images.dtype == torch.float16
     assert images.shape == (BATCH, 3, *SIZE)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("epochs_before", [0, 1])
-def test_a_restored_external_source_goes_on_identically(folder, tmp_path, epochs_before):
-    definition = importlib.import_module("pipelines.examples.external_source").training_pipeline
-    ((arguments, _),) = EXAMPLES["external_source"](folder, tmp_path)
-    batches = len(folder) // BATCH
-    pipeline = build(definition, *arguments)
+def test_a_restored_external_source_goes_on_identically(build, epochs_before):
+    batches = CLASSES * IMAGES // BATCH
+    pipeline = build("external_source")
     for _ in range(epochs_before):
         for _ in range(batches):
             run(pipeline)
@@ -252,7 +308,7 @@ def test_a_restored_external_source_goes_on_identically(folder, tmp_path, epochs
     run(pipeline)
     state = pipeline.checkpoint()
     expected = [run(pipeline) for _ in range(batches - 1)]
-    restored = build(definition, *arguments, checkpoint=state)
+    restored = build("external_source", checkpoint=state)
     for batch in expected:
         for output, values in run(restored).items():
             np.testing.assert_array_equal(values, batch[output])
@@ -261,10 +317,8 @@ def test_a_restored_external_source_goes_on_identically(folder, tmp_path, epochs
             ended.run()
 
 
-def test_an_external_source_gives_each_image_once_an_epoch_in_a_new_order(folder, tmp_path):
-    definition = importlib.import_module("pipelines.examples.external_source").training_pipeline
-    ((arguments, _),) = EXAMPLES["external_source"](folder, tmp_path)
-    pipeline = build(definition, *arguments)
+def test_an_external_source_gives_each_image_once_an_epoch_in_a_new_order(folder, build):
+    pipeline = build("external_source")
     orders = []
     for _ in range(2):
         orders.append([label for _ in range(len(folder) // BATCH) for label in run(pipeline)["labels"].ravel()])
@@ -278,8 +332,7 @@ def test_an_external_source_gives_each_image_once_an_epoch_in_a_new_order(folder
 def test_webdataset_labels_of_any_length_become_numbers(samples, tmp_path):
     numbers = [0, 7, 10, 99, 100, 4321, 65536, 999999]
     records.write_tar([(samples[0][0], number) for number in numbers], tmp_path / "tar", tmp_path / "idx")
-    definition = importlib.import_module("pipelines.examples.webdataset").training_pipeline
-    batch = run(build(definition, str(tmp_path / "tar"), str(tmp_path / "idx")))
+    batch = run(built(webdataset_reader.training_pipeline, str(tmp_path / "tar"), str(tmp_path / "idx")))
     assert sorted(batch["labels"]) == numbers
 
 
@@ -444,74 +497,101 @@ def test_negative_class_ids_are_refused(tmp_path):
         records.write_tfrecord([(b"", -1)], tmp_path / "records", tmp_path / "index")
 
 
-# The command line.
+# The jobs as programs.
 
 
-def test_the_command_line_runs_every_example_on_a_folder(folder):
-    # As ``python -m pipelines.examples NAME DATA ..`` for each name, in one process to save the imports.
-    run_each = (
+def run_job(name, *arguments, check=True):
+    return run_program(JOBS[name], *arguments, check=check)
+
+
+@pytest.fixture(scope="module")
+def printed(folder, record_files):
+    """What each job prints that prints a batch, run in one process to save the imports."""
+    files = [str(folder.root)]
+    commands = {
+        "conditionals": files,
+        "external_source": files,
+        "webdataset_reader": record_files.tar,
+        "tfrecord_reader": record_files.tfrecord,
+        "recordio_reader": record_files.recordio,
+        "label_forms": files,
+    }
+    runner = (
         "import runpy, sys\n"
-        "names, *arguments = sys.argv[1:]\n"
-        "for name in names.split():\n"
-        "    sys.argv = ['', name, *arguments]\n"
-        "    try:\n"
-        "        runpy.run_module('pipelines.examples', run_name='__main__', alter_sys=True)\n"
-        "    except SystemExit as end:\n"
-        "        print('exit status', end.code)\n"
+        "sys.path[0] = sys.argv[1]\n"  # as for a program
+        f"for name, arguments in {commands!r}.items():\n"
+        "    sys.argv[1:] = arguments\n"
+        "    print('job', name)\n"
+        "    runpy.run_path(f'{sys.path[0]}/{name}.py', run_name='__main__')\n"
     )
-    options = ["-n", "4", "--size", "40", "--images", "16"]
-    command = [sys.executable, "-c", run_each, " ".join(NAMES), str(folder.root), *options]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    printed = found.stdout.split("exit status 0\n")
-    assert len(printed) == len(NAMES) + 1, found.stderr
-    for name, text in zip(NAMES, printed, strict=False):
-        blocks = text.split(f"{name}, ")[1:]
-        assert len(blocks) == (12 if name == "label_forms" else 4)
-        for block in blocks:
-            shape = "(8, 40, 40, 3) float16" if name == "float16" else "(8, 3, 40, 40) float32"
-            assert f"  images        {shape}\n" in block
-            (line,) = [line for line in block.splitlines() if line.startswith("  lam")]
-            weights = [float(word) for word in line.split()[3:]]
-            assert line.startswith("  lam           (8,) float32 ")
-            assert len(weights) == 8
-            assert all(0 <= weight <= 1 for weight in weights)
-            assert ("\n  targets       (8, 8) float32\n" in block) == (name == "label_forms")
+    ended = run_program("-c", runner, REPOSITORY / "pipelines")
+    texts = dict(re.findall(r"^job (\w+)\n((?:(?!job ).*\n)+)", ended.stdout, re.M))
+    assert list(texts) == list(commands)
+    return texts
 
 
-def test_the_command_line_makes_its_own_data():
-    command = [sys.executable, "-m", "pipelines.examples", "tfrecord", "-n", "1", "--size", "32"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert found.stderr == ""
-    assert found.stdout.startswith("tfrecord, batch 0\n  images        (8, 3, 32, 32) float32\n")
+def table(text, columns):
+    """Return the numbers of a printed array."""
+    return np.array(re.findall(r"\d[\d.e-]*", text), float).reshape(-1, columns)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["float16", "nowhere"], "float16: error: nowhere: no such folder"),
-        (["webdataset", ".", "-b", "99"], r"a batch of 99 images needs as many, there are 24"),
-        (["tfrecord", ".", "-b", "9", "--images", "8"], r"a batch of 9 images needs as many, there are 8"),
-    ],
+    "name", ["conditionals", "external_source", "webdataset_reader", "tfrecord_reader", "recordio_reader"]
 )
-def test_the_command_line_says_what_is_wrong(folder, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(folder.root)
-    assert main(arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_a_job_prints_labels_and_weights(name, printed):
+    shape, head, rows = printed[name].split("\n", 2)
+    assert (shape, head) == ("(8, 3, 224, 224)", "label, source label, lam:")
+    rows = table(rows, 3)
+    assert len(rows) == 8
+    assert np.isin(rows[:, :2], np.arange(CLASSES)).all()
+    assert ((rows[:, 2] >= 0) & (rows[:, 2] <= 1)).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no_such"], "argument NAME: invalid choice: 'no_such'"),
-        (["tfrecord", "-b", "0"], "argument -b/--batch-size: must be an integer of at least 1, got 0"),
-    ],
-)
-def test_wrong_arguments_are_refused(capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_status:
-        main(arguments)
-    assert exit_status.value.code == 2
-    assert message in capsys.readouterr().err
+def test_the_job_of_label_forms_prints_targets(printed, folder):
+    tags = run_job("label_forms", folder.root, "--form", "multi_label").stdout
+    of_ids, of_tags = (table(text, CLASSES) for text in (printed["label_forms"], tags))
+    assert len(of_ids) == len(of_tags) == 8
+    np.testing.assert_allclose(of_ids.sum(1), 1, atol=2e-3)
+    assert of_tags.sum(1).max() > 1.5
+
+
+@pytest.mark.parametrize("layout", ["class folders", "train/"])
+def test_the_imagenet_job_trains_ten_steps(folder, tmp_path, layout):
+    data = folder.root
+    if layout == "train/":
+        (tmp_path / "train").symlink_to(folder.root)
+        data = tmp_path
+    lines = run_job("imagenet", data, "-b", "8", "--size", "32").stdout.splitlines()
+    assert [line.split()[:3] for line in lines] == [["step", str(step), "loss"] for step in range(1, 11)]
+    assert all(math.isfinite(float(line.split()[3])) for line in lines)
+
+
+def test_the_imagenet_job_says_in_one_line_that_there_is_no_gpu(folder):
+    ended = run_job("imagenet", folder.root, "--device", "gpu", check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: --device must be cpu where PyTorch finds no CUDA GPU, got gpu\n"
+
+
+def test_the_imagenet_job_is_short():
+    assert len(JOBS["imagenet"].read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_no_job_has_the_name_of_a_module(name):
+    # The folder of a program comes first on its path: such a job would be imported in the place of the module.
+    elsewhere = [path for path in sys.path if Path(path).resolve() != REPOSITORY / "pipelines"]
+    assert PathFinder.find_spec(name, elsewhere) is None
+    assert name not in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_is_one_file_that_needs_the_public_package_only(name):
+    imported = {
+        module
+        for node in ast.walk(ast.parse(JOBS[name].read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert not {module.partition(".")[0] for module in imported} & {"pipelines", *JOBS}
+    of_package = {module for module in imported if module.startswith("dali_saliencymix")}
+    assert of_package <= {"dali_saliencymix", "dali_saliencymix.fn", "dali_saliencymix.datasets.image_folder"}

@@ -1,1 +1,0 @@
-"""Ready-made DALI pipelines and the loaders that feed them to PyTorch. Run from the root of the repository."""

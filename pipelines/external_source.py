@@ -1,0 +1,64 @@
+"""Images that come from Python as arrays, out of a database or a format of your own: ``fn.external_source``.
+
+    python pipelines/external_source.py DATA
+
+DATA is a folder with one folder of images for each class. Pillow opens the files, in the place of your own code.
+
+The source is a function of the sample's index and keeps no state, so a checkpoint of the pipeline covers the source and
+the mixing: a restored pipeline goes on with the same batches.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import DataNode
+from PIL import Image
+
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.fn import saliencymix
+
+MEAN, STD = [0.485 * 255, 0.456 * 255, 0.406 * 255], [0.229 * 255, 0.224 * 255, 0.225 * 255]
+
+
+class ShuffledImages:
+    """Gives image and label number ``info.idx_in_epoch`` of an order that the seed and the epoch decide.
+
+    Where no full batch is left the epoch ends: DALI's iterators begin the next one, with ``pipeline.run()`` you do it
+    by ``pipeline.reset()``.
+    """
+
+    def __init__(self, folder: ImageFolder, seed: int = 0) -> None:
+        self.folder, self.seed = folder, seed
+
+    def __call__(self, info: types.SampleInfo) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return one image (H, W, 3) uint8, of any size, and its label, of shape (1,)."""
+        if info.idx_in_epoch >= len(self.folder):
+            raise StopIteration
+        # Drawn anew for each sample, as nothing may be kept; for millions of images keep the last epoch's order.
+        order = np.random.default_rng([self.seed, info.epoch_idx]).permutation(len(self.folder))
+        number = order[info.idx_in_epoch]
+        with Image.open(self.folder.files[number]) as image:
+            return np.array(image.convert("RGB")), np.array([self.folder.labels[number]], np.int32)
+
+
+@pipeline_def(enable_checkpointing=True)
+def training_pipeline(source: ShuffledImages, size: int = 224) -> tuple[DataNode, ...]:
+    """Take arrays, resize, mix, flip horizontally, normalise."""
+    images, labels = fn.external_source(
+        source, num_outputs=2, batch=False, dtype=[types.UINT8, types.INT32], layout=["HWC", ""], ndim=[3, 1]
+    )
+    images = fn.resize(images, size=(size, size))  # images.gpu() for a GPU
+    images, labels, source_labels, lam = saliencymix(images, labels)
+    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=MEAN, std=STD, mirror=fn.random.coin_flip())
+    return images, labels, source_labels, lam
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print a batch of images that Python gives.")
+    parser.add_argument("data", metavar="DATA", help="folder with one folder of images for each class")
+    source = ShuffledImages(list_image_folder(parser.parse_args().data))
+    pipeline = training_pipeline(source, batch_size=8, num_threads=4, device_id=None)
+    images, labels, source_labels, lam = (np.array(output.as_tensor()) for output in pipeline.run())
+    print(images.shape, "label, source label, lam:", np.column_stack([labels, source_labels, lam]), sep="\n")
