@@ -31,7 +31,7 @@ from nvidia.dali import tfrecord as tfrec
 from PIL import Image
 from training_fixtures import REPOSITORY, run_program
 
-from dali_saliencymix import core
+from dali_saliencymix._dali import mix as dali_mix
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from pipelines import (
     conditionals,
@@ -86,16 +86,16 @@ def samples(folder):
 
 @pytest.fixture
 def batches_mixed(monkeypatch):
-    """Record what `core.saliencymix` is called with; return the list of (images, source_index, result)."""
+    """Record what DALI operators mix; return the list of (images, source_index, result)."""
     calls = []
-    function = core.saliencymix
+    function = dali_mix.apply
 
-    def recorded(images, source_index, lam, **options):
-        mixed = function(images, source_index, lam, **options)
-        calls.append((images.copy(), source_index.copy(), mixed))
+    def recorded(options, images, **arrays):
+        mixed = function(options, images, **arrays)
+        calls.append((images.copy(), arrays["source_index"].copy(), mixed))
         return mixed
 
-    monkeypatch.setattr(core, "saliencymix", recorded)
+    monkeypatch.setattr(dali_mix, "apply", recorded)
     return calls
 
 
