@@ -22,7 +22,7 @@ from nvidia.dali import fn, pipeline_def
 
 from benchmarks import data, machine, measure, opencv
 from dali_saliencymix import DETECTORS, saliency_peaks
-from dali_saliencymix.datasets.image_folder import find_unreadable
+from dali_saliencymix.datasets.damage import find_unusable
 
 REFERENCE = "fine_grained"  # the paper's choice
 
@@ -64,8 +64,8 @@ def _at_least_two(text: str) -> int:
 
 def decoded(files: list[str], size: int) -> np.ndarray:
     """Decode, resize the short side to 8/7 of `size` and crop the centre: (N, size, size, 3) uint8."""
-    if bad := find_unreadable(files, limit=1):  # the decoder would not name it
-        msg = ": ".join(bad[0])
+    if bad := find_unusable(files):  # the decoder would not name it
+        msg = ": ".join(next(iter(bad.items())))
         raise ValueError(msg)
 
     @pipeline_def(batch_size=32, num_threads=2, device_id=None, prefetch_queue_depth=1)

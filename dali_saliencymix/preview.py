@@ -10,7 +10,8 @@ import numpy as np
 
 from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix.boxes import boxes_at, saliency_peaks
-from dali_saliencymix.datasets.image_folder import list_image_folder, why_unreadable
+from dali_saliencymix.datasets.damage import why_unusable
+from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.draw import MixParams, draw
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MODES, SOURCES, MixOptions
@@ -211,7 +212,7 @@ def save_preview(
     chosen = rng.choice(len(folder), size=count, replace=len(folder) < count)
     files = [folder.files[i] for i in chosen]
     for file in files:
-        if why := why_unreadable(file):
+        if why := why_unusable(file):
             msg = f"{file}: {why}"
             raise ValueError(msg)
     images = _random_crops(files, size, min_crop_area, seed)

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from dali_saliencymix.datasets.image_damage import Examined
+from dali_saliencymix.datasets.damage import Examined
 
 
 def die_on_bad(file: str) -> Examined:

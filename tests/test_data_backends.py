@@ -452,7 +452,7 @@ def test_too_few_validation_images_are_named(root):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no image\n" * 50, "not an image"), (b"", "empty file"), (None, "No such file")],
+    [(b"no image\n" * 50, "not an image"), (b"", "empty: zero bytes"), (None, "unreadable: No such file")],
     ids=["text", "empty", "gone"],
 )
 def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):

@@ -182,5 +182,5 @@ def test_a_broken_file_in_one_shard_ends_the_whole_run_and_is_named(odd_data, tm
     options = ("--epochs", "1", "--max-bad-batches", "0", "--output-dir", tmp_path / "run")
     ended = torchrun("train.py", own, *TWO, *options, check=False)
     assert ended.returncode != 0
-    assert ended.stderr.count(f"train.py: error: {broken}: empty file") == 1
+    assert ended.stderr.count(f"train.py: error: {broken}: empty: zero bytes") == 1
     assert not list(tmp_path.rglob("*.pt"))

@@ -110,9 +110,9 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         (("--cam", existing), 2, "--cam needs --evaluate"),
         ((*evaluating, "--fgsm", "8"), 2, "must be a number or a fraction in [0, 1], such as 8/255, got 8"),
         ((*evaluating, "--report", existing), 2, f"--report: {existing}: exists already"),
-        ((*evaluating, "--cam", tmp_path / "no.jpg"), 2, f"--cam: {tmp_path / 'no.jpg'}: No such file"),
+        ((*evaluating, "--cam", tmp_path / "no.jpg"), 2, f"--cam: {tmp_path / 'no.jpg'}: unreadable: No such file"),
         ((*evaluating, "--cam-class", "red_square"), 2, "--cam-class needs --cam"),
-        ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty file"),
+        ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),
         ((*evaluating, "--cam", picture, "--cam-class", "dog"), 1, "must be one of the 8 classes"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "out", *options)

@@ -269,7 +269,7 @@ def test_a_file_that_one_of_two_processes_cannot_read_ends_both_with_its_line(ow
     file.write_bytes(b"no image")
     ended = launch(torchrun, tmp_path, "none", own_data, *TWO, "--max-bad-batches", "0")
     assert ended.returncode == 1
-    assert errors_in(ended.stderr) == [f"train.py: error: {file}: not an image"]
+    assert errors_in(ended.stderr) == [f"train.py: error: {file}: not an image: begins with b'no image'"]
 
 
 def test_a_folder_that_is_not_there_is_named_once_by_two_processes(tmp_path):

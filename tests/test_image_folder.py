@@ -1,17 +1,11 @@
-"""Lists of image files and their labels, and the search for broken ones."""
+"""Lists of image files and their labels."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torchvision
-from PIL import Image
 
-from dali_saliencymix.datasets.image_folder import find_unreadable, list_image_folder
-from dali_saliencymix.datasets.sample_data import sample_jpeg
-
-JPEG = sample_jpeg("train", "red_square", 0)
+from dali_saliencymix.datasets.image_folder import list_image_folder
 
 
 def fill(root, *names: str) -> None:
@@ -80,70 +74,3 @@ def test_a_folder_that_cannot_serve_is_named(tmp_path):
             list_image_folder(tmp_path / name)
         assert str(raised.value).startswith(f"{tmp_path / name}: {why}")
         assert "\n" not in str(raised.value)
-
-
-BROKEN = {
-    "truncated.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "cut_in_the_header.jpg": (JPEG[:200], "truncated"),
-    "header_only.jpg": (JPEG[:3], "cannot identify"),
-    "text.jpg": (b"<html>404 not found</html>", "not an image"),
-    "empty.jpg": (b"", "empty file"),
-}
-
-
-@pytest.fixture
-def healthy(tmp_path) -> list[str]:
-    """Files of all kinds that decoders read."""
-    (tmp_path / "plain.jpg").write_bytes(JPEG)
-    (tmp_path / "trailing_bytes.jpg").write_bytes(JPEG + b"\0\0 made by some camera")
-    image = Image.open(tmp_path / "plain.jpg").convert("RGB")
-    image.convert("L").save(tmp_path / "grey.jpg")
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    image.convert("L").save(tmp_path / "image.pgm")
-    for suffix in ("png", "bmp", "ppm", "tif", "webp"):
-        image.save(tmp_path / f"image.{suffix}")
-    image.save(tmp_path / "a_png_named.jpg", format="PNG")
-    return sorted(str(path) for path in tmp_path.iterdir())
-
-
-def test_healthy_files_are_not_accused(healthy):
-    assert len(healthy) == 11
-    assert find_unreadable(healthy) == []
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_found_among_healthy_ones_with_its_reason(healthy, tmp_path, name):
-    data, reason = BROKEN[name]
-    (tmp_path / name).write_bytes(data)
-    ((file, why),) = find_unreadable(sorted([*healthy, str(tmp_path / name)]))
-    assert file == str(tmp_path / name)
-    assert reason in why.lower()
-
-
-def test_a_file_that_has_vanished_is_found(healthy):
-    os.remove(healthy[3])
-    assert find_unreadable(healthy) == [(healthy[3], "No such file or directory")]
-
-
-def test_the_search_leaves_no_trace_in_a_log(healthy, capfd):
-    """A progress bar in a file would put rubbish in front of the error, in the same line."""
-    find_unreadable(healthy)
-    assert capfd.readouterr().err == ""
-
-
-def test_finds_come_in_the_order_of_the_files_up_to_the_limit(healthy, tmp_path):
-    broken = [str(tmp_path / f"broken{i}.jpg") for i in range(7)]
-    for file in broken:
-        open(file, "wb").close()
-    files = [file for pair in zip(broken, healthy, strict=False) for file in pair]
-    assert [file for file, _ in find_unreadable(files)] == broken[:5]
-    assert [file for file, _ in find_unreadable(files, limit=2)] == broken[:2]
-    assert len(find_unreadable(files, limit=100)) == 7
-
-
-def test_damage_that_the_ends_do_not_show_is_found_by_decoding(healthy, tmp_path):
-    whole = (tmp_path / "image.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    ((file, why),) = find_unreadable(sorted([*healthy, str(tmp_path / "half.png")]))
-    assert file == str(tmp_path / "half.png")
-    assert "truncated" in why

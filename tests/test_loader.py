@@ -141,7 +141,7 @@ def damaged(folder, tmp_path, name, content):
         ("truncated.jpg", lambda whole: whole[: len(whole) // 2], "truncated"),
         ("text.jpg", lambda whole: b"not a picture at all\n" * 40, "not an image"),
         ("header.jpg", lambda whole: whole[:24], "Truncated File Read|cannot identify image file"),
-        ("zero.jpg", lambda whole: b"", "empty file"),
+        ("zero.jpg", lambda whole: b"", "empty: zero bytes"),
         ("gone.jpg", lambda whole: None, "No such file"),
     ],
 )

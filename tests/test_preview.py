@@ -185,6 +185,7 @@ def test_a_broken_image_is_named(own_data, tmp_path, capfd):
     assert main(["preview", str(own_data), "-o", str(tmp_path / "x.png"), "-n", "40", "--size", "32"]) == 1
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert "red_square" in line
+    assert line.endswith(".jpg: not an image: begins with b'no image'")
 
 
 def test_an_unknown_detector_is_refused_with_the_known_ones(capsys):

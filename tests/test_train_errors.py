@@ -50,11 +50,11 @@ BAD_DATA = {
     "one class": ("train", only_class, "one class only, 'blue_star'"),
     "unknown class": ("val", lambda folder: shutil.copytree(folder / "red_square", folder / "red_ring"), "'red_ring'"),
     "truncated JPEG": ("train/red_square/00003.jpg", cut, "truncated"),
-    "text named .jpg": ("train/red_square/00003.jpg", lambda file: file.write_text("no image"), "not an image"),
-    "zero bytes": ("train/red_square/00003.jpg", lambda file: file.write_bytes(b""), "empty file"),
+    "text named .jpg": ("train/red_square/00003.jpg", lambda file: file.write_text("no image"), "not an image: begins"),
+    "zero bytes": ("train/red_square/00003.jpg", lambda file: file.write_bytes(b""), "empty: zero bytes"),
     "broken link": ("train/red_square/x.jpg", lambda file: file.symlink_to("/no/such"), "No such file"),
     "truncated in validation": ("val/red_square/00001.jpg", cut, "truncated"),
-    "zero bytes in validation": ("val/red_square/00001.jpg", lambda file: file.write_bytes(b""), "empty file"),
+    "zero bytes in validation": ("val/red_square/00001.jpg", lambda file: file.write_bytes(b""), "empty: zero bytes"),
 }
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dali_saliencymix._checks import check_at_least, check_positive
 from dali_saliencymix._versions import versions
-from dali_saliencymix.datasets.image_damage import EXCLUDED, NOTED, Examined, examine
+from dali_saliencymix.datasets.damage import EXCLUDED, NOTED, Examined, examine
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 
 SCHEMA, VERSION = "dali-saliencymix/scan", 1

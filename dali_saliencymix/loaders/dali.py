@@ -15,7 +15,8 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from dali_saliencymix.datasets.image_folder import ImageFolder, find_unreadable, why_unreadable
+from dali_saliencymix.datasets.damage import find_unusable, why_unusable
+from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders.imagenet import training_pipeline, validation_pipeline
 
 # Makes the pipeline that reads these files with these labels, from its own beginning or from a checkpoint.
@@ -168,12 +169,12 @@ class Loader:
         named = re.search(r"(?:Failed to decode sample #\d+ :|File mapping failed:|Failed to open \S+) *(.+)", text)
         if named and named[1].strip() in files:
             file = named[1].strip()
-            why = why_unreadable(file) or "cannot be decoded"
+            why = why_unusable(file) or "cannot be decoded"
             return [(index, why) for index, name in enumerate(files) if name == file]
         indices = self._coming_batch(checkpoint)
-        found = dict(find_unreadable([files[index] for index in indices], limit=len(indices)))
+        found = find_unusable([files[index] for index in indices])
         if not found:
-            # What Pillow bears and DALI does not shows when DALI decodes the images one by one.
+            # What other decoders bear and DALI does not shows when DALI decodes the images one by one.
             found = {files[index]: "cannot be decoded" for index in indices if not _decodes(files[index])}
         if not found:
             msg = f"one of {len(indices)} images cannot be decoded, and which one could not be found out"
@@ -200,10 +201,10 @@ class Loader:
         return files, labels
 
     def _stand_in(self, index: int) -> int:
-        """Return the next file that can be opened and looks like an image."""
+        """Return the next file that can be decoded."""
         files = self._folder.files
         for candidate in ((index + step) % len(files) for step in range(1, min(len(files), 1000))):
-            if candidate not in self._replaced and why_unreadable(files[candidate]) is None:
+            if candidate not in self._replaced and why_unusable(files[candidate]) is None:
                 return candidate
         msg = f"{files[index]}: not readable, nor is any of the files after it"
         raise LoaderError(msg)

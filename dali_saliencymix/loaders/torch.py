@@ -23,7 +23,8 @@ import dali_saliencymix as core
 from dali_saliencymix import get_detector, saliency_peaks
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.datasets.cifar import CifarImages
-from dali_saliencymix.datasets.image_folder import ImageFolder, why_unreadable
+from dali_saliencymix.datasets.damage import why_unusable
+from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.draw import draw_mix_params
 from dali_saliencymix.loaders.dali import LoaderError
 from dali_saliencymix.options import MixOptions
@@ -148,7 +149,7 @@ def _decoded(file: str) -> Image.Image:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        msg = f"{file}: {why_unreadable(file) or error}"
+        msg = f"{file}: {why_unusable(file) or error}"
         raise LoaderError(msg) from error
 
 

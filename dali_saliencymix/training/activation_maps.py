@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from dali_saliencymix.datasets.image_folder import why_unreadable
+from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.training.evaluation import unused_path
 
 
@@ -116,7 +116,7 @@ def save_activation_maps(
     ImportError
         If Matplotlib is not installed.
     ValueError
-        If a file is no image, or the network has no such maps.
+        If a file cannot be decoded, or the network has no such maps.
     """
     try:
         from matplotlib.figure import Figure
@@ -153,7 +153,7 @@ def save_activation_maps(
 
 def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarray:
     """Decode, turn by the EXIF orientation, resize the short side, crop the centre: (crop_size, crop_size, 3) uint8."""
-    if why := why_unreadable(str(file)):
+    if why := why_unusable(file):
         msg = f"{file}: {why}"
         raise ValueError(msg)
     with Image.open(file) as opened:

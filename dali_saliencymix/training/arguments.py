@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dali_saliencymix.datasets.image_folder import why_unreadable
+from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.options import BOXES, DESTINATIONS, MODES, PRESETS, SOURCES
 from dali_saliencymix.saliency import DETECTORS
 from dali_saliencymix.training.models import model_names
@@ -464,7 +464,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.report is not None and args.report.exists():
         parser.error(f"--report: {args.report}: exists already")
     for file in args.cam or ():
-        if why := why_unreadable(file):
+        if why := why_unusable(file):
             parser.error(f"--cam: {file}: {why}")
     if args.cam_class is not None and not args.cam:
         parser.error("--cam-class needs --cam, the images to draw")

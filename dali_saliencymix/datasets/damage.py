@@ -1,7 +1,8 @@
 """What is wrong with an image file: its content is decoded in full, by libraries other than the one that trains.
 
 The verdicts are about training with DALI: what stops a DALI pipeline is excluded, what it decodes is noted. Which of
-the two a kind of finding belongs to is written in `EXCLUDED` and `NOTED`.
+the two a kind of finding belongs to is written in `EXCLUDED` and `NOTED`. The scan of a data set, the loaders and the
+programs that open single files all go by `examine`.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import simplejpeg  # type: ignore[import-untyped]
 from PIL import ExifTags, Image, UnidentifiedImageError
-
-from dali_saliencymix.datasets.image_folder import SIGNATURES
 
 # Kinds of findings that a training stumbles over, with their meaning.
 EXCLUDED = {
@@ -38,6 +38,9 @@ NOTED = {
     "cmyk": "has the four colours of print; DALI turns them into RGB",
     "exif_rotation": "is turned by its EXIF data, which DALI's decoders obey and torchvision's ImageFolder does not",
 }
+
+# The first bytes of the formats that training reads.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"P2", b"P3", b"P5", b"P6", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 # Pillow's names of formats that DALI's decoders read whatever the file is called.
 _DECODED_BY_DALI = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
@@ -110,6 +113,50 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
         return Examined({fault.kind: fault.words}, file_bytes=len(data))
 
 
+def why_unusable(file: str | Path) -> str | None:
+    """Return why a pipeline stumbles over an image file, in one line, or None if it decodes it.
+
+    Parameters
+    ----------
+    file : path
+        A file, which is decoded in full; one that cannot be read is unusable.
+
+    Returns
+    -------
+    str or None
+        The finding of `EXCLUDED` and what was found in words, such as ``"empty: zero bytes"``.
+    """
+    for kind, words in examine(file).findings.items():
+        if kind in EXCLUDED:
+            return f"{kind.replace('_', ' ')}: {words}"
+    return None
+
+
+def find_unusable(files: Sequence[str]) -> dict[str, str]:
+    """Find the files that a pipeline stumbles over, to name them after a decoder has failed without naming one.
+
+    The files are decoded in threads. On a terminal, a progress bar on stderr shows a search that takes long.
+
+    Parameters
+    ----------
+    files : sequence of str
+        Paths of image files.
+
+    Returns
+    -------
+    dict from str to str
+        Path and reason (`why_unusable`) of each unusable file, in the order of `files`.
+    """
+    from tqdm import tqdm  # not in the extra preview, which examines single files
+
+    # The filters of warnings belong to all threads: those of one would end, or come back, in the middle of another.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
+        reasons = pool.map(why_unusable, files)
+        bar = tqdm(reasons, "looking for it", len(files), leave=False, unit="file", delay=2, disable=None)
+        return {file: why for file, why in zip(files, bar, strict=True) if why}
+
+
 def _examine_data(data: bytes, ending: str, min_size: int) -> Examined:
     image = _opened(data)
     form = "JPEG" if image.format == "MPO" else str(image.format)
@@ -136,7 +183,7 @@ def _opened(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _Fault(kind="too_large", words=str(error).partition(" exceeds")[0]) from error
     except Exception as error:  # Pillow raises errors of many types over damaged headers
-        if not data.startswith(SIGNATURES):
+        if not data.startswith(_SIGNATURES):
             raise _Fault(kind="not_an_image", words=f"begins with {data[:8]!r}") from error
         raise _Fault(*_cannot_decode(error, "its header cannot be read")) from error
     if image.format not in _DECODED_BY_DALI:
@@ -148,6 +195,8 @@ def _fault_of_content(data: bytes, image: Image.Image) -> tuple[str, str] | None
     """Decode all of the content and return what is wrong with it: kind and words."""
     warning = None
     if image.format in ("JPEG", "MPO"):
+        import simplejpeg  # type: ignore[import-untyped]  # a training does without it until a file has failed
+
         try:
             # An eighth of the size: everything is read, and only the pixels are fewer.
             simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_saliencymix.datasets.image_damage import EXCLUDED, NOTED, examine
+from dali_saliencymix.datasets.damage import EXCLUDED, NOTED, examine, find_unusable, why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.loaders.dali import LoaderError, validation_loader
@@ -120,6 +121,7 @@ def test_healthy_files_are_not_accused_and_train(tmp_path, name):
     with Image.open(file) as image:
         assert (found.size, found.mode) == (image.size, image.mode)
     assert found.file_bytes == len(HEALTHY[name])
+    assert why_unusable(file) is None
     assert dali_decodes(file)
 
 
@@ -131,6 +133,7 @@ def test_what_dali_decodes_all_the_same_is_noted(tmp_path, name):
     assert list(found.findings) == [kind]
     assert kind in NOTED
     assert words in found.findings[kind]
+    assert why_unusable(file) is None
     assert dali_decodes(file)
 
 
@@ -142,6 +145,7 @@ def test_what_stops_a_pipeline_is_excluded(tmp_path, name):
     assert [finding for finding in found if finding in EXCLUDED] == [kind]
     assert words in found[kind]
     assert "\n" not in found[kind]
+    assert why_unusable(file) == f"{kind.replace('_', ' ')}: {found[kind]}"
     assert not dali_decodes(file)
 
 
@@ -150,6 +154,7 @@ def test_a_file_whose_bytes_cannot_be_had_is_a_finding(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     assert examine(tmp_path / "dangling.jpg").findings == {"unreadable": "No such file or directory"}
     assert examine(tmp_path / "folder.jpg").findings == {"unreadable": "Is a directory"}
+    assert why_unusable(tmp_path / "dangling.jpg") == "unreadable: No such file or directory"
 
 
 def test_the_least_size_is_of_the_shorter_side(tmp_path):
@@ -173,3 +178,16 @@ def test_most_lost_sectors_are_found_and_no_undamaged_file_is_accused(tmp_path):
         begin = draw.randrange(data.index(b"\xff\xda") + 14, len(data) - 514)
         found += "bit_rot" in examine(written(tmp_path, "rotten.jpg", changed(data, begin, bytes(512)))).findings
     assert found >= 30
+
+
+def test_bad_files_are_found_among_others_in_their_order_without_a_trace_in_a_log(tmp_path, capfd):
+    """A progress bar in a file would put rubbish in front of the error, in the same line."""
+    contents = HEALTHY | {name: data for name, (data, _, _) in (BAD | NOTABLE).items()}
+    files = [str(written(tmp_path, name, data)) for name, data in sorted(contents.items())]
+    files.insert(5, str(tmp_path / "gone.jpg"))
+    filters = list(warnings.filters)
+    found = find_unusable(files)
+    assert list(found) == [file for file in files if Path(file).name in {*BAD, "gone.jpg"}]
+    assert found == {file: why_unusable(file) for file in found}
+    assert warnings.filters == filters
+    assert capfd.readouterr().err == ""
