@@ -1066,9 +1066,3 @@ def test_arguments_that_make_no_sense_end_with_usage(arguments, text, capfd):
         main(["bottleneck", *arguments])
     assert ended.value.code == 2
     assert text in lines_of(capfd)[1]
-
-
-def test_away_from_the_repository_the_error_says_where_the_pipelines_are(data_folder, capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "dali_saliencymix.loaders.data", None)  # as good as not there
-    assert main(["bottleneck", str(data_folder), *FAST_COMMAND]) == 1
-    assert "error: the ready-made pipelines are not part of the installed package: run this from" in lines_of(capfd)[1]

@@ -36,10 +36,10 @@ _EXPECTED = (ImportError, OSError, ValueError)  # a BottleneckError is a ValueEr
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
-DATA is measured with the pipelines and the training step of this repository, from its root. All options of train.py
-that shape a batch or a step are taken: -a, -b, -j, --dataset, --mix, --saliency, --mix-prob, --train-crop-size, --amp,
---channels-last, --device, ... "python train.py --help" lists them. Folders of images that DALI reads are cut into
-stages. With --pipeline, -b and -j set batch_size and num_threads where they are given.
+DATA is measured with the loader and the training step of train.py. All of its options that shape a batch or a step are
+taken: -a, -b, -j, --dataset, --mix, --saliency, --mix-prob, --train-crop-size, --amp, --channels-last, --device, ...
+"python train.py --help" lists them. Folders of images that DALI reads are cut into stages. With --pipeline, -b and -j
+set batch_size and num_threads where they are given.
 
 Several processes: torchrun --nproc_per_node=2 -m dali_saliencymix bottleneck ...
 

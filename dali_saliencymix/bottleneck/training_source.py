@@ -30,16 +30,7 @@ def training_source(args: argparse.Namespace, processes: Processes, *, images: i
     images : int
         How many images of a folder to read at most, for each process; spread evenly over it.
     """
-    try:
-        from dali_saliencymix.loaders.data import FolderData, chosen_backend, open_data
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "pipelines":
-            raise
-        msg = (
-            "the ready-made pipelines are not part of the installed package: run this from the root of the repository, "
-            "where the folder pipelines/ is, or measure your own with --pipeline or --loader"
-        )
-        raise BottleneckError(msg) from error
+    from dali_saliencymix.loaders.data import FolderData, chosen_backend, open_data
 
     phase, instead = measured_phase(args)
     data, backend = open_data(args), chosen_backend(args)

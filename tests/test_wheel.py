@@ -1,0 +1,167 @@
+"""The wheel and the sdist: what they hold, and that the installed package does without the rest of the repository."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+NOT_IN_THE_SDIST = {".ci/run", ".gitignore"}
+GENERATED = {"PKG-INFO", "setup.cfg"}  # in an sdist, beside *.egg-info
+BUILD = """
+import sys
+from setuptools import build_meta
+out = sys.argv[1]  # building changes sys.argv
+build_meta.build_wheel(out)
+build_meta.build_sdist(out)
+"""
+FOUND = """
+import importlib.util, dali_saliencymix
+print(dali_saliencymix.__file__)
+print([name for name in ("pipelines", "train", "transfer_voc", "benchmarks") if importlib.util.find_spec(name)])
+"""
+IN_A_PIPELINE = """
+import sys
+from nvidia.dali import fn, pipeline_def
+from dali_saliencymix.fn import saliencymix
+
+@pipeline_def(batch_size=4, num_threads=1, device_id=None, seed=1, exec_dynamic=True)
+def pipeline():
+    encoded, labels = fn.readers.file(file_root=sys.argv[1])
+    images = fn.resize(fn.decoders.image(encoded), size=(32, 32))
+    return saliencymix(images, labels)
+
+images, labels, source_labels, lam = pipeline().run()
+print(images.as_tensor().shape(), labels.as_tensor().shape(), lam.as_tensor().shape())
+"""
+ON_TENSORS = """
+import torch
+from dali_saliencymix.pytorch import SaliencyMix
+
+images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+mixed, targets = SaliencyMix(num_classes=10, seed=1)(images, torch.arange(4))
+print(tuple(mixed.shape), tuple(targets.shape), targets.sum().item())
+"""
+
+
+def source_files() -> set[str]:
+    """Return the files of the repository: those that git tracks, or all where it came without git, as from an sdist."""
+    if (REPOSITORY / ".git").exists():
+        command = ["git", "ls-files", "-z"]
+        listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return set(listed.stdout.split("\0")) - {""}
+    found = set()
+    for folder, folders, names in os.walk(REPOSITORY):
+        folders[:] = [name for name in folders if name[0] != "." and not name.endswith(("__pycache__", ".egg-info"))]
+        found |= {os.path.relpath(os.path.join(folder, name), REPOSITORY) for name in names}
+    return found - GENERATED
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the wheel and the sdist, built from a copy of the source files."""
+    version = importlib.metadata.version("setuptools")
+    if int(version.partition(".")[0]) < 77:
+        pytest.skip(f"building needs setuptools>=77, which reads the licence as pyproject.toml names it; got {version}")
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
+    for name in source_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, copy / name)
+    ended = subprocess.run([sys.executable, "-c", BUILD, out], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built, tmp_path_factory) -> Path:
+    """The folder that the wheel is unpacked into."""
+    (file,) = built.glob("*.whl")
+    folder = tmp_path_factory.mktemp("wheel")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(wheel, tmp_path_factory):
+    """Return a function that runs Python with the wheel, in a folder of its own, and returns what it writes to stdout.
+
+    Python does not read the .pth files of an editable install (-S), and finds other packages where this process does,
+    but for a checkout.
+    """
+    here = tmp_path_factory.mktemp("elsewhere")
+    others = [entry for entry in sys.path if entry and not Path(entry, "pyproject.toml").exists()]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(wheel), *others])}
+    # Kernels at a new place would be compiled anew, for half of a minute.
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NUMBA_DISABLE_JIT": "1"}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-S", *arguments]
+        ended = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(run, tmp_path_factory) -> str:
+    """A data set that the wheel makes."""
+    root = tmp_path_factory.mktemp("data")
+    run("-m", "dali_saliencymix", "sample-data", str(root), "--train", "2", "--val", "1")
+    return str(root)
+
+
+def test_the_wheel_holds_all_of_the_package_and_nothing_else(built):
+    (file,) = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        held = set(archive.namelist())
+    metadata = {name for name in held if name.partition("/")[0].endswith(".dist-info")}
+    assert held - metadata == {name for name in source_files() if name.startswith("dali_saliencymix/")}
+    assert {"dali_saliencymix/py.typed", "dali_saliencymix/_cuda/paste.cu", "dali_saliencymix/_cuda/paste.cuh"} <= held
+    assert any(name.endswith("/licenses/LICENSE") for name in metadata)
+
+
+def test_the_sdist_holds_all_source_files_and_nothing_else(built):
+    (file,) = built.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    held = {name for name in held if ".egg-info/" not in name}
+    assert held - GENERATED == source_files() - NOT_IN_THE_SDIST
+
+
+def test_the_package_that_runs_is_that_of_the_wheel_and_the_rest_of_the_repository_is_not_there(run, wheel):
+    assert run("-c", FOUND).splitlines() == [str(wheel / "dali_saliencymix" / "__init__.py"), "[]"]
+
+
+def test_preview_and_scan_run(run, data, tmp_path):
+    picture = tmp_path / "preview.png"
+    run("-m", "dali_saliencymix", "preview", data, "-o", str(picture), "-n", "2", "--size", "32")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = run("-m", "dali_saliencymix", "scan", data, "-o", str(tmp_path / "scan"), "-j", "1")
+    assert "train: 16 files in 8 classes, 16 of them usable" in printed
+    assert len((tmp_path / "scan" / "train.txt").read_text().splitlines()) == 16
+
+
+def test_bottleneck_measures_a_folder_and_its_reports_are_compared(run, data, tmp_path):
+    report = str(tmp_path / "report.json")
+    options = ["--device", "cpu", "-a", "resnet18", "-b", "2", "-j", "1", "--train-crop-size", "32", "--images", "16"]
+    options += ["--seconds", "1", "--rounds", "5", "--no-storage", "--no-what-ifs", "-o", report]
+    assert "step alone (G)" in run("-m", "dali_saliencymix", "bottleneck", data, *options)
+    assert json.loads(Path(report).read_text())["conditions"]["options"]["arch"] == "resnet18"
+    assert "measured under the same conditions" in run("-m", "dali_saliencymix", "compare", report, report)
+
+
+def test_images_are_mixed_in_a_pipeline_and_on_tensors(run, data):
+    assert run("-c", IN_A_PIPELINE, f"{data}/train") == "[4, 32, 32, 3] [4, 1] [4]\n"
+    assert run("-c", ON_TENSORS) == "(4, 3, 32, 32) (4, 10) 4.0\n"
