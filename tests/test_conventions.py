@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import functools
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -17,21 +18,32 @@ import dali_saliencymix
 
 PACKAGE = Path(dali_saliencymix.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# A module imports only what stands further up; those of one line do not know each other.
-LAYERS = [
-    {"_array"},
-    {"_checks"},
-    {"_algorithms", "_threads"},
-    {"compiled_pixels"},
-    {"saliency", "boxes", "mixing", "params"},
-    {"placement"},
-    {"core"},
+# A part imports only what stands further up, wherever in its files and for whatever reason; parts of one line do not
+# know each other. Every module of the package belongs to a part. "" is the package itself, with its public names.
+ORDER = [
+    {"_array", "_tables", "_json"},
+    {"_checks", "_threads"},
+    {"_routes"},
+    {"_numba", "_cuda"},
+    {"saliency"},
+    {"options"},
+    {"boxes", "pixels", "labels", "draw"},
+    {"mix"},
+    {""},
+    {"_versions"},
+    {"_dali", "pytorch"},
+    {"fn", "datasets"},
+    {"preview", "loaders"},
+    {"training"},
+    {"bottleneck"},
+    {"__main__"},
 ]
+PARTS = [part for parts in ORDER for part in sorted(parts)]
+WITHOUT_FRAMEWORKS = PARTS[: PARTS.index("") + 1]  # importing these needs NumPy, and SciPy for an FFT
 # What is imported only where it is asked for.
-COMPILED = ("compiled_pixels.py", "saliency/compiled.py", "saliency/compiled_fft.py", "saliency/compiled_spectral.py")
-FRAMEWORKS = {PACKAGE / "_array.py": {"scipy"}, **{PACKAGE / name: {"numba"} for name in COMPILED}}
-ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "mixing", "placement", "core", "_bridge")]
-ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("cuda/*.py")])
+FRAMEWORKS = {"_array": {"scipy"}, "_numba": {"numba"}, "_cuda": {"cupy"}}
+ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "pixels", "labels", "mix", "_dali/bridge", "_dali/mix")]
+ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("_cuda/*.py")])
 
 functions = {
     name: value for name in dali_saliencymix.__all__ if inspect.isfunction(value := getattr(dali_saliencymix, name))
@@ -129,23 +141,65 @@ def test_modules_have_a_docstring(path):
     assert ast.get_docstring(tree(path))
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
-def test_lower_layers_import_no_upper_ones_and_no_framework(layer):
-    below = set().union(*LAYERS[:layer])
-    for name in LAYERS[layer]:
-        paths = sorted(PACKAGE.glob(f"{name}/*.py")) or [PACKAGE / f"{name}.py"]
-        for path in paths:
-            for imported in imported_modules(path):
-                library, _, rest = imported.partition(".")
-                allowed = {*sys.stdlib_module_names, "numpy", "dali_saliencymix", *FRAMEWORKS.get(path, ())}
-                assert library in allowed, f"{path} imports {imported}"
-                if library == "dali_saliencymix" and rest != "cuda":  # the same in kernels, where these are asked for
-                    assert rest.partition(".")[0] in {*below, name}, f"{path} imports {imported}"
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
+
+
+def part_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@functools.cache
+def imports_inside() -> dict[str, set[str]]:
+    """Modules of the package that each of them imports, by name without that of the package."""
+    names = {name_of(path) for path in MODULES}
+
+    def module(imported: str) -> str:
+        inside = imported.removeprefix("dali_saliencymix").removeprefix(".")
+        return inside if inside in names else inside.rpartition(".")[0]
+
+    return {
+        name_of(path): {module(found) for found in imported_modules(path) if part_of(found) == "dali_saliencymix"}
+        for path in MODULES
+    }
+
+
+def test_the_order_holds_every_module():
+    assert {part_of(name) for name in imports_inside()} == set(PARTS)
+    assert len(PARTS) == len(set(PARTS))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_module_imports_up_or_aside(part):
+    line = next(number for number, parts in enumerate(ORDER) if part in parts)
+    above = set().union(*ORDER[:line], {part})
+    for name, imported in imports_inside().items():
+        if part_of(name) == part:
+            assert {part_of(other) for other in imported} <= above, name
+
+
+def test_imports_have_no_cycle():
+    order = list(graphlib.TopologicalSorter(imports_inside()).static_order())
+    assert set(order) == set(imports_inside())
+
+
+@pytest.mark.parametrize("part", WITHOUT_FRAMEWORKS)
+def test_the_array_functions_import_no_framework(part):
+    allowed = {*sys.stdlib_module_names, "numpy", "dali_saliencymix", *FRAMEWORKS.get(part, ())}
+    for path in MODULES:
+        if part_of(name_of(path)) == part:
+            assert {part_of(imported) for imported in imported_modules(path)} <= allowed, path
+
+
+def test_nothing_in_the_package_imports_what_is_not_installed():
+    outside = {"pipelines", "benchmarks", "train", "transfer_voc", "tests"}
+    for path in MODULES:
+        assert not outside & {part_of(imported) for imported in imported_modules(path)}, path
 
 
 @pytest.mark.parametrize("path", ON_THE_GPU_PATH, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_on_the_gpu_path_brings_values_to_the_host(path):
-    # Each of these waits for the GPU while it holds Python's lock.
+    # Each of these waits for the GPU while it holds the GIL.
     waiting = {"item", "get", "asnumpy", "synchronize"}
     calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     assert not waiting & {function.attr for function in calls if isinstance(function, ast.Attribute)}
