@@ -471,6 +471,42 @@ def test_every_preset_can_be_cut(files, preset):
         cut.make().run()
 
 
+def test_a_stage_is_what_its_node_says_whatever_its_function_looks_like(files):
+    from nvidia.dali import fn, pipeline_def
+
+    from dali_saliencymix._dali.operator import Stage, python_operator
+
+    left_out = []
+
+    def theirs(images, function, detector, smoothing, options):
+        return images + 0
+
+    @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+    def pipeline():
+        encoded, _ = fn.readers.file(files=files)
+        images = fn.resize(fn.decoders.image(encoded), size=(24, 24))
+        like_ours = functools.partial(theirs, function="saliencymix", detector="d", smoothing=0.1, options=None)
+        images = fn.python_function(images, function=like_ours, output_layouts=["HWC"])
+        images = python_operator(lambda renamed: (renamed + 0,), images, name="x", stage=Stage("pasted anew"))
+        searching = Stage("found and pasted", lambda: left_out.append(1))
+        return python_operator(lambda renamed: (renamed + 0,), images, name="y", stage=searching)
+
+    cuts = stages.cut_pipeline(pipeline)
+    assert [(cut.name, cut.category) for cut in cuts] == [
+        ("read", "read"),
+        ("decode", "decode"),
+        ("resize", "prep"),
+        ("python function theirs", "prep"),
+        ("pasted anew", "mix"),
+        ("found and pasted", "mix"),
+        ("saliency", "mix"),
+    ]
+    assert left_out == []
+    for cut in cuts:
+        cut.make()
+    assert left_out == [1]
+
+
 def test_many_operators_are_joined_to_few_stages(files):
     from nvidia.dali import fn, pipeline_def
 

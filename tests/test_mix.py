@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_saliencymix import MODES, PRESETS, cutmix, mix, mixup, saliencymix, spectral_residual
+from dali_saliencymix import MODES, PRESETS, MixOptions, cutmix, mix, mixup, saliencymix, spectral_residual
+from dali_saliencymix.mix import apply
 
 SHAPES = [(1, 9, 14, 3), (5, 14, 9, 3), (5, 37, 23, 1)]
 all_options = pytest.mark.parametrize(
@@ -410,3 +413,28 @@ def test_wrong_modes_are_refused(mode, error, message):
 
 def test_modes_are_named_in_the_order_of_their_numbers():
     assert MODES == ("saliencymix", "cutmix", "mixup")
+
+
+def test_arguments_are_checked_once():
+    # One call of a public function: what it calls trusts it, but for the detector, which is a public function too.
+    batch = random_batch((5, 37, 23, 3))
+    saliencymix(*batch)  # what is imported or compiled at first
+    calls = []
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.endswith("_checks.py"):
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(count)
+    try:
+        saliencymix(*batch)
+    finally:
+        sys.setprofile(None)
+    assert "check_images" in calls
+    assert len(calls) <= 12, calls
+
+
+def test_several_modes_need_to_be_told_apart():
+    options = MixOptions(modes={"mixup": 1, "cutmix": 1})
+    with pytest.raises(ValueError, match="mode must be given where there are several modes: mixup, cutmix"):
+        apply(options, *random_batch((5, 9, 14, 3)))
