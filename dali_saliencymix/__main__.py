@@ -1,4 +1,7 @@
-"""The command line: ``python -m dali_saliencymix sample-data | preview | scan | bottleneck | compare``."""
+"""The command line: ``dali-saliencymix sample-data | preview | scan | bottleneck | compare``.
+
+``python -m dali_saliencymix`` is the same program.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,16 @@ import functools
 import sys
 from pathlib import Path
 
+from dali_saliencymix import __version__
 from dali_saliencymix.options import MODES, add_option
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dali_saliencymix")
+    script = "dali-saliencymix"
+    called = script if Path(sys.argv[0]).name == script else "python -m dali_saliencymix"
+    parser = argparse.ArgumentParser(prog=called)
+    parser.add_argument("--version", action="version", version=f"{script} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import dali_saliencymix
+
 REPOSITORY = Path(__file__).parents[1]
 NOT_IN_THE_SDIST = {".ci/run", ".gitignore"}
 GENERATED = {"PKG-INFO", "setup.cfg"}  # in an sdist, beside *.egg-info
@@ -160,6 +162,17 @@ def test_bottleneck_measures_a_folder_and_its_reports_are_compared(run, data, tm
     assert "step alone (G)" in run("-m", "dali_saliencymix", "bottleneck", data, *options)
     assert json.loads(Path(report).read_text())["conditions"]["options"]["arch"] == "resnet18"
     assert "measured under the same conditions" in run("-m", "dali_saliencymix", "compare", report, report)
+
+
+def test_the_console_script_is_the_command_line(run, wheel, tmp_path):
+    (metadata,) = wheel.glob("*.dist-info")
+    (script,) = importlib.metadata.Distribution.at(metadata).entry_points
+    assert (script.group, script.name) == ("console_scripts", "dali-saliencymix")
+    program = tmp_path / script.name
+    program.write_text(f"import sys\nfrom {script.module} import {script.attr}\nsys.exit({script.attr}())\n")
+    assert run(str(program), "--version") == f"dali-saliencymix {dali_saliencymix.__version__}\n"
+    for command in ([], ["scan"], ["bottleneck"]):
+        assert run(str(program), *command, "--help").startswith(f"usage: {' '.join([script.name, *command])} [")
 
 
 def test_images_are_mixed_in_a_pipeline_and_on_tensors(run, data):

@@ -1,0 +1,39 @@
+"""How the command line calls itself: as the user called it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from dali_saliencymix.__main__ import main
+
+as_called = pytest.mark.parametrize(
+    ("called", "name"),
+    [
+        ("/somewhere/bin/dali-saliencymix", "dali-saliencymix"),
+        ("/somewhere/dali_saliencymix/__main__.py", "python -m dali_saliencymix"),
+    ],
+)
+
+
+@as_called
+@pytest.mark.parametrize(
+    "arguments",
+    ["sample-data DATA --train many", "bottleneck", "bottleneck DATA --epochs many", "compare A.json"],
+)
+def test_usage_and_wrong_options_are_of_the_program_that_was_called(called, name, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"{name} {arguments.split()[0]}: error: ")
+
+
+@as_called
+def test_an_error_is_of_the_program_that_was_called(called, name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    missing = str(tmp_path / "missing.json")
+    assert main(["compare", missing, missing]) == 1
+    assert capsys.readouterr().err.startswith(f"{name} compare: error: ")
