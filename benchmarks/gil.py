@@ -1,4 +1,4 @@
-"""How long the Python functions that DALI calls hold up everything else: their time, and that of Python's lock.
+"""How long the Python functions that DALI calls hold up everything else: their time, and that of the GIL.
 
 While one thread holds the lock no other one can run Python code, such as the training step that feeds a GPU.
 """
@@ -45,7 +45,7 @@ def recorded_calls() -> Iterator[list[Call]]:
 
 
 class Probe(threading.Thread):
-    """Measures for how long other threads hold Python's lock, while it runs as a context.
+    """Measures for how long other threads hold the GIL, while it runs as a context.
 
     It sleeps for about a tenth of a millisecond again and again. A thread that wakes needs the lock: by how much it
     comes late is how long somebody still held it. Half of a usual sleep is added each time, for the part of the hold

@@ -49,7 +49,7 @@ def pipeline_table(result: dict[str, Any]) -> str:
 
 
 def train_table(result: dict[str, Any]) -> str:
-    """Return the rates of training, and for the operator the time of its calls and of Python's lock."""
+    """Return the rates of training, and for the operator the time of its calls and of the GIL."""
     head = ["training behind", "images/s", "relative to a constant batch", "relative to `none`"]
     head += ["operator's call, ms", "lock held by a batch, ms"]
     rows = []

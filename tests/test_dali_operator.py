@@ -108,7 +108,7 @@ def test_what_a_function_raises_is_in_dali_s_error(operator):
 
 
 def test_pipelines_may_end_while_they_work(operator):
-    # What Python made is given back in threads of DALI, which need Python's lock for it.
+    # What Python made is given back in threads of DALI, which need the GIL for it.
     for runs in (0, 1, 2, 1, 0, 3):
         pipeline = calling(lambda batch: (batch + 1,), np.zeros((4, 50, 50)), 1)
         for _ in range(runs):

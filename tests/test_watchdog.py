@@ -33,7 +33,7 @@ with Watchdog(1, roots=["/tmp"]) as watchdog:
         watchdog.beat("in a step")
     if sys.argv[1] == "sleep":
         time.sleep(1000)
-    if sys.argv[1] == "holding Python's lock":
+    if sys.argv[1] == "holding the GIL":
         ctypes.PyDLL(None).sleep(1000)
     for _ in range(40):
         time.sleep(0.1)
@@ -55,7 +55,7 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     assert "in share_outputs" in ended.stderr  # the stack of the thread that waits
 
 
-@pytest.mark.parametrize("how", ["sleep", "holding Python's lock"])
+@pytest.mark.parametrize("how", ["sleep", "holding the GIL"])
 def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how):
     (tmp_path / "hang.py").write_text(HANG)
     ended = run_program(tmp_path / "hang.py", how, check=False)

@@ -1,10 +1,10 @@
 """Python functions in a pipeline: whole batches in, whole batches out.
 
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
-apart with Python's lock held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
+apart with the GIL held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
 no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
 it serves only with the versions of DALI in which it was tried. Both give the same batches. It is the default on a CPU;
-on a GPU `_algorithms.gpu_route` decides.
+on a GPU `_routes.gpu_route` decides.
 
 DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
 """

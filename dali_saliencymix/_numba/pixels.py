@@ -1,7 +1,7 @@
 """Peaks and pixels of a batch, in kernels that Numba compiles for the CPU; imported only where Numba is installed.
 
-They have twins in array operations, `dali_saliencymix.boxes` and `dali_saliencymix.normalise`, and give the same bits.
-They work without Python's lock.
+Their references are `dali_saliencymix.boxes` and `dali_saliencymix.pixels`, whose bits they give.
+They work without the GIL.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def paste_normalised(
     layout: str,
     out: Array,
 ) -> None:
-    """Do what `dali_saliencymix.normalise.paste_normalised` does in float32, of checked arguments, into `out`.
+    """Do what `dali_saliencymix.paste_normalised` does in float32, of checked arguments, into `out`.
 
     `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then.
     """

@@ -1,7 +1,7 @@
 """`spectral_residual` as a kernel that Numba compiles for the CPU: image by image, from pixels to map.
 
 It is for maps of 64x64 or 32x32, which are those of all larger images and of CIFAR's. All arrays of one image fit a
-core's cache, and Python's lock is not needed in between. Maps differ from those of the twin in NumPy by rounding: the
+core's cache, and the GIL is released in between. Maps differ from those of the NumPy reference by rounding: the
 transform is another one.
 
 Each step is a function of its own, with loops over a whole map that write to one array: LLVM uses the vector units of

@@ -22,7 +22,7 @@ from dali_saliencymix.saliency.lab import lab, small_planes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads wait for Python's lock
+_CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads wait for the GIL
 
 # Relative to the largest amplitude, that of the mean, which is the sum of all grey levels: less is taken for 0. The
 # error of an FFT in any bin is at most that sum, times the unit roundoff, times the roundings on the way of one grey

@@ -95,7 +95,7 @@ class Watchdog:
             self._arm_timer()
 
     def _arm_timer(self) -> None:
-        # Where C code hangs without letting go of Python's lock, the watching thread hangs too; a timer of C does not.
+        # Where C code hangs without letting go of the GIL, the watching thread hangs too; a timer of C does not.
         faulthandler.dump_traceback_later(2 * _PATIENCE_AT_THE_START * self._seconds, exit=True)
 
     def _give_up(self, doing: str, seconds: float) -> None:
