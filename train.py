@@ -17,7 +17,6 @@ Words: a step is one batch in each process; an update changes the weights, after
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -25,6 +24,7 @@ import itertools
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,18 @@ from torch import nn
 from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
-from dali_saliencymix.loaders.dali import LoaderError
-from dali_saliencymix.loaders.data import Batches, chosen_backend, open_data
+from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
+from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.banner import banner, epoch_line, run_facts
 from dali_saliencymix.training.checkpoint_report import report_on_checkpoint
-from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.divergence import DivergenceWatch
 from dali_saliencymix.training.lockstep import Interruptible, Lockstep
 from dali_saliencymix.training.models import choose_kernels, make_model
 from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.options import RunOptions, TrainingOptions
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
 from dali_saliencymix.training.resources import resources_in_use
 from dali_saliencymix.training.run_record import RunRecord
@@ -65,7 +66,7 @@ class Trainer:
 
     Parameters
     ----------
-    args : argparse.Namespace
+    options : TrainingOptions
         The options.
     processes : Processes
         Which process this is.
@@ -80,33 +81,33 @@ class Trainer:
         Sums of this process over these steps.
     """
 
-    def __init__(self, args: argparse.Namespace, processes: Processes, resume: Path | None = None) -> None:
-        self.args = args
+    def __init__(self, options: TrainingOptions, processes: Processes, resume: Path | None = None) -> None:
+        self.options = options
         self.processes = processes
-        self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        self.config["world_size"] = processes.world_size
+        self.config = {**options.config, "world_size": processes.world_size}
+        data, model_options, run = options.data, options.model, options.run
         saved = checkpoints.load_checkpoint(resume, ENTRIES) if resume else None
 
         # Validating needs no training images: the checkpoint knows the classes.
-        self.data = open_data(args, classes=saved["classes"] if args.evaluate and saved else None)
+        self.data = open_data(data, classes=saved["classes"] if run.evaluate and saved else None)
 
-        torch.manual_seed(args.seed)
-        model = make_model(args.arch, len(self.data.classes), dropout=args.dropout)
-        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(processes.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.updater = Updater(self.model, args)
+        torch.manual_seed(data.seed)
+        model = make_model(model_options.arch, len(self.data.classes), dropout=model_options.dropout)
+        memory_format = torch.channels_last if model_options.channels_last else torch.contiguous_format
+        self.model: nn.Module = model.to(processes.device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.updater = Updater(self.model, options.optimizer, scale_loss=model_options.precision == "fp16")
         self.epoch = self.step = 0
         self.restarts = 0  # epochs begun anew on other data: see restore
         self.lockstep = Lockstep(
             processes,
-            checkpoint_every=args.checkpoint_every,
-            checkpoint_interval=args.checkpoint_interval or None,
-            stall_timeout=args.stall_timeout,
-            roots=[folder for folder in (args.data, args.train_dir, args.val_dir) if folder],
+            checkpoint_every=run.checkpoint_every,
+            checkpoint_interval=run.checkpoint_interval or None,
+            stall_timeout=run.stall_timeout,
+            roots=[folder for folder in (data.data, data.train_dir, data.val_dir) if folder],
         )
         self.best_top1 = -math.inf
         self.totals = self.new_totals()
-        self.divergence = DivergenceWatch(args.max_nan_steps, processes.device, args.output_dir / checkpoints.LAST)
+        self.divergence = DivergenceWatch(run.max_nan_steps, processes.device, run.output_dir / checkpoints.LAST)
         self.steps_run = 0  # by this process, whatever was resumed
         self.loader: Batches | None = None
         self.loader_phase: Phase | None = None
@@ -119,9 +120,9 @@ class Trainer:
         # The network is the model as it is trained: with an exchange of gradients, and compiled in place, so that the
         # names of the model's weights are as they were.
         self.network: nn.Module = self.model
-        if processes.world_size > 1 and not args.evaluate:
+        if processes.world_size > 1 and not run.evaluate:
             self.network = nn.parallel.DistributedDataParallel(self.model)
-        if args.compile:
+        if model_options.compile:
             self.network.compile()
         # Every process watches its own loader; the main one's words are enough.
         self.monitor = Monitor(say=functools.partial(logs.warn, enabled=processes.is_main))
@@ -129,8 +130,8 @@ class Trainer:
     def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
         arch, classes = saved["config"]["arch"], saved["classes"]
-        if arch != self.args.arch:
-            msg = f"{path}: holds a {arch}, which --arch has to say, got {self.args.arch!r}"
+        if arch != self.options.model.arch:
+            msg = f"{path}: holds a {arch}, which --arch has to say, got {self.options.model.arch!r}"
             raise ValueError(msg)
         if classes != self.data.classes:
             pairs = itertools.zip_longest(classes, self.data.classes)
@@ -139,20 +140,21 @@ class Trainer:
             raise ValueError(msg)
         self.model.load_state_dict(saved["model"])
         self.updater.restore(saved)
-        if self.args.evaluate:
+        run = self.options.run
+        if run.evaluate:
             return
         # Where mixing ends depends on where the training ends.
-        options = (*DATA_OPTIONS, "world_size", *(("epochs",) if self.args.mix_off_epochs else ()))
+        options = (*DATA_OPTIONS, "world_size", *(("epochs",) if self.options.schedule.mix_off_epochs else ()))
         before = {name: saved["config"][name] for name in options} | saved["data"]
         present = {name: self.config[name] for name in options} | self.data.fingerprint
         changed = checkpoints.differences(before, present)
         is_main = self.processes.is_main
         self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
-        if changed and not self.args.restart_epoch:
+        if changed and not run.restart_epoch:
             anew = f"--restart-epoch goes on with them from the beginning of epoch {self.epoch + 1}"
             msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {anew}"
             raise ValueError(msg)
-        if self.args.restart_epoch:
+        if run.restart_epoch:
             self.restarts += 1
             why = f" with other data: {'; '.join(changed)}" if changed else ""
             logs.warn(f"epoch {self.epoch + 1} begins anew{why}", enabled=is_main)
@@ -185,26 +187,21 @@ class Trainer:
 
     def save(self, *, is_best: bool = False) -> None:
         """Write a checkpoint of where the training stands, between two updates; every process has to call this."""
-        args = self.args
-        if args.no_checkpoints:
+        run = self.options.run
+        if run.no_checkpoints:
             return
         self.lockstep.writing(self.step)
         self.divergence.check_weights(self.updater, self.epoch, self.step)
         saved = self.checkpoint()
         if self.processes.is_main:
             place = {"epoch": self.epoch, "step": self.step}
-            checkpoints.save_progress(saved, args.output_dir, **place, keep=args.keep_checkpoints, best=is_best)
+            checkpoints.save_progress(saved, run.output_dir, **place, keep=run.keep_checkpoints, best=is_best)
 
     def phase(self, epoch: int) -> Phase:
         """Return how the images of an epoch are made."""
-        args = self.args
-        return phase_at(
-            min(epoch, args.epochs - 1),  # after the last epoch its loader stays
-            epochs=args.epochs,
-            crop_size=args.train_crop_size,
-            progressive_size=args.progressive_size,
-            mix_off_epochs=args.mix_off_epochs,
-        )
+        schedule = self.options.schedule
+        epoch = min(epoch, schedule.epochs - 1)  # after the last epoch its loader stays
+        return phase_at(epoch, schedule, crop_size=self.options.data.train_crop_size)
 
     def train_loader(self) -> Batches:
         """Return this process's training batches from where the training stands; a new loader for each phase."""
@@ -215,14 +212,11 @@ class Trainer:
         gc.collect()  # the old pipeline's memory is free for the new one
         # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
         # with it orders of the files, of its own.
-        seed = self.args.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
-        changed: dict[str, Any] = {"seed": seed}
-        if not phase.mixing:
-            changed["mix"] = "none"
+        data = self.options.data
+        seed = data.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
         self.loader = self.data.train_loader(
-            argparse.Namespace(**{**vars(self.args), **changed}),
+            phase.applied_to(replace(data, seed=seed)),
             self.processes,
-            crop_size=phase.crop_size,
             state=self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None,  # None after a restart
         )
         self.loader_phase, self.loader_state = phase, None
@@ -230,12 +224,12 @@ class Trainer:
 
     def val_loader(self) -> Batches:
         """Return this process's validation batches."""
-        return self.data.val_loader(self.args, self.processes)
+        return self.data.val_loader(self.options.data, self.processes)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for forward passes."""
-        dtype = AMP_DTYPES[self.args.amp_dtype]
-        return torch.autocast(self.processes.device.type, dtype, enabled=self.args.amp)
+        model = self.options.model
+        return torch.autocast(self.processes.device.type, AMP_DTYPES[model.amp_dtype], enabled=model.amp)
 
     def exchange(self, *, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context for the passes of a step, with or without an exchange of gradients at their end."""
@@ -245,29 +239,29 @@ class Trainer:
 
     def train_epoch(self) -> Figures:
         """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
-        args, loader = self.args, self.train_loader()
+        loader, options = self.train_loader(), self.options
+        epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
         steps, begun = len(loader), self.step
         self.network.train()
         watch = logs.Stopwatch()
-        progress = logs.Progress(f"epoch {self.epoch + 1}/{args.epochs}", steps, enabled=self.processes.is_main)
+        progress = logs.Progress(f"epoch {self.epoch + 1}/{epochs}", steps, enabled=self.processes.is_main)
         for _ in range(begun):
             progress.advance()
-        lr = self.set_learning_rate(
-            self.epoch + accumulation_group(max(begun - 1, 0), steps, args.accumulation_steps)[0] / steps
-        )
+        lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
         batches = self.monitor.watch(watch.timed(loader)) if begun < steps else ()
         for images, labels, source_labels, lam in self.lockstep.batches(batches):
             if loader is not self.sampled:
                 self.save_samples(images, labels, source_labels, lam)
                 self.sampled = loader
-            group = accumulation_group(self.step, steps, args.accumulation_steps)
+            group = accumulation_group(self.step, steps, accumulated)
             is_update = self.step == group[-1]
             lr = self.set_learning_rate(self.epoch + group[0] / steps)
             with self.exchange(wanted=is_update):
                 with self.autocast():
                     logits = self.network(images)
-                    loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, args.label_smoothing)
+                    smoothing = options.optimizer.label_smoothing
+                    loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, smoothing)
                 self.updater.backward(loss, len(group))
             if is_update:
                 self.updater.update()
@@ -276,11 +270,11 @@ class Trainer:
             self.step += 1
             self.steps_run += 1
             progress.advance()
-            if self.step % args.print_freq == 0 or self.step == steps:
+            if self.step % options.run.print_freq == 0 or self.step == steps:
                 shown = loss.item()
                 self.divergence.check_loss(shown, self.epoch + 1, self.step)
                 rate = (self.step - begun) * len(images) * self.processes.world_size / watch.seconds
-                left = (args.epochs - self.epoch) * steps - self.step
+                left = (epochs - self.epoch) * steps - self.step
                 self.record.write_step(
                     self.total_steps, loss=shown, lr=lr, images_per_second=rate, data_wait_share=watch.wait_share
                 )
@@ -301,7 +295,7 @@ class Trainer:
         progress.close()
         seconds = watch.seconds
         sums = self.totals.over_processes()
-        done = (self.step - begun) * args.batch_size * self.processes.world_size
+        done = (self.step - begun) * options.data.batch_size * self.processes.world_size
         return {
             "loss": sums["loss"] / sums["images"],
             "mixed_top1": 100 * sums["correct"] / sums["images"],
@@ -314,9 +308,10 @@ class Trainer:
 
     def save_samples(self, images: torch.Tensor, *of_samples: torch.Tensor) -> None:
         """Draw the first batch of each phase of this run, where --save-images asks for it."""
-        if not self.args.save_images or not self.processes.is_main:
+        run = self.options.run
+        if not run.save_images or not self.processes.is_main:
             return
-        path = self.args.output_dir / f"samples_epoch{self.epoch:03d}.jpg"
+        path = run.output_dir / f"samples_epoch{self.epoch:03d}.jpg"
         try:
             save_samples(
                 path,
@@ -325,7 +320,7 @@ class Trainer:
                 classes=self.data.classes,
                 mean=self.data.mean,
                 std=self.data.std,
-                count=self.args.save_images,
+                count=run.save_images,
             )
         except OSError as error:
             logs.warn(f"warning: {path}: cannot be written, the training goes on without it: {error}")
@@ -344,8 +339,8 @@ class Trainer:
     @property
     def is_over(self) -> bool:
         """Whether --max-steps or --epochs are done."""
-        args = self.args
-        return self.epoch >= args.epochs or (args.max_steps is not None and self.steps_run >= args.max_steps)
+        last = self.options.run.max_steps
+        return self.epoch >= self.options.schedule.epochs or (last is not None and self.steps_run >= last)
 
     def new_totals(self) -> metrics.Totals:
         """Return the sums of an epoch that begins."""
@@ -353,16 +348,7 @@ class Trainer:
 
     def set_learning_rate(self, epoch: float) -> float:
         """Set the learning rate for a point of the training, and return it."""
-        args = self.args
-        lr = learning_rate(
-            epoch,
-            base=args.lr,
-            epochs=args.epochs,
-            scheduler=args.lr_scheduler,
-            warmup_epochs=args.lr_warmup_epochs,
-            milestones=sorted(args.lr_milestones),
-            gamma=args.lr_gamma,
-        )
+        lr = learning_rate(epoch, self.options.schedule, base=self.options.optimizer.lr)
         self.updater.set_learning_rate(lr)
         return lr
 
@@ -380,70 +366,71 @@ class Trainer:
 
 def open_record(trainer: Trainer, *, resumed: bool) -> RunRecord:
     """Begin the files of a run, which only the main process writes, and say what is about to run."""
-    args, processes, data = trainer.args, trainer.processes, trainer.data
+    options, processes, data = trainer.options, trainer.processes, trainer.data
+    run = options.run
     if not processes.is_main:
         return RunRecord(None, {})
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    save_config(args, args.output_dir / "args.yaml")
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(options, run.output_dir / "args.yaml")
     counts = {"classes": len(data.classes), "train_images": data.train_images, "val_images": data.val_images}
-    steps, backend = len(trainer.train_loader()), chosen_backend(args)
-    facts = run_facts(args, processes, data=counts, steps_per_epoch=steps, backend=backend)
-    logs.say(banner(args, facts))
+    steps, backend = len(trainer.train_loader()), chosen_backend(options.data)
+    facts = run_facts(options, processes, data=counts, steps_per_epoch=steps, backend=backend)
+    logs.say(banner(options, facts))
     return RunRecord(
-        args.output_dir,
+        run.output_dir,
         {"config": trainer.config, **facts},
         epoch=trainer.epoch,
         step=trainer.total_steps,
         resumed=resumed,
-        tensorboard=args.tensorboard,
-        wandb_project=args.wandb_project if args.log_wandb else None,
+        tensorboard=run.tensorboard,
+        wandb_project=run.wandb_project if run.log_wandb else None,
     )
 
 
-def find_resume(args: argparse.Namespace) -> Path | None:
+def find_resume(run: RunOptions) -> Path | None:
     """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
-    last = args.output_dir / checkpoints.LAST
-    resume = checkpoints.find_checkpoint(args.resume, args.output_dir, logs.warn) if args.resume else None
-    if args.evaluate:
+    last = run.output_dir / checkpoints.LAST
+    resume = checkpoints.find_checkpoint(run.resume, run.output_dir, logs.warn) if run.resume else None
+    if run.evaluate:
         if resume is None:
             msg = f"{last}: no such checkpoint"
             raise ValueError(msg)
         return resume
-    takes_over = args.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
-    if last.exists() and not args.no_checkpoints and not takes_over:
+    takes_over = run.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
+    if last.exists() and not run.no_checkpoints and not takes_over:
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
         raise ValueError(msg)
-    if args.resume and resume is None:
+    if run.resume and resume is None:
         logs.say(f"no {last} yet: starting anew")
     return resume
 
 
-def run(args: argparse.Namespace, processes: Processes) -> None:
+def run(options: TrainingOptions, processes: Processes) -> None:
     """Train, or only validate or measure the loader, in one process of the run."""
     started = time.monotonic()
-    if args.profile_loader:
-        profile_training(args, processes)
+    if options.run.profile_loader:
+        profile_training(options, processes)
         return
-    resume = distributed.from_main_process(find_resume(args) if processes.is_main else None)
-    trainer = Trainer(args, processes, resume)
-    if args.evaluate:
+    resume = distributed.from_main_process(find_resume(options.run) if processes.is_main else None)
+    trainer = Trainer(options, processes, resume)
+    if options.run.evaluate:
         assert resume is not None
         models = {"val": trainer.model}
         if trainer.updater.ema:
             models["val_ema"] = trainer.updater.ema.module
-        report_on_checkpoint(resume, models, trainer.data, args, processes, trainer.validate)
+        report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
         return
-    val_loader = None if args.training_only else trainer.val_loader()
+    val_loader = None if options.run.training_only else trainer.val_loader()
     with trainer.lockstep, open_record(trainer, resumed=resume is not None) as trainer.record:
         train(trainer, val_loader)
     took = f"in {logs.duration(time.monotonic() - started)}"
     result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
-    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {args.output_dir}", enabled=processes.is_main)
+    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
 
 
 def train(trainer: Trainer, val_loader: Batches | None) -> None:
     """Train and validate epoch by epoch, to the end of the run."""
-    args, processes, record = trainer.args, trainer.processes, trainer.record
+    epochs, processes, record = trainer.options.schedule.epochs, trainer.processes, trainer.record
     while not trainer.is_over:
         figures = trainer.train_epoch()
         watch = logs.Stopwatch()
@@ -481,23 +468,23 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         )
         # After the log: a run that is killed in between writes the line twice, and never not at all.
         trainer.save(is_best=is_best)
-        left = None if trainer.step else (args.epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
-        line = epoch_line(trainer.epoch, args.epochs, trainer.step, figures, val, ema, memory, left)
+        left = None if trainer.step else (epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
+        line = epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left)
         logs.say(line, enabled=processes.is_main)
-    if trainer.epoch < args.epochs:
+    if trainer.epoch < epochs:
         record.status = "stopped"
 
 
 def main() -> int:
     """Run from the command line; return the exit status."""
-    args = parse_arguments()
-    choose_kernels(deterministic=args.deterministic)
+    options = parse_arguments()
+    choose_kernels(deterministic=options.model.deterministic)
     try:
-        run(args, distributed.start_processes(args.device))
+        run(options, distributed.start_processes(options.data.device))
     except Preempted as signal:
-        return distributed.end(f"stopped by {signal}{going_on(args)}", EXIT_PREEMPTED)
+        return distributed.end(f"stopped by {signal}{going_on(options.run)}", EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        return distributed.end(f"interrupted{going_on(args)}", 130)
+        return distributed.end(f"interrupted{going_on(options.run)}", 130)
     except Exception as error:
         return distributed.fail(error, expected=(ImportError, LoaderError, OSError, ValueError))
     finally:
@@ -505,9 +492,9 @@ def main() -> int:
     return 0
 
 
-def going_on(args: argparse.Namespace) -> str:
+def going_on(run: RunOptions) -> str:
     """Say how a run that was stopped goes on."""
-    last = args.output_dir / checkpoints.LAST
+    last = run.output_dir / checkpoints.LAST
     return f"; --resume auto goes on from {last}" if last.exists() else "; there is no checkpoint to go on from yet"
 
 

@@ -25,6 +25,7 @@ import torch
 import dali_saliencymix as ds
 from benchmarks import data, loaders, machine, measure
 from benchmarks.record import Record
+from dali_saliencymix.options import MixOptions
 
 _TOLERANCE = 0.2
 _ON_ARRAYS = ("batch", "size", "detector_size")
@@ -157,9 +158,9 @@ def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str
         )
         mixes: dict[str, Any] = {"none": None}
         if axis == "threads":
-            mixes |= {name: loaders.saliencymix_in_graph(name) for name in options.detectors}
+            mixes |= {name: MixOptions(saliency=name) for name in options.detectors}
         for name, mix in mixes.items():
-            stream = loaders.in_graph(setting, mix=mix, mix_normalises=True)
+            stream = loaders.in_graph(setting, mix=mix)
             variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, setting, batches=4)
     return variants
 

@@ -41,6 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -52,12 +53,12 @@ from torch.utils import data
 
 from benchmarks import measure, opencv
 from dali_saliencymix import DETECTORS, draw_params
-from dali_saliencymix import fn as mix_fn
 from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.loaders.dali import training_loader
-from dali_saliencymix.loaders.imagenet import MEAN, STD
-from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
+from dali_saliencymix.loaders import imagenet
+from dali_saliencymix.loaders.imagenet import decode_window, read_files, to_device, training_loader
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix
 
 _OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
@@ -65,6 +66,7 @@ _ALGORITHMS = ("kernel", "array")
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
 # Shares of the images for the JPEG engine of a GPU, by the name of the loader without mixing that has them.
 DECODER_LOADS = {f"none, decoder {share}": share for share in (0, 0.3, 0.9)}
+_CUTMIX = MixOptions(modes={"cutmix": 1.0})
 PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
 
 
@@ -142,19 +144,18 @@ def makers() -> dict[str, Maker]:
         "none": in_graph,
         "none, again": in_graph,
         **{name: functools.partial(in_graph, hw_decoder_load=share) for name, share in DECODER_LOADS.items()},
-        "cutmix": functools.partial(in_graph, mix=mix_fn.cutmix, mix_normalises=True),
-        "cutmix, apart": functools.partial(in_graph, mix=mix_fn.cutmix),
-        "mixup": functools.partial(in_graph, mix=mix_fn.mixup),
+        "cutmix": functools.partial(in_graph, mix=_CUTMIX),
+        "cutmix, apart": functools.partial(in_graph, mix=_CUTMIX, apart=True),
+        "mixup": functools.partial(in_graph, mix=MixOptions(modes={"mixup": 1.0})),
     }
     for name in DETECTORS:
-        mix = saliencymix_in_graph(name)
-        made[f"saliencymix {name}"] = functools.partial(in_graph, mix=mix, mix_normalises=True)
-        made[f"saliencymix {name}, apart"] = functools.partial(in_graph, mix=mix)
+        mix = MixOptions(saliency=name)
+        made[f"saliencymix {name}"] = functools.partial(in_graph, mix=mix)
+        made[f"saliencymix {name}, apart"] = functools.partial(in_graph, mix=mix, apart=True)
         for operator, algorithm, normalise in itertools.product(_OPERATORS, _ALGORITHMS, (False, True)):
             made[route_name(name, operator, algorithm, normalise=normalise)] = functools.partial(
                 in_graph,
-                mix=saliencymix_in_graph(name, algorithm=algorithm),
-                mix_normalises=True,
+                mix=MixOptions(saliency=name, algorithm=algorithm),
                 route={"whole_batches": operator == "whole batches", "normalise": normalise},
             )
     made["after: cutmix"] = functools.partial(_after, mix=transforms.CutMix)
@@ -195,24 +196,24 @@ def groups(*, gpu: bool) -> list[list[str]]:
     ]
 
 
-def saliencymix_in_graph(detector: str, **options: str) -> Callable[..., Any]:
-    """Return the DALI operator with a detector and other options."""
-    return functools.partial(mix_fn.saliencymix, saliency=detector, **options)
-
-
 # ---- DALI ------------------------------------------------------------------------------------------------------------
 
 
 def in_graph(
     setting: Setting,
     *,
-    mix: Callable[..., Any] | None = None,
+    mix: MixOptions | None = None,
     route: dict[str, bool] | None = None,
+    apart: bool = False,
     hw_decoder_load: float | None = None,
     **options: Any,
 ) -> Stream:
-    """Return the stream of the training pipeline, defined under a route on a GPU; `options` are further ones of it."""
-    with on_gpu(**(route or {})):
+    """Return the stream of the training pipeline; `options` are further ones of it.
+
+    On a GPU it is defined under a `route`. `apart` leaves flip and normalisation to DALI.
+    """
+    not_in_the_mix = mock.patch.object(imagenet, "pays_in_the_mix", return_value=False)
+    with on_gpu(**(route or {})), not_in_the_mix if apart else contextlib.nullcontext():
         loader = training_loader(
             setting.folder,
             batch_size=setting.batch_size,
@@ -279,7 +280,11 @@ class _Photos(data.Dataset):
 
     def __init__(self, folder: ImageFolder, crop_size: int, *, eight_bit: bool) -> None:
         self._folder = folder
-        last = [] if eight_bit else [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(MEAN, STD)]
+        last = (
+            []
+            if eight_bit
+            else [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        )
         self._transform = transforms.Compose(
             [
                 transforms.RandomResizedCrop(crop_size),
@@ -360,7 +365,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache
 def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (255 * torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return mean, std
 
 

@@ -46,9 +46,12 @@ from torch.utils import data
 
 from benchmarks import loaders, measure
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.loaders.imagenet import MEAN, STD
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-_TO_FLOAT = [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(MEAN, STD, inplace=True)]
+_TO_FLOAT = [
+    transforms.ToDtype(torch.float32, scale=True),
+    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
+]
 
 
 def makers() -> dict[str, loaders.Maker]:

@@ -6,7 +6,6 @@ The first argument is the data set, the second the JSON file that the main proce
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import sys
 from pathlib import Path
@@ -16,9 +15,9 @@ import torchvision
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.loaders.dali import training_loader, validation_loader
+from dali_saliencymix.loaders.imagenet import training_loader, validation_loader
+from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import gather_from_processes, start_processes, stop_processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
@@ -87,8 +86,7 @@ def main() -> None:
     for count, batch_size in VALIDATION:
         loader = validation_loader(numbered(files, count), batch_size=batch_size, resize_size=32, **common)
         report["validation"][f"{count} {batch_size}"] = gather_from_processes(loaded_labels(loader))
-    mix = functools.partial(mix_fn.saliencymix, alpha=1.0)
-    report["step"] = one_step(training_loader(numbered(files, 16), batch_size=6, seed=5, mix=mix, **common))
+    report["step"] = one_step(training_loader(numbered(files, 16), batch_size=6, seed=5, mix=MixOptions(), **common))
     report["epoch"] = one_epoch([str(data), *sys.argv[3:]], processes)
     if processes.is_main:
         output.write_text(json.dumps(report))

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.loaders.dali import validation_loader
-from dali_saliencymix.loaders.imagenet import MEAN, STD
+from dali_saliencymix.loaders.imagenet import validation_loader
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.activation_maps import _centre_crop, class_activation_maps, save_activation_maps
 from dali_saliencymix.training.models import WideResNet, make_model
 
@@ -122,7 +122,7 @@ def test_the_crop_is_that_of_a_validation(picture_file):
     crop = _centre_crop(picture_file, 72, 64)
     folder = ImageFolder(picture_file.parent, ["any"], [str(picture_file)], [0])
     ((images, _),) = validation_loader(folder, batch_size=1, num_threads=1, device=torch.device("cpu"), **SIZES)
-    pixels = 255 * (images[0].permute(1, 2, 0).numpy() * STD + MEAN)
+    pixels = 255 * (images[0].permute(1, 2, 0).numpy() * IMAGENET_STD + IMAGENET_MEAN)
     assert crop.shape == pixels.shape == (64, 64, 3)
     assert np.abs(crop - pixels).mean() < 1  # of 255
     assert np.abs(np.roll(crop, 1, axis=1) - pixels).mean() > 5

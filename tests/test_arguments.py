@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
 
 # Option and value as given, name and value that come out.
@@ -97,38 +99,56 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("given", "name", "value"), OPTIONS, ids=[given for given, _, _ in OPTIONS])
 def test_every_option_is_there_and_changes_what_it_says(given, name, value):
-    without, with_it = vars(parse_arguments(["data"])), vars(parse_arguments(["data", *given.split()]))
-    assert with_it[name] == value
-    changed = {key for key in without if without[key] != with_it[key]}
-    assert changed == {name}
+    without, with_it = parse_arguments(["data"]), parse_arguments(["data", *given.split()])
+    assert with_it.config[name] == (str(value) if isinstance(value, Path) else value)
+    assert {key for key in without.config if without.config[key] != with_it.config[key]} == {name}
+    if name == "mix":
+        mix = with_it.data.mix
+        assert mix == (None if value == "none" else MixOptions(modes={value: 1.0}))
+        return
+    name = {"mix_alpha": "alpha", "mix_prob": "prob"}.get(name, name)
+    before, after = in_groups(without), in_groups(with_it)
+    changed = {key for key in before if before[key] != after[key]}
+    if name == "preset":  # which decides what is None
+        changed -= {"MixOptions saliency"}
+    assert changed == {key for key in before if key.split()[1] == name} != set()
+    assert {after[key] for key in changed} == {tuple(value) if isinstance(value, list) else value}
+
+
+def in_groups(options):
+    """Return the value of each field, by the names of its group and of itself."""
+    groups = [group for group in (*vars(options).values(), options.data.mix) if is_dataclass(group)]
+    return {
+        f"{type(group).__name__} {name}": vars(group)[name] for group in groups for name in vars(group) if name != "mix"
+    }
 
 
 def test_evaluate_goes_with_resume():
     for flag in ("-e", "--evaluate", "--test-only"):
-        assert parse_arguments(["data", flag, "--resume", "auto"]).evaluate
+        assert parse_arguments(["data", flag, "--resume", "auto"]).run.evaluate
 
 
 def test_the_folders_follow_from_the_data_folder():
-    args = parse_arguments(["some/data"])
+    args = parse_arguments(["some/data"]).data
     assert (args.train_dir, args.val_dir) == (Path("some/data/train"), Path("some/data/val"))
-    args = parse_arguments(["some/data", "--val-dir", "other"])
+    args = parse_arguments(["some/data", "--val-dir", "other"]).data
     assert (args.train_dir, args.val_dir) == (Path("some/data/train"), Path("other"))
-    args = parse_arguments(["--train-dir", "a", "--val-dir", "b"])
+    args = parse_arguments(["--train-dir", "a", "--val-dir", "b"]).data
     assert (args.train_dir, args.val_dir) == (Path("a"), Path("b"))
     for option in ("--data-dir", "--data-path"):
-        assert parse_arguments([option, "some/data"]).train_dir == Path("some/data/train")
+        assert parse_arguments([option, "some/data"]).data.train_dir == Path("some/data/train")
 
 
 def test_cifar_is_one_folder_of_small_images_and_synthetic_data_is_none():
-    args = parse_arguments(["some/data", "--dataset", "cifar10"])
+    args = parse_arguments(["some/data", "--dataset", "cifar10"]).data
     assert (args.data, args.train_dir, args.val_dir) == (Path("some/data"), None, None)
     assert args.train_crop_size == 32
-    args = parse_arguments(["--data-backend", "synthetic"])
+    args = parse_arguments(["--data-backend", "synthetic"]).data
     assert (args.data, args.train_dir, args.train_crop_size) == (None, None, 224)
 
 
 def test_the_options_that_must_not_change_on_resuming_exist():
-    assert set(DATA_OPTIONS) < set(vars(parse_arguments(["data"])))
+    assert set(DATA_OPTIONS) < set(parse_arguments(["data"]).config)
 
 
 WRONG = [
@@ -235,23 +255,26 @@ def test_a_configuration_file_says_what_the_command_line_would(config):
         "--progressive-size 128@0 160@6"
     )
     for option in ("-c", "--config"):
-        args = vars(parse_arguments(["data", option, path]))
-        assert args | {"config": None} == vars(parse_arguments(["data", *command_line.split()]))
+        args = parse_arguments(["data", option, path])
+        expected = parse_arguments(["data", *command_line.split()])
+        assert replace(args, config=args.config | {"config": None}) == expected
 
 
 def test_the_command_line_comes_before_the_configuration_file(config):
     path = config(CONFIG + "data: some/data\n")
     args = parse_arguments(["--no-amp", "--lr", "0.5", "--config", path, "--lr-milestones", "7"])
-    assert (args.amp, args.lr, args.lr_milestones, args.batch_size) == (False, 0.5, [7.0], 32)
-    assert args.train_dir == Path("some/data/train")
-    assert parse_arguments(["other", "--config", path]).train_dir == Path("other/train")
+    assert (args.model.amp, args.optimizer.lr, args.schedule.lr_milestones) == (False, 0.5, (7.0,))
+    assert (args.data.batch_size, args.data.train_dir) == (32, Path("some/data/train"))
+    assert parse_arguments(["other", "--config", path]).data.train_dir == Path("other/train")
 
 
 def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
     path = config("{mix: saliencymix, saliency: fine_grained, mix-alpha: 0.5, destination: random}")
     args = parse_arguments(["data", "--config", path, "--mix", "cutmix"])
-    assert (args.mix, args.mix_alpha, args.saliency, args.destination) == ("cutmix", 0.5, None, None)
-    assert parse_arguments(["data", "--config", path, "--mix", "none"]).mix_alpha == 1
+    assert args.data.mix == MixOptions(modes={"cutmix": 1.0}, alpha=0.5)
+    assert (args.config["saliency"], args.config["destination"]) == (None, None)
+    none = parse_arguments(["data", "--config", path, "--mix", "none"])
+    assert (none.data.mix, none.config["mix_alpha"]) == (None, 1)
 
 
 WRONG_CONFIGS = [
@@ -288,13 +311,29 @@ def test_the_saved_configuration_gives_the_same_run_and_follows_another_data_fol
     saved = tmp_path / "args.yaml"
     save_config(args, saved)
     again = parse_arguments(["--config", str(saved)])
-    assert vars(again) | {"config": None} == vars(args) | {"config": None}
-    other = parse_arguments(["other", "--config", str(saved)])
+    assert replace(again, config={}) == replace(args, config={})
+    assert again.config | {"config": None} == args.config | {"config": None}
+    other = parse_arguments(["other", "--config", str(saved)]).data
     assert (other.train_dir, other.val_dir) == (Path("other/train"), Path("held out"))
 
 
 def test_all_options_can_stand_in_a_configuration_file(config, capsys):
     """Whatever option there is or will be: none is read in another way than the others."""
-    args = vars(parse_arguments(["data"]))
+    args = parse_arguments(["data"]).config
     text = "".join(f"{name}: null\n" for name in args if name != "config")
-    assert vars(parse_arguments(["data", "--config", config(text)])) | {"config": None} == args
+    assert parse_arguments(["data", "--config", config(text)]).config | {"config": None} == args
+
+
+def test_where_nothing_is_validated_the_class_folders_may_be_data_itself(tmp_path, capsys):
+    def folders(*line):
+        data = parse_arguments(list(line), validates=False).data
+        return data.train_dir, data.val_dir, data.val_list
+
+    assert folders() == (None, None, None)
+    assert folders("--train-dir", "a", "--val-list", "b") == (Path("a"), Path("a"), None)
+    assert folders(str(tmp_path)) == (tmp_path, tmp_path, None)
+    (tmp_path / "train").mkdir()
+    assert folders(str(tmp_path)) == (tmp_path / "train", tmp_path / "train", None)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--lr", "0"], prog="the command", validates=False)
+    assert capsys.readouterr().err.startswith("the command: error: --lr must be a positive number")

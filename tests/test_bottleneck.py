@@ -915,7 +915,7 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
 
     torch.manual_seed(0)
     args = parse_arguments(["DATA", "-a", "resnet18", "--clip-grad-norm", "1", "--model-ema"])
-    step = TrainingStep(args, torch.device("cpu"), num_classes=4)
+    step = TrainingStep(args.model, args.optimizer, torch.device("cpu"), num_classes=4)
     before = {name: value.clone() for name, value in step.network.named_parameters()}
     updated = []
 
@@ -939,9 +939,9 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     assert all(torch.equal(value, before[name]) for name, value in step.network.named_parameters())
     with pytest.raises(BottleneckError, match=re.escape("got int64 (2,); give your own with --step")):
         step([labels])
-    args.arch = "resnet19"
+    wrong = dataclasses.replace(args.model, arch="resnet19")
     with pytest.raises(BottleneckError, match=r"arch: name must be one of .*, got 'resnet19'"):
-        TrainingStep(args, torch.device("cpu"), num_classes=4)
+        TrainingStep(wrong, args.optimizer, torch.device("cpu"), num_classes=4)
 
 
 def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
@@ -954,7 +954,7 @@ def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
     from dali_saliencymix.training.arguments import parse_arguments
 
     args = parse_arguments(["DATA", "-a", "resnet18", "--accumulation-steps", "3"])
-    step = TrainingStep(args, torch.device("cpu"), num_classes=4)
+    step = TrainingStep(args.model, args.optimizer, torch.device("cpu"), num_classes=4)
     log = []
 
     @contextlib.contextmanager

@@ -12,9 +12,11 @@ from dali_saliencymix.bottleneck import command, measure, stages, whatifs
 from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.bottleneck.training_source import training_source
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.loaders.data import CifarData, FolderData, open_data
+from dali_saliencymix.loaders.cifar import CifarData
+from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.imagenet import FolderData
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.arguments import parse_arguments
-from dali_saliencymix.training.distributed import Processes
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 FOLDER = ("--train-crop-size", "32", "--color-jitter", "0.4", "--min-crop-area", "0.5", "--hflip-prob", "0.9")
@@ -51,7 +53,7 @@ def options(root, *more):
 def test_the_batches_are_those_of_the_training(root, more):
     args = options(root, *more)
     source = training_source(args, ALONE, images=2048)
-    training = open_data(args).train_loader(args, ALONE, crop_size=args.train_crop_size)
+    training = open_data(args.data).train_loader(args.data, ALONE)
     assert_equal_batches(epoch(source.open({})), epoch(training))
     assert len(next(iter(source.open({"batch_size": 2})))[0]) == 2
 
@@ -168,7 +170,7 @@ def test_a_part_of_the_images_stands_for_all_of_them(root):
 
 
 def test_a_backend_for_a_gpu_is_refused_without_one(root):
-    with pytest.raises(BottleneckError, match="--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"):
+    with pytest.raises(ValueError, match="--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"):
         training_source(options(root, "--data-backend", "dali-gpu"), ALONE, images=2048)
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from dali_saliencymix.datasets.damage import EXCLUDED, NOTED, examine, find_unusable, why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
-from dali_saliencymix.loaders.dali import LoaderError, validation_loader
+from dali_saliencymix.loaders.base import LoaderError
+from dali_saliencymix.loaders.imagenet import validation_loader
 
 JPEG = sample_jpeg("train", "red_square", 0)
 PIXELS = JPEG.index(b"\xff\xda") + 14  # where the segment that holds them has begun

@@ -14,12 +14,13 @@ from training_fixtures import run_program
 from dali_saliencymix import saliencymix
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipelines import dynamic_mode
 from pipelines.dynamic_mode import training_batches
 
 COUNT, BATCH, SIZE = 24, 5, 32  # four full batches in the first epoch, and images that wrap into the second
 EPOCHS = 2
-MEAN, STD = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
+MEAN, STD = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
 
 
 @pytest.fixture(scope="module")

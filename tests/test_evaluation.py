@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.evaluation import (
     COLUMNS,
     PerClass,

@@ -25,10 +25,10 @@ import dali_saliencymix.fn as mix_fn
 from dali_saliencymix import paste_normalised
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.preview import save_preview
 from dali_saliencymix.pytorch import NetworkSaliency, SaliencyMix
 from dali_saliencymix.training.arguments import parse_arguments
-from dali_saliencymix.training.distributed import Processes
 
 pytest_plugins = ["training_fixtures"]
 FILE = Path(__file__).with_name("golden.json")
@@ -212,16 +212,16 @@ def loader_cases(root, cifar):
 
 
 def batches(arguments, rank):
-    args = parse_arguments(arguments)
+    options = parse_arguments(arguments).data
     processes = Processes(rank, rank, 2, torch.device("cpu"))
-    data = open_data(args)
-    loader = data.train_loader(args, processes, crop_size=args.train_crop_size)
+    data = open_data(options)
+    loader = data.train_loader(options, processes)
     taken = [[part.clone() for part in batch] for batch in itertools.islice(loader, 2)]
     state = loader.state()
     taken += [[part.clone() for part in batch] for batch in itertools.islice(loader, 1)]
-    resumed = data.train_loader(args, processes, crop_size=args.train_crop_size, state=state)
+    resumed = data.train_loader(options, processes, state=state)
     again = [[part.clone() for part in batch] for batch in itertools.islice(resumed, 1)]
-    val = [[part.clone() for part in batch] for batch in data.val_loader(args, processes)]
+    val = [[part.clone() for part in batch] for batch in data.val_loader(options, processes)]
     return taken, again, val, data.fingerprint, data.mean, data.std
 
 

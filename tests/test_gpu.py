@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import threading
 
@@ -16,7 +15,8 @@ from dali_saliencymix import DETECTORS, cutmix, draw_params, saliencymix
 from dali_saliencymix._routes import GpuRoute, on_gpu
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.loaders.dali import training_loader
+from dali_saliencymix.loaders.imagenet import training_loader
+from dali_saliencymix.options import MixOptions
 
 pytestmark = pytest.mark.gpu
 
@@ -127,8 +127,7 @@ def test_every_route_of_the_loader_gives_the_same_batches(folder, route, algorit
                 num_threads=2,
                 device=torch.device("cuda", 0),
                 crop_size=64,
-                mix=functools.partial(dsfn.saliencymix, saliency="fine_grained", prob=0.75, algorithm=algorithm),
-                mix_normalises=True,
+                mix=MixOptions(saliency="fine_grained", prob=0.75, algorithm=algorithm),
                 fp16=fp16,
                 channels_last=channels_last,
             )

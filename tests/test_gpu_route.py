@@ -11,7 +11,9 @@ from nvidia.dali import fn
 from dali_saliencymix._routes import GpuRoute, gpu_route, on_gpu, uses_kernel
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders import imagenet
 from dali_saliencymix.loaders.imagenet import training_pipeline
+from dali_saliencymix.options import MixOptions
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -62,13 +64,14 @@ def folder(tmp_path_factory):
 def test_who_normalises(monkeypatch, folder, route, places, numba, normalises, channels_last, fp16):
     given = []
 
-    def mix(images, labels, **options):
-        given.append(options)
+    def mix_nodes(images, labels, options, *, peaks, normalise):
+        given.append(normalise)
         return images, labels, labels, fn.constant(fdata=[1.0], shape=[])
 
     monkeypatch.setattr("dali_saliencymix._routes._numba_is_installed", lambda: numba)
+    monkeypatch.setattr(imagenet, "_mix_nodes", mix_nodes)
     process_on, device = places
-    options = {"batch_size": 2, "num_threads": 1, "device_id": 0, "mix": mix, "mix_normalises": True}
+    options = {"batch_size": 2, "num_threads": 1, "device_id": 0, "mix": MixOptions()}
     with on_gpu(normalise=route):
         training_pipeline(
             folder.files,
@@ -80,9 +83,9 @@ def test_who_normalises(monkeypatch, folder, route, places, numba, normalises, c
             **options,
         )
     if not normalises or (fp16 and device == "cpu"):
-        assert given == [{}]
+        assert given == [None]
     else:
-        (normalise,) = given[0].values()
+        (normalise,) = given
         assert normalise.layout == ("HWC" if channels_last else "CHW")
         assert np.dtype(normalise.dtype) == (np.float16 if fp16 else np.float32)
         assert normalise.mirror is not None

@@ -7,7 +7,7 @@ import json
 import pytest
 from training_fixtures import torchrun
 
-from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.lockstep import Lockstep
 from dali_saliencymix.training.preemption import Preempted
 

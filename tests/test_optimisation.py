@@ -19,7 +19,8 @@ def small_model() -> nn.Module:
 
 
 def updater_of(model: nn.Module, options: str = "") -> Updater:
-    return Updater(model, parse_arguments(["data", "--device", "cpu", *options.split()]))
+    parsed = parse_arguments(["data", "--device", "cpu", *options.split()])
+    return Updater(model, parsed.optimizer, scale_loss=parsed.model.precision == "fp16")
 
 
 def step(updater: Updater, model: nn.Module, images: torch.Tensor, batches: int = 1) -> None:

@@ -151,7 +151,7 @@ def test_a_recipe_says_what_to_expect_and_whence(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "16epochs" not in name])
 def test_a_recipe_has_the_hyper_parameters_of_the_paper(name):
-    args = vars(parsed(name))
+    args = parsed(name).config
     family, _, mix = name.rpartition("-")
     dataset, _, net = family.partition("-")
     expected = ON_IMAGENET if dataset == "imagenet" else ON_CIFAR
@@ -169,11 +169,10 @@ def test_a_recipe_has_the_hyper_parameters_of_the_paper(name):
 
 def test_the_short_recipe_is_modern():
     args = parsed("imagenet-resnet50-16epochs-saliencymix")
-    assert 16 <= args.epochs <= 40
-    assert args.amp
-    assert args.amp_dtype == "bf16"
-    assert args.channels_last
-    assert args.lr == pytest.approx(1.7 * args.batch_size / 4096, rel=0.01)  # FFCV's, in proportion
+    assert 16 <= args.schedule.epochs <= 40
+    assert args.model.precision == "bf16"
+    assert args.model.channels_last
+    assert args.optimizer.lr == pytest.approx(1.7 * args.data.batch_size / 4096, rel=0.01)  # FFCV's, in proportion
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,7 +195,7 @@ def test_a_recipe_trains_for_two_steps(name, train_here, data_folder, cifar, tmp
     ended = train_here(data, *small)
     assert ended.status == 0, ended.err
     start, epoch = read_log(tmp_path / "out")
-    assert start["config"]["epochs"] == parsed(name).epochs
+    assert start["config"]["epochs"] == parsed(name).schedule.epochs
     assert epoch["train"]["images"] == 4
     assert 0 < epoch["train"]["loss"] < math.inf
 

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.robustness import attacked_accuracy, fgsm, read_epsilon
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISED = {"mean": MEAN, "std": STD}
+NORMALISED = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
 def pixels_of(images: torch.Tensor) -> torch.Tensor:
-    return images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return images * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
 
 
 def linear(classes: int) -> nn.Module:
@@ -124,7 +124,7 @@ def test_without_a_step_the_accuracy_is_the_clean_one_and_with_one_it_is_what_th
     logits = model(normalise(pixels)).detach()
     own, other = logits.gather(1, labels[:, None])[:, 0], logits.gather(1, 1 - labels[:, None])[:, 0]
     weights = model[1].weight.detach()
-    slopes = (weights[0] - weights[1]).view(3, -1).abs().sum(dim=1) / torch.tensor(STD)
+    slopes = (weights[0] - weights[1]).view(3, -1).abs().sum(dim=1) / torch.tensor(IMAGENET_STD)
     for epsilon in (0.0, 0.004, 0.02, 0.2):
         found = attacked_accuracy(model, loader_of(pixels, labels), ALONE, epsilon=epsilon, **NORMALISED)
         still_right = own - other > epsilon * slopes.sum()  # a step costs the margin its L1 norm

@@ -103,19 +103,19 @@ def test_the_command_prints_a_table_and_says_by_its_status_that_files_are_exclud
 
 
 def test_an_epoch_over_the_lists_meets_no_bad_file_and_labels_are_those_of_all_class_folders(data, scanned, capfd):
+    from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.arguments import parse_arguments
-    from dali_saliencymix.training.distributed import Processes
 
     output, _ = scanned
     lists = ("--train-list", output / "train.txt", "--val-list", output / "val.txt")
     sizes = ("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32", "--min-crop-area", "1")
     command = (data, *lists, *sizes, "-b", "5", "-j", "1", "--device", "cpu", "--mix", "none")
-    args = parse_arguments([str(argument) for argument in command])
+    options = parse_arguments([str(argument) for argument in command]).data
     here = Processes(0, 0, 1, torch.device("cpu"))
-    opened = open_data(args)
+    opened = open_data(options)
     capfd.readouterr()
-    train = [labels for _, labels, _, _ in opened.train_loader(args, here, crop_size=32)]
-    val = [labels for _, labels in opened.val_loader(args, here)]
+    train = [labels for _, labels, _, _ in opened.train_loader(options, here)]
+    val = [labels for _, labels in opened.val_loader(options, here)]
     assert "skip" not in capfd.readouterr().err
     assert opened.classes[0] == "a_class_without_files"
     usable = (output / "train.txt").read_text(encoding="utf-8").splitlines()

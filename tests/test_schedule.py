@@ -7,13 +7,20 @@ import math
 import numpy as np
 import pytest
 
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.training.options import ScheduleOptions
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
 POINTS = np.linspace(0, 90, 901)[:-1]
 
 
+def rate(point: float, *, base: float = 0.4, **options) -> float:
+    return learning_rate(point, ScheduleOptions(epochs=90, **options), base=base)
+
+
 def rates(**options) -> np.ndarray:
-    return np.array([learning_rate(point, base=0.4, epochs=90, **options) for point in POINTS])
+    return np.array([rate(point, **options) for point in POINTS])
 
 
 def test_the_cosine_is_pytorchs():
@@ -22,7 +29,7 @@ def test_the_cosine_is_pytorchs():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
     for epoch in range(90):
-        assert learning_rate(epoch, base=0.4, epochs=90) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        assert rate(epoch) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         theirs.step()
 
@@ -31,40 +38,39 @@ def test_the_cosine_falls_from_the_base_rate_to_nothing():
     values = rates()
     assert values[0] == 0.4
     assert (np.diff(values) < 0).all()
-    assert learning_rate(45, base=0.4, epochs=90) == pytest.approx(0.2)
-    assert 0 <= learning_rate(90 - 1e-9, base=0.4, epochs=90) < 1e-9
+    assert rate(45) == pytest.approx(0.2)
+    assert 0 <= rate(90 - 1e-9) < 1e-9
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "step"])
 def test_the_warm_up_is_a_straight_line_that_ends_at_the_base_rate(scheduler):
-    values = rates(warmup_epochs=5, scheduler=scheduler, milestones=(30, 60))
+    values = rates(lr_warmup_epochs=5, lr_scheduler=scheduler, lr_milestones=(30, 60))
     np.testing.assert_allclose(values[:50], 0.4 * POINTS[:50] / 5)
-    before, after = (
-        learning_rate(5 + shift, base=0.4, epochs=90, warmup_epochs=5, scheduler=scheduler) for shift in (-1e-9, 0)
-    )
+    before, after = (rate(5 + shift, lr_warmup_epochs=5, lr_scheduler=scheduler) for shift in (-1e-9, 0))
     assert after == 0.4
     assert before == pytest.approx(after, rel=1e-6)
 
 
 def test_after_the_warm_up_the_cosine_fills_what_is_left():
-    half_way = learning_rate(5 + 85 / 2, base=0.4, epochs=90, warmup_epochs=5)
+    half_way = rate(5 + 85 / 2, lr_warmup_epochs=5)
     assert half_way == pytest.approx(0.2)
-    assert learning_rate(90 - 1e-6, base=0.4, epochs=90, warmup_epochs=5) < 1e-9
+    assert rate(90 - 1e-6, lr_warmup_epochs=5) < 1e-9
 
 
 def test_steps_come_at_the_milestones_and_not_before():
-    values = rates(scheduler="step", milestones=(30, 60, 80), gamma=0.1)
+    values = rates(lr_scheduler="step", lr_milestones=(60, 30, 80), lr_gamma=0.1)
     expected = 0.4 * 0.1 ** ((POINTS >= 30).astype(int) + (POINTS >= 60) + (POINTS >= 80))
     np.testing.assert_allclose(values, expected)
-    assert learning_rate(math.nextafter(30, 0), base=0.4, epochs=90, scheduler="step", milestones=(30,)) == 0.4
+    assert rate(math.nextafter(30, 0), lr_scheduler="step", lr_milestones=(30,)) == 0.4
 
 
 def test_the_rate_scales_with_the_base():
-    assert learning_rate(20, base=0.8, epochs=90) == 2 * learning_rate(20, base=0.4, epochs=90)
+    assert rate(20, base=0.8) == 2 * rate(20, base=0.4)
 
 
 def phases(epochs: int, **options) -> list[Phase]:
-    return [phase_at(epoch, epochs=epochs, crop_size=224, **options) for epoch in range(epochs)]
+    schedule = ScheduleOptions(epochs=epochs, **options)
+    return [phase_at(epoch, schedule, crop_size=224) for epoch in range(epochs)]
 
 
 def test_without_options_there_is_one_phase():
@@ -84,6 +90,12 @@ def test_mixing_ends_before_the_last_epochs_in_a_phase_of_its_own():
     assert phases(2, mix_off_epochs=2) == [Phase(0, 224, False)] * 2
     found = phases(6, progressive_size=["128@0", "160@4"], mix_off_epochs=3)
     assert found == [Phase(0, 128, True)] * 3 + [Phase(3, 128, False)] + [Phase(4, 160, False)] * 2
+
+
+def test_a_phase_changes_the_size_and_the_mixing_of_the_batches():
+    options = DataOptions(mix=MixOptions(prob=0.5), batch_size=3)
+    assert Phase(0, 224, True).applied_to(options) == options
+    assert Phase(4, 128, False).applied_to(options) == DataOptions(mix=None, batch_size=3, train_crop_size=128)
 
 
 @pytest.mark.parametrize(("steps", "size"), [(12, 1), (12, 4), (13, 4), (3, 4), (1, 1)])

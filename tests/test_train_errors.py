@@ -73,7 +73,8 @@ def test_bad_data_ends_with_one_line_that_names_the_file_or_folder(case, own_dat
 LOAD_UNTIL_IT_FAILS = """
 import sys, torch
 from dali_saliencymix.datasets.image_folder import list_image_folder
-from dali_saliencymix.loaders.dali import LoaderError, training_loader, validation_loader
+from dali_saliencymix.loaders.base import LoaderError
+from dali_saliencymix.loaders.imagenet import training_loader, validation_loader
 folder = list_image_folder(sys.argv[1])
 common = {"batch_size": 40, "device": torch.device("cpu"), "crop_size": 64}
 for seed in range(10):

@@ -14,7 +14,7 @@ from training_fixtures import Ended, run_program
 from voc_fixtures import SETS, make_voc
 
 import transfer_voc
-from dali_saliencymix.loaders.imagenet import MEAN, STD
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint, save_checkpoint
 from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
 
@@ -87,7 +87,7 @@ def test_the_detector_is_torchvisions_own(tmp_path):
     assert {name: value.shape for name, value in model.state_dict().items()} == expected
     assert taken == sum(name.startswith("backbone.body.") for name in expected)
     assert str(model.transform) == str(theirs.transform)
-    assert (tuple(model.transform.image_mean), tuple(model.transform.image_std)) == (MEAN, STD)
+    assert (tuple(model.transform.image_mean), tuple(model.transform.image_std)) == (IMAGENET_MEAN, IMAGENET_STD)
     assert model.rpn.anchor_generator.sizes == theirs.rpn.anchor_generator.sizes
     parameters = model.backbone.body.named_parameters()
     assert {name.split(".")[0] for name, value in parameters if value.requires_grad} == {"layer2", "layer3", "layer4"}

@@ -15,7 +15,7 @@ LOAD = """
 import sys, torch
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.training.watchdog import Watchdog
-from dali_saliencymix.loaders.dali import training_loader
+from dali_saliencymix.loaders.imagenet import training_loader
 folder = list_image_folder(sys.argv[1])
 loader = training_loader(folder, batch_size=8, num_threads=1, device=torch.device("cpu"), crop_size=32)
 with Watchdog(4, rank=3, roots=[sys.argv[1]]) as watchdog:

@@ -67,8 +67,9 @@ def mix_nodes(
 ) -> Nodes:
     """Return mixed images, labels, labels of the sources, and weights: see `dali_saliencymix.fn.saliencymix`.
 
-    Where `policy` is true, a mode is drawn for each sample or batch; otherwise `options` have one.
+    Where `policy` is true, or `options` have several modes, a mode is drawn for each sample or batch.
     """
+    policy = policy or options.mode is None
     mixed = fn.random.coin_flip(probability=options.prob) if options.prob < 1 else None
     drawn = {"lam": [_drawn_lam(alpha, mixed) for alpha in options.alphas.values()]}
     if policy:

@@ -1,8 +1,8 @@
 """Steps of the detectors as kernels that Numba compiles for the CPU; imported only where Numba is installed.
 
-Each one has a reference in NumPy, `dali_saliencymix.saliency`, and gives the same bits. Loops over the pixels of a row write to one
-array only: LLVM can then show that nothing overlaps, and uses the vector units of the CPU. For the same reason rows are
-handed to functions of their own. All functions work without the GIL.
+Each one has a reference in NumPy, `dali_saliencymix.saliency`, and gives the same bits. Loops over the pixels of a row
+write to one array only: LLVM can then show that nothing overlaps, and uses the vector units of the CPU. For the same
+reason rows are handed to functions of their own. All functions work without the GIL.
 
 Numba keeps what it compiled beside the file of a kernel, and looks at that file only: after a change in a kernel that
 one in another file calls, delete ``__pycache__``.

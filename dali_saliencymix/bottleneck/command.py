@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
-import io
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,8 @@ from dali_saliencymix.bottleneck.training_source import training_source
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dali_saliencymix.training.distributed import Processes
+    from dali_saliencymix.loaders.processes import Processes
+    from dali_saliencymix.training.options import TrainingOptions
 
 _EXPECTED = (ImportError, OSError, ValueError)  # a BottleneckError is a ValueError
 STALLED = 3  # exit status of --fail-above-stall
@@ -47,8 +47,27 @@ exit status: 0; 1 for an error; 3 if the stall is above --fail-above-stall, also
 """
 
 
-def bottleneck_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of the command's own options."""
+@dataclass(frozen=True)
+class CommandOptions:
+    """The options of the command itself; `_parser` says what they are."""
+
+    pipeline: str | None = None
+    loader: str | None = None
+    step: str | None = None
+    no_step: bool = False
+    files: list[Path] | None = None
+    images: int = 2048
+    cache: str = "auto"
+    seconds: float = 100.0
+    rounds: int = ROUNDS
+    no_storage: bool = False
+    no_what_ifs: bool = False
+    output: Path | None = None
+    html: Path | None = None
+    fail_above_stall: float | None = None
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [options] [options of train.py] (DATA | --pipeline M:F | --loader M:F)",
@@ -67,24 +86,25 @@ def bottleneck_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-step", action="store_true", help="measure the loader alone")
     parser.add_argument("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
-    parser.add_argument("--images", type=int, default=2048, help="images of DATA to read, for each process (2048)")
-    parser.add_argument("--cache", choices=CACHES, default="auto", help="will the training find its files in memory?")
-    parser.add_argument("--seconds", type=float, default=100.0, help="time for everything, about (100)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"windows of each figure ({ROUNDS})")
+    parser.add_argument("--images", type=int, help="images of DATA to read, for each process (2048)")
+    parser.add_argument("--cache", choices=CACHES, help="will the training find its files in memory?")
+    parser.add_argument("--seconds", type=float, help="time for everything, about (100)")
+    parser.add_argument("--rounds", type=int, help=f"windows of each figure ({ROUNDS})")
     parser.add_argument("--no-storage", action="store_true", help="do not drop files from memory to read them again")
     parser.add_argument("--no-what-ifs", action="store_true", help="do not measure other settings")
     parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="report to write")
     parser.add_argument("--html", type=Path, help="page to write; needs matplotlib")
     parser.add_argument("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
+    parser.set_defaults(**vars(CommandOptions()))
     return parser
 
 
 def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
-    parser = bottleneck_parser(prog)
-    own, rest = parser.parse_known_args(arguments)
-    training = _training_arguments(rest, prog)
-    has_data = training.data is not None or _is_given(rest, "", "--train-dir")
+    parser = _parser(prog)
+    given, rest = parser.parse_known_args(arguments)
+    own, training = CommandOptions(**vars(given)), _training_options(rest, prog)
+    has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
         parser.error("give one of DATA, --pipeline and --loader")
     if own.fail_above_stall is not None and own.no_step:
@@ -100,8 +120,8 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
         if not own.step and not own.no_step:
             from dali_saliencymix.training.models import choose_kernels
 
-            choose_kernels(deterministic=training.deterministic)
-        processes = distributed.start_processes(training.device)
+            choose_kernels(deterministic=training.model.deterministic)
+        processes = distributed.start_processes(training.data.device)
         report = _measured_by_all(own, training, rest, processes)
         if ranks.rank() == 0:
             return _told(report, own)
@@ -115,22 +135,20 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
         distributed.stop_processes()
 
 
-def profile_training(training: argparse.Namespace, processes: Processes) -> None:
+def profile_training(training: TrainingOptions, processes: Processes) -> None:
     """Measure the loader and the step of a training with these options of ``train.py``, and say what holds it back.
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
-    own = bottleneck_parser("train.py").parse_args([])
-    report = _measured_by_all(own, training, [], processes)
+    report = _measured_by_all(CommandOptions(), training, [], processes)
     if processes.is_main:
         sys.stdout.write(report_text(report) + "\n")
-        training.output_dir.mkdir(parents=True, exist_ok=True)
-        save_report(report, training.output_dir / "loader_report.json")
+        folder = training.run.output_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        save_report(report, folder / "loader_report.json")
 
 
-def _measured_by_all(
-    own: argparse.Namespace, training: argparse.Namespace, rest: list[str], processes: Processes
-) -> Report:
+def _measured_by_all(own: CommandOptions, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
     """Measure; where that fails, the first process that does so says why, and which one it is."""
     from dali_saliencymix.training import distributed
 
@@ -155,45 +173,29 @@ def run_compare(before: Path, after: Path, prog: str) -> int:
     return 0
 
 
-def _training_arguments(rest: list[str], prog: str) -> argparse.Namespace:
+def _training_options(rest: list[str], prog: str) -> TrainingOptions:
     """Read what is left with the options of ``train.py``, of which DATA is one."""
     try:
         from dali_saliencymix.training.arguments import parse_arguments
     except ImportError as error:
         sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
         raise SystemExit(1) from error
-
-    folders = ["--val-dir", "."]
-    if not _is_given(rest, "", "--train-dir"):
-        folders += ["--train-dir", "."]
-    name, sys.argv[0] = sys.argv[0], prog  # how the parser calls itself in its errors
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            training = parse_arguments(rest)
-    except SystemExit:  # without DATA it asks for folders; what else is wrong it says again
-        training = parse_arguments([*rest, *folders])
-    finally:
-        sys.argv[0] = name
-    if training.dataset == "folder":
-        if training.data is not None and not _is_given(rest, "", "--train-dir"):
-            inside = training.data / "train"
-            training.train_dir = inside if inside.is_dir() else training.data
-        training.val_dir, training.val_list = training.train_dir, None  # they have to be there, and are not looked at
-    return training
+    return parse_arguments(rest, prog=prog, validates=False)
 
 
-def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[str], processes: Processes) -> Report:
+def _measured(own: CommandOptions, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
     notify = _say if processes.is_main else _ignore
-    given_batch = training.batch_size if _is_given(rest, "-b", "--batch-size") else None
+    given_batch = training.data.batch_size if _is_given(rest, "-b", "--batch-size") else None
     files = _listed(own.files)
     source: Source
     if not own.pipeline and not own.loader:
         source = training_source(training, processes, images=own.images)
     elif own.pipeline:
-        threads = training.workers if _is_given(rest, "-j", "--workers") else None
+        threads = training.data.workers if _is_given(rest, "-j", "--workers") else None
         settings: dict[str, Any] = {"batch_size": given_batch, "num_threads": threads}
         source = pipeline_source(load_function(own.pipeline, "--pipeline"), settings, files=files)
     else:
+        assert own.loader
         source = loader_source(load_function(own.loader, "--loader"), batch_size=given_batch, files=files)
     step = None
     if own.step:
@@ -202,10 +204,10 @@ def _measured(own: argparse.Namespace, training: argparse.Namespace, rest: list[
         from dali_saliencymix.bottleneck.steps import TrainingStep
 
         classes = max(int(source.conditions.get("classes", 1000)), 2)
-        step = TrainingStep(training, processes.device, num_classes=classes)
+        step = TrainingStep(training.model, training.optimizer, processes.device, num_classes=classes)
     for line in source.conditions.get("measured_instead", ()):
         notify(line)
-    source.conditions["step"] = "not measured" if step is None else own.step or training.arch
+    source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch
     return measure_source(
         source,
         step,
@@ -257,7 +259,7 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
     return sorted(found)
 
 
-def _told(report: Report, own: argparse.Namespace) -> int:
+def _told(report: Report, own: CommandOptions) -> int:
     """Write the report to where it is wanted; return the exit status."""
     sys.stdout.write(report_text(report) + "\n")
     if own.output:

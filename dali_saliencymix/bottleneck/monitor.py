@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from dali_saliencymix._checks import check_at_least, check_fraction, check_positive
+from dali_saliencymix.training.data_wait import STARVING_SHARE
 
 Batch = TypeVar("Batch")
-
-STARVING_SHARE = 0.2  # of the time waited for data: from here on the loader starves the step
 
 _OWN_COST_STEPS = 200
 

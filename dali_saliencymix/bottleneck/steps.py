@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,6 +13,7 @@ from dali_saliencymix.bottleneck.errors import BottleneckError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import make_model
 from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.options import ModelOptions, OptimizerOptions
 
 
 class TrainingStep:
@@ -21,8 +21,10 @@ class TrainingStep:
 
     Parameters
     ----------
-    args : argparse.Namespace
-        Options of ``train.py``, by which network and update are made.
+    options : ModelOptions
+        The network.
+    optimizer : OptimizerOptions
+        Its update.
     device : torch.device
         Where it computes. A batch from elsewhere is brought there, which then is part of the step.
     num_classes : int
@@ -40,23 +42,25 @@ class TrainingStep:
         ``--accumulation-steps``.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, *, num_classes: int) -> None:
-        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    def __init__(
+        self, options: ModelOptions, optimizer: OptimizerOptions, device: torch.device, *, num_classes: int
+    ) -> None:
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         try:
-            model: nn.Module = make_model(args.arch, num_classes, dropout=args.dropout)
+            model: nn.Module = make_model(options.arch, num_classes, dropout=options.dropout)
         except ValueError as error:
             msg = f"arch: {error}"
             raise BottleneckError(msg) from error
-        self._device, self._amp, self._label_smoothing = device, args.amp, args.label_smoothing
-        self._amp_dtype = torch.float16 if args.amp_dtype == "fp16" else torch.bfloat16
+        self._device, self._amp, self._label_smoothing = device, options.amp, optimizer.label_smoothing
+        self._amp_dtype = torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
         self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        self._updater = Updater(self.network, args)
+        self._updater = Updater(self.network, optimizer, scale_loss=options.precision == "fp16")
         self._updater.set_learning_rate(0.0)
-        self.batches_per_update: int = args.accumulation_steps
+        self.batches_per_update: int = optimizer.accumulation_steps
         self._batches = 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.network = nn.parallel.DistributedDataParallel(self.network)
-        if args.compile:
+        if options.compile:
             self.network.compile()
 
     def __call__(self, batch: Any) -> None:

@@ -1,4 +1,4 @@
-"""CIFAR-style pipeline: small images, padded with zeros, cropped at random, mixed, mirrored, normalised.
+"""CIFAR: small images, padded with zeros, cropped at random, mixed, flipped horizontally at random, normalised.
 
 The edge of a zero padding is what a saliency detector sees first: it draws two or three times as many peaks as its area
 accounts for. So the peaks are found before the padding and move with the crop.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,26 @@ from nvidia.dali.pipeline import DataNode, do_not_convert
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import BatchInfo
 
-from dali_saliencymix.datasets.cifar import CifarImages
+from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
-from dali_saliencymix.loaders.dali import LoaderError, LoaderState
-from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
+from dali_saliencymix.loaders.base import (
+    Batches,
+    Data,
+    LoaderError,
+    check_share,
+    chosen_backend,
+    digest,
+    fingerprint_of,
+)
+from dali_saliencymix.loaders.dali import LoaderState, device_arguments, process_on
+from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files, to_device
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
+from dali_saliencymix.options import MixOptions
 
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
-
-# What a mixing operator does: (images, labels[, peaks=...]) -> (images, labels, source_labels, lam).
-Mix = Callable[..., tuple[DataNode, DataNode, DataNode, DataNode]]
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -36,9 +47,8 @@ def cifar_training_pipeline(
     files: Sequence[str],
     labels: Sequence[int],
     *,
-    mix: Mix | None,
-    find_peaks: Callable[[DataNode], DataNode] | None = saliency_peaks,
-    size: int = 32,
+    mix: MixOptions | None,
+    size: int = SIZE,
     padding: int = 4,
     device: str = "cpu",
     shard_id: int = 0,
@@ -51,13 +61,10 @@ def cifar_training_pipeline(
     ----------
     files, labels : sequence
         Paths and labels of all images, which are `size` x `size`; each shard takes its share.
-    mix : callable or None
-        ``(images, labels, peaks=...) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`
-        with its options bound by ``functools.partial``, but for `saliency`, which `find_peaks` decides. With None
-        nothing is mixed: `lam` is 1 and `source_labels` are the labels.
-    find_peaks : callable or None
-        Finds the most salient pixel of the images as they were before the padding. None where `mix` takes no `peaks`:
-        for `cutmix`, `mixup` and None.
+    mix : MixOptions or None
+        How images are mixed, in one mode. With None they are not: `lam` is 1 and `source_labels` are the labels.
+        Saliencymix takes the most salient pixels of the images as they were before the padding, so where there is a
+        `padding` its `source` and `destination` cannot be ``"non_salient"``.
     size : int
         Height and width of the images, before and after.
     padding : int
@@ -77,16 +84,15 @@ def cifar_training_pipeline(
     )
     shape = fn.peek_image_shape(encoded)[:2]
     images = decode_window(encoded, shape * 0, shape, device)
-    return _augmented(images, label, mix, find_peaks, size, padding, 0.5, False, device)
+    return _augmented(images, label, mix, size, padding, 0.5, False, device)
 
 
 @pipeline_def(enable_checkpointing=True)
 def cifar_array_pipeline(
     source: Callable[[BatchInfo], tuple[NDArray[np.uint8], NDArray[np.int32]]],
     *,
-    mix: Mix | None,
-    find_peaks: Callable[[DataNode], DataNode] | None = None,
-    size: int = 32,
+    mix: MixOptions | None,
+    size: int = SIZE,
     padding: int = 4,
     hflip_prob: float = 0.5,
     channels_last: bool = False,
@@ -100,7 +106,7 @@ def cifar_array_pipeline(
     source : callable
         Gives images (N, size, size, 3) uint8 and labels (N, 1) int32 of the batch with a number. That number is all
         that a checkpoint holds of it, so it must depend on nothing else.
-    mix, find_peaks, size, padding
+    mix, size, padding
         As for `cifar_training_pipeline`.
     hflip_prob : float
         Probability that an image is mirrored.
@@ -118,15 +124,14 @@ def cifar_array_pipeline(
     """
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
     images = to_device(process_on, images)
-    return _augmented(images, label, mix, find_peaks, size, padding, hflip_prob, channels_last, device)
+    return _augmented(images, label, mix, size, padding, hflip_prob, channels_last, device)
 
 
 @do_not_convert
 def _augmented(
     images: DataNode,
     label: DataNode,
-    mix: Mix | None,
-    find_peaks: Callable[[DataNode], DataNode] | None,
+    mix: MixOptions | None,
     size: int,
     padding: int,
     hflip_prob: float,
@@ -136,7 +141,9 @@ def _augmented(
     """Pad, crop at random, mix, mirror at random, normalise."""
     offsets = [float(offset) for offset in range(-padding, padding + 1)]
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
-    given = {} if find_peaks is None else {"peaks": _moved(find_peaks(images), corner, size)}
+    peaks = None
+    if mix is not None and _detects_before_padding(mix, padding):
+        peaks = _moved(saliency_peaks(images, saliency=mix.saliency), corner, size)
     images = fn.slice(
         images,
         corner,
@@ -147,10 +154,7 @@ def _augmented(
         out_of_bounds_policy="pad",
         fill_values=0.0,
     )
-    if mix is None:
-        source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
-    else:
-        images, label, source_label, lam = mix(images, label, **given)
+    images, label, source_label, lam = mixed(images, label, mix, peaks=peaks)
     images = fn.crop_mirror_normalize(
         to_device(device, images),
         mirror=fn.random.coin_flip(probability=hflip_prob),
@@ -162,6 +166,11 @@ def _augmented(
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
+def _detects_before_padding(mix: MixOptions, padding: int) -> bool:
+    """Tell whether the detector has to look at images before they are padded; else the mix can do it itself."""
+    return mix.mode == "saliencymix" and padding > 0
+
+
 @do_not_convert
 def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
     """Return where the peaks are in the crop, at its edge where they were cut off: never in the padding."""
@@ -170,7 +179,7 @@ def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
 
 
 class CifarLoader:
-    """Training batches of images in memory, processed by DALI: what `dali_saliencymix.loaders.dali.Loader` is to files.
+    """Training batches of images in memory, processed by DALI.
 
     Every epoch has an order of its own; the end that fills no batch is left out. A batch is images (N, 3, 32, 32)
     float32, labels and labels of the sources (N,) int64, and weights (N,) float32.
@@ -179,53 +188,36 @@ class CifarLoader:
     ----------
     cifar : CifarImages
         The images.
-    batch_size : int
-        Images in a batch of this process.
-    num_threads : int
-        DALI's threads.
-    device : torch.device
-        Where the tensors lie.
-    seed : int
-        Seed of the order, and with `rank` added of all other draws. Give all processes the same one.
-    rank, world_size : int
-        Which of how many processes this is.
+    options : DataOptions
+        What the batches are like. Give all processes the same ones.
+    processes : Processes
+        Which process this is, and where the tensors lie.
     state : LoaderState, optional
         To go on from; everything else has to be as it was for its loader.
-    **options
-        Of `cifar_array_pipeline`.
     """
 
     def __init__(
-        self,
-        cifar: CifarImages,
-        *,
-        batch_size: int,
-        num_threads: int,
-        device: torch.device,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        channels_last: bool = False,
-        state: LoaderState | None = None,
-        **options: Any,
+        self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None = None
     ) -> None:
+        batch_size, rank, world_size = options.batch_size, processes.rank, processes.world_size
         self._length = len(cifar) // world_size // batch_size
-        on_gpu = device.type == "cuda"
         pipeline = cifar_array_pipeline(
-            _Batches(cifar, batch_size, self._length, seed, rank, world_size),
+            _Batches(cifar, batch_size, self._length, options.seed, rank, world_size),
+            mix=options.mix,
+            padding=options.crop_padding,
+            hflip_prob=options.hflip_prob,
+            channels_last=options.channels_last,
+            process_on=process_on(options, processes),
             batch_size=batch_size,
-            num_threads=num_threads,
-            device_id=(device.index or 0) if on_gpu else None,
-            device="gpu" if on_gpu else "cpu",
-            seed=seed + rank,
+            num_threads=options.workers,
+            seed=options.seed + rank,
             checkpoint=state["pipeline"] if state else None,
-            channels_last=channels_last,
-            **options,
+            **device_arguments(processes.device),
         )
         # The source never ends: epochs are counted here.
         self._iterator = DALIGenericIterator([pipeline], list(_NAMES), prepare_first_batch=False)
         self.bad_files: list[str] = []  # of no file: they are arrays by now
-        self._channels_last = channels_last
+        self._channels_last = options.channels_last
         self._step = state["step"] if state else 0
 
     def __len__(self) -> int:
@@ -275,3 +267,55 @@ class _Batches:
 @functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarData:
+    """Read the archive in `options.data`; `classes`, if given, have to be its own."""
+    if options.data is None:
+        msg = f"data must be given with dataset {options.dataset!r}"
+        raise ValueError(msg)
+    train, val = read_cifar(options.data, options.dataset)
+    if classes is not None and classes != train.classes:
+        msg = f"{options.data}: holds other classes than those asked for, the first of which is {classes[0]!r}"
+        raise ValueError(msg)
+    counts = len(train), len(val)
+    fingerprint = fingerprint_of(options, *counts, digest(train.images.tobytes(), train.labels.tobytes()))
+    return CifarData(train.classes, *counts, Path(options.data), fingerprint, train, val)
+
+
+@dataclass(frozen=True)
+class CifarData(Data):
+    """CIFAR-10 or CIFAR-100, in memory."""
+
+    train: CifarImages
+    val: CifarImages
+    mean = tuple(value / 255 for value in MEAN)
+    std = tuple(value / 255 for value in STD)
+
+    def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
+        """Return the training batches of this process, from where `state` stands."""
+        if options.train_crop_size != SIZE:
+            msg = f"--train-crop-size must be {SIZE} with --dataset {options.dataset}, got {options.train_crop_size}"
+            raise ValueError(msg)
+        if options.color_jitter:
+            msg = f"--color-jitter must be 0 with --dataset {options.dataset}, got {options.color_jitter}"
+            raise ValueError(msg)
+        check_share(options, processes, len(self.train), self.root)
+        mix, padding = options.mix, options.crop_padding
+        before = mix is not None and _detects_before_padding(mix, padding)
+        for name in ("source", "destination") if before else ():
+            if getattr(mix, name) == "non_salient":
+                msg = (
+                    f"--{name} must not be non_salient with --crop-padding {padding}: the least salient pixel could be "
+                    "one of the padding; --crop-padding 0 goes with it"
+                )
+                raise ValueError(msg)
+        if chosen_backend(options) == "pytorch":
+            images = PaddedImages(self.train, padding, mix.saliency if mix is not None and before else None)
+            return torch_training_loader(self, images, options, processes, state)
+        return CifarLoader(self.train, options, processes, state)
+
+    def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
+        """Return the validation batches of this process: all together have every image exactly once."""
+        # There is nothing to do but to normalise: other processes would only get in the way.
+        return torch_validation_loader(self, PaddedImages(self.val), options, processes, workers=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import re
 import sys
@@ -17,14 +16,12 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_saliencymix.datasets.damage import find_unusable, why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.loaders.imagenet import training_pipeline, validation_pipeline
+from dali_saliencymix.loaders.base import LoaderError, chosen_backend
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.processes import Processes
 
 # Makes the pipeline that reads these files with these labels, from its own beginning or from a checkpoint.
 Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
-
-
-class LoaderError(RuntimeError):
-    """A batch could not be made. The text says why in one line, and names the file where it is known."""
 
 
 class _Place(TypedDict):
@@ -249,137 +246,73 @@ def _decodes(file: str) -> bool:
     return True
 
 
-def training_loader(
-    folder: ImageFolder,
+def pipeline_builder(
+    pipeline: Callable[..., Pipeline],
     *,
     batch_size: int,
     num_threads: int,
     device: torch.device,
-    seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
-    max_bad_batches: int = 0,
-    state: LoaderState | None = None,
     **options: Any,
-) -> Loader:
-    """Return a loader of ``(images, labels, source_labels, lam)`` for one process of a training run.
+) -> Build:
+    """Return what makes a pipeline for one process: on its device, of its share of the files.
 
     Parameters
     ----------
-    folder : ImageFolder
-        The training images.
-    batch_size : int
-        Images in a batch of this process.
-    num_threads : int
-        Threads of the pipeline on the CPU.
-    device : torch.device
-        Where the pipeline works and the tensors lie.
-    seed : int
-        Seed of the file order, and with `rank` added of all other draws. Give all processes the same one.
-    rank, world_size : int
-        Which of how many processes this is.
-    prefetch : int
-        Batches that are made in advance.
-    max_bad_batches : int
-        Number of bad files that are left out before the next one is an error.
-    state : LoaderState, optional
-        To go on from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
+    pipeline : callable
+        Pipeline definition that takes files, labels, `device`, `shard_id` and `num_shards`.
+    batch_size, num_threads, device, rank, world_size, prefetch
+        As for `dali_saliencymix.loaders.imagenet.training_loader`.
     **options
-        Of `dali_saliencymix.loaders.imagenet.training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
+        Of the definition, or of DALI's pipelines.
 
     Raises
     ------
     ValueError
-        If there are not enough images for one batch on each process, or `seed` is negative.
+        If `device` is a GPU and there is none.
     """
-    if len(folder) // world_size < batch_size:
-        msg = (
-            f"batch_size must be at most {len(folder) // world_size}, the share that each of {world_size} processes "
-            f"has of the {len(folder)} images in {folder.root}, got {batch_size}"
-        )
-        raise ValueError(msg)
-    if seed < 0:
-        msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
-        raise ValueError(msg)
-    build = functools.partial(
-        _build,
-        training_pipeline,
-        device=_dali_device(device),
-        shard_id=rank,
-        num_shards=world_size,
-        shuffle_seed=seed,
-        seed=seed + rank,
-        **_pipeline_arguments(device, batch_size, num_threads, prefetch),
-        **options,
-    )
-    names = ["images", "labels", "source_labels", "lam"]
-    channels_last = options.get("channels_last", False)
-    common = {"channels_last": channels_last, "max_bad_batches": max_bad_batches, "state": state}
-    return Loader(build, names, folder, drop_last=True, **common)
-
-
-def validation_loader(
-    folder: ImageFolder,
-    *,
-    batch_size: int,
-    num_threads: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    prefetch: int = 2,
-    max_bad_batches: int = 0,
-    **options: Any,
-) -> Loader:
-    """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
-
-    Parameters are those of `training_loader`; `options` those of `dali_saliencymix.loaders.imagenet.validation_pipeline`.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer images than processes.
-    """
-    if len(folder) < world_size:
-        msg = f"{folder.root}: {len(folder)} images are too few for {world_size} processes"
-        raise ValueError(msg)
-    build = functools.partial(
-        _build,
-        validation_pipeline,
-        device=_dali_device(device),
-        shard_id=rank,
-        num_shards=world_size,
-        **_pipeline_arguments(device, batch_size, num_threads, prefetch),
-        **options,
-    )
-    common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, ["images", "labels"], folder, drop_last=False, **common)
-
-
-def _build(
-    pipeline: Callable[..., Pipeline],
-    files: Sequence[str],
-    labels: Sequence[int],
-    checkpoint: bytes | None,
-    **arguments: Any,
-) -> Pipeline:
-    return pipeline(files, labels, checkpoint=checkpoint, **arguments)
-
-
-def _dali_device(device: torch.device) -> str:
-    return "gpu" if device.type == "cuda" else "cpu"
-
-
-def _pipeline_arguments(device: torch.device, batch_size: int, num_threads: int, prefetch: int) -> dict[str, Any]:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        msg = f"device must be 'cpu' where no CUDA GPU is found, got {str(device)!r}"
-        raise ValueError(msg)
-    return {
+    arguments = {
         "batch_size": batch_size,
         "num_threads": num_threads,
-        "device_id": (device.index or 0) if device.type == "cuda" else None,
         "prefetch_queue_depth": prefetch,
+        "shard_id": rank,
+        "num_shards": world_size,
+        **device_arguments(device),
+        **options,
     }
+
+    def build(files: Sequence[str], labels: Sequence[int], checkpoint: bytes | None) -> Pipeline:
+        return pipeline(files, labels, checkpoint=checkpoint, **arguments)
+
+    return build
+
+
+def device_arguments(device: torch.device) -> dict[str, Any]:
+    """Return the arguments by which a pipeline definition and DALI know a device, or refuse a GPU that is not there."""
+    if device.type != "cuda":
+        return {"device": "cpu", "device_id": None}
+    if not torch.cuda.is_available():
+        msg = f"device must be 'cpu' where no CUDA GPU is found, got {str(device)!r}"
+        raise ValueError(msg)
+    return {"device": "gpu", "device_id": device.index or 0}
+
+
+def process_on(options: DataOptions, processes: Processes) -> str:
+    """Return where DALI works on the images, "cpu" or "gpu".
+
+    Raises
+    ------
+    ValueError
+        If that is a GPU in a run on the CPU.
+    """
+    if chosen_backend(options) != "dali-gpu":
+        return "cpu"
+    if processes.device.type != "cuda":
+        msg = f"--data-backend dali-gpu needs a run on a GPU, and this one is on {processes.device}; take dali-cpu"
+        raise ValueError(msg)
+    return "gpu"
 
 
 def _without_traceback(text: str) -> str:

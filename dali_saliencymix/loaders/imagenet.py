@@ -1,4 +1,4 @@
-"""ImageNet-style pipelines: files -> decoded, resized, mixed, normalised batches.
+"""Folders of images, as of ImageNet: files -> decoded, resized, mixed, normalised batches.
 
 The images of a training batch are mixed as uint8, after the resize and before the normalisation. What is random is
 drawn by DALI, so a pipeline with the same seed gives the same batches, and a restored checkpoint goes on with the same.
@@ -8,22 +8,34 @@ Both pipelines turn images by their EXIF orientation, which torchvision's ``Imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
+from dali_saliencymix._dali.mix import Normalise, mix_nodes
 from dali_saliencymix._routes import gpu_route, uses_kernel
-from dali_saliencymix.fn import Normalise
-from dali_saliencymix.loaders.reading import decode_window, read_files, to_device
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, digest, fingerprint_of
+from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, pipeline_builder, process_on
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, torch_validation_loader
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-_IN_GREY_LEVELS = [255 * mean for mean in MEAN], [255 * std for std in STD]
+_IN_GREY_LEVELS = [255 * mean for mean in IMAGENET_MEAN], [255 * std for std in IMAGENET_STD]
 
-# What a mixing operator does: (images, labels) -> (images, labels, source_labels, lam).
-Mix = Callable[..., tuple[DataNode, DataNode, DataNode, DataNode]]
+# The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
+_WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
+
+_FILES_LOOKED_AT = 1000  # for their sizes: asking a file server for those of all of ImageNet takes minutes
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -35,8 +47,7 @@ def training_pipeline(
     min_crop_area: float = 0.08,
     hflip_prob: float = 0.5,
     color_jitter: float = 0.0,
-    mix: Mix | None = None,
-    mix_normalises: bool = False,
+    mix: MixOptions | None = None,
     process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
@@ -61,14 +72,8 @@ def training_pipeline(
     color_jitter : float
         Brightness, contrast and saturation are multiplied by factors drawn from [1 - color_jitter, 1 + color_jitter],
         before the mixing. In [0, 1].
-    mix : callable, optional
-        ``(images, labels) -> (images, labels, source_labels, lam)``, as `dali_saliencymix.fn.saliencymix`, with its
-        options bound by ``functools.partial``. By default nothing is mixed: `lam` is 1 and `source_labels` are the
-        labels.
-    mix_normalises : bool
-        Whether `mix` takes `normalise` as well, as ``fn.saliencymix`` and ``fn.cutmix`` do. It then normalises where
-        that is the faster way: on the CPU for float32, with Numba installed; on a GPU where
-        `dali_saliencymix._routes.gpu_route` says so.
+    mix : MixOptions, optional
+        How images are mixed, in one mode. By default they are not: `lam` is 1 and `source_labels` are the labels.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
@@ -91,7 +96,9 @@ def training_pipeline(
 
     Notes
     -----
-    The mirroring comes after the mixing, as part of the normalising operator: a patch is mirrored with its image.
+    The horizontal flip comes after the mixing: a patch is flipped with its image. The operator of saliencymix and
+    cutmix flips and normalises along where that is faster: on the CPU for float32, with Numba installed; on a GPU where
+    `dali_saliencymix._routes.gpu_route` says so.
     """
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
@@ -115,15 +122,15 @@ def training_pipeline(
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
     mirror = fn.random.coin_flip(probability=hflip_prob)
     layout = "HWC" if channels_last else "CHW"
-    normalised = mix is not None and mix_normalises and _pays_in_the_mix(process_on or device, device, fp16)
-    if mix is None:
-        source_label, lam = label, fn.constant(fdata=[1.0], shape=[], device="cpu")
-    elif normalised:
+    normalise = None
+    if (
+        mix is not None
+        and mix.mode in ("saliencymix", "cutmix")
+        and pays_in_the_mix(process_on or device, device, fp16)
+    ):
         normalise = Normalise(*_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
-        images, label, source_label, lam = mix(images, label, normalise=normalise)
-    else:
-        images, label, source_label, lam = mix(images, label)
-    if not normalised:
+    images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
+    if normalise is None:
         # On the way to another device the pixels are still bytes.
         images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout, mirror)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
@@ -174,7 +181,65 @@ def validation_pipeline(
     return to_device(device, images), to_device(device, label)
 
 
-def _pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
+@do_not_convert
+def read_files(
+    files: Sequence[str], labels: Sequence[int], shard_id: int, num_shards: int, **shuffling: int
+) -> tuple[DataNode, DataNode]:
+    """Read encoded images and labels, with the name and the padding that `Loader` counts on."""
+    return fn.readers.file(
+        files=list(files),
+        labels=list(labels),
+        shard_id=shard_id,
+        num_shards=num_shards,
+        pad_last_batch=True,
+        name="reader",
+        **shuffling,
+    )
+
+
+@do_not_convert
+def decode_window(
+    encoded: DataNode, start: DataNode, shape: DataNode, device: str, hw_decoder_load: float = 0.65
+) -> DataNode:
+    """Decode the window of each image that begins at `start` and has `shape`, both (rows, columns).
+
+    The window has to come from the image's header (``fn.peek_image_shape``): a file that is no image then fails
+    there. In DALI 2.4's decoders it ends the batch while other threads still work on it, which can crash the process.
+    """
+    return fn.decoders.image_slice(
+        encoded,
+        start,
+        shape,
+        axis_names="HW",
+        device="mixed" if device == "gpu" else "cpu",
+        hw_decoder_load=hw_decoder_load,
+        preallocate_width_hint=_WIDTH_HINT,
+        preallocate_height_hint=_HEIGHT_HINT,
+    )
+
+
+@do_not_convert
+def to_device(device: str, node: DataNode) -> DataNode:
+    """Return a node on a device, "cpu" or "gpu"."""
+    return node.gpu() if device == "gpu" else node
+
+
+@do_not_convert
+def mixed(
+    images: DataNode,
+    labels: DataNode,
+    mix: MixOptions | None,
+    *,
+    peaks: DataNode | None = None,
+    normalise: Normalise | None = None,
+) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    """Return images, labels, labels of the sources and weights, mixed or as they are."""
+    if mix is None:
+        return images, labels, labels, fn.constant(fdata=[1.0], shape=[], device="cpu")
+    return mix_nodes(images, labels, mix, peaks=peaks, normalise=normalise)
+
+
+def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
     """Tell whether the operator that mixes should normalise, in the place of ``fn.crop_mirror_normalize``."""
     if mixed_on != device:  # bytes are the fewer to copy
         return False
@@ -195,3 +260,220 @@ def _normalised(
         dtype=types.FLOAT16 if fp16 else types.FLOAT,
         output_layout=layout,
     )
+
+
+def training_loader(
+    folder: ImageFolder,
+    *,
+    batch_size: int,
+    num_threads: int,
+    device: torch.device,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    prefetch: int = 2,
+    max_bad_batches: int = 0,
+    state: LoaderState | None = None,
+    **options: Any,
+) -> Loader:
+    """Return a loader of ``(images, labels, source_labels, lam)`` for one process of a training run.
+
+    Parameters
+    ----------
+    folder : ImageFolder
+        The training images.
+    batch_size : int
+        Images in a batch of this process.
+    num_threads : int
+        Threads of the pipeline on the CPU.
+    device : torch.device
+        Where the pipeline works and the tensors lie.
+    seed : int
+        Seed of the file order, and with `rank` added of all other draws. Give all processes the same one.
+    rank, world_size : int
+        Which of how many processes this is.
+    prefetch : int
+        Batches that are made in advance.
+    max_bad_batches : int
+        Number of bad files that are left out before the next one is an error.
+    state : LoaderState, optional
+        To go on from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
+    **options
+        Of `training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
+
+    Raises
+    ------
+    ValueError
+        If there are not enough images for one batch on each process, or `seed` is negative.
+    """
+    if len(folder) // world_size < batch_size:
+        msg = (
+            f"batch_size must be at most {len(folder) // world_size}, the share that each of {world_size} processes "
+            f"has of the {len(folder)} images in {folder.root}, got {batch_size}"
+        )
+        raise ValueError(msg)
+    if seed < 0:
+        msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
+        raise ValueError(msg)
+    build = training_builder(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device=device,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        prefetch=prefetch,
+        **options,
+    )
+    names = ["images", "labels", "source_labels", "lam"]
+    common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
+    return Loader(build, names, folder, drop_last=True, state=state, **common)
+
+
+def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
+    """Return what makes the pipeline of `training_loader`, which explains the options."""
+    return pipeline_builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
+
+
+def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
+    """Return what `training_loader` takes of a run's options."""
+    return {
+        **_common_arguments(options, processes),
+        "crop_size": options.train_crop_size,
+        "min_crop_area": options.min_crop_area,
+        "color_jitter": options.color_jitter,
+        "hflip_prob": options.hflip_prob,
+        "mix": options.mix,
+        "seed": options.seed,
+    }
+
+
+def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
+    return {
+        "batch_size": options.batch_size,
+        "num_threads": options.workers,
+        "device": processes.device,
+        "process_on": process_on(options, processes),
+        "channels_last": options.channels_last,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
+
+
+def validation_loader(
+    folder: ImageFolder,
+    *,
+    world_size: int = 1,
+    max_bad_batches: int = 0,
+    **options: Any,
+) -> Loader:
+    """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
+
+    Parameters
+    ----------
+    folder, world_size, max_bad_batches
+        As for `training_loader`.
+    **options
+        `batch_size`, `num_threads`, `device`, `rank` and `prefetch`, as for `training_loader`, and those of
+        `validation_pipeline`.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer images than processes.
+    """
+    if len(folder) < world_size:
+        msg = f"{folder.root}: {len(folder)} images are too few for {world_size} processes"
+        raise ValueError(msg)
+    build = pipeline_builder(validation_pipeline, world_size=world_size, **options)
+    common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
+    return Loader(build, ["images", "labels"], folder, drop_last=False, **common)
+
+
+def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:
+    """List the images of `options.train_dir` and `options.val_dir`; with `classes` only those for validation."""
+    if options.train_dir is None or options.val_dir is None:
+        msg = (
+            f"train_dir and val_dir must be given with dataset 'folder', got {options.train_dir} and {options.val_dir}"
+        )
+        raise ValueError(msg)
+    if classes is not None:
+        train = ImageFolder(options.train_dir, classes, [], [])
+    else:
+        train = list_image_folder(options.train_dir)
+        if len(train.classes) < 2:
+            msg = f"{options.train_dir}: one class only, {train.classes[0]!r}; there must be at least two"
+            raise ValueError(msg)
+        if options.train_list is not None:
+            train = _those_of_list(train, options.train_list, "--train-list")
+    val = list_image_folder(options.val_dir, classes=train.classes)
+    if options.val_list is not None:
+        val = _those_of_list(val, options.val_list, "--val-list")
+    counts = len(train), len(val)
+    fingerprint = fingerprint_of(options, *counts, _files_digest(train))
+    return FolderData(train.classes, *counts, train.root, fingerprint, train, val)
+
+
+@dataclass(frozen=True)
+class FolderData(Data):
+    """Two folders of images, with one folder for each class."""
+
+    train: ImageFolder
+    val: ImageFolder
+
+    def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
+        """Return the training batches of this process, from where `state` stands."""
+        check_share(options, processes, len(self.train), self.root)
+        if chosen_backend(options) == "pytorch":
+            images = FolderImages(self.train, options.train_crop_size, options.min_crop_area, options.color_jitter)
+            return torch_training_loader(self, images, options, processes, state)
+        arguments = training_arguments(options, processes)
+        return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)
+
+    def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
+        """Return the validation batches of this process: all together have every image exactly once."""
+        sizes = {"resize_size": options.val_resize_size, "crop_size": options.val_crop_size}
+        if chosen_backend(options) == "pytorch":
+            images = FolderImages(self.val, **sizes)
+            return torch_validation_loader(self, images, options, processes, workers=options.workers)
+        arguments = {**_common_arguments(options, processes), **sizes}
+        return validation_loader(self.val, max_bad_batches=options.max_bad_batches, **arguments)
+
+
+def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
+    """Return the images whose paths, relative to the folder, are the lines of a text file; their order stays."""
+    wanted: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if line and wanted.setdefault(line, number) != number:
+            msg = f"{option} {path}, line {number}: the same image as in line {wanted[line]}: {line}"
+            raise ValueError(msg)
+    kept = [number for number, name in enumerate(_relative_names(folder)) if wanted.pop(name, 0)]
+    if wanted:
+        line, number = next(iter(wanted.items()))
+        msg = f"{option} {path}, line {number}: no such image in {folder.root}: {line}"
+        raise ValueError(msg)
+    if not kept:
+        msg = f"{option} {path}: names no image"
+        raise ValueError(msg)
+    return replace(
+        folder, files=[folder.files[number] for number in kept], labels=[folder.labels[number] for number in kept]
+    )
+
+
+def _relative_names(folder: ImageFolder) -> list[str]:
+    start = len(str(folder.root / "x")) - 1
+    return [file[start:] for file in folder.files]
+
+
+def _files_digest(folder: ImageFolder) -> str:
+    """Return a digest of the names of all files and the sizes of some of them, spread evenly."""
+    step = max(len(folder) // _FILES_LOOKED_AT, 1)
+    sizes = [_size(file) for file in folder.files[::step]]
+    return digest("\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode())
+
+
+def _size(file: str) -> str:
+    try:
+        return str(os.stat(file).st_size)
+    except OSError:  # a link to nothing, or another bad file: the loader says so when it comes to it
+        return "none"

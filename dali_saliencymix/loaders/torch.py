@@ -1,15 +1,15 @@
 """Batches without DALI: PyTorch's ``DataLoader``, torchvision's transforms, and this project's array functions.
 
-The way of an image is that of `dali_saliencymix.loaders.imagenet` and `dali_saliencymix.loaders.cifar`: a random crop, mixed as uint8, mirrored,
-normalised. Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so
-the number of workers changes nothing, and where a loader stands is two numbers.
+An image goes the way of DALI's pipelines: a random crop, mixed as uint8, flipped horizontally at random, normalised.
+Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so the number of
+workers changes nothing, and where a loader stands is two numbers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -19,15 +19,18 @@ from PIL import Image, ImageOps
 from torch.utils import data
 from torchvision.transforms import v2
 
-import dali_saliencymix as core
 from dali_saliencymix import get_detector, saliency_peaks
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.datasets.cifar import CifarImages
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.draw import draw_mix_params
-from dali_saliencymix.loaders.dali import LoaderError
+from dali_saliencymix.draw import draw
+from dali_saliencymix.loaders.base import Data, LoaderError
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MixOptions
+from dali_saliencymix.saliency import Detector
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 
@@ -61,41 +64,6 @@ class Source(Protocol):
 
     def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
         """Return the images with these indices, and their most salient pixels (N, 2) where they have to be given."""
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How a batch is mixed.
-
-    Attributes
-    ----------
-    mode : {"saliencymix", "cutmix", "mixup"}
-        The function of `dali_saliencymix`.
-    alpha, prob : float
-        As for `dali_saliencymix.draw_params`.
-    options : dict
-        Of the function: `box`, `per_batch`, and of saliencymix `preset`, `saliency`, `source`, `destination`.
-    """
-
-    mode: str
-    alpha: float = 1.0
-    prob: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __call__(
-        self, images: Images, labels: NDArray[np.int64], peaks: NDArray[np.int64] | None, rng: np.random.Generator
-    ) -> tuple[Images, NDArray[np.int64], NDArray[np.float32]]:
-        """Return mixed images, the labels of the sources, and the weights of the labels."""
-        drawn = draw_mix_params(rng, len(images), modes={self.mode: 1.0}, alpha=self.alpha, prob=self.prob)
-        mix = functools.partial(getattr(core, self.mode), images, drawn.source_index, drawn.lam, **self.options)
-        if self.mode == "cutmix":
-            mixed = mix(drawn.point)
-        elif self.mode == "mixup":
-            mixed = mix()
-        else:
-            at_random = MixOptions(**self.options).destination == "random"
-            mixed = mix(peaks=peaks, point=drawn.point if at_random else None)
-        return mixed.images, labels[drawn.source_index], mixed.lam
 
 
 @dataclass(frozen=True)
@@ -163,13 +131,13 @@ class PaddedImages:
         The images.
     padding : int
         Width of the border.
-    saliency : str, optional
+    saliency : str or callable, optional
         Detector that looks for the most salient pixels before there is a border.
     """
 
     cifar: CifarImages
     padding: int = 0
-    saliency: str | None = None
+    saliency: str | Detector | None = None
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -202,7 +170,7 @@ class TrainingBatches:
 
     source: Source
     batch_size: int
-    mixing: Mixing | None = None
+    mix: MixOptions | None = None
     hflip_prob: float = 0.5
     seed: int = 0
     rank: int = 0
@@ -226,8 +194,11 @@ class TrainingBatches:
         labels = np.array([self.source.labels[index] for index in indices], np.int64)
         rng = _generator(_BATCH, self.seed, epoch, step, self.rank)
         source_labels, lam = labels, np.ones(len(labels), np.float32)
-        if self.mixing is not None:
-            images, source_labels, lam = self.mixing(images, labels, peaks, rng)
+        if self.mix is not None:
+            drawn = draw(rng, len(images), self.mix)
+            mode = None if self.mix.mode else drawn.mode
+            mixed = apply(self.mix, images, drawn.source_index, drawn.lam, mode, drawn.point, peaks=peaks)
+            images, source_labels, lam = mixed.images, labels[drawn.source_index], mixed.lam
         mirrored = rng.random(len(images)) < self.hflip_prob
         images[mirrored] = images[mirrored, :, ::-1]
         return tuple(torch.from_numpy(array) for array in (images, labels, source_labels, lam))
@@ -258,7 +229,7 @@ class ValidationBatches:
 
 
 class TorchLoader:
-    """Batches on a device, normalised, made in advance by worker processes: what `dali_saliencymix.loaders.dali.Loader` is to DALI.
+    """Batches on a device, normalised, made in advance by worker processes.
 
     Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
 
@@ -324,6 +295,37 @@ class TorchLoader:
     def state(self) -> TorchLoaderState:
         """Return where the loader stands; taken between two batches, it leads to the second one."""
         return {"epoch": self._epoch, "step": self._step}
+
+
+def torch_training_loader(
+    data_set: Data, source: Source, options: DataOptions, processes: Processes, state: TorchLoaderState | None = None
+) -> TorchLoader:
+    """Return the training batches of this process, from where `state` stands."""
+    shard = options.seed, processes.rank, processes.world_size
+    batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, *shard)
+    return _loader(data_set, batches, options, processes, workers=options.workers, state=state)
+
+
+def torch_validation_loader(
+    data_set: Data, source: Source, options: DataOptions, processes: Processes, *, workers: int
+) -> TorchLoader:
+    """Return the validation batches of this process, made by so many worker processes."""
+    if len(source.labels) < processes.world_size:
+        msg = f"{len(source.labels)} validation images are too few for {processes.world_size} processes"
+        raise ValueError(msg)
+    batches = ValidationBatches(source, options.batch_size, processes.rank, processes.world_size)
+    return _loader(data_set, batches, options, processes, workers=workers)
+
+
+def _loader(
+    data_set: Data,
+    batches: TrainingBatches | ValidationBatches,
+    options: DataOptions,
+    processes: Processes,
+    **given: Any,
+) -> TorchLoader:
+    given |= {"mean": data_set.mean, "std": data_set.std, "channels_last": options.channels_last}
+    return TorchLoader(batches, device=processes.device, **given)
 
 
 class _Attempts(data.Dataset[Any]):

@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
-from dali_saliencymix.options import BOXES, DESTINATIONS, MODES, PRESETS, SOURCES
-from dali_saliencymix.saliency import DETECTORS
+from dali_saliencymix.loaders.options import BACKENDS, DATASETS, DataOptions
+from dali_saliencymix.options import MODES, MixOptions, add_option, unused_options
 from dali_saliencymix.training.models import model_names
+from dali_saliencymix.training.options import (
+    EvaluationOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    ScheduleOptions,
+    TrainingOptions,
+)
 from dali_saliencymix.training.robustness import DEFAULT_EPSILON, read_epsilon
 from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
 
-DATASETS = ("folder", "cifar10", "cifar100")
-BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
+Group = TypeVar("Group")
 
 # The options that decide which batches a run sees: a run that goes on has to keep them.
 DATA_OPTIONS = (
@@ -27,16 +36,15 @@ DATA_OPTIONS = (
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
 
-_OF_SALIENCYMIX = ("preset", "saliency", "source", "destination")
-# The options that a way to mix has no use for.
-_UNUSED = {
-    "cutmix": _OF_SALIENCYMIX,
-    "mixup": (*_OF_SALIENCYMIX, "box"),
-    "none": (*_OF_SALIENCYMIX, "box", "per_batch", "mix_alpha", "mix_prob", "mix_off_epochs"),
+_GROUPS = (DataOptions, ModelOptions, OptimizerOptions, ScheduleOptions, RunOptions, EvaluationOptions)
+
+# The mixing options that there are, and what they are called here.
+_MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {
+    name: name for name in ("preset", "saliency", "source", "destination", "box", "per_batch")
 }
 
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "a positive number": (lambda value: 0 < value < math.inf, ("mix_alpha", "lr", "lr_gamma", "clip_grad_norm")),
+    "a positive number": (lambda value: 0 < value < math.inf, ("lr", "lr_gamma", "clip_grad_norm")),
     "a number of at least 0": (
         lambda value: 0 <= value < math.inf,
         (
@@ -44,7 +52,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             *("checkpoint_interval", "stall_timeout"),
         ),
     ),
-    "in [0, 1]": (lambda value: 0 <= value <= 1, ("mix_prob", "hflip_prob", "color_jitter")),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, ("hflip_prob", "color_jitter")),
     "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing", "dropout")),
     "in (0, 1]": (lambda value: 0 < value <= 1, ("min_crop_area",)),
     "in (0, 1)": (lambda value: 0 < value < 1, ("model_ema_decay",)),
@@ -58,42 +66,50 @@ listens, is torchrun's business, so there is no --dist-url here.
 """
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    arguments: list[str] | None = None, *, prog: str | None = None, validates: bool = True
+) -> TrainingOptions:
     """Read the options of the training script, and end it with a message where they make no sense.
 
     Parameters
     ----------
     arguments : list of str, optional
         The command line; by default that of this process.
+    prog : str, optional
+        Name of the program in messages; by default that of this process.
+    validates : bool
+        Whether validation images are needed. If not, DATA may be left out, and may hold the class folders of the
+        training images itself.
     """
-    parser = make_parser()
+    parser = make_parser(prog)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)
     config.add_argument("-c", "--config")
     path = config.parse_known_args(arguments)[0].config
     from_file = _read_config(parser, Path(path)) if path is not None else argparse.Namespace()
     mix = getattr(from_file, "mix", None)
     args = parser.parse_args(arguments, from_file)
-    if mix not in (None, args.mix):  # a recipe tried with another way to mix
-        for option in _UNUSED.get(args.mix, ()):
+    if mix not in (None, args.mix):  # a recipe tried with another mode
+        for option in _unused(args.mix):
             setattr(args, option, parser.get_default(option))
-    _complete(parser, args)
+    _complete(parser, args, validates=validates)
     _check(parser, args)
-    return args
+    return _grouped(parser, args)
 
 
-def save_config(args: argparse.Namespace, path: Path) -> None:
+def save_config(options: TrainingOptions, path: Path) -> None:
     """Write the options of a run as a file for ``--config``."""
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    values, data = dict(options.config), options.data
     del values["config"]
-    for name in ("train", "val"):  # so that another DATA on the command line means its own folders
-        if args.data is not None and getattr(args, f"{name}_dir") == args.data / name:
+    for name, folder in (("train", data.train_dir), ("val", data.val_dir)):
+        if data.data is not None and folder == data.data / name:  # another DATA on the command line means its own
             del values[f"{name}_dir"]
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def make_parser() -> _Parser:
+def make_parser(prog: str | None = None) -> _Parser:
     """Return the parser of the command line."""
     parser = _Parser(
+        prog=prog,
         usage="%(prog)s DATA [options]",
         description="Train a ResNet on a folder of images, mixed by SaliencyMix inside DALI.",
         epilog=_EPILOG,
@@ -105,9 +121,7 @@ def make_parser() -> _Parser:
     data = parser.add_argument_group("data")
     data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="holds train/, val/")
     data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="the same")
-    data.add_argument(
-        "--dataset", choices=DATASETS, default="folder", help="what DATA is: class folders, or CIFAR's archive"
-    )
+    data.add_argument("--dataset", choices=DATASETS, help="what DATA is: class folders, or CIFAR's archive")
     data.add_argument(
         "--data-backend",
         choices=BACKENDS,
@@ -119,16 +133,9 @@ def make_parser() -> _Parser:
     )
     data.add_argument("--val-dir", type=Path, metavar="FOLDER", help="folder of validation images, instead of DATA/val")
     data.add_argument(
-        "-b",
-        "--batch-size",
-        type=_positive_int,
-        default=256,
-        metavar="N",
-        help="images of each process (GPU) in a step",
+        "-b", "--batch-size", type=_positive_int, metavar="N", help="images of each process (GPU) in a step"
     )
-    data.add_argument(
-        "-j", "--workers", type=_positive_int, default=4, metavar="N", help="DALI's CPU threads in each process"
-    )
+    data.add_argument("-j", "--workers", type=_positive_int, metavar="N", help="DALI's CPU threads in each process")
     data.add_argument("--train-list", type=Path, metavar="FILE", help="take only the images whose paths are its lines")
     data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for validation")
     data.add_argument(
@@ -142,129 +149,75 @@ def make_parser() -> _Parser:
         nargs="+",
         type=_size_at_epoch,
         metavar="SIZE@EPOCH",
-        default=[],
         help="size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
     )
-    data.add_argument(
-        "--min-crop-area", type=float, default=0.08, metavar="A", help="least area of the random crop, of 1"
-    )
-    data.add_argument("--hflip-prob", type=float, default=0.5, metavar="P", help="probability of mirroring an image")
+    data.add_argument("--min-crop-area", type=float, metavar="A", help="least area of the random crop, of 1")
+    data.add_argument("--hflip-prob", type=float, metavar="P", help="probability of mirroring an image")
     data.add_argument(
         "--color-jitter",
         type=float,
-        default=0.0,
         metavar="X",
         help="brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
     )
     data.add_argument(
-        "--crop-padding",
-        type=_whole_number,
-        default=4,
-        metavar="N",
-        help="with CIFAR: zeros around an image to crop from",
+        "--crop-padding", type=_whole_number, metavar="N", help="with CIFAR: zeros around an image to crop from"
     )
-    data.add_argument(
-        "--val-resize-size", type=_positive_int, default=256, metavar="PIXELS", help="short side of validation images"
-    )
-    data.add_argument(
-        "--val-crop-size", type=_positive_int, default=224, metavar="PIXELS", help="centre crop of validation images"
-    )
-    data.add_argument("--synthetic-classes", type=_positive_int, default=1000, metavar="N", help="of synthetic data")
-    data.add_argument("--synthetic-steps", type=_positive_int, default=100, metavar="N", help="steps of its epochs")
+    data.add_argument("--val-resize-size", type=_positive_int, metavar="PIXELS", help="short side of validation images")
+    data.add_argument("--val-crop-size", type=_positive_int, metavar="PIXELS", help="centre crop of validation images")
+    data.add_argument("--synthetic-classes", type=_positive_int, metavar="N", help="of synthetic data")
+    data.add_argument("--synthetic-steps", type=_positive_int, metavar="N", help="steps of its epochs")
 
     mix = parser.add_argument_group("mixing")
     mix.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
-    mix.add_argument(
-        "--mix-alpha", "--beta", type=float, default=1.0, metavar="ALPHA", help="lam is drawn from Beta(ALPHA, ALPHA)"
-    )
-    mix.add_argument(
-        *("--mix-prob", "--salmix_prob"),
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="probability that an image is mixed",
-    )
-    mix.add_argument(
-        "--mix-off-epochs", type=_whole_number, default=0, metavar="N", help="no mixing in the last N epochs"
-    )
-    mix.add_argument(
-        "--preset", choices=list(PRESETS), default="default", help="of saliencymix: defaults of what follows"
-    )
-    mix.add_argument("--saliency", choices=sorted(DETECTORS), help="saliency detector")
-    mix.add_argument("--source", choices=SOURCES, help="what to cut out of the source")
-    mix.add_argument("--destination", choices=DESTINATIONS, help="where to paste it")
-    mix.add_argument("--box", choices=BOXES, help="move or cut boxes that stick out; with cutmix clip by default")
-    mix.add_argument("--per-batch", action=_YES_OR_NO, help="one box for the whole batch")
+    add_option(mix, "alpha", "--mix-alpha", "--beta")
+    add_option(mix, "prob", "--mix-prob", "--salmix_prob")
+    mix.add_argument("--mix-off-epochs", type=_whole_number, metavar="N", help="no mixing in the last N epochs")
+    for name in list(_MIX_OPTIONS)[2:]:
+        add_option(mix, name)
 
     model = parser.add_argument_group("model and optimiser")
-    model.add_argument(
-        "-a",
-        "--arch",
-        "--model",
-        default="resnet50",
-        metavar="NAME",
-        help="a ResNet of torchvision, or a model for CIFAR",
-    )
+    model.add_argument("-a", "--arch", "--model", metavar="NAME", help="a ResNet of torchvision, or a model for CIFAR")
     model.add_argument("--dropout", type=float, metavar="P", help="dropout of a model that has it")
-    model.add_argument("--epochs", type=_positive_int, default=300, metavar="N", help="length of the training")
+    model.add_argument("--epochs", type=_positive_int, metavar="N", help="length of the training")
     model.add_argument(
         "--accumulation-steps",
         type=_positive_int,
-        default=1,
         metavar="N",
         help="steps whose gradients make one update of the weights",
     )
     model.add_argument(
         "--lr",
         type=float,
-        default=0.1,
         help="learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
         "0.1 for each 256 images is the usual rule",
     )
-    model.add_argument("--momentum", type=float, default=0.9, metavar="M", help="momentum of SGD")
-    model.add_argument("--nesterov", action=_YES_OR_NO, default=True, help="Nesterov momentum")
-    model.add_argument(
-        *("--wd", "--weight-decay"), type=float, default=1e-4, dest="weight_decay", metavar="WD", help="weight decay"
-    )
+    model.add_argument("--momentum", type=float, metavar="M", help="momentum of SGD")
+    model.add_argument("--nesterov", action=_YES_OR_NO, help="Nesterov momentum")
+    model.add_argument(*("--wd", "--weight-decay"), type=float, dest="weight_decay", metavar="WD", help="weight decay")
     model.add_argument("--norm-weight-decay", type=float, metavar="WD", help="that of normalisation layers, often 0")
     model.add_argument("--bias-weight-decay", type=float, metavar="WD", help="that of all biases, often 0")
-    model.add_argument("--label-smoothing", type=float, default=0.0, metavar="S", help="smoothing of the mixed labels")
+    model.add_argument("--label-smoothing", type=float, metavar="S", help="smoothing of the mixed labels")
     model.add_argument("--clip-grad-norm", type=float, metavar="NORM", help="largest norm of the gradients")
-    model.add_argument("--model-ema", action=_YES_OR_NO, default=False, help="keep a moving average of the weights")
-    model.add_argument(
-        "--model-ema-decay", type=float, default=0.9999, metavar="D", help="how much of it stays at each update"
-    )
-    model.add_argument("--lr-scheduler", choices=("cosine", "step"), default="cosine", help="how the rate falls")
-    model.add_argument("--lr-warmup-epochs", type=float, default=0.0, metavar="N", help="epochs of linear warm-up")
-    model.add_argument(
-        "--lr-milestones",
-        type=float,
-        nargs="+",
-        default=[75.0, 150.0, 225.0],
-        metavar="EPOCH",
-        help="epochs of the steps",
-    )
-    model.add_argument("--lr-gamma", type=float, default=0.1, metavar="F", help="factor of each step")
+    model.add_argument("--model-ema", action=_YES_OR_NO, help="keep a moving average of the weights")
+    model.add_argument("--model-ema-decay", type=float, metavar="D", help="how much of it stays at each update")
+    model.add_argument("--lr-scheduler", choices=("cosine", "step"), help="how the rate falls")
+    model.add_argument("--lr-warmup-epochs", type=float, metavar="N", help="epochs of linear warm-up")
+    model.add_argument("--lr-milestones", type=float, nargs="+", metavar="EPOCH", help="epochs of the steps")
+    model.add_argument("--lr-gamma", type=float, metavar="F", help="factor of each step")
 
     speed = parser.add_argument_group("speed and precision")
-    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    speed.add_argument("--amp", action=_YES_OR_NO, default=False, help="compute in 16 bits where that is safe")
+    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
+    speed.add_argument("--amp", action=_YES_OR_NO, help="compute in 16 bits where that is safe")
+    speed.add_argument("--amp-dtype", type=_amp_dtype, choices=("bf16", "fp16"), help="of --amp; fp16 scales the loss")
+    speed.add_argument("--channels-last", action=_YES_OR_NO, help="channels-last memory, straight from DALI")
+    speed.add_argument("--compile", action=_YES_OR_NO, help="compile the model with torch.compile")
     speed.add_argument(
-        "--amp-dtype", type=_amp_dtype, choices=("bf16", "fp16"), default="bf16", help="of --amp; fp16 scales the loss"
-    )
-    speed.add_argument(
-        "--channels-last", action=_YES_OR_NO, default=False, help="channels-last memory, straight from DALI"
-    )
-    speed.add_argument("--compile", action=_YES_OR_NO, default=False, help="compile the model with torch.compile")
-    speed.add_argument(
-        "--deterministic", action=_YES_OR_NO, default=False, help="deterministic kernels of PyTorch: slower, repeatable"
+        "--deterministic", action=_YES_OR_NO, help="deterministic kernels of PyTorch: slower, repeatable"
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights, file order and augmentation")
-    run.add_argument(
-        "--output-dir", type=Path, default=Path("output"), metavar="FOLDER", help="folder for checkpoints and log"
-    )
+    run.add_argument("--seed", type=int, metavar="N", help="seed of weights, file order and augmentation")
+    run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="folder for checkpoints and log")
     run.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: from the output folder's")
     run.add_argument(
         *("-e", "--evaluate", "--test-only"),
@@ -276,12 +229,8 @@ def make_parser() -> _Parser:
     faults.add_argument(
         "--checkpoint-every", type=_positive_int, metavar="STEPS", help="write checkpoints within an epoch too"
     )
-    faults.add_argument(
-        "--checkpoint-interval", type=float, default=30.0, metavar="MINUTES", help="the same by the clock; 0: never"
-    )
-    faults.add_argument(
-        "--keep-checkpoints", type=_positive_int, default=2, metavar="K", help="keep the last K of them"
-    )
+    faults.add_argument("--checkpoint-interval", type=float, metavar="MINUTES", help="the same by the clock; 0: never")
+    faults.add_argument("--keep-checkpoints", type=_positive_int, metavar="K", help="keep the last K of them")
     faults.add_argument(
         "--restart-epoch",
         action="store_true",
@@ -290,35 +239,30 @@ def make_parser() -> _Parser:
     faults.add_argument(
         "--max-bad-batches",
         type=_whole_number,
-        default=10,
         metavar="N",
         help="end with an error after more than N batches with a bad file, which is left out from then on",
     )
     faults.add_argument(
         "--stall-timeout",
         type=float,
-        default=600.0,
         metavar="SECONDS",
         help="end with an error after so long a time without progress; 0: wait for ever",
     )
     faults.add_argument(
         "--max-nan-steps",
         type=_positive_int,
-        default=3,
         metavar="N",
         help="end with an error after N steps in a row whose loss is no number",
     )
 
     output = parser.add_argument_group("displays and files")
-    output.add_argument("--tensorboard", action=_YES_OR_NO, default=False, help="write for TensorBoard as well")
-    output.add_argument("--log-wandb", action=_YES_OR_NO, default=False, help="log to Weights & Biases as well")
-    output.add_argument("--wandb-project", default="dali-saliencymix", metavar="NAME", help="project to log to there")
+    output.add_argument("--tensorboard", action=_YES_OR_NO, help="write for TensorBoard as well")
+    output.add_argument("--log-wandb", action=_YES_OR_NO, help="log to Weights & Biases as well")
+    output.add_argument("--wandb-project", metavar="NAME", help="project to log to there")
     output.add_argument(
-        "--save-images", type=_whole_number, default=0, metavar="N", help="draw N images of the first batch, as mixed"
+        "--save-images", type=_whole_number, metavar="N", help="draw N images of the first batch, as mixed"
     )
-    output.add_argument(
-        "-p", "--print-freq", type=_positive_int, default=10, metavar="N", help="steps between two displays"
-    )
+    output.add_argument("-p", "--print-freq", type=_positive_int, metavar="N", help="steps between two displays")
 
     evaluation = parser.add_argument_group("with --evaluate")
     evaluation.add_argument("--report", type=Path, metavar="JSON", help="file for the result, not evaluation.json")
@@ -339,8 +283,13 @@ def make_parser() -> _Parser:
         "--profile-loader", action="store_true", help="only measure whether the loader is the bottleneck"
     )
     short.add_argument("--max-steps", "--prof", type=_positive_int, metavar="N", help="end after N steps of this run")
-    short.add_argument("--training-only", action=_YES_OR_NO, default=False, help="do not validate")
+    short.add_argument("--training-only", action=_YES_OR_NO, help="do not validate")
     short.add_argument("--no-checkpoints", action="store_true", help="save no checkpoints")
+    defaults = {name: value for group in _GROUPS for name, value in vars(group()).items() if name != "mix"}
+    defaults["train_crop_size"] = None  # it follows from the data set
+    parser.set_defaults(
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    )
     return parser
 
 
@@ -372,7 +321,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
-            return (action.help or "").replace(" (default: %(default)s)", "")  # of BooleanOptionalAction
+            return action.help
         return super()._get_help_string(action)
 
 
@@ -427,10 +376,14 @@ def _negates(action: argparse.Action, option: str) -> bool:
     return isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
 
 
-def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what follows from other options."""
-    if args.train_crop_size is None:
-        args.train_crop_size = 224 if args.dataset == "folder" else 32
+def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace, *, validates: bool) -> None:
+    """Fill in the folders that follow from DATA."""
+    if args.dataset == "folder" and not validates:
+        if args.train_dir is None and args.data is not None:
+            inside = args.data / "train"
+            args.train_dir = inside if inside.is_dir() else args.data
+        args.val_dir, args.val_list = args.train_dir, None  # a data set has both; these are not looked at
+        return
     if args.data_backend == "synthetic":
         return
     folders = {"train_dir": "train", "val_dir": "val"}
@@ -438,7 +391,7 @@ def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
         for option in (*folders, "train_list", "val_list"):
             if getattr(args, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
-        if args.data is None:
+        if args.data is None and validates:
             parser.error("DATA is needed")
         return
     for option, name in folders.items():
@@ -450,7 +403,7 @@ def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the script where options do not fit each other, or are out of range."""
-    for option in _UNUSED.get(args.mix, ()):
+    for option in _unused(args.mix):
         if getattr(args, option) != parser.get_default(option):
             parser.error(f"--{option.replace('_', '-')} does nothing with --mix {args.mix}: leave it out")
     if args.evaluate and not args.resume:
@@ -492,6 +445,45 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
     if args.arch not in model_names():
         parser.error(f"--arch must be one of {', '.join(model_names())}, got {args.arch!r}")
+
+
+def _unused(mix: str) -> list[str]:
+    """Return the options that a mode has no use for."""
+    unused = [_MIX_OPTIONS[name] for name in unused_options(mix) if name in _MIX_OPTIONS]
+    return [*unused, "mix_off_epochs"] if mix == "none" else unused
+
+
+def _grouped(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TrainingOptions:
+    """Return the options in their groups."""
+    if args.train_crop_size is None:
+        args.train_crop_size = DataOptions.train_crop_size if args.dataset == "folder" else CIFAR_SIZE
+    return TrainingOptions(
+        data=_group(DataOptions, args, mix=_mix_options(parser, args)),
+        model=_group(ModelOptions, args),
+        optimizer=_group(OptimizerOptions, args),
+        schedule=_group(ScheduleOptions, args),
+        run=_group(RunOptions, args),
+        evaluation=_group(EvaluationOptions, args),
+        config={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+    )
+
+
+def _group(group: type[Group], args: argparse.Namespace, **given: Any) -> Group:
+    names = [field.name for field in fields(group) if field.name not in given]  # type: ignore[arg-type]
+    values = {name: getattr(args, name) for name in names}
+    return group(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}, **given
+    )
+
+
+def _mix_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> MixOptions | None:
+    if args.mix == "none":
+        return None
+    given = {name: getattr(args, option) for name, option in _MIX_OPTIONS.items()}
+    try:
+        return MixOptions(modes={args.mix: 1.0}, **given)
+    except ValueError as error:  # choices are checked by now: of alpha or prob
+        parser.error(f"--mix-{error}")
 
 
 def _positive_int(text: str) -> int:

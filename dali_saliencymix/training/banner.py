@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import logs
-from dali_saliencymix.training.distributed import Processes
+from dali_saliencymix.training.options import TrainingOptions
 
 Figures = dict[str, float]
 
 
 def run_facts(
-    args: argparse.Namespace, processes: Processes, *, data: dict[str, Any], steps_per_epoch: int, backend: str
+    options: TrainingOptions, processes: Processes, *, data: dict[str, Any], steps_per_epoch: int, backend: str
 ) -> dict[str, Any]:
     """Return what decides the result and the speed of a run; ``log.jsonl`` and ``report.json`` begin with it.
 
     Parameters
     ----------
-    args : argparse.Namespace
+    options : TrainingOptions
         Options of the run.
     processes : Processes
         Which process this is.
@@ -31,33 +31,35 @@ def run_facts(
     """
     return {
         "environment": logs.environment(processes.device),
-        "data": {**data, "backend": backend, "threads": args.workers},
+        "data": {**data, "backend": backend, "threads": options.data.workers},
         "hardware_decoder": logs.has_hardware_decoder(processes.device) if backend == "dali-gpu" else None,
         "processes": processes.world_size,
-        "global_batch": args.batch_size * processes.world_size * args.accumulation_steps,
+        "global_batch": options.data.batch_size * processes.world_size * options.optimizer.accumulation_steps,
         "steps_per_epoch": steps_per_epoch,
-        "precision": args.amp_dtype if args.amp else "fp32",
-        "memory_format": "channels_last" if args.channels_last else "contiguous",
+        "precision": options.model.precision,
+        "memory_format": "channels_last" if options.model.channels_last else "contiguous",
     }
 
 
-def banner(args: argparse.Namespace, facts: dict[str, Any]) -> str:
+def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
     """Return four lines for the user: device, network and batch, mixing, data."""
     environment, data = facts["environment"], facts["data"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     driver = f", driver {environment['driver']}" if environment["driver"] and environment["cuda"] else ""
-    sizes = [f"{args.batch_size} a process", f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"]
-    sizes += [f"{args.accumulation_steps} steps an update"] if args.accumulation_steps > 1 else []
-    mixing = args.mix if args.mix == "none" else f"{args.mix}, alpha {args.mix_alpha:g}, prob {args.mix_prob:g}"
-    if args.mix != "none" and args.mix_off_epochs:
-        mixing += f", not in the last {args.mix_off_epochs} epochs"
-    growing = f"  |  sizes {' '.join(args.progressive_size)}" if args.progressive_size else ""
+    schedule, mix, accumulated = options.schedule, options.data.mix, options.optimizer.accumulation_steps
+    sizes = [f"{options.data.batch_size} a process", f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"]
+    sizes += [f"{accumulated} steps an update"] if accumulated > 1 else []
+    mixing = "none" if mix is None else f"{mix.mode}, alpha {mix.alpha:g}, prob {mix.prob:g}"
+    if schedule.mix_off_epochs:
+        mixing += f", not in the last {schedule.mix_off_epochs} epochs"
+    growing = f"  |  sizes {' '.join(schedule.progressive_size)}" if schedule.progressive_size else ""
     engine = {True: "yes", False: "no", None: "unknown" if data["backend"] == "dali-gpu" else "not used"}
     return "\n".join(
         [
             f"{environment['device']} x {facts['processes']}{driver}  |  {versions}",
-            f"{args.arch}, {facts['precision']}, {facts['memory_format']}  |  global batch {facts['global_batch']} "
-            f"({', '.join(sizes)}), {facts['steps_per_epoch']} steps per epoch, {args.epochs} epochs",
+            f"{options.model.arch}, {facts['precision']}, {facts['memory_format']}  |  "
+            f"global batch {facts['global_batch']} ({', '.join(sizes)}), "
+            f"{facts['steps_per_epoch']} steps per epoch, {schedule.epochs} epochs",
             f"mix {mixing}{growing}",
             f"{data['classes']} classes, {data['train_images']} images, {data['val_images']} for validation  |  "
             f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "

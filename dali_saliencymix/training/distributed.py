@@ -9,13 +9,14 @@ import re
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+from dali_saliencymix.loaders.processes import Processes
 
 # Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the other.
 _control: dist.ProcessGroup | None = None
@@ -28,29 +29,6 @@ _PATIENCE = datetime.timedelta(hours=6)
 
 class OtherProcessError(RuntimeError):
     """Another process of the run has failed, and says why itself: this one cannot go on either."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The place of this process among those of the run.
-
-    Attributes
-    ----------
-    rank, local_rank, world_size : int
-        Number of this process in the run and on its machine, and how many there are.
-    device : torch.device
-        Where this process computes.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
-        return self.rank == 0
 
 
 def start_processes(device: str = "auto") -> Processes:

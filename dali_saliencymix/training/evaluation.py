@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dali_saliencymix._json import finite
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import distributed, logs, metrics
-from dali_saliencymix.training.distributed import Processes
 
 
 class ValidationLoader(Protocol):

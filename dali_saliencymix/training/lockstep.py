@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import distributed
-from dali_saliencymix.training.distributed import OtherProcessError, Processes
+from dali_saliencymix.training.distributed import OtherProcessError
 from dali_saliencymix.training.preemption import STOP_SIGNALS, Preempted, StopSignals
 from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTHERS, Watchdog
 

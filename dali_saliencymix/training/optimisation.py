@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dali_saliencymix.training.options import OptimizerOptions
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -57,39 +58,41 @@ class Updater:
     ----------
     model : torch.nn.Module
         The network, on its device; not wrapped for several processes.
-    args : argparse.Namespace
-        Options of the training script.
+    options : OptimizerOptions
+        How to update it.
+    scale_loss : bool
+        Whether to scale the loss, which float16 needs.
 
     Attributes
     ----------
     optimizer : torch.optim.SGD
     scaler : torch.amp.GradScaler
-        Scales the loss in float16 and is switched off otherwise. Where gradients overflow it leaves the update out.
+        Switched off without `scale_loss`. Where gradients overflow it leaves the update out.
     ema : AveragedModel or None
         Moving average of the model, ``ema.module``: of its parameters and of its floating-point buffers, the running
         statistics of batch normalisation, which fit averaged weights better than those of the last step do. Counters
         are copied.
     """
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+    def __init__(self, model: nn.Module, options: OptimizerOptions, *, scale_loss: bool = False) -> None:
         self._model = model
-        self._clip_norm = args.clip_grad_norm
+        self._clip_norm = options.clip_grad_norm
         device = next(model.parameters()).device
         groups = parameter_groups(
             model,
-            weight_decay=args.weight_decay,
-            norm_weight_decay=args.norm_weight_decay,
-            bias_weight_decay=args.bias_weight_decay,
+            weight_decay=options.weight_decay,
+            norm_weight_decay=options.norm_weight_decay,
+            bias_weight_decay=options.bias_weight_decay,
         )
         self.optimizer = torch.optim.SGD(
             groups,
-            lr=args.lr,
-            momentum=args.momentum,
-            nesterov=args.nesterov and args.momentum > 0,
+            lr=options.lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov and options.momentum > 0,
             fused=device.type == "cuda",  # one kernel, and the scaler need not ask the GPU whether to leave a step out
         )
-        self.scaler = GradScaler(device.type, enabled=args.amp and args.amp_dtype == "fp16")
-        self.ema = _moving_average(model, args.model_ema_decay) if args.model_ema else None
+        self.scaler = GradScaler(device.type, enabled=scale_loss)
+        self.ema = _moving_average(model, options.model_ema_decay) if options.model_ema else None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of all parameters."""

@@ -13,8 +13,8 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import distributed, logs, metrics
-from dali_saliencymix.training.distributed import Processes
 from dali_saliencymix.training.evaluation import ValidationLoader
 
 DEFAULT_EPSILON = "8/255"

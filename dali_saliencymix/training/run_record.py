@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from dali_saliencymix._json import finite
-from dali_saliencymix.bottleneck.monitor import STARVING_SHARE
 from dali_saliencymix.training import logs
+from dali_saliencymix.training.data_wait import STARVING_SHARE
 from dali_saliencymix.training.logs import JsonLines
 from dali_saliencymix.training.preemption import Preempted
 from dali_saliencymix.training.writers import (

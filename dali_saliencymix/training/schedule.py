@@ -5,53 +5,40 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
+
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.training.options import ScheduleOptions
 
 SIZE_AT_EPOCH = re.compile(r"([1-9]\d*)@(\d+)")
 
 
-def learning_rate(
-    epoch: float,
-    *,
-    base: float,
-    epochs: int,
-    scheduler: str = "cosine",
-    warmup_epochs: float = 0.0,
-    milestones: Sequence[float] = (),
-    gamma: float = 0.1,
-) -> float:
+def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> float:
     """Return the learning rate at a point of training.
 
     Parameters
     ----------
     epoch : float
-        Epochs done, with fraction, in [0, epochs).
+        Epochs done, with fraction, in [0, schedule.epochs).
+    schedule : ScheduleOptions
+        How the rate changes.
     base : float
         The rate after the warm-up.
-    epochs : int
-        Length of the training.
-    scheduler : {"cosine", "step"}
-        From `base` to 0 along half a cosine, or times `gamma` at each of `milestones`.
-    warmup_epochs : float
-        For so many epochs the rate rises linearly from 0 to `base`.
-    milestones : sequence of float
-        Epochs at which ``"step"`` lowers the rate, rising.
-    gamma : float
-        Factor of each such step.
 
     Examples
     --------
-    >>> learning_rate(2.5, base=0.4, epochs=100, warmup_epochs=5)
+    >>> learning_rate(2.5, ScheduleOptions(epochs=100, lr_warmup_epochs=5), base=0.4)
     0.2
-    >>> round(learning_rate(160, base=0.1, epochs=300, scheduler="step", milestones=(75, 150, 225)), 6)
+    >>> round(learning_rate(160, ScheduleOptions(lr_scheduler="step", lr_milestones=(75, 150, 225)), base=0.1), 6)
     0.001
     """
-    if epoch < warmup_epochs:
-        return base * epoch / warmup_epochs
-    if scheduler == "step":
-        return float(base * gamma ** bisect_right(milestones, epoch))
-    return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    warmup = schedule.lr_warmup_epochs
+    if epoch < warmup:
+        return base * epoch / warmup
+    if schedule.lr_scheduler == "step":
+        return float(base * schedule.lr_gamma ** bisect_right(sorted(schedule.lr_milestones), epoch))
+    return base * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (schedule.epochs - warmup)))
 
 
 class Phase(NamedTuple):
@@ -71,39 +58,39 @@ class Phase(NamedTuple):
     crop_size: int
     mixing: bool
 
+    def applied_to(self, options: DataOptions) -> DataOptions:
+        """Return the options with the size and the mixing of this phase."""
+        return replace(options, train_crop_size=self.crop_size, mix=options.mix if self.mixing else None)
 
-def phase_at(
-    epoch: int, *, epochs: int, crop_size: int, progressive_size: Sequence[str] = (), mix_off_epochs: int = 0
-) -> Phase:
+
+def phase_at(epoch: int, schedule: ScheduleOptions, *, crop_size: int) -> Phase:
     """Return the phase that an epoch belongs to.
 
     Parameters
     ----------
     epoch : int
         Counted from 0.
-    epochs : int
-        Length of the training.
+    schedule : ScheduleOptions
+        Which epochs differ.
     crop_size : int
-        Size of the images until `progressive_size` names another one.
-    progressive_size : sequence of str
-        ``"SIZE@EPOCH"`` in the order of the epochs: the size from that epoch on.
-    mix_off_epochs : int
-        There is no mixing in so many epochs at the end.
+        Size of the images until `schedule.progressive_size` names another one.
 
     Examples
     --------
-    >>> phase_at(7, epochs=16, crop_size=224, progressive_size=["128@0", "160@6"], mix_off_epochs=2)
+    >>> schedule = ScheduleOptions(epochs=16, progressive_size=("128@0", "160@6"), mix_off_epochs=2)
+    >>> phase_at(7, schedule, crop_size=224)
     Phase(begin=6, crop_size=160, mixing=True)
-    >>> phase_at(15, epochs=16, crop_size=224, progressive_size=["128@0", "160@6"], mix_off_epochs=2)
+    >>> phase_at(15, schedule, crop_size=224)
     Phase(begin=14, crop_size=160, mixing=False)
     """
     begin, mixing = 0, True
-    for change in progressive_size:
+    for change in schedule.progressive_size:
         size, start = map(int, change.split("@"))
         if epoch >= start:
             begin, crop_size = start, size
-    if epoch >= epochs - mix_off_epochs:
-        begin, mixing = max(begin, epochs - mix_off_epochs), False
+    without = schedule.epochs - schedule.mix_off_epochs
+    if epoch >= without:
+        begin, mixing = max(begin, without), False
     return Phase(begin, crop_size, mixing)
 
 

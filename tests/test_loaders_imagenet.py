@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.loaders.imagenet import MEAN, STD, training_pipeline, validation_pipeline
+from dali_saliencymix.loaders.imagenet import training_pipeline, validation_pipeline
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def outputs(definition, folder, *, batch_size=8, seed=1, **options):
 
 
 def denormalised(images):
-    return images * 255 * np.reshape(STD, (3, 1, 1)) + 255 * np.reshape(MEAN, (3, 1, 1))
+    return images * 255 * np.reshape(IMAGENET_STD, (3, 1, 1)) + 255 * np.reshape(IMAGENET_MEAN, (3, 1, 1))
 
 
 def test_validation_resizes_and_crops_as_pillow_does(tmp_path):
@@ -58,7 +57,7 @@ def test_validation_resizes_and_crops_as_pillow_does(tmp_path):
 
 @pytest.mark.parametrize("definition", [training_pipeline, validation_pipeline])
 def test_layouts_and_types_hold_the_same_values(folder, definition):
-    mix = {"mix": saliencymix} if definition is training_pipeline else {}
+    mix = {"mix": MixOptions()} if definition is training_pipeline else {}
     chw, *rest = outputs(definition, folder, **mix)
     assert chw.shape == (8, 3, 224, 224)
     assert chw.dtype == np.float32
@@ -86,7 +85,7 @@ def test_training_without_mixing_says_lam_1_and_gives_the_label_twice(folder):
 
 def test_mixing_changes_the_images_by_the_share_that_it_says(folder):
     plain, *_ = outputs(training_pipeline, folder, crop_size=40)
-    mixed, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=40, mix=saliencymix)
+    mixed, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=40, mix=MixOptions())
     # The operators draw in the order of their making: the crops are the same, the mirroring is not.
     own = np.maximum((mixed == plain).all(1).mean((1, 2)), (mixed[..., ::-1] == plain).all(1).mean((1, 2)))
     assert (own >= lam - 1e-6).all()
@@ -95,7 +94,7 @@ def test_mixing_changes_the_images_by_the_share_that_it_says(folder):
 
 
 def test_the_seed_decides_the_crops_and_the_shuffle_seed_the_order(folder):
-    options = {"crop_size": 32, "mix": functools.partial(saliencymix, prob=0.5)}
+    options = {"crop_size": 32, "mix": MixOptions(prob=0.5)}
     first = outputs(training_pipeline, folder, **options)
     for ours, theirs in zip(first, outputs(training_pipeline, folder, **options), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -111,3 +110,8 @@ def test_sizes_that_cannot_be_are_refused(folder):
         outputs(training_pipeline, folder, min_crop_area=0)
     with pytest.raises(ValueError, match="crop_size must be at most resize_size, got 224 and 100"):
         outputs(validation_pipeline, folder, resize_size=100)
+
+
+def test_several_modes_at_once_are_refused(folder):
+    with pytest.raises(ValueError, match="mix must have one mode, got saliencymix, mixup"):
+        outputs(training_pipeline, folder, mix=MixOptions(modes={"saliencymix": 1, "mixup": 1}))

@@ -1,20 +1,17 @@
-"""The CIFAR-style pipeline: what is mixed is never chosen for its padding."""
+"""CIFAR's pipeline: what is mixed is never chosen for its padding."""
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-import dali_saliencymix.fn as dsfn
 from dali_saliencymix import DETECTORS, core, fine_grained, saliency_peaks
 from dali_saliencymix.loaders.cifar import MEAN, STD, cifar_training_pipeline
+from dali_saliencymix.options import MixOptions
 
 SIZE, PADDING, COUNT = 32, 4, 40
-FOUND = {name: functools.partial(dsfn.saliency_peaks, saliency=name) for name in ("fine_grained", "spectral_residual")}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +62,10 @@ def share_in_the_padding(images, peaks):
     return (images[np.arange(len(images)), peaks[:, 0], peaks[:, 1]] == 0).all(axis=1).mean()
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", ["fine_grained", "spectral_residual"])
 def test_no_peak_lies_in_the_padding_where_many_would(monkeypatch, files, device, name):
     calls = recorded(monkeypatch)
-    run(files, device, mix=dsfn.saliencymix, find_peaks=FOUND[name])
+    run(files, device, mix=MixOptions(saliency=name))
     images, arguments, _ = calls[0]
     assert (images == 0).all(axis=3).mean() > 0.05  # there is padding to fall for
     assert share_in_the_padding(images, arguments["peaks"]) == 0
@@ -80,7 +77,7 @@ def test_no_peak_lies_in_the_padding_where_many_would(monkeypatch, files, device
 
 def test_a_peak_is_the_pixel_that_was_most_salient_before_the_padding_or_the_edge_beside_it(monkeypatch, files, device):
     calls = recorded(monkeypatch)
-    *_, labels, _, _ = run(files, device, mix=dsfn.saliencymix, find_peaks=FOUND["fine_grained"])
+    *_, labels, _, _ = run(files, device, mix=MixOptions(saliency="fine_grained"))
     images, arguments, _ = calls[0]
     originals = np.stack([np.asarray(Image.open(files[label])) for label in labels.ravel()])
     peaks = saliency_peaks(fine_grained(originals), SIZE, SIZE)
@@ -101,8 +98,7 @@ def test_a_peak_is_the_pixel_that_was_most_salient_before_the_padding_or_the_edg
 
 
 def test_images_come_out_normalised_and_mirrored_as_a_whole(files, device):
-    keep = functools.partial(dsfn.saliencymix, prob=0.0)
-    images, labels, source_labels, lam = run(files, device, mix=keep, padding=0)
+    images, labels, source_labels, lam = run(files, device, mix=MixOptions(prob=0.0), padding=0)
     assert images.shape == (COUNT, 3, SIZE, SIZE)
     pixels = (images.transpose(0, 2, 3, 1) * STD + MEAN).round()
     mirrored = 0
@@ -116,16 +112,18 @@ def test_images_come_out_normalised_and_mirrored_as_a_whole(files, device):
     assert sorted(source_labels.ravel()) == sorted(labels.ravel())
 
 
-@pytest.mark.parametrize("mix", [dsfn.cutmix, dsfn.mixup], ids=["cutmix", "mixup"])
-def test_modes_without_peaks_take_none(files, device, mix):
-    *_, lam = run(files, device, mix=mix, find_peaks=None)
+@pytest.mark.parametrize("mode", ["cutmix", "mixup"])
+def test_modes_without_peaks_take_none(files, device, mode):
+    *_, lam = run(files, device, mix=MixOptions(modes={mode: 1.0}))
     assert ((lam >= 0) & (lam <= 1)).all()
     assert len(np.unique(lam)) > COUNT / 2
 
 
-def test_a_detector_beside_peaks_is_refused_while_the_pipeline_is_defined(files):
-    with pytest.raises(ValueError, match="saliency must be left out where peaks are given, got 'fine_grained'"):
-        run(files, mix=functools.partial(dsfn.saliencymix, saliency="fine_grained"))
+def test_the_least_salient_pixel_is_refused_beside_a_padding(files):
+    mix = MixOptions(source="non_salient")
+    with pytest.raises(ValueError, match="source must not be 'non_salient' where peaks are given"):
+        run(files, mix=mix)
+    assert len(run(files, mix=mix, padding=0)) == 4
 
 
 def test_every_offset_of_the_crop_is_drawn():

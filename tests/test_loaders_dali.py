@@ -15,8 +15,9 @@ from batches import assert_equal_batches, epoch, ids
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.fn import saliencymix
-from dali_saliencymix.loaders.dali import LoaderError, training_loader, validation_loader
+from dali_saliencymix.loaders.base import LoaderError
+from dali_saliencymix.loaders.imagenet import training_loader, validation_loader
+from dali_saliencymix.options import MixOptions
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def validate(folder, *, batch_size=4, **options):
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)], ids=str)
 def test_batches_are_tensors_as_a_model_wants_them(folder, device, channels_last):
     images, labels, source_labels, lam = next(
-        iter(train(folder, device=device, mix=saliencymix, channels_last=channels_last))
+        iter(train(folder, device=device, mix=MixOptions(), channels_last=channels_last))
     )
     assert images.shape == (4, 3, 24, 24)
     assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -92,7 +93,7 @@ def test_validation_gives_each_image_exactly_once(folder, images, shards, batch_
 
 
 def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
-    make = functools.partial(train, first(folder, 30), mix=functools.partial(saliencymix, prob=0.6), seed=5)
+    make = functools.partial(train, first(folder, 30), mix=MixOptions(prob=0.6), seed=5)
     loader = make()
     assert len(loader) == 7  # and two images that are left out
     batches, states = [], []
@@ -115,12 +116,12 @@ def test_the_state_of_another_pipeline_is_refused_in_one_line(folder):
     next(iter(loader))
     told = r"^the state to go on from is not one of this pipeline: .*name of an operator"
     with pytest.raises(LoaderError, match=told) as raised:
-        train(folder, mix=saliencymix, state=loader.state())
+        train(folder, mix=MixOptions(), state=loader.state())
     assert "\n" not in str(raised.value)
 
 
 def test_the_seed_decides_the_batches_and_ranks_augment_differently(folder):
-    make = functools.partial(train, folder, mix=saliencymix, batch_size=32)
+    make = functools.partial(train, folder, mix=MixOptions(), batch_size=32)
     assert_equal_batches(epoch(make(seed=1)), epoch(make(seed=1)))
     assert ids(epoch(make(seed=1))) != ids(epoch(make(seed=2)))
     lams = [epoch(make(seed=1, batch_size=16, rank=rank, world_size=2))[0][3] for rank in (0, 1)]
@@ -172,7 +173,7 @@ def spoilt(folder, tmp_path, bad):
 @pytest.mark.parametrize("bad", [[0, 4, 9, 14, 20], [30, 2, 12, 7, 17]])
 def test_a_bad_file_is_left_out_and_nothing_else_changes_from_there_on_and_after_resuming(folder, tmp_path, capfd, bad):
     with_bad, without = spoilt(folder, tmp_path, bad)
-    make = functools.partial(train, mix=functools.partial(saliencymix, prob=0.6), seed=7, max_bad_batches=5)
+    make = functools.partial(train, mix=MixOptions(prob=0.6), seed=7, max_bad_batches=5)
     loader, other = make(with_bad), make(without)
     batches, states, expected = [], [], []
     for _ in range(2):
@@ -232,7 +233,7 @@ def test_what_a_detector_raises_arrives_as_one_line(folder):
         raise ValueError(msg)
 
     with pytest.raises(LoaderError, match=r"^no saliency today$"):
-        epoch(train(folder, mix=functools.partial(saliencymix, saliency=broken)))
+        epoch(train(folder, mix=MixOptions(saliency=broken)))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_what_a_detector_raises_arrives_as_one_line(folder):
         (lambda folder: train(folder, batch_size=17, world_size=2), "batch_size must be at most 16, .* got 17"),
         (lambda folder: train(folder, seed=-1), "seed must not be negative, .* got -1"),
         (lambda folder: validate(first(folder, 3), world_size=4), "3 images are too few for 4 processes"),
-        (lambda folder: train(folder, mix=functools.partial(saliencymix, alpha=-1)), "alpha must be .* got -1"),
+        (lambda folder: train(folder, mix=MixOptions(alpha=-1)), "alpha must be .* got -1"),
     ],
 )
 def test_wrong_arguments_are_named(folder, make, message):

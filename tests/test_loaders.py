@@ -18,13 +18,16 @@ from training_fixtures import TINY
 from dali_saliencymix import core
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.loaders import data as data_module
-from dali_saliencymix.loaders.dali import LoaderError
-from dali_saliencymix.loaders.data import chosen_backend, open_data
-from dali_saliencymix.loaders.torch import Mixing, PaddedImages, TrainingBatches
+from dali_saliencymix.loaders import torch as torch_loaders
+from dali_saliencymix.loaders.base import LoaderError, chosen_backend
+from dali_saliencymix.loaders.cifar import CifarData
+from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.loaders.torch import PaddedImages, TrainingBatches
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training import arguments
 from dali_saliencymix.training.checkpoints import load_checkpoint
-from dali_saliencymix.training.distributed import Processes
 
 pytest_plugins = ["training_fixtures"]
 
@@ -46,7 +49,7 @@ def root(tmp_path_factory):
 def options(root, kind="folder dali-cpu", *more):
     dataset, backend = kind.split()
     line = [str(root), "--dataset", dataset, "--data-backend", backend, "-b", "4", "-j", "2", "--device", "cpu"]
-    return arguments.parse_arguments([*line, *(FOLDER_SIZES if dataset == "folder" else ()), *more])
+    return arguments.parse_arguments([*line, *(FOLDER_SIZES if dataset == "folder" else ()), *more]).data
 
 
 def process(rank=0, world_size=1, device=CPU):
@@ -55,7 +58,7 @@ def process(rank=0, world_size=1, device=CPU):
 
 def numbered(data):
     """Return the data with numbers as labels, to tell who is who."""
-    if isinstance(data, data_module.CifarData):
+    if isinstance(data, CifarData):
         parts = {name: getattr(data, name) for name in ("train", "val")}
         return replace(data, **{n: replace(p, labels=np.arange(len(p), dtype=np.int32)) for n, p in parts.items()})
     parts = {name: getattr(data, name) for name in ("train", "val")}
@@ -64,12 +67,7 @@ def numbered(data):
 
 def train(args, *, state=None, data=None, **where):
     data = numbered(open_data(args)) if data is None else data
-    return data.train_loader(args, process(**where), crop_size=args.train_crop_size, state=state)
-
-
-def test_names_are_those_of_the_command_line():
-    assert arguments.DATASETS == data_module.DATASETS
-    assert arguments.BACKENDS == data_module.BACKENDS
+    return data.train_loader(args, process(**where), state=state)
 
 
 @pytest.mark.parametrize("mix", ["saliencymix", "cutmix", "mixup", "none"])
@@ -262,7 +260,7 @@ def test_colours_change_by_the_factors_that_are_allowed(root, backend):
         torch.cat([images for images, *_ in epoch(train(options(root, f"folder {backend}", *common, *jitter)))])
         for jitter in ((), ("--color-jitter", "0.4"))
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     brightness = [(images * std + mean).mean(dim=(1, 2, 3)) for images in (plain, changed)]
     ratio = brightness[1] / brightness[0]
     assert 0.05 < ratio.std() < 0.4
@@ -274,8 +272,8 @@ def test_colours_change_by_the_factors_that_are_allowed(root, backend):
 @pytest.mark.parametrize("mode", ["saliencymix", "cutmix", "mixup"])
 def test_a_batch_of_pytorch_is_mixed_as_the_array_functions_do_it(root, mode):
     cifar, _ = read_cifar(root, "cifar10")
-    given = {"preset": "default"} if mode == "saliencymix" else {}
-    batches = TrainingBatches(PaddedImages(cifar), 8, Mixing(mode, options=given), hflip_prob=0.0, seed=3)
+    mix = MixOptions(modes={mode: 1.0})
+    batches = TrainingBatches(PaddedImages(cifar), 8, mix, hflip_prob=0.0, seed=3)
     pixels, labels, source_labels, lam = (tensor.numpy() for tensor in batches[2, 1])
     originals = cifar.images[batches.indices(2, 1)]
     assert labels.tolist() == cifar.labels[batches.indices(2, 1)].tolist()
@@ -310,8 +308,8 @@ def test_no_peak_of_cifar_lies_in_the_padding(root, monkeypatch, backend, salien
     calls = recorded(monkeypatch)
     args = options(root, f"cifar10 {backend}", "-b", "30", "--saliency", saliency)
     # In this process: a call in another one would leave nothing here to look at.
-    make = data_module.TorchLoader
-    monkeypatch.setattr(data_module, "TorchLoader", lambda *given, **k: make(*given, **{**k, "workers": 0}))
+    make = torch_loaders.TorchLoader
+    monkeypatch.setattr(torch_loaders, "TorchLoader", lambda *given, **k: make(*given, **{**k, "workers": 0}))
     epoch(train(args))
     images, peaks = calls[0]
     assert ((images == 0).all(axis=3)).mean() > 0.05
@@ -419,8 +417,9 @@ def test_the_fingerprint_says_whether_the_images_are_the_same(root, tmp_path):
 
 def test_without_a_backend_dali_works_where_the_run_does(root):
     args = options(root)
-    args.data_backend = None
-    found = {device: setattr(args, "device", device) or chosen_backend(args) for device in ("cpu", "cuda", "auto")}
+    found = {
+        device: chosen_backend(replace(args, data_backend=None, device=device)) for device in ("cpu", "cuda", "auto")
+    }
     assert found == {
         "cpu": "dali-cpu",
         "cuda": "dali-gpu",
