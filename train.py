@@ -43,7 +43,7 @@ from dali_saliencymix.training.banner import banner, epoch_line, run_facts
 from dali_saliencymix.training.checkpoint_report import report_on_checkpoint
 from dali_saliencymix.training.divergence import DivergenceWatch
 from dali_saliencymix.training.lockstep import Interruptible, Lockstep
-from dali_saliencymix.training.models import choose_kernels, make_model
+from dali_saliencymix.training.models import all_reduce, as_trained, autocast, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.options import RunOptions, TrainingOptions
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
@@ -58,7 +58,6 @@ ENTRIES = (
     *("config", "classes", "data", "loaders"),
 )
 Figures = dict[str, float]
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -85,17 +84,15 @@ class Trainer:
         self.options = options
         self.processes = processes
         self.config = {**options.config, "world_size": processes.world_size}
-        data, model_options, run = options.data, options.model, options.run
+        data, run = options.data, options.run
         saved = checkpoints.load_checkpoint(resume, ENTRIES) if resume else None
 
         # Validating needs no training images: the checkpoint knows the classes.
         self.data = open_data(data, classes=saved["classes"] if run.evaluate and saved else None)
 
         torch.manual_seed(data.seed)
-        model = make_model(model_options.arch, len(self.data.classes), dropout=model_options.dropout)
-        memory_format = torch.channels_last if model_options.channels_last else torch.contiguous_format
-        self.model: nn.Module = model.to(processes.device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.updater = Updater(self.model, options.optimizer, scale_loss=model_options.precision == "fp16")
+        self.model = model_on(processes.device, options.model, len(self.data.classes))
+        self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
         self.epoch = self.step = 0
         self.restarts = 0  # epochs begun anew on other data: see restore
         self.lockstep = Lockstep(
@@ -117,13 +114,7 @@ class Trainer:
         if saved:
             self.restore(saved, resume)
 
-        # The network is the model as it is trained: with an exchange of gradients, and compiled in place, so that the
-        # names of the model's weights are as they were.
-        self.network: nn.Module = self.model
-        if processes.world_size > 1 and not run.evaluate:
-            self.network = nn.parallel.DistributedDataParallel(self.model)
-        if model_options.compile:
-            self.network.compile()
+        self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
         # Every process watches its own loader; the main one's words are enough.
         self.monitor = Monitor(say=functools.partial(logs.warn, enabled=processes.is_main))
 
@@ -228,14 +219,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context for forward passes."""
-        model = self.options.model
-        return torch.autocast(self.processes.device.type, AMP_DTYPES[model.amp_dtype], enabled=model.amp)
-
-    def exchange(self, *, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context for the passes of a step, with or without an exchange of gradients at their end."""
-        if wanted or not isinstance(self.network, nn.parallel.DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.network.no_sync()
+        return autocast(self.options.model, self.processes.device)
 
     def train_epoch(self) -> Figures:
         """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
@@ -257,7 +241,7 @@ class Trainer:
             group = accumulation_group(self.step, steps, accumulated)
             is_update = self.step == group[-1]
             lr = self.set_learning_rate(self.epoch + group[0] / steps)
-            with self.exchange(wanted=is_update):
+            with all_reduce(self.network, wanted=is_update):
                 with self.autocast():
                     logits = self.network(images)
                     smoothing = options.optimizer.label_smoothing

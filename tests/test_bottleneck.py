@@ -911,11 +911,12 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     import torch
 
     from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.arguments import parse_arguments
 
     torch.manual_seed(0)
     args = parse_arguments(["DATA", "-a", "resnet18", "--clip-grad-norm", "1", "--model-ema"])
-    step = TrainingStep(args.model, args.optimizer, torch.device("cpu"), num_classes=4)
+    step = TrainingStep(args.model, args.optimizer, Processes(0, 0, 1, torch.device("cpu")), num_classes=4)
     before = {name: value.clone() for name, value in step.network.named_parameters()}
     updated = []
 
@@ -941,7 +942,7 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
         step([labels])
     wrong = dataclasses.replace(args.model, arch="resnet19")
     with pytest.raises(BottleneckError, match=r"arch: name must be one of .*, got 'resnet19'"):
-        TrainingStep(wrong, args.optimizer, torch.device("cpu"), num_classes=4)
+        TrainingStep(wrong, args.optimizer, Processes(0, 0, 1, torch.device("cpu")), num_classes=4)
 
 
 def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
@@ -951,10 +952,11 @@ def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
     import torch
 
     from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.arguments import parse_arguments
 
     args = parse_arguments(["DATA", "-a", "resnet18", "--accumulation-steps", "3"])
-    step = TrainingStep(args.model, args.optimizer, torch.device("cpu"), num_classes=4)
+    step = TrainingStep(args.model, args.optimizer, Processes(0, 0, 1, torch.device("cpu")), num_classes=4)
     log = []
 
     @contextlib.contextmanager

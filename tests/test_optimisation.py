@@ -20,7 +20,7 @@ def small_model() -> nn.Module:
 
 def updater_of(model: nn.Module, options: str = "") -> Updater:
     parsed = parse_arguments(["data", "--device", "cpu", *options.split()])
-    return Updater(model, parsed.optimizer, scale_loss=parsed.model.precision == "fp16")
+    return Updater(model, parsed.optimizer, scale_loss=parsed.model.scales_loss)
 
 
 def step(updater: Updater, model: nn.Module, images: torch.Tensor, batches: int = 1) -> None:

@@ -204,7 +204,7 @@ def _measured(own: CommandOptions, training: TrainingOptions, rest: list[str], p
         from dali_saliencymix.bottleneck.steps import TrainingStep
 
         classes = max(int(source.conditions.get("classes", 1000)), 2)
-        step = TrainingStep(training.model, training.optimizer, processes.device, num_classes=classes)
+        step = TrainingStep(training.model, training.optimizer, processes, num_classes=classes)
     for line in source.conditions.get("measured_instead", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch

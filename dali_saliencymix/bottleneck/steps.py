@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
-from dali_saliencymix.training.models import make_model
+from dali_saliencymix.training.models import all_reduce, as_trained, autocast, model_on
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions
 
@@ -25,7 +25,7 @@ class TrainingStep:
         The network.
     optimizer : OptimizerOptions
         Its update.
-    device : torch.device
+    processes : Processes
         Where it computes. A batch from elsewhere is brought there, which then is part of the step.
     num_classes : int
         Outputs of the network.
@@ -43,25 +43,20 @@ class TrainingStep:
     """
 
     def __init__(
-        self, options: ModelOptions, optimizer: OptimizerOptions, device: torch.device, *, num_classes: int
+        self, options: ModelOptions, optimizer: OptimizerOptions, processes: Processes, *, num_classes: int
     ) -> None:
-        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        self._options, self._device = options, processes.device
+        self._label_smoothing = optimizer.label_smoothing
         try:
-            model: nn.Module = make_model(options.arch, num_classes, dropout=options.dropout)
+            model = model_on(processes.device, options, num_classes)
         except ValueError as error:
             msg = f"arch: {error}"
             raise BottleneckError(msg) from error
-        self._device, self._amp, self._label_smoothing = device, options.amp, optimizer.label_smoothing
-        self._amp_dtype = torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
-        self.network: nn.Module = model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        self._updater = Updater(self.network, optimizer, scale_loss=options.precision == "fp16")
+        self._updater = Updater(model, optimizer, scale_loss=options.scales_loss)
         self._updater.set_learning_rate(0.0)
-        self.batches_per_update: int = optimizer.accumulation_steps
+        self.batches_per_update = optimizer.accumulation_steps
         self._batches = 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.network = nn.parallel.DistributedDataParallel(self.network)
-        if options.compile:
-            self.network.compile()
+        self.network = as_trained(model, options, distributed=processes.world_size > 1)
 
     def __call__(self, batch: Any) -> None:
         """Train on a batch: its first four-dimensional floating tensor, with its labels where they are ours."""
@@ -77,12 +72,12 @@ class TrainingStep:
         if images.shape[1] != 3 and images.shape[3] == 3:
             images = images.permute(0, 3, 1, 2)
         images = images.to(self._device, non_blocking=True)
-        if not self._amp:
+        if not self._options.amp:
             images = images.float()
         self._batches += 1
         is_update = self._batches % self.batches_per_update == 0
-        with contextlib.nullcontext() if is_update else self._without_exchange():
-            with torch.autocast(self._device.type, self._amp_dtype, enabled=self._amp):
+        with all_reduce(self.network, wanted=is_update):
+            with autocast(self._options, self._device):
                 loss = self._loss(self.network(images), tensors)
             self._updater.backward(loss, self.batches_per_update)
         if is_update:
@@ -90,12 +85,8 @@ class TrainingStep:
 
     def alone(self, batch: Any) -> None:
         """Train on a batch without the other processes: what this one needs for itself."""
-        with self._without_exchange():
+        with all_reduce(self.network, wanted=False):
             self(batch)
-
-    def _without_exchange(self) -> contextlib.AbstractContextManager[Any]:
-        no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
-        return cast("contextlib.AbstractContextManager[Any]", no_sync())
 
     def _loss(self, logits: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
         if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam

@@ -1,7 +1,11 @@
-"""Classifiers by name: torchvision's ResNets, and those for images of 32x32 pixels that papers on CIFAR compare."""
+"""Classifiers by name, and how they compute: on a device, in 16 bits, compiled, in several processes.
+
+There are torchvision's ResNets, and those for images of 32x32 pixels that papers on CIFAR compare.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -10,6 +14,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from dali_saliencymix.training.options import ModelOptions
 
 
 def model_names() -> list[str]:
@@ -153,3 +159,32 @@ def choose_kernels(*, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+
+
+def model_on(device: torch.device, options: ModelOptions, num_classes: int) -> nn.Module:
+    """Return the model of a run on a device, with fresh weights, in its memory format; see `make_model`."""
+    model: Any = make_model(options.arch, num_classes, dropout=options.dropout)
+    return model.to(device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+
+
+def as_trained(model: nn.Module, options: ModelOptions, *, distributed: bool) -> nn.Module:
+    """Return the model as it is trained: with an all-reduce of the gradients if `distributed`, and compiled if asked.
+
+    It is compiled in place, so that the names of its weights stay as they are.
+    """
+    network = nn.parallel.DistributedDataParallel(model) if distributed else model
+    if options.compile:
+        network.compile()
+    return network
+
+
+def autocast(options: ModelOptions, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for forward passes."""
+    dtype = torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=options.amp)
+
+
+def all_reduce(network: nn.Module, *, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for the passes of a step, with or without an all-reduce of the gradients at their end."""
+    no_sync: Any = getattr(network, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
+    return contextlib.nullcontext() if wanted else no_sync()

@@ -47,6 +47,11 @@ class ModelOptions:
         """``"fp32"``, or the 16 bits that are in use."""
         return self.amp_dtype if self.amp else "fp32"
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients could vanish in these 16 bits, so that the loss has to be scaled."""
+        return self.precision == "fp16"
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
