@@ -69,7 +69,7 @@ def test_who_normalises(monkeypatch, folder, route, places, numba, normalises, c
         return images, labels, labels, fn.constant(fdata=[1.0], shape=[])
 
     monkeypatch.setattr("dali_saliencymix._routes._numba_is_installed", lambda: numba)
-    monkeypatch.setattr(imagenet, "_mix_nodes", mix_nodes)
+    monkeypatch.setattr(imagenet, "mix_nodes", mix_nodes)
     process_on, device = places
     options = {"batch_size": 2, "num_threads": 1, "device_id": 0, "mix": MixOptions()}
     with on_gpu(normalise=route):

@@ -15,7 +15,7 @@ from batches import assert_equal_batches, epoch, ids
 from cifar_files import python2_pickle, write_cifar
 from training_fixtures import TINY
 
-from dali_saliencymix import core
+from dali_saliencymix._dali import mix as dali_mix
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders import torch as torch_loaders
@@ -292,13 +292,14 @@ def test_a_batch_of_pytorch_is_mixed_as_the_array_functions_do_it(root, mode):
 
 
 def recorded(monkeypatch):
-    calls, function = [], core.saliencymix
+    calls, function = [], dali_mix.apply
 
-    def record(images, *others, **given):
+    def record(options, images, *others, **given):
         calls.append((np.array(images), given.get("peaks")))
-        return function(images, *others, **given)
+        return function(options, images, *others, **given)
 
-    monkeypatch.setattr(core, "saliencymix", record)
+    for module in (dali_mix, torch_loaders):
+        monkeypatch.setattr(module, "apply", record)
     return calls
 
 

@@ -7,7 +7,8 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from dali_saliencymix import DETECTORS, core, fine_grained, saliency_peaks
+from dali_saliencymix import DETECTORS, fine_grained, saliency_peaks
+from dali_saliencymix._dali import mix as dali_mix
 from dali_saliencymix.loaders.cifar import MEAN, STD, cifar_training_pipeline
 from dali_saliencymix.options import MixOptions
 
@@ -47,14 +48,14 @@ def host(array):
 
 def recorded(monkeypatch):
     calls = []
-    function = core.saliencymix
+    function = dali_mix.apply
 
-    def record(images, **arguments):
-        mixed = function(images, **arguments)
+    def record(options, images, **arguments):
+        mixed = function(options, images, **arguments)
         calls.append((host(images), {k: host(v) for k, v in arguments.items() if hasattr(v, "shape")}, mixed))
         return mixed
 
-    monkeypatch.setattr(core, "saliencymix", record)
+    monkeypatch.setattr(dali_mix, "apply", record)
     return calls
 
 
