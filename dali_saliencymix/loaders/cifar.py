@@ -36,7 +36,7 @@ from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files, 
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
-from dali_saliencymix.options import MixOptions
+from dali_saliencymix.options import MixOptions, check_with_peaks
 
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
@@ -62,7 +62,7 @@ def cifar_training_pipeline(
     files, labels : sequence
         Paths and labels of all images, which are `size` x `size`; each shard takes its share.
     mix : MixOptions or None
-        How images are mixed, in one mode. With None they are not: `lam` is 1 and `source_labels` are the labels.
+        How images are mixed. With None they are not: `lam` is 1 and `source_labels` are the labels.
         Saliencymix takes the most salient pixels of the images as they were before the padding, so where there is a
         `padding` its `source` and `destination` cannot be ``"non_salient"``.
     size : int
@@ -143,6 +143,7 @@ def _augmented(
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
     peaks = None
     if mix is not None and _detects_before_padding(mix, padding):
+        check_with_peaks(mix, None)
         peaks = _moved(saliency_peaks(images, saliency=mix.saliency), corner, size)
     images = fn.slice(
         images,
@@ -168,7 +169,7 @@ def _augmented(
 
 def _detects_before_padding(mix: MixOptions, padding: int) -> bool:
     """Tell whether the detector has to look at images before they are padded; else the mix can do it itself."""
-    return mix.mode == "saliencymix" and padding > 0
+    return "saliencymix" in mix.modes and padding > 0
 
 
 @do_not_convert

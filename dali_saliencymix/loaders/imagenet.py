@@ -73,7 +73,7 @@ def training_pipeline(
         Brightness, contrast and saturation are multiplied by factors drawn from [1 - color_jitter, 1 + color_jitter],
         before the mixing. In [0, 1].
     mix : MixOptions, optional
-        How images are mixed, in one mode. By default they are not: `lam` is 1 and `source_labels` are the labels.
+        How images are mixed. By default they are not: `lam` is 1 and `source_labels` are the labels.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}

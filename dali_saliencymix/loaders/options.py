@@ -47,7 +47,7 @@ class DataOptions:
     synthetic_classes, synthetic_steps : int
         Classes of synthetic data, and batches of its epochs.
     mix : MixOptions, optional
-        How training images are mixed, in one mode; with None they are not.
+        How training images are mixed; with None they are not.
     device : {"auto", "cpu", "cuda"}
         Where the run computes.
     channels_last : bool
