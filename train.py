@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import math
 import sys
 import time
@@ -38,16 +37,17 @@ from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
-from dali_saliencymix.training.arguments import DATA_OPTIONS, parse_arguments, save_config
+from dali_saliencymix.training.arguments import parse_arguments, save_config
 from dali_saliencymix.training.banner import banner, epoch_line, run_facts
-from dali_saliencymix.training.checkpoint_report import report_on_checkpoint
 from dali_saliencymix.training.divergence import DivergenceWatch
+from dali_saliencymix.training.evaluation_report import report_on_checkpoint
 from dali_saliencymix.training.lockstep import Interruptible, Lockstep
 from dali_saliencymix.training.models import all_reduce, as_trained, autocast, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import Updater
 from dali_saliencymix.training.options import RunOptions, TrainingOptions
 from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
 from dali_saliencymix.training.resources import resources_in_use
+from dali_saliencymix.training.resume import changed_data, check_model, find_resume
 from dali_saliencymix.training.run_record import RunRecord
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
@@ -120,31 +120,16 @@ class Trainer:
 
     def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
-        arch, classes = saved["config"]["arch"], saved["classes"]
-        if arch != self.options.model.arch:
-            msg = f"{path}: holds a {arch}, which --arch has to say, got {self.options.model.arch!r}"
-            raise ValueError(msg)
-        if classes != self.data.classes:
-            pairs = itertools.zip_longest(classes, self.data.classes)
-            was, now = next(pair for pair in pairs if pair[0] != pair[1])
-            msg = f"{path}: its classes are not those of {self.data.root}: there was {was!r}, there is {now!r}"
-            raise ValueError(msg)
+        arch, classes = self.options.model.arch, self.data.classes
+        check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
         self.model.load_state_dict(saved["model"])
         self.updater.restore(saved)
         run = self.options.run
         if run.evaluate:
             return
-        # Where mixing ends depends on where the training ends.
-        options = (*DATA_OPTIONS, "world_size", *(("epochs",) if self.options.schedule.mix_off_epochs else ()))
-        before = {name: saved["config"][name] for name in options} | saved["data"]
-        present = {name: self.config[name] for name in options} | self.data.fingerprint
-        changed = checkpoints.differences(before, present)
+        changed = changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         is_main = self.processes.is_main
         self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
-        if changed and not run.restart_epoch:
-            anew = f"--restart-epoch goes on with them from the beginning of epoch {self.epoch + 1}"
-            msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {anew}"
-            raise ValueError(msg)
         if run.restart_epoch:
             self.restarts += 1
             why = f" with other data: {'; '.join(changed)}" if changed else ""
@@ -369,24 +354,6 @@ def open_record(trainer: Trainer, *, resumed: bool) -> RunRecord:
         tensorboard=run.tensorboard,
         wandb_project=run.wandb_project if run.log_wandb else None,
     )
-
-
-def find_resume(run: RunOptions) -> Path | None:
-    """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
-    last = run.output_dir / checkpoints.LAST
-    resume = checkpoints.find_checkpoint(run.resume, run.output_dir, logs.warn) if run.resume else None
-    if run.evaluate:
-        if resume is None:
-            msg = f"{last}: no such checkpoint"
-            raise ValueError(msg)
-        return resume
-    takes_over = run.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
-    if last.exists() and not run.no_checkpoints and not takes_over:
-        msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
-        raise ValueError(msg)
-    if run.resume and resume is None:
-        logs.say(f"no {last} yet: starting anew")
-    return resume
 
 
 def run(options: TrainingOptions, processes: Processes) -> None:

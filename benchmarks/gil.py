@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-from dali_saliencymix._dali import operator
+from dali_saliencymix._dali import python_operator as operator
 
 
 class Call(NamedTuple):

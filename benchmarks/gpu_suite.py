@@ -39,7 +39,7 @@ from benchmarks import machine, measure, outcomes, sanitize, smoke
 _GRACE = 12  # seconds that a stage may take longer than it was told, to end the round and to write
 
 # What all else rests on first, trainings last.
-_FIRST_TESTS = ("cuda", "dali_operator", "fn", "gpu", "pytorch", "loaders_dali")
+_FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders_dali")
 _LAST_TESTS = ("accelerate", "gpu_training")
 
 _OUTCOMES = "tests.jsonl"

@@ -53,10 +53,11 @@ from torch.utils import data
 
 from benchmarks import measure, opencv
 from dali_saliencymix import DETECTORS, draw_params
+from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders import imagenet
-from dali_saliencymix.loaders.imagenet import decode_window, read_files, to_device, training_loader
+from dali_saliencymix.loaders.imagenet import decode_window, read_files, training_loader
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix

@@ -28,7 +28,7 @@ from dali_saliencymix.datasets.sample_data import make_sample_data
 TESTS = (
     "tests/test_cuda.py::test_kernels_give_what_the_array_functions_give_on_a_gpu",
     "tests/test_gpu.py::test_kernels_and_array_operations_mix_alike",
-    "tests/test_dali_operator.py::test_a_held_batch_of_a_gpu_does_not_change",
+    "tests/test_dali_python_operator.py::test_a_held_batch_of_a_gpu_does_not_change",
     "tests/test_cuda.py::test_kernels_are_captured_by_the_current_stream_alone",
 )
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "-v", "-ra")

@@ -1,4 +1,4 @@
-"""Which of several routes computes a step.
+"""Which of three routes computes a step: array operations, Numba or CUDA.
 
 All routes give the same result; where they do not agree to the last bit, the function says so.
 """
@@ -54,10 +54,11 @@ def on_gpu(**route: bool) -> Iterator[None]:
         vars(gpu_route).update(before)
 
 
-def uses_kernel(algorithm: str, xp: Namespace) -> bool:
-    """Tell whether arrays of `xp` go to a kernel: Numba's on a CPU, CUDA's on a GPU.
+def route_of(algorithm: str, xp: Namespace) -> str:
+    """Return what computes with arrays of `xp`: ``"array"``, ``"numba"`` (on a CPU) or ``"cuda"`` (on a GPU).
 
-    ``"auto"`` takes Numba where it is installed, and on a GPU what `gpu_route` says.
+    ``"auto"`` takes Numba where it is installed, and on a GPU what `gpu_route` says. A step for which there is no
+    kernel of that kind, or none for arguments such as these, takes array operations.
 
     Raises
     ------
@@ -68,17 +69,17 @@ def uses_kernel(algorithm: str, xp: Namespace) -> bool:
     """
     check_choice(algorithm, "algorithm", ALGORITHMS)
     if algorithm == "array":
-        return False
+        return "array"
     if not is_host(xp):
-        return algorithm == "kernel" or gpu_route.kernels
+        return "cuda" if algorithm == "kernel" or gpu_route.kernels else "array"
     if _numba_is_installed():
-        return True
+        return "numba"
     if algorithm == "kernel":
         msg = (
             "algorithm='kernel' on a CPU needs Numba, which is not installed: pip install 'dali-saliencymix[compiled]'"
         )
         raise ImportError(msg)
-    return False
+    return "array"
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from dali_saliencymix._checks import (
     check_maps,
     check_points,
 )
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import closeness_to_centre
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.options import BOXES
@@ -68,14 +68,14 @@ def saliency_peaks(
     if saliency_map.dtype.kind not in "biuf":
         msg = f"saliency_map must be of real dtype, got {saliency_map.dtype}"
         raise TypeError(msg)
-    return find_peaks(saliency_map, height, width, least=least, kernel=uses_kernel(algorithm, xp))
+    return find_peaks(saliency_map, height, width, least=least, route=route_of(algorithm, xp))
 
 
-def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False, kernel: bool = False) -> Array:
-    """Return what `saliency_peaks` returns, by a kernel where there is one for such maps."""
+def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False, route: str = "array") -> Array:
+    """Return what `saliency_peaks` returns, by a kernel of that route where there is one for such maps."""
     xp = array_namespace(saliency_map)
-    kernel = kernel and saliency_map.dtype == np.float32
-    if kernel and not is_host(xp):
+    route = route if saliency_map.dtype == np.float32 else "array"
+    if route == "cuda":
         from dali_saliencymix import _cuda
 
         return _cuda.saliency_peaks(saliency_map, height, width, least=least)
@@ -84,7 +84,7 @@ def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = Fa
     find = functools.partial(_extreme, closeness=closeness, least=least)
     if not is_host(xp):
         peak = find(saliency_map)
-    elif kernel and not least:
+    elif route == "numba" and not least:
         from dali_saliencymix._numba import pixels
 
         find = functools.partial(pixels.most_salient, closeness=closeness)

@@ -19,9 +19,9 @@ from nvidia.dali.pipeline import Pipeline, do_not_convert
 from dali_saliencymix import labels as array_labels
 from dali_saliencymix._array import array_namespace, is_host
 from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images
-from dali_saliencymix._dali.mix import Normalise, mix_nodes
-from dali_saliencymix._dali.operator import Stage, python_operator, to_device
-from dali_saliencymix._routes import ALGORITHMS, uses_kernel
+from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
+from dali_saliencymix._dali.python_operator import Stage, python_operator, to_device
+from dali_saliencymix._routes import ALGORITHMS, route_of
 from dali_saliencymix.boxes import find_peaks
 from dali_saliencymix.options import MixOptions, check_with_peaks
 from dali_saliencymix.pixels import check_scaling
@@ -469,7 +469,7 @@ def _checked(normalise: Normalise | None) -> Normalise | None:
 def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, algorithm: str) -> tuple[Array]:
     xp = check_images(images)
     maps = saliency_maps(images, saliency, algorithm=algorithm)
-    return (find_peaks(maps, *images.shape[1:3], least=least, kernel=uses_kernel(algorithm, xp)),)
+    return (find_peaks(maps, *images.shape[1:3], least=least, route=route_of(algorithm, xp)),)
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:

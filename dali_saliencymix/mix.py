@@ -16,7 +16,7 @@ import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import MAP_SIZE
 from dali_saliencymix.boxes import find_peaks, move_boxes, place_boxes, scale_points, share_outside
 from dali_saliencymix.options import MODES, SOURCES, MixOptions, check_with_peaks
@@ -335,20 +335,20 @@ def apply(
         check_fractions(point, "point", xp, count)
     if peaks is not None:
         check_points(peaks, "peaks", xp, count, *images.shape[1:3])
-    kernel = uses_kernel(options.algorithm, xp)
+    route = route_of(options.algorithm, xp)
     batch = _Batch(images, source_index, lam, mode, point, peaks)
     if mode is not None:
-        return _mix(options, batch, kernel=kernel)
+        return _mix(options, batch, route=route)
     if options.mode == "mixup":
         return _mixup(options, batch)
     if options.mode == "cutmix":
         boxes, source_boxes = _boxes_around_points(batch, options.box), None
         if options.per_batch:
             boxes = _first_for_all(boxes, count)
-    elif kernel and not is_host(xp) and not options.per_batch:
+    elif route == "cuda" and not options.per_batch:
         return _saliencymix_in_kernels(options, batch, paste)
     else:
-        boxes, source_boxes = _salient_boxes(options, batch, lam < 1, kernel=kernel)
+        boxes, source_boxes = _salient_boxes(options, batch, lam < 1, route=route)
     return _pasted(batch, boxes, source_boxes, paste)
 
 
@@ -372,14 +372,14 @@ def _mixup(options: MixOptions, batch: _Batch) -> Mixed:
     return Mixed(blend(images.copy(order="K"), images, source_index, lam), lam, no_boxes, no_boxes)
 
 
-def _mix(options: MixOptions, batch: _Batch, *, kernel: bool) -> Mixed:
+def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
     xp = array_namespace(batch.images)
     if options.per_batch:
         first = {name: _first_for_all(getattr(batch, name), len(batch.images)) for name in ("lam", "mode", "point")}
         batch = batch._replace(**first)
     images, source_index, lam, mode, _, _ = batch
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
-    boxes, source_boxes = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), kernel=kernel)
+    boxes, source_boxes = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), route=route)
     around_point = xp.where(by_point, _boxes_around_points(batch, "clip"), 0)
     boxes = xp.where(by_saliency, boxes, around_point)
     if source_boxes is not None:
@@ -403,7 +403,7 @@ def _pasted(batch: _Batch, boxes: Array, source_boxes: Array | None, paste_them:
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 
 
-def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, kernel: bool) -> tuple[Array, Array | None]:
+def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: str) -> tuple[Array, Array | None]:
     """Return the boxes in the receivers, and those of the same sizes in the sources; None where they are the same.
 
     `wanted`, (N,) bool, says which boxes are needed; the others are any boxes of the right size.
@@ -424,7 +424,7 @@ def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, kernel:
         point=None if batch.point is None else batch.point[rows],
     )
     receivers = constant(xp, np.arange, count)[rows]
-    boxes, source_boxes = _boxes_of_pairs(options, pairs, receivers, kernel=kernel)
+    boxes, source_boxes = _boxes_of_pairs(options, pairs, receivers, route=route)
 
     def for_all(boxes: Array) -> Array:
         if options.per_batch:
@@ -438,9 +438,7 @@ def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, kernel:
     return for_all(boxes), None if source_boxes is None else for_all(source_boxes)
 
 
-def _boxes_of_pairs(
-    options: MixOptions, pairs: _Batch, receivers: Array, *, kernel: bool
-) -> tuple[Array, Array | None]:
+def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, route: str) -> tuple[Array, Array | None]:
     """Return the boxes of some pairs of images; all arrays but images and peaks have one entry for each pair."""
     images, sources, lam, _, point, peaks = pairs
     size = images.shape[1:3]
@@ -450,7 +448,7 @@ def _boxes_of_pairs(
     if peaks is not None:
         found = {name: peaks[index] for name, (index, _) in asked.items()}
     else:
-        found = _salient_points(options, images, asked, kernel=kernel)
+        found = _salient_points(options, images, asked, route=route)
     source_boxes = place_boxes(found["sources"], lam, *size, box=options.box)
     if options.destination == "corresponding":
         return source_boxes, None
@@ -459,7 +457,7 @@ def _boxes_of_pairs(
 
 
 def _salient_points(
-    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], *, kernel: bool
+    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], *, route: str
 ) -> dict[str, Array]:
     """Return the most or least salient pixels of the images that are asked for by index."""
     xp = array_namespace(images)
@@ -472,7 +470,7 @@ def _salient_points(
         images, position = images[index], xp.arange(len(index))
     maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
     found = {
-        which: find_peaks(maps, *images.shape[1:3], least=which == "non_salient", kernel=kernel)
+        which: find_peaks(maps, *images.shape[1:3], least=which == "non_salient", route=route)
         for _, which in asked.values()
     }
     # All parts have one entry for each pair.

@@ -22,7 +22,7 @@ from dali_saliencymix._checks import (
     check_per_image,
     check_source_index,
 )
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import scaling
 from dali_saliencymix._threads import for_each_chunk
 
@@ -282,7 +282,7 @@ def paste_normalised(
         std=std,
         dtype=dtype,
         layout=layout,
-        kernel=uses_kernel(algorithm, xp),
+        route=route_of(algorithm, xp),
         out=out,
     )
 
@@ -298,20 +298,20 @@ def paste_and_normalise(
     std: Sequence[float],
     dtype: np.dtype[Any],
     layout: str,
-    kernel: bool,
+    route: str,
     out: Array | None,
 ) -> Array:
-    """Return what `paste_normalised` returns, by a kernel where there is one for `dtype`."""
+    """Return what `paste_normalised` returns, by a kernel of that route where there is one for `dtype`."""
     xp = array_namespace(images)
     shape = normalised_shape(images.shape, layout)
     shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
-    if kernel and not is_host(xp):
+    if route == "cuda":
         from dali_saliencymix import _cuda
 
         return _cuda.paste_normalised(
             images, source_index, boxes, source_boxes, mirror, shift_and_scale, dtype, layout, out
         )
-    if kernel and dtype == np.float32:
+    if route == "numba" and dtype == np.float32:
         from dali_saliencymix._numba import pixels
 
         out = np.empty(shape, np.float32) if out is None else out

@@ -474,7 +474,7 @@ def test_every_preset_can_be_cut(files, preset):
 def test_a_stage_is_what_its_node_says_whatever_its_function_looks_like(files):
     from nvidia.dali import fn, pipeline_def
 
-    from dali_saliencymix._dali.operator import Stage, python_operator
+    from dali_saliencymix._dali.python_operator import Stage, python_operator
 
     left_out = []
 

@@ -42,7 +42,9 @@ PARTS = [part for parts in ORDER for part in sorted(parts)]
 WITHOUT_FRAMEWORKS = PARTS[: PARTS.index("") + 1]  # importing these needs NumPy, and SciPy for an FFT
 # What is imported only where it is asked for.
 FRAMEWORKS = {"_array": {"scipy"}, "_numba": {"numba"}, "_cuda": {"cupy"}}
-ON_THE_GPU_PATH = [PACKAGE / f"{name}.py" for name in ("boxes", "pixels", "labels", "mix", "_dali/bridge", "_dali/mix")]
+ON_THE_GPU_PATH = [
+    PACKAGE / f"{name}.py" for name in ("boxes", "pixels", "labels", "mix", "_dali/bridge", "_dali/mix_nodes")
+]
 ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("_cuda/*.py")])
 
 functions = {

@@ -28,7 +28,7 @@ from training_fixtures import python_path
 import dali_saliencymix
 from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
 from dali_saliencymix._dali import bridge
-from dali_saliencymix._dali.operator import Stage, python_operator
+from dali_saliencymix._dali.python_operator import Stage, python_operator
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.saliency import saliency_maps

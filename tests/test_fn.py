@@ -22,8 +22,8 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
-from dali_saliencymix._dali import mix as dali_mix
-from dali_saliencymix._dali import operator as dali_operator
+from dali_saliencymix._dali import mix_nodes as dali_mix
+from dali_saliencymix._dali import python_operator as dali_operator
 from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.saliency import spectral_residual

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nvidia.dali import fn
 
-from dali_saliencymix._routes import GpuRoute, gpu_route, on_gpu, uses_kernel
+from dali_saliencymix._routes import GpuRoute, gpu_route, on_gpu, route_of
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders import imagenet
@@ -20,9 +20,9 @@ from dali_saliencymix.options import MixOptions
 def test_auto_means_on_a_gpu_what_the_route_says(kernels):
     device = SimpleNamespace(__name__="cupy")
     with on_gpu(kernels=kernels):
-        assert uses_kernel("auto", device) is kernels
-        assert uses_kernel("kernel", device)
-        assert not uses_kernel("array", device)
+        assert route_of("auto", device) == ("cuda" if kernels else "array")
+        assert route_of("kernel", device) == "cuda"
+        assert route_of("array", device) == "array"
 
 
 def test_the_route_is_as_it_was_behind_the_block():

@@ -42,8 +42,8 @@ from dali_saliencymix import (
 )
 from dali_saliencymix._cuda import launch as cuda_launch
 from dali_saliencymix._dali import bridge
-from dali_saliencymix._dali import mix as dali_mix
-from dali_saliencymix._dali import operator as dali_operator
+from dali_saliencymix._dali import mix_nodes as dali_mix
+from dali_saliencymix._dali import python_operator as dali_operator
 from dali_saliencymix.options import DESTINATIONS
 
 pytest_plugins = ["kernels_on_cpu"]

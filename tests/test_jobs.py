@@ -31,7 +31,7 @@ from nvidia.dali import tfrecord as tfrec
 from PIL import Image
 from training_fixtures import REPOSITORY, run_program
 
-from dali_saliencymix._dali import mix as dali_mix
+from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from pipelines import (
     conditionals,

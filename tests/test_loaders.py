@@ -15,7 +15,7 @@ from batches import assert_equal_batches, epoch, ids
 from cifar_files import python2_pickle, write_cifar
 from training_fixtures import TINY
 
-from dali_saliencymix._dali import mix as dali_mix
+from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders import torch as torch_loaders

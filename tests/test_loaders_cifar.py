@@ -8,7 +8,7 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from dali_saliencymix import DETECTORS, fine_grained, saliency_peaks
-from dali_saliencymix._dali import mix as dali_mix
+from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.loaders.cifar import MEAN, STD, cifar_training_pipeline
 from dali_saliencymix.options import MixOptions
 

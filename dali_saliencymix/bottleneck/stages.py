@@ -3,6 +3,9 @@
 DALI has no timers for its operators. A pipeline is defined anew for each cut, and given as outputs what its first
 operators hand to the rest. The added time of a batch is what an operator costs the whole: less than its own time where
 DALI overlaps it with others.
+
+Operators of this package say what they are: the name of their stage stands where the node is made, in
+`dali_saliencymix._dali.mix_nodes` and `dali_saliencymix.fn`. Others are named here, after their schema.
 """
 
 from __future__ import annotations
@@ -198,7 +201,7 @@ def _described(operator: Any, schema: str) -> tuple[str, str]:
 
 
 def _stage(operator: Any) -> Any:
-    """Return what an operator of this package says of itself, a `dali_saliencymix._dali.operator.Stage`, or None."""
+    """Return the `dali_saliencymix._dali.python_operator.Stage` of an operator of this package, None of others."""
     return getattr(operator, "stage", None)
 
 

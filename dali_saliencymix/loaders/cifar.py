@@ -20,6 +20,7 @@ from nvidia.dali.pipeline import DataNode, do_not_convert
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import BatchInfo
 
+from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
 from dali_saliencymix.loaders.base import (
@@ -32,7 +33,7 @@ from dali_saliencymix.loaders.base import (
     fingerprint_of,
 )
 from dali_saliencymix.loaders.dali import LoaderState, device_arguments, process_on
-from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files, to_device
+from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader

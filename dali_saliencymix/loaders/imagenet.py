@@ -19,8 +19,9 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
-from dali_saliencymix._dali.mix import Normalise, mix_nodes
-from dali_saliencymix._routes import gpu_route, uses_kernel
+from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
+from dali_saliencymix._dali.python_operator import to_device
+from dali_saliencymix._routes import gpu_route, route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, digest, fingerprint_of
 from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, pipeline_builder, process_on
@@ -219,12 +220,6 @@ def decode_window(
 
 
 @do_not_convert
-def to_device(device: str, node: DataNode) -> DataNode:
-    """Return a node on a device, "cpu" or "gpu"."""
-    return node.gpu() if device == "gpu" else node
-
-
-@do_not_convert
 def mixed(
     images: DataNode,
     labels: DataNode,
@@ -243,7 +238,7 @@ def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
     """Tell whether the operator that mixes should normalise, in the place of ``fn.crop_mirror_normalize``."""
     if mixed_on != device:  # bytes are the fewer to copy
         return False
-    return gpu_route.normalise if device == "gpu" else uses_kernel("auto", np) and not fp16
+    return gpu_route.normalise if device == "gpu" else route_of("auto", np) == "numba" and not fp16
 
 
 @do_not_convert

@@ -9,7 +9,7 @@ import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_images
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import SURROUNDS
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import with_margin
@@ -65,11 +65,12 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     ((1, 37, 23), 1.0)
     """
     xp = check_images(images)
-    if uses_kernel(algorithm, xp):
-        if not is_host(xp):
-            from dali_saliencymix import _cuda
+    route = route_of(algorithm, xp)
+    if route == "cuda":
+        from dali_saliencymix import _cuda
 
-            return _cuda.fine_grained(images)
+        return _cuda.fine_grained(images)
+    if route == "numba":
         from dali_saliencymix._numba import contrast
 
         return in_chunks(contrast.fine_grained, images, 4)

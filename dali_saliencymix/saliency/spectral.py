@@ -12,7 +12,7 @@ import numpy as np
 
 from dali_saliencymix._array import Array, Namespace, array_namespace, constant, fft_module, is_host
 from dali_saliencymix._checks import check_images
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import GAUSSIAN, MAP_SIZE, MEAN
 from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix
@@ -94,19 +94,17 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     (1, 64, 64)
     """
     xp = check_images(images)
-    kernel = uses_kernel(algorithm, xp)
-    if kernel:
-        size = _map_size(images)
-        if is_host(xp):
-            from dali_saliencymix._numba import spectral
+    route, size = route_of(algorithm, xp), _map_size(images)
+    if route == "numba":
+        from dali_saliencymix._numba import spectral
 
-            if size in spectral.SIZES:
-                return spectral.spectral_residual(images, size[0])
-        elif size == (MAP_SIZE, MAP_SIZE):
-            from dali_saliencymix import _cuda
+        if size in spectral.SIZES:
+            return spectral.spectral_residual(images, size[0])
+    if route == "cuda" and size == (MAP_SIZE, MAP_SIZE):
+        from dali_saliencymix import _cuda
 
-            return _cuda.spectral_residual(images)
-    return _of_small_luma(_spectral_residual, images, xp, kernel=kernel)
+        return _cuda.spectral_residual(images)
+    return _of_small_luma(_spectral_residual, images, xp, route)
 
 
 def _spectral_residual(grey: Array) -> Array:
@@ -169,7 +167,7 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
     ((1, 64, 64), 1.0)
     """
     xp = check_images(images)
-    return _of_small_luma(_phase_spectrum, images, xp, kernel=uses_kernel(algorithm, xp))
+    return _of_small_luma(_phase_spectrum, images, xp, route_of(algorithm, xp))
 
 
 def _phase_spectrum(grey: Array) -> Array:
@@ -245,14 +243,14 @@ def image_signature(images: Array) -> Array:
     return (saliency_map - lowest) / xp.where(flat, xp.float32(1), highest - lowest) * ~flat
 
 
-def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namespace, *, kernel: bool) -> Array:
+def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namespace, route: str) -> Array:
     """Return ``detector(grey)`` of the grey levels of `images`, reduced to (N, h, w) float32."""
     size = _map_size(images)
-    if kernel:
-        if not is_host(xp):
-            from dali_saliencymix import _cuda
+    if route == "cuda":
+        from dali_saliencymix import _cuda
 
-            return detector(_cuda.small_luma(images, *size).astype(xp.float32))
+        return detector(_cuda.small_luma(images, *size).astype(xp.float32))
+    if route == "numba":
         from dali_saliencymix._numba import contrast
 
         return in_chunks(lambda chunk: detector(contrast.small_luma(chunk, *size)), images, _CHUNK)

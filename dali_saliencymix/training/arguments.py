@@ -29,13 +29,6 @@ from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
 
 Group = TypeVar("Group")
 
-# The options that decide which batches a run sees: a run that goes on has to keep them.
-DATA_OPTIONS = (
-    *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
-    *("color_jitter", "progressive_size", "mix_off_epochs"),
-    *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
-)
-
 _GROUPS = (DataOptions, ModelOptions, OptimizerOptions, ScheduleOptions, RunOptions, EvaluationOptions)
 
 # The mixing options that there are, and what they are called here.

@@ -15,8 +15,8 @@ from nvidia.dali import fn, types
 
 from dali_saliencymix import pixels
 from dali_saliencymix._array import array_namespace, constant, is_host
-from dali_saliencymix._dali.operator import Buffers, Stage, python_operator, to_device
-from dali_saliencymix._routes import uses_kernel
+from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator, to_device
+from dali_saliencymix._routes import route_of
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MODES, MixOptions
 
@@ -166,7 +166,7 @@ class _Mixing:
             std=std,
             dtype=np.dtype(dtype),
             layout=layout,
-            kernel=uses_kernel(self._options.algorithm, xp),
+            route=route_of(self._options.algorithm, xp),
             out=self._buffers.take(shape, dtype) if on_host else None,
         )
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
 
-from dali_saliencymix._dali import operator as dali_operator
-from dali_saliencymix._dali.operator import Buffers, Stage, python_operator
+from dali_saliencymix._dali import python_operator as dali_operator
+from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator
 from dali_saliencymix._routes import on_gpu
 
 
