@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.fn import saliencymix
+from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
 
-MEAN, STD = [0.485 * 255, 0.456 * 255, 0.406 * 255], [0.229 * 255, 0.224 * 255, 0.225 * 255]
+MEAN, STD = IMAGENET_IN_GREY_LEVELS
 OUTPUTS = ["images", "labels", "source_labels", "lam"]
 
 

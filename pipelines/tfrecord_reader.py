@@ -15,8 +15,9 @@ from nvidia.dali import tfrecord as tfrec
 from nvidia.dali.pipeline import DataNode
 
 from dali_saliencymix.fn import saliencymix
+from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
 
-MEAN, STD = [0.485 * 255, 0.456 * 255, 0.406 * 255], [0.229 * 255, 0.224 * 255, 0.225 * 255]
+MEAN, STD = IMAGENET_IN_GREY_LEVELS
 FEATURES = {
     "image/encoded": tfrec.FixedLenFeature((), tfrec.string, ""),
     "image/class/label": tfrec.FixedLenFeature([1], tfrec.int64, -1),

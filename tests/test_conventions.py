@@ -243,3 +243,10 @@ def test_options_are_keyword_only_and_nothing_else_has_a_default(name):
     for parameter in inspect.signature(functions[name]).parameters.values():
         if parameter.default is not parameter.empty:
             assert parameter.kind is parameter.KEYWORD_ONLY, parameter.name
+
+
+def test_the_mean_of_imagenet_stands_in_one_place():
+    repository = PACKAGE.parent
+    others = [path for folder in ("pipelines", "benchmarks") for path in (repository / folder).glob("*.py")]
+    found = [path.name for path in [*MODULES, *others, *repository.glob("*.py")] if "0.485" in path.read_text()]
+    assert found == ["pixels.py"]

@@ -29,9 +29,7 @@ from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions
-from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
-
-_IN_GREY_LEVELS = [255 * mean for mean in IMAGENET_MEAN], [255 * std for std in IMAGENET_STD]
+from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
 
 # The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
@@ -129,7 +127,7 @@ def training_pipeline(
         and mix.mode in ("saliencymix", "cutmix")
         and pays_in_the_mix(process_on or device, device, fp16)
     ):
-        normalise = Normalise(*_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
+        normalise = Normalise(*IMAGENET_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
         # On the way to another device the pixels are still bytes.
@@ -245,7 +243,7 @@ def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
 def _normalised(
     images: DataNode, crop: tuple[int, int], fp16: bool, layout: str, mirror: DataNode | int = 0
 ) -> DataNode:
-    mean, std = _IN_GREY_LEVELS
+    mean, std = IMAGENET_IN_GREY_LEVELS
     return fn.crop_mirror_normalize(
         images,
         crop=crop,
