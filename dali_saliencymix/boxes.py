@@ -262,10 +262,10 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
     """
     xp = check_array(boxes, "boxes")
     check_boxes(boxes, "boxes", xp, len(boxes), height, width)
-    return share_outside(boxes, height, width)
+    return lam_of_boxes(boxes, height, width)
 
 
-def share_outside(boxes: Array, height: int, width: int) -> Array:
+def lam_of_boxes(boxes: Array, height: int, width: int) -> Array:
     """Return what `kept_fraction` returns."""
     xp = array_namespace(boxes)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

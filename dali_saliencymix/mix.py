@@ -18,7 +18,7 @@ from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import MAP_SIZE
-from dali_saliencymix.boxes import find_peaks, move_boxes, place_boxes, scale_points, share_outside
+from dali_saliencymix.boxes import find_peaks, move_boxes, place_boxes, scale_points, lam_of_boxes
 from dali_saliencymix.options import MODES, SOURCES, MixOptions, check_with_peaks
 from dali_saliencymix.pixels import blend, paste
 from dali_saliencymix.saliency import saliency_maps
@@ -399,7 +399,7 @@ def _pasted(batch: _Batch, boxes: Array, source_boxes: Array | None, paste_them:
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
     mixed = (paste_them or paste)(images, source_index, boxes, source_boxes=source_boxes)
-    lam = share_outside(boxes, *images.shape[1:3])
+    lam = lam_of_boxes(boxes, *images.shape[1:3])
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 
 
