@@ -18,7 +18,7 @@ from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import MAP_SIZE
-from dali_saliencymix.boxes import find_peaks, move_boxes, place_boxes, scale_points, lam_of_boxes
+from dali_saliencymix.boxes import find_peaks, lam_of_boxes, move_boxes, place_boxes, scale_points
 from dali_saliencymix.options import MODES, SOURCES, MixOptions, check_with_peaks
 from dali_saliencymix.pixels import blend, paste
 from dali_saliencymix.saliency import saliency_maps
