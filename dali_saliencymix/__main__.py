@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from dali_saliencymix import __version__
-from dali_saliencymix.options import MODES, add_option
+from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
     preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
     preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
-    for option in ("alpha", "prob", "preset", "saliency", "source", "destination", "box", "per_batch"):
+    for option in ("alpha", "prob", "preset", *PRESET_OPTIONS):
         add_option(preview, option)
     preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
 

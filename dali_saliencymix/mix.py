@@ -330,8 +330,7 @@ def apply(
     elif options.mode is None:
         msg = f"mode must be given where there are several modes: {', '.join(options.modes)}"
         raise ValueError(msg)
-    at_random = options.mode == "saliencymix" and options.destination == "random"
-    if mode is not None or options.mode == "cutmix" or at_random:
+    if mode is not None or options.needs_point:
         check_fractions(point, "point", xp, count)
     if peaks is not None:
         check_points(peaks, "peaks", xp, count, *images.shape[1:3])

@@ -38,6 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_DEFAULT, "saliency": "fine_grained"},
     "released-code": {**_DEFAULT, "saliency": "fine_grained", "box": "clip", "per_batch": True},
 }
+PRESET_OPTIONS = tuple(_DEFAULT)
 _BOX_OF_CUTMIX = "clip"  # whatever the preset
 
 _SALIENCYMIX = MODES[:1]
@@ -152,6 +153,11 @@ class MixOptions:
     def mode(self) -> str | None:
         """The mode, where there is one only."""
         return next(iter(self.modes)) if len(self.modes) == 1 else None
+
+    @property
+    def needs_point(self) -> bool:
+        """Whether a point of each image has to be drawn: for several modes, for cutmix, and for a random place."""
+        return self.mode in (None, "cutmix") or (self.mode == "saliencymix" and self.destination == "random")
 
     @property
     def probabilities(self) -> dict[str, float]:

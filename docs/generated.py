@@ -14,6 +14,7 @@ from unittest import mock
 import transfer_voc
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
+from dali_saliencymix.options import PRESET_OPTIONS
 from dali_saliencymix.training.arguments import parse_arguments
 
 DETECTOR_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "detectors-cpu-2-cores.json"
@@ -38,9 +39,11 @@ def parts() -> dict[str, str]:
 
 def presets() -> str:
     """Return the options of each preset as a table."""
-    options = ("saliency", "source", "destination", "box", "per_batch")
-    rows = ([f"`{name}`", *(f"`{getattr(preset, option)}`" for option in options)] for name, preset in PRESETS.items())
-    return table(["preset", *(f"`{option}`" for option in options)], rows)
+    rows = (
+        [f"`{name}`", *(f"`{getattr(preset, option)}`" for option in PRESET_OPTIONS)]
+        for name, preset in PRESETS.items()
+    )
+    return table(["preset", *(f"`{option}`" for option in PRESET_OPTIONS)], rows)
 
 
 def detector_costs() -> str:

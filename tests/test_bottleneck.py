@@ -487,7 +487,7 @@ def test_a_stage_is_what_its_node_says_whatever_its_function_looks_like(files):
         images = fn.resize(fn.decoders.image(encoded), size=(24, 24))
         like_ours = functools.partial(theirs, function="saliencymix", detector="d", smoothing=0.1, options=None)
         images = fn.python_function(images, function=like_ours, output_layouts=["HWC"])
-        images = python_operator(lambda renamed: (renamed + 0,), images, name="x", stage=Stage("pasted anew"))
+        images = python_operator(lambda renamed: (renamed + 0,), images, name="x", stage=Stage("pasted twice"))
         searching = Stage("found and pasted", lambda: left_out.append(1))
         return python_operator(lambda renamed: (renamed + 0,), images, name="y", stage=searching)
 
@@ -497,7 +497,7 @@ def test_a_stage_is_what_its_node_says_whatever_its_function_looks_like(files):
         ("decode", "decode"),
         ("resize", "prep"),
         ("python function theirs", "prep"),
-        ("pasted anew", "mix"),
+        ("pasted twice", "mix"),
         ("found and pasted", "mix"),
         ("saliency", "mix"),
     ]

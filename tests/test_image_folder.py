@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torchvision
 
@@ -74,3 +76,14 @@ def test_a_folder_that_cannot_serve_is_named(tmp_path):
             list_image_folder(tmp_path / name)
         assert str(raised.value).startswith(f"{tmp_path / name}: {why}")
         assert "\n" not in str(raised.value)
+
+
+def test_a_part_of_a_folder_keeps_its_classes(tmp_path):
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    folder = list_image_folder(tmp_path)
+    part = folder.take([2, 0, 2])
+    assert [Path(file).name for file in part.files] == ["3.jpg", "1.jpg", "3.jpg"]
+    assert part.labels == [1, 0, 1]
+    assert (part.root, part.classes) == (folder.root, ["a", "b"])

@@ -136,3 +136,17 @@ def test_a_command_line_takes_options_from_their_declaration():
         assert choice in text
     for name in names:
         assert DECLARED[name].metadata["help"].split(";")[0] in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({}, False),
+        ({"destination": "random"}, True),
+        ({"modes": {"cutmix": 1}}, True),
+        ({"modes": {"mixup": 1}}, False),
+        ({"modes": {"mixup": 1, "saliencymix": 1}}, True),
+    ],
+)
+def test_a_point_is_drawn_where_it_is_needed(given, needed):
+    assert MixOptions(**given).needs_point is needed

@@ -75,8 +75,7 @@ def mix_nodes(
     if policy:
         probabilities = list(options.probabilities.values())
         drawn["mode"] = [fn.random.choice(len(probabilities), p=probabilities)]
-    at_random = options.mode == "saliencymix" and options.destination == "random"
-    if policy or options.mode == "cutmix" or at_random:
+    if policy or options.needs_point:
         drawn["point"] = [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
     source_index = fn.batch_permutation()
     drawn = {"source_index": [source_index], **drawn}

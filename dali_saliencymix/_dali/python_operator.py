@@ -111,7 +111,7 @@ def python_operator(
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         operator = _whole_batch_function()(limited, _module="dali_saliencymix.fn", _display_name=name, **options)
         nodes = _marked(operator(*inputs), stage)
-        # CuPy's pool may reuse a buffer once DALI or its user lets go of it, while they may still read it on streams of
+        # CuPy's pool may reuse a buffer once DALI or its user releases it, while they may still read it on streams of
         # their own. DALI's copy, on this one, is the one to keep.
         return nodes if device == "cpu" else fn.copy(nodes)
     if layouts:

@@ -130,12 +130,8 @@ def _name(options: DataOptions) -> str | None:
 
 
 def _part_of(data: FolderData, whole: int, wanted: int) -> FolderData:
-    folder = data.train
-    chosen = _spread_indices(len(folder), whole, wanted)
-    part = replace(
-        folder, files=[folder.files[index] for index in chosen], labels=[folder.labels[index] for index in chosen]
-    )
-    return replace(data, train=part)
+    chosen = _spread_indices(len(data.train), whole, wanted)
+    return replace(data, train=data.train.take(chosen))
 
 
 def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:

@@ -42,6 +42,11 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def take(self, indices: Sequence[int]) -> ImageFolder:
+        """Return a folder of the same classes with the images at these places, in this order."""
+        files, labels = [self.files[index] for index in indices], [self.labels[index] for index in indices]
+        return ImageFolder(self.root, self.classes, files, labels)
+
 
 def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None) -> ImageFolder:
     """List the images below `root`, which holds one folder per class.

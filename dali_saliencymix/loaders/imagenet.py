@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -448,9 +448,7 @@ def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
     if not kept:
         msg = f"{option} {path}: names no image"
         raise ValueError(msg)
-    return replace(
-        folder, files=[folder.files[number] for number in kept], labels=[folder.labels[number] for number in kept]
-    )
+    return folder.take(kept)
 
 
 def _relative_names(folder: ImageFolder) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.loaders.options import BACKENDS, DATASETS, DataOptions
-from dali_saliencymix.options import MODES, MixOptions, add_option, unused_options
+from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options
 from dali_saliencymix.training.models import model_names
 from dali_saliencymix.training.options import (
     EvaluationOptions,
@@ -32,9 +32,7 @@ Group = TypeVar("Group")
 _GROUPS = (DataOptions, ModelOptions, OptimizerOptions, ScheduleOptions, RunOptions, EvaluationOptions)
 
 # The mixing options that there are, and what they are called here.
-_MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {
-    name: name for name in ("preset", "saliency", "source", "destination", "box", "per_batch")
-}
+_MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name in ("preset", *PRESET_OPTIONS)}
 
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "a positive number": (lambda value: 0 < value < math.inf, ("lr", "lr_gamma", "clip_grad_norm")),
