@@ -111,7 +111,7 @@ def test_command(out: Path) -> list[str]:
     if machine.installed("pytest_timeout"):
         line += ["-p", "pytest_timeout", "--timeout=90"]
     if machine.installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
-        line += ["-p", "xdist", "-n", str(min(8, machine.cores()))]
+        line += ["-p", "xdist", "-n", str(min(12, machine.cores()))]
     lacking = files_with_missing_imports()
     return [*line, *(name for name in test_files() if name not in lacking)]
 

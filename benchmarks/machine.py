@@ -26,7 +26,7 @@ _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-
 _PACKAGES += ("timm", "kornia", "mixup", "spdl", "torchcodec")  # what benchmarks/peers.py measures
 
 # Options that say what is measured for how long and where it goes, not how.
-_NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on")
+_NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on", "logs", "checks")
 
 # Of a pool of processes: an interrupt, which all of them get, is for the one that started them.
 DEAF_TO_INTERRUPTS: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}

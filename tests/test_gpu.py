@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import subprocess
+import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 
 import dali_saliencymix.fn as dsfn
+from benchmarks.gpu_checks import TAKES_A_BATCH
 from dali_saliencymix import DETECTORS, cutmix, draw_params, saliencymix
 from dali_saliencymix._routes import GpuRoute, on_gpu
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -19,6 +25,8 @@ from dali_saliencymix.loaders.imagenet import training_loader
 from dali_saliencymix.options import MixOptions
 
 pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +121,141 @@ def folder(tmp_path_factory):
     return list_image_folder(root / "train")
 
 
+DEVICE = torch.device("cuda", 0)
+ROUTES = {
+    "samples": {},
+    "whole_batches": {"whole_batches": True},
+    "normalise": {"normalise": True},
+    "all": vars(GpuRoute(True, True, True, True)),
+}
+
+
+@pytest.fixture(params=ROUTES)
+def route(request):
+    """Each route through the graph in turn, for whatever a test builds and runs."""
+    with on_gpu(**ROUTES[request.param]):
+        yield
+
+
+def loader_of(folder, *, saliency="fine_grained", **options):
+    """Return a training loader on the GPU: 4 batches an epoch."""
+    mix = MixOptions(saliency=saliency, prob=0.75, algorithm=options.pop("algorithm", "auto"))
+    sizes = {"batch_size": 8, "num_threads": 2, "crop_size": 64}
+    return training_loader(folder, device=DEVICE, mix=mix, **sizes, **options)
+
+
+def fetched(batch):
+    """Return a batch in host memory, with nothing left to do on the GPU."""
+    torch.cuda.synchronize()
+    return [tensor.cpu() for tensor in batch]
+
+
+def batches_of(loader, epochs):
+    """Give the batches of some epochs, each as it comes."""
+    for _ in range(epochs):
+        yield from loader
+
+
+def assert_equal_batches(batches, expected):
+    for batch, other in zip(batches, expected, strict=True):
+        for ours, theirs in zip(batch, other, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(("fp16", "channels_last"), [(False, False), (True, True)])
 @pytest.mark.parametrize("algorithm", ["array", "kernel"])
-@pytest.mark.parametrize(
-    "route", [{"whole_batches": True}, {"normalise": True}, vars(GpuRoute(True, True, True, True))]
-)
 def test_every_route_of_the_loader_gives_the_same_batches(folder, route, algorithm, fp16, channels_last):
-    def batches(algorithm, **route):
-        with on_gpu(**route):
-            loader = training_loader(
-                folder,
-                batch_size=8,
-                num_threads=2,
-                device=torch.device("cuda", 0),
-                crop_size=64,
-                mix=MixOptions(saliency="fine_grained", prob=0.75, algorithm=algorithm),
-                fp16=fp16,
-                channels_last=channels_last,
-            )
-            return [batch for _ in range(2) for batch in loader]
-
-    for ours, theirs in zip(batches(algorithm, **route), batches("array"), strict=True):
-        for our_part, their_part in zip(ours, theirs, strict=True):
+    options = {"fp16": fp16, "channels_last": channels_last}
+    ours = list(map(fetched, batches_of(loader_of(folder, algorithm=algorithm, **options), 2)))
+    with on_gpu(**vars(GpuRoute())):
+        theirs = list(map(fetched, batches_of(loader_of(folder, algorithm="array", **options), 2)))
+    tolerance = 2e-3 if fp16 else 1e-5
+    for batch, other in zip(ours, theirs, strict=True):
+        for our_part, their_part in zip(batch, other, strict=True):
             assert our_part.dtype == their_part.dtype
             assert our_part.stride() == their_part.stride()
-            torch.testing.assert_close(our_part, their_part, rtol=2e-3 if fp16 else 1e-5, atol=2e-3 if fp16 else 1e-5)
+            torch.testing.assert_close(our_part, their_part, rtol=tolerance, atol=tolerance)
+
+
+def test_the_seed_decides_the_batches(folder, route):
+    ours, theirs, others = (list(map(fetched, batches_of(loader_of(folder, seed=seed), 2))) for seed in (1, 1, 2))
+    assert_equal_batches(ours, theirs)
+    assert not all(torch.equal(one[0], other[0]) for one, other in zip(ours, others, strict=True))
+
+
+def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder, route):
+    loader, batches, states = loader_of(folder), [], []
+    for batch in batches_of(loader, 2):
+        batches.append(fetched(batch))
+        states.append(loader.state())
+    for position in (1, 3, 6):
+        restored = loader_of(folder, state=states[position - 1])
+        rest = [fetched(batch) for batch in restored]
+        assert_equal_batches(rest, batches[position : position + len(rest)])
+
+
+def test_batches_that_are_held_keep_their_pixels(folder, route):
+    held, copies = [], []
+    for batch in batches_of(loader_of(folder), 5):
+        held.append(batch)
+        copies.append(fetched(batch))
+    assert len(held) == 20
+    assert_equal_batches(map(fetched, held), copies)
+
+
+def busy(milliseconds):
+    """Keep the current stream of PyTorch busy for about as long."""
+    torch.cuda._sleep(int(1.5e6 * milliseconds))  # cycles
+
+
+def slow_detector(images):
+    """Return maps that are ready a good while after the call."""
+    import cupy
+
+    with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
+        busy(30)
+    return images[..., 1].astype(cupy.float32)
+
+
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_a_batch_is_whole_when_it_is_read_at_once(folder, route, stream):
+    make = functools.partial(loader_of, folder, saliency=slow_detector)
+    expected = list(map(fetched, batches_of(make(), 2)))
+    with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
+        copies = [[tensor.clone() for tensor in batch] for batch in batches_of(make(), 2)]  # waits for nothing
+    assert_equal_batches(map(fetched, copies), expected)
+
+
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_a_batch_may_be_dropped_while_the_gpu_has_yet_to_read_it(folder, route, stream):
+    expected = list(map(fetched, batches_of(loader_of(folder), 3)))
+    copies = []
+    with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
+        for batch in batches_of(loader_of(folder), 3):
+            busy(30)  # as the step before, which a training does not wait for
+            copies.append([tensor.clone() for tensor in batch])
+            del batch
+    assert_equal_batches(map(fetched, copies), expected)
+
+
+def test_bad_files_are_named_and_left_out(folder, tmp_path, capfd):
+    whole = Path(folder.files[0]).read_bytes()
+    files = list(folder.files)
+    for index, content in {3: whole[: len(whole) // 2], 11: b"", 22: b"no picture\n" * 40}.items():
+        files[index] = str(tmp_path / f"{index}.jpg")
+        Path(files[index]).write_bytes(content)
+    loader = loader_of(replace(folder, files=files), max_bad_batches=3)
+    batches = list(map(fetched, batches_of(loader, 2)))
+    assert len(batches) == 2 * len(loader) == 8
+    assert all(images.isfinite().all() for images, *_ in batches)
+    assert sorted(loader.bad_files) == sorted(files[index] for index in (3, 11, 22))
+    said = capfd.readouterr().err
+    assert all(f": {file}: " in said for file in loader.bad_files)
+
+
+@pytest.mark.parametrize("what", TAKES_A_BATCH)
+def test_a_program_that_has_taken_a_batch_ends_by_itself(folder, what):
+    command = [sys.executable, "-c", TAKES_A_BATCH[what], str(folder.root)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80, check=False)
+    assert (ended.returncode, "64" in ended.stdout) == (0, True), ended.stderr
+    assert "Traceback" not in ended.stderr

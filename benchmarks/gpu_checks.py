@@ -1,0 +1,437 @@
+"""Does it run right on a GPU? Trainings, a run that is killed, validation by each backend, memory, programs that end.
+
+    python -m benchmarks.gpu_checks DATA -o benchmarks/results/NAME.json
+
+DATA holds train/ and val/. The question is whether it works, not how fast: several trainings run at a time. The tests
+marked gpu ask what can be asked of a few small batches; here are whole programs and batches of full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import gc
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import bench_ops, machine, measure
+from dali_saliencymix._routes import GpuRoute, on_gpu
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.imagenet import training_loader
+from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.options import MixOptions
+from dali_saliencymix.training.checkpoints import load_checkpoint
+from dali_saliencymix.training.models import make_model
+
+BACKENDS = ("dali-gpu", "dali-cpu", "pytorch")
+
+# Programs that take a batch from a pipeline on a GPU and end without letting go of it.
+TAKES_A_BATCH = {
+    "iterator": """
+import sys, torch
+from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.loaders.imagenet import training_loader
+from dali_saliencymix.options import MixOptions
+loader = training_loader(list_image_folder(sys.argv[1]), batch_size=8, num_threads=2, crop_size=64,
+                         device=torch.device("cuda", 0), mix=MixOptions())
+images, *_ = next(iter(loader))
+print(list(images.shape))
+""",
+    "pipeline": """
+import sys
+from nvidia.dali import fn, pipeline_def
+import dali_saliencymix.fn as dsfn
+@pipeline_def(batch_size=8, num_threads=2, device_id=0)
+def mixed():
+    encoded, labels = fn.readers.file(file_root=sys.argv[1], random_shuffle=True)
+    images = fn.resize(fn.decoders.image(encoded, device="mixed"), size=(64, 64))
+    return dsfn.saliencymix(images, labels)
+pipeline = mixed()
+print(pipeline.run()[0].shape())
+""",
+}
+
+_TOGETHER = 3  # trainings at a time
+
+_TRAININGS = {
+    "saliencymix, compiled": ("--compile",),  # takes the longest
+    "none": ("--mix", "none"),
+    "cutmix": ("--mix", "cutmix"),
+    "saliencymix spectral_residual": ("--saliency", "spectral_residual"),
+    "saliencymix fine_grained": ("--saliency", "fine_grained"),
+    "saliencymix, fp16": ("--amp-dtype", "fp16"),
+}
+_EVALUATED = "saliencymix spectral_residual"  # its checkpoint is
+
+# What a training shows of its progress: neither a warning nor an error.
+_PROGRESS = re.compile(r"^(epoch \d+/\d+|validation)\b")
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Check, and write what came out after each part."""
+    parser = measure.parser(__doc__)
+    parser.add_argument("data", type=Path, metavar="DATA", help="photographs, in class folders of train/ and val/")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help="some of all")
+    parser.add_argument("-a", "--arch", default="resnet50", help="network of the trainings (default: %(default)s)")
+    parser.add_argument("-b", "--batch-size", type=measure.positive, default=256, help="default: %(default)s")
+    parser.add_argument("--crop-size", type=measure.positive, default=224, help="default: %(default)s")
+    parser.add_argument("--steps", type=measure.positive, default=60, help="of each training (default: %(default)s)")
+    parser.add_argument("--batches", type=measure.positive, default=500, help="while memory is watched (default: 500)")
+    parser.add_argument("--programs", type=measure.positive, default=20, help="that have to end (default: 20)")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the trainings print")
+    options = parser.parse_args()
+    gpu = machine.wants_gpu(options)
+    result: Result = {"benchmark": "gpu_checks", "conditions": machine.conditions(options, gpu=gpu)}
+    options.checked_device = "cuda" if gpu else "cpu"
+    bad = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.checks:
+            measure.say(f"---- {name}")
+            start = time.monotonic()
+            try:
+                found = CHECKS[name](options, Path(folder))
+            except Exception as error:  # whatever it is: the other parts can be checked all the same
+                found = {"wrong": [measure.one_line(error)]}
+            result[name] = {"seconds": round(time.monotonic() - start), **found}
+            bad += [f"{name}: {wrong}" for wrong in found["wrong"]]
+            measure.write(result, options.output)
+            measure.say(json.dumps(result[name], indent=1))
+            gc.collect()
+    if bad:
+        raise RuntimeError("; ".join(bad))
+
+
+# ---- trainings -------------------------------------------------------------------------------------------------------
+
+
+def command(options: argparse.Namespace, output: Path, *more: str | int) -> list[str]:
+    """Return the command line of a training."""
+    backend = "dali-gpu" if options.checked_device == "cuda" else "dali-cpu"
+    sizes = ("--train-crop-size", options.crop_size, *val_sizes(options))
+    line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, machine.cores()))
+    line += ("--data-backend", backend, "--device", options.checked_device, *sizes, "--output-dir", output, *more)
+    return [sys.executable, *map(str, line)]
+
+
+def val_sizes(options: argparse.Namespace) -> tuple[str | int, ...]:
+    """Return the options that decide the size of validation images."""
+    return "--val-resize-size", options.crop_size * 8 // 7, "--val-crop-size", options.crop_size
+
+
+def trained(options: argparse.Namespace, output: Path, *more: str | int) -> Result:
+    """Train for some steps; return the mean loss of each epoch, and what was said beside progress."""
+    epochs = ("--epochs", 1000, "--max-steps", options.steps, "--training-only", "--amp", "--channels-last")
+    line = command(options, output, *epochs, *more)
+    ended = subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, check=False)
+    if options.logs:
+        options.logs.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"\W+", "-", output.name)
+        (options.logs / f"{name}.txt").write_text(f"{line}\n{ended.stdout}\n{ended.stderr}")
+    found: Result = {"exit_status": ended.returncode, "said": said(ended.stderr)}
+    log = output / "log.jsonl"
+    lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+    of_epochs = [line for line in lines if line["event"] == "epoch"]
+    found["steps"] = of_epochs[-1]["total_steps"] if of_epochs else 0
+    found["losses"] = [line["train"]["loss"] for line in of_epochs]
+    found["gpu_memory"] = {name: value for line in of_epochs[-1:] for name, value in line.items() if "memory" in name}
+    return found
+
+
+def said(text: str) -> list[str]:
+    """Return the lines that a training has written to stderr, but for its progress."""
+    lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
+    return [measure.shortened(line) for line in lines if line and not _PROGRESS.match(line)]
+
+
+def wrong_with(name: str, found: Result, steps: int) -> list[str]:
+    """Return what is wrong with a training."""
+    wrong = []
+    if found["exit_status"] != 0:
+        wrong.append(f"{name}: exit status {found['exit_status']}: {' | '.join(found['said'][-3:])}")
+    elif found["steps"] != steps:
+        wrong.append(f"{name}: {found['steps']} steps in the place of {steps}")
+    if not all(loss is not None and math.isfinite(loss) for loss in found["losses"]):
+        wrong.append(f"{name}: losses of {found['losses']}")
+    return wrong
+
+
+def check_trainings(options: argparse.Namespace, folder: Path) -> Result:
+    """Train by each mix, compiled, and in 16 bits of either kind."""
+    with concurrent.futures.ThreadPoolExecutor(_TOGETHER) as pool:
+        runs = {name: pool.submit(trained, options, folder / name, *more) for name, more in _TRAININGS.items()}
+        found = {name: run.result() for name, run in runs.items()}
+    return {"runs": found, "wrong": [text for name in found for text in wrong_with(name, found[name], options.steps)]}
+
+
+def check_killed(options: argparse.Namespace, folder: Path) -> Result:
+    """Compare the weights after a run that was killed and resumed with those after one that was not."""
+    same = ("--deterministic", "--checkpoint-every", max(options.steps // 6, 1))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        unbroken = pool.submit(trained, options, folder / "unbroken", *same)
+        killed_at = kill(options, folder / "killed", *same)
+        # --max-steps counts those of this run.
+        left = argparse.Namespace(**{**vars(options), "steps": options.steps - killed_at})
+        resumed = trained(left, folder / "killed", *same, "--resume", "auto")
+        found = {"unbroken": unbroken.result(), "killed_after": killed_at, "resumed": resumed}
+    wrong = [text for name in ("unbroken", "resumed") for text in wrong_with(name, found[name], options.steps)]
+    if not wrong:
+        ours, theirs = (
+            load_checkpoint(folder / name / "checkpoint_last.pt")["model"] for name in ("unbroken", "killed")
+        )
+        pairs = [(ours[name].double(), theirs[name].double()) for name in ours]
+        found["largest_difference_of_weights"] = max((one - other).abs().max().item() for one, other in pairs)
+        if found["largest_difference_of_weights"]:
+            wrong.append(f"weights differ by up to {found['largest_difference_of_weights']:.3g}")
+    return {**found, "wrong": wrong}
+
+
+def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
+    """Kill a training once it has written a second checkpoint; return the step of the last one."""
+    line = command(options, output, "--epochs", 1000, "--training-only", "--amp", "--channels-last", *more)
+    training = subprocess.Popen(line, cwd=measure.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while len(list(output.glob("checkpoint_e*.pt"))) < 2:
+            if training.poll() is not None:
+                msg = f"the training to be killed ended by itself, with status {training.returncode}"
+                raise RuntimeError(msg)
+            time.sleep(0.05)
+    finally:
+        training.send_signal(signal.SIGKILL)
+        training.wait()
+    saved = load_checkpoint(output / "checkpoint_last.pt", ("epoch", "step"))
+    images = len(list_image_folder(options.data / "train"))
+    return saved["epoch"] * (images // options.batch_size) + saved["step"]
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def check_validation(options: argparse.Namespace, folder: Path) -> Result:
+    """Validate a checkpoint by each backend, and compare pixels and logits with those of the first."""
+    output = folder / _EVALUATED
+    if not (output / "checkpoint_last.pt").exists():
+        trained(options, output, *_TRAININGS[_EVALUATED])
+    checkpoint = output / "checkpoint_last.pt"
+    found: Result = {}
+    wrong = []
+    backends = BACKENDS if options.checked_device == "cuda" else BACKENDS[1:]
+    with concurrent.futures.ThreadPoolExecutor(len(backends)) as pool:
+        for backend, (status, text, val) in zip(
+            backends, pool.map(lambda backend: evaluated(options, checkpoint, backend), backends), strict=True
+        ):
+            found[backend] = {"top1": val.get("top1"), "images": val.get("images"), "said": text}
+            if status:
+                wrong.append(f"{backend}: exit status {status}: {' | '.join(text[-3:])}")
+    saved = load_checkpoint(checkpoint, ("model", "classes"))
+    model = make_model(options.arch, len(saved["classes"])).to(options.checked_device).eval()
+    model.load_state_dict(saved["model"])
+    first, *others = [(backend, *answers(options, model, backend)) for backend in backends]
+    for backend, images, logits, labels in others:
+        if not torch.equal(labels, first[3]):
+            wrong.append(f"{backend}: other labels, or in another order")
+            continue
+        found[backend] |= {
+            f"compared_with_{first[0]}": {
+                "largest_difference_of_logits": (logits - first[2]).abs().max().item(),
+                "standard_deviation_of_logits": first[2].std().item(),
+                "other_answers": int((logits.argmax(1) != first[2].argmax(1)).sum()),
+                # Of normalised pixels, one standard deviation of ImageNet is 57 grey levels.
+                "mean_difference_of_pixels": (images - first[1]).abs().mean().item(),
+                "largest_mean_difference_of_an_image": (images - first[1]).abs().mean(dim=(1, 2, 3)).max().item(),
+            }
+        }
+    return {"backends": found, "wrong": wrong}
+
+
+def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> tuple[int, list[str], dict[str, float]]:
+    """Validate a checkpoint; return the exit status, what was said, and the figures."""
+    report = checkpoint.parent / f"{backend}.json"
+    more = ("--evaluate", "--resume", checkpoint, "--data-backend", backend, "--report", report)
+    ended = subprocess.run(
+        command(options, checkpoint.parent / backend, *more),
+        cwd=measure.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    val = json.loads(report.read_text())["val"] if report.exists() else {}
+    return ended.returncode, said(ended.stderr), val
+
+
+@torch.no_grad()
+def answers(
+    options: argparse.Namespace, model: torch.nn.Module, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the pixels, logits and labels of all validation images, in host memory."""
+    device = torch.device(options.checked_device)
+    _, resize_size, _, crop_size = val_sizes(options)
+    wanted = DataOptions(
+        data_backend=backend,
+        train_dir=options.data / "train",
+        val_dir=options.data / "val",
+        batch_size=32,
+        val_resize_size=resize_size,
+        val_crop_size=crop_size,
+        device=device.type,
+    )
+    if device.type == "cuda":
+        device = torch.device("cuda", 0)
+    loader = open_data(wanted).val_loader(wanted, Processes(0, 0, 1, device))
+    parts = [(images.cpu(), model(images).cpu(), labels.cpu()) for images, labels in loader if len(images)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def check_memory(options: argparse.Namespace, folder: Path) -> Result:
+    """Watch memory over many batches, of one image much larger than the others, and of the mix itself."""
+    listed = list_image_folder(options.data / "train")
+    found: Result = {"over_batches": {}}
+    wrong = []
+    routes = {"as it is": GpuRoute(), "whole batches, kernels, normalising": GpuRoute(True, True, True, True)}
+    for name, route in routes.items():
+        with on_gpu(**vars(route)):
+            readings = watched(loader_of(options, listed), options.batches)
+        found["over_batches"][name] = readings
+        wrong += [f"{name}: {what}" for what in growth(readings)]
+        gc.collect()
+    found["one_large_image"] = one_large_image(options, folder / "large")
+    if options.checked_device == "cuda":
+        found["peak_relative_to_batch"] = peaks(options)
+    return {**found, "wrong": wrong}
+
+
+def loader_of(options: argparse.Namespace, listed: Any, batch_size: int | None = None) -> Any:
+    """Return the loader of a training."""
+    device = torch.device("cuda", 0) if options.checked_device == "cuda" else torch.device("cpu")
+    return training_loader(
+        listed,
+        batch_size=batch_size or options.batch_size,
+        num_threads=machine.cores(),
+        device=device,
+        crop_size=options.crop_size,
+        mix=MixOptions(),
+    )
+
+
+def watched(loader: Any, batches: int) -> list[dict[str, float]]:
+    """Return what is in use every now and then while batches are taken: MB of the GPU and resident MB."""
+    readings, every = [], max(batches // 10, 1)
+    taken = 0
+    while taken < batches:
+        for _ in loader:
+            taken += 1
+            if taken % every == 0:
+                readings.append({"batches": taken, **in_use()})
+            if taken == batches:
+                break
+    return readings
+
+
+def in_use() -> dict[str, float]:
+    """Return the MB in use of the GPU, by all processes, and those resident of this process."""
+    status = Path("/proc/self/status").read_text()
+    found = {"resident_mb": round(int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6, 1)}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        found["gpu_mb"] = round((total - free) / 1e6, 1)
+    return found
+
+
+def growth(readings: list[dict[str, float]]) -> list[str]:
+    """Return what has grown by more than a tenth, and 100 MB, from a third of the batches to the end."""
+    then, now = readings[len(readings) // 3], readings[-1]
+    return [
+        f"{name} grew from {then[name]:g} to {now[name]:g}"
+        for name in then
+        if name != "batches" and now[name] > max(1.1 * then[name], then[name] + 100)
+    ]
+
+
+def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
+    """Return the memory in use around batches in which one image has 9000 x 9000 pixels."""
+    make_sample_data(folder, train=8, val=1)
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8))
+    listed = list_image_folder(folder / "train")
+    small.resize((9000, 9000)).save(listed.files[5], "JPEG")
+    before = in_use()
+    loader = loader_of(options, listed, batch_size=min(64, len(listed)))
+    images = [batch[0] for _ in range(3) for batch in loader]
+    whole = all(bool(batch.isfinite().all()) for batch in images)
+    return {"before": before, "afterwards": in_use(), "batches": len(images), "pixels_are_numbers": whole}
+
+
+def peaks(options: argparse.Namespace) -> Result:
+    """Return the GPU memory that the mix of a batch takes, relative to the bytes of the batch."""
+    inputs = bench_ops.Inputs(options.crop_size, options.batch_size)
+    found: Result = {}
+    for detector in ("spectral_residual", "fine_grained"):
+        variants = bench_ops.package_variants(inputs, "cupy", detector, steps=False)
+        found |= bench_ops.peak_memory(variants, inputs)
+    return found
+
+
+# ---- programs that end -----------------------------------------------------------------------------------------------
+
+
+def check_ends(options: argparse.Namespace, folder: Path) -> Result:
+    """Run programs that take a batch and end without letting go of anything."""
+    make_sample_data(folder / "sample", train=8, val=1)
+    code = TAKES_A_BATCH if options.checked_device == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
+    names = [list(code)[number % len(code)] for number in range(options.programs)]
+    end = functools.partial(ended, folder=folder / "sample" / "train")
+    with concurrent.futures.ThreadPoolExecutor(max(machine.cores() // 2, 1)) as pool:
+        found = list(pool.map(lambda name: end(code[name]), names))
+    wrong = [f"{name}: {text}" for name, (status, text, _) in zip(names, found, strict=True) if status != 0]
+    longest = max(seconds for _, _, seconds in found)
+    return {"programs": len(names), "ended_well": len(names) - len(wrong), "longest_seconds": longest, "wrong": wrong}
+
+
+def _on_a_cpu(code: str) -> str:
+    return code.replace('"cuda", 0', '"cpu"')
+
+
+def ended(code: str, folder: Path) -> tuple[int | None, str, float]:
+    """Return the exit status of a program, None if it hangs, what it said last, and the seconds that it took."""
+    start = time.monotonic()
+    try:
+        line = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, timeout=90, check=False)
+    except subprocess.TimeoutExpired:
+        return None, "it did not end", 90.0
+    return done.returncode, measure.shortened(done.stderr), round(time.monotonic() - start, 1)
+
+
+CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
+    "ends": check_ends,
+    "trainings": check_trainings,
+    "validation": check_validation,
+    "killed": check_killed,
+    "memory": check_memory,
+}
+
+
+if __name__ == "__main__":
+    measure.run(main)
