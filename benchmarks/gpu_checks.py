@@ -78,7 +78,8 @@ _TRAININGS = {
     "saliencymix fine_grained": ("--saliency", "fine_grained"),
     "saliencymix, fp16": ("--amp-dtype", "fp16"),
 }
-_EVALUATED = "saliencymix spectral_residual"  # its checkpoint is
+# So that the network whose answers are compared has learnt something.
+_VALIDATED = ("--mix", "none", "--lr", 0.05, "--lr-warmup-epochs", 2, "--min-crop-area", 0.35)
 
 # What a training shows of its progress: neither a warning nor an error.
 _PROGRESS = re.compile(r"^(epoch \d+/\d+|validation)\b")
@@ -91,6 +92,8 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("data", type=Path, metavar="DATA", help="photographs, in class folders of train/ and val/")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help="some of all")
+    every = list(_TRAININGS)
+    parser.add_argument("--trainings", nargs="+", choices=every, default=every, metavar="NAME", help="some of them")
     parser.add_argument("-a", "--arch", default="resnet50", help="network of the trainings (default: %(default)s)")
     parser.add_argument("-b", "--batch-size", type=measure.positive, default=256, help="default: %(default)s")
     parser.add_argument("--crop-size", type=measure.positive, default=224, help="default: %(default)s")
@@ -152,7 +155,7 @@ def trained(options: argparse.Namespace, output: Path, *more: str | int) -> Resu
     of_epochs = [line for line in lines if line["event"] == "epoch"]
     found["steps"] = of_epochs[-1]["total_steps"] if of_epochs else 0
     found["losses"] = [line["train"]["loss"] for line in of_epochs]
-    found["gpu_memory"] = {name: value for line in of_epochs[-1:] for name, value in line.items() if "memory" in name}
+    found["gpu_peak_mib"] = max((line.get("gpu_peak_mib", 0) for line in of_epochs), default=0)
     return found
 
 
@@ -177,7 +180,7 @@ def wrong_with(name: str, found: Result, steps: int) -> list[str]:
 def check_trainings(options: argparse.Namespace, folder: Path) -> Result:
     """Train by each mix, compiled, and in 16 bits of either kind."""
     with concurrent.futures.ThreadPoolExecutor(_TOGETHER) as pool:
-        runs = {name: pool.submit(trained, options, folder / name, *more) for name, more in _TRAININGS.items()}
+        runs = {name: pool.submit(trained, options, folder / name, *_TRAININGS[name]) for name in options.trainings}
         found = {name: run.result() for name, run in runs.items()}
     return {"runs": found, "wrong": [text for name in found for text in wrong_with(name, found[name], options.steps)]}
 
@@ -227,12 +230,11 @@ def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
 
 def check_validation(options: argparse.Namespace, folder: Path) -> Result:
     """Validate a checkpoint by each backend, and compare pixels and logits with those of the first."""
-    output = folder / _EVALUATED
-    if not (output / "checkpoint_last.pt").exists():
-        trained(options, output, *_TRAININGS[_EVALUATED])
-    checkpoint = output / "checkpoint_last.pt"
+    training = trained(options, folder / "validated", *_VALIDATED)
+    if wrong := wrong_with("training", training, options.steps):
+        return {"training": training, "wrong": wrong}
+    checkpoint = folder / "validated" / "checkpoint_last.pt"
     found: Result = {}
-    wrong = []
     backends = BACKENDS if options.checked_device == "cuda" else BACKENDS[1:]
     with concurrent.futures.ThreadPoolExecutor(len(backends)) as pool:
         for backend, (status, text, val) in zip(
@@ -259,7 +261,7 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
                 "largest_mean_difference_of_an_image": (images - first[1]).abs().mean(dim=(1, 2, 3)).max().item(),
             }
         }
-    return {"backends": found, "wrong": wrong}
+    return {"training": training, "backends": found, "wrong": wrong}
 
 
 def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> tuple[int, list[str], dict[str, float]]:

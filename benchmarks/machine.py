@@ -111,9 +111,9 @@ def identity(*, gpu: bool) -> dict[str, Any]:
         "device": f"CPU, {cores()} threads",
         "cuda": None,
         **(_gpu() if gpu else {}),
-        # A copy without git is told its commit.
-        "commit": _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"])
-        or os.environ.get("COMMIT"),
+        # A copy that git knows nothing of, or the wrong thing, is told its commit.
+        "commit": os.environ.get("COMMIT")
+        or _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"]),
     }
 
 

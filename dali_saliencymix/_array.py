@@ -36,6 +36,23 @@ def is_host(xp: Namespace) -> bool:
     return xp is np
 
 
+class LentStream:
+    """A CUDA stream that belongs to another library, as ``cupy.cuda.Stream.from_external`` takes it.
+
+    Parameters
+    ----------
+    pointer : int
+        Its ``cudaStream_t``.
+    """
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of the protocol and the stream."""
+        return 0, self._pointer
+
+
 def device_of(xp: Namespace) -> int:
     """Return the number of the current device; 0 for host memory."""
     return 0 if is_host(xp) else xp.cuda.runtime.getDevice()

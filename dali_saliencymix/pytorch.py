@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils import data, dlpack
 
-from dali_saliencymix._array import NO_CUPY
+from dali_saliencymix._array import NO_CUPY, LentStream
 from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.draw import draw
@@ -355,7 +355,8 @@ def _on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManage
         return contextlib.nullcontext()
     cupy, contexts = _cupy(), contextlib.ExitStack()
     contexts.enter_context(cupy.cuda.Device(images.device.index))
-    contexts.enter_context(cupy.cuda.ExternalStream(torch.cuda.current_stream(images.device).cuda_stream))
+    lent = LentStream(torch.cuda.current_stream(images.device).cuda_stream)
+    contexts.enter_context(cupy.cuda.Stream.from_external(lent))
     return contexts
 
 

@@ -69,7 +69,7 @@ def stand_in_for_cupy():
     module.lib = SimpleNamespace(stride_tricks=_Module(cupy.lib.stride_tricks, np.lib.stride_tricks))
     module.cuda = SimpleNamespace(
         Device=Device,
-        ExternalStream=ExternalStream,
+        Stream=SimpleNamespace(from_external=lambda lent: Stream(lent.__cuda_stream__()[1])),
         get_current_stream=get_current_stream,
         runtime=SimpleNamespace(getDevice=lambda: 0),
     )
@@ -368,11 +368,11 @@ def _refuse_the_unknown(name):
 
 class _Current(threading.local):
     def __init__(self):
-        self.streams = [ExternalStream(0)]
+        self.streams = [Stream(0)]
 
 
-class ExternalStream:
-    """A stream of another library, current inside a ``with`` block."""
+class Stream:
+    """A stream, current inside a ``with`` block."""
 
     def __init__(self, ptr):
         self.ptr = ptr

@@ -27,7 +27,7 @@ from dali_saliencymix import _routes, boxes_at, boxes_moved_to, kept_fraction, p
 from dali_saliencymix import fine_grained as fine_grained_of_arrays
 from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
-from dali_saliencymix._array import array_namespace
+from dali_saliencymix._array import array_namespace, constant
 from dali_saliencymix._cuda import launch as cuda_launch
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._routes import on_gpu
@@ -393,7 +393,7 @@ def normalised_by_kernel(
     images, source_index, boxes, *, mean, std, source_boxes=None, mirror=None, dtype="float32", layout="CHW", out=None
 ):
     """Take what `paste_normalised` takes."""
-    tables = array_namespace(images).asarray(scaling(mean, std))
+    tables = constant(array_namespace(images), scaling, tuple(mean), tuple(std))
     patches = images, source_index, boxes, source_boxes, mirror
     return cuda.paste_normalised(*patches, tables, np.dtype(dtype), layout, out)
 
@@ -729,8 +729,10 @@ def test_kernels_are_captured_by_the_current_stream_alone(cupy):
         # Compiles, makes the constants, and leaves memory in the pool for the second time.
         expected = {label: [array.get() for array in result] for label, result in call_all().items()}
         stream.begin_capture()
-        results = call_all()
-        graph = stream.end_capture()
+        try:
+            results = call_all()
+        finally:
+            graph = stream.end_capture()
         for result in results.values():
             for array in result:
                 array.fill(0)

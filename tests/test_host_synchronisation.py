@@ -40,6 +40,7 @@ from dali_saliencymix import (
     saliencymix,
     soft_labels,
 )
+from dali_saliencymix._array import LentStream
 from dali_saliencymix._cuda import launch as cuda_launch
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._dali import mix_nodes as dali_mix
@@ -322,7 +323,7 @@ def test_the_functions_of_operators(cupy, recorded, name, options):
 def test_lists_of_samples(cupy, recorded, name, options, apart):
     function, batches, expected = recorded(name, **options)
     samples = [samples_in_memory(batch, apart) for batch in batches]
-    with cupy.cuda.ExternalStream(7):
+    with cupy.cuda.Stream.from_external(LentStream(7)):
         first = bridge.on_samples(function, *samples)
         copies = cupy.copies_from_host
         second = bridge.on_samples(function, *samples)
@@ -465,7 +466,7 @@ def test_a_network_as_detector(cupy, torch_s_gpu, size):
     given = drawn()
     arguments = pictures(), given.source_index, given.lam
     expected = saliencymix(*arguments, saliency=pytorch.NetworkSaliency(network, size=size), algorithm="array")
-    with cupy.cuda.ExternalStream(9):
+    with cupy.cuda.Stream.from_external(LentStream(9)):
         ours = called_twice(cupy, saliencymix, *arguments, saliency=pytorch.NetworkSaliency(network, size=size))
     assert_same(ours, expected)
     assert torch_s_gpu == [9, 9]

@@ -23,7 +23,7 @@ import nvidia.dali
 from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
-from dali_saliencymix._array import NO_CUPY
+from dali_saliencymix._array import NO_CUPY, LentStream
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
@@ -159,8 +159,7 @@ def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, .
 def _on_gpu_tensors(function: Callable[..., Batches], stream: int, *tensors: Any) -> tuple[Any, ...]:
     import cupy
 
-    # Of this kind CuPy does not destroy DALI's stream.
-    lent = cupy.cuda.ExternalStream(stream)
+    lent = cupy.cuda.Stream.from_external(LentStream(stream))
     return bridge.in_lasting_thread(lent, cupy, _on_cupy_tensors, function, tensors)
 
 

@@ -89,8 +89,13 @@ class Updater:
             lr=options.lr,
             momentum=options.momentum,
             nesterov=options.nesterov and options.momentum > 0,
-            fused=device.type == "cuda",  # one kernel, and the scaler need not ask the GPU whether to leave a step out
+            fused=True,  # one kernel, and the scaler need not ask a GPU whether to leave a step out
         )
+        if options.momentum:
+            # PyTorch 2.10 and 2.11 make these in the first step. If that one is left out they stay uninitialised.
+            for group in groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = GradScaler(device.type, enabled=scale_loss)
         self.ema = _moving_average(model, options.model_ema_decay) if options.model_ema else None
 
