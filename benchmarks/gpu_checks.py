@@ -4,6 +4,8 @@
 
 DATA holds train/ and val/. The question is whether it works, not how fast: several trainings run at a time. The tests
 marked gpu ask what can be asked of a few small batches; here are whole programs and batches of full size.
+
+Each check becomes one of the parts of the result, with its conditions. A file that is there already is added to.
 """
 
 from __future__ import annotations
@@ -103,9 +105,9 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the trainings print")
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
-    result: Result = {"benchmark": "gpu_checks", "conditions": machine.conditions(options, gpu=gpu)}
+    conditions = machine.conditions(options, gpu=gpu)
     options.checked_device = "cuda" if gpu else "cpu"
-    bad = []
+    parts, bad = earlier_parts(options.output), []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.checks:
             measure.say(f"---- {name}")
@@ -114,13 +116,25 @@ def main() -> None:
                 found = CHECKS[name](options, Path(folder))
             except Exception as error:  # whatever it is: the other parts can be checked all the same
                 found = {"wrong": [measure.one_line(error)]}
-            result[name] = {"seconds": round(time.monotonic() - start), **found}
+            seconds = round(time.monotonic() - start)
+            parts.append({"check": name, "conditions": conditions, "seconds": seconds, **found})
             bad += [f"{name}: {wrong}" for wrong in found["wrong"]]
-            measure.write(result, options.output)
-            measure.say(json.dumps(result[name], indent=1))
+            measure.write({"benchmark": "gpu_checks", "parts": parts}, options.output)
+            measure.say(json.dumps(found, indent=1))
             gc.collect()
     if bad:
         raise RuntimeError("; ".join(bad))
+
+
+def earlier_parts(output: Path | None) -> list[Result]:
+    """Return the parts of a result that is there already."""
+    if output is None or not output.exists():
+        return []
+    earlier = json.loads(output.read_text())
+    if earlier.get("benchmark") != "gpu_checks":
+        msg = f"-o must name a result of gpu_checks or a new file, got {output}"
+        raise ValueError(msg)
+    return earlier["parts"]
 
 
 # ---- trainings -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import collections
 import functools
 import json
 import os
@@ -66,8 +65,8 @@ def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool
 
     images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
     checks = [
-        Stage("smoke", 120 if dry else 60, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
-        Stage("tests", 150, test_command(out), fine=(0, 5)),  # 5: no test is left to run
+        Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
+        Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test is left to run
         Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
     ]
     photographs = Stage("images", 40, [*images, *(["--from", str(source)] if source else [])])
@@ -261,12 +260,18 @@ def is_done(stage: Stage, runs: list[dict[str, Any]], this_run: dict[str, Any]) 
 
 def tests_summary(out: Path) -> str:
     """Return the number of tests by outcome over all runs, and the names of those that failed."""
-    found = outcomes.read(out / _OUTCOMES)
-    counts = collections.Counter(outcome["outcome"] for outcome in found.values())
-    bad = [f"  {test}" for test, outcome in found.items() if outcome["outcome"] == "failed"]
+    counts, bad = outcomes.counted(out / _OUTCOMES)
     return "\n".join(
-        [f"tests: {', '.join(f'{counts[name]} {name}' for name in ('passed', 'failed', 'skipped'))}", *bad]
+        [f"tests: {', '.join(f'{count} {name}' for name, count in counts.items())}", *[f"  {test}" for test in bad]]
     )
+
+
+def tests_result(out: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the number of tests by outcome, and in which runs they were."""
+    counts, bad = outcomes.counted(out / _OUTCOMES)
+    of_tests = [run for run in runs if "tests" in run["stages"]]
+    shown = [{name: run[name] for name in run if name not in ("stages", "machine")} for run in of_tests]
+    return {"benchmark": "tests", "counts": counts, "failed": bad, "runs": shown}
 
 
 def summary(out: Path, runs: list[dict[str, Any]]) -> str:
@@ -340,6 +345,8 @@ def main() -> None:
                 ended |= {"ended": "ended, but for tests that lack a package", "well": True}
             run["stages"][stage.name] = ended
             measure.write({"runs": runs}, out / "suite.json")
+            if stage.name == "tests":
+                measure.write(tests_result(out, runs), out / f"tests-{_slug(run['device'])}.json")
             (out / "summary.md").write_text(summary(out, runs))
             if stage.name == "smoke" and not ended["well"]:
                 break

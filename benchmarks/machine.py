@@ -124,7 +124,7 @@ def command(options: argparse.Namespace) -> str:
     shown = ["python", "-m", module.name if module else "benchmarks"]
     while words:
         word = words.popleft()
-        if word in ("-o", "--output"):
+        if word in ("-o", "--output", "--logs"):
             words.popleft()
         elif not word.startswith(("-o", "--output=")):
             shown.append("DATA" if Path(word) == getattr(options, "data", None) else word)

@@ -7,6 +7,7 @@ However a run ends, the next one with the same file continues it. Tests that wer
 
 from __future__ import annotations
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,11 @@ def read(path: Path) -> dict[str, dict[str, str]]:
         line = json.loads(text)
         found[line.pop("test")] = line
     return found
+
+
+def counted(path: Path) -> tuple[dict[str, int], list[str]]:
+    """Return the number of tests by their last outcome, and the names of those that failed."""
+    found = read(path)
+    counts = collections.Counter(outcome["outcome"] for outcome in found.values())
+    bad = [test for test, outcome in found.items() if outcome["outcome"] == "failed"]
+    return {name: counts[name] for name in ("passed", "failed", "skipped")}, bad

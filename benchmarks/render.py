@@ -7,6 +7,7 @@ A page asks with a comment, and whatever stands between it and the next ``<!-- e
 
     <!-- table: pipeline NAME.json -->              also: train, scale, and ops with a place, such as
     <!-- table: ops NAME.json "224 px, batch 128" -->
+    <!-- table: checks NAME.json TESTS.json SANITIZE.json -->
     <!-- conditions: NAME.json -->                  a sentence: device, versions, sizes, rounds, command
     <!-- plot: pipeline NAME.json -->               also: scale
 
@@ -98,7 +99,79 @@ def opencv_table(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
+    """Return what came out of `benchmarks.gpu_checks`, of the tests for a GPU and of compute-sanitizer."""
+    counts, tools = read(tests)["counts"], read(sanitized)["tools"]
+    errors = [f"{tool} {'did not end' if tools[tool]['errors'] is None else tools[tool]['errors']}" for tool in tools]
+    rows = [
+        ["tests marked `gpu`", ", ".join(f"{count} {outcome}" for outcome, count in counts.items())],
+        ["errors found by compute-sanitizer", ", ".join(errors)],
+    ]
+    runs = {name: run for part in result["parts"] for name, run in part.get("runs", {}).items()}
+    rows += [_training_row(name, run) for name, run in runs.items()]
+    last = {part["check"]: part for part in result["parts"]}
+    for check, rows_of in _ROWS.items():
+        if check in last:
+            rows += rows_of(last[check])
+    return table(["check", "outcome"], rows)
+
+
+def _training_row(name: str, run: dict[str, Any]) -> list[str]:
+    ended = f"exit status {run['exit_status']}, " if run["exit_status"] else ""
+    losses = ", ".join(number(loss) for loss in run["losses"])
+    return [f"training: {name}", f"{ended}{run['steps']} steps, mean losses of their epochs: {losses}"]
+
+
+def _killed_rows(found: dict[str, Any]) -> list[list[str]]:
+    difference = found.get("largest_difference_of_weights")
+    weights = "not compared" if difference is None else f"differ by up to {number(difference)} from an unbroken run's"
+    steps = f"{found['killed_after']} of {found['unbroken']['steps']} steps"
+    return [[f"training killed after {steps}, and resumed", f"weights {weights}"]]
+
+
+def _validation_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for backend, answers in found["backends"].items():
+        text = f"top-1 {number(answers['top1'])} % of {answers['images']} photographs"
+        for name, compared in answers.items():
+            if not name.startswith("compared_with_"):
+                continue
+            logits, spread = compared["largest_difference_of_logits"], compared["standard_deviation_of_logits"]
+            pixels = _GREY_LEVELS * compared["mean_difference_of_pixels"]
+            text += (
+                f"; compared with `{name.removeprefix('compared_with_')}`: {compared['other_answers']} other answers"
+            )
+            text += f", logits differ by up to {number(logits)}, {number(logits / spread)} standard deviations"
+            text += f", pixels by {number(pixels)} grey levels on average"
+        rows.append([f"validation by `{backend}`", text])
+    return rows
+
+
+def _memory_rows(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, readings in found["over_batches"].items():
+        then, now = readings[len(readings) // 3], readings[-1]
+        used = [f"{what} {then[key]:,.0f} and {now[key]:,.0f} MB" for what, key in _MEMORY.items() if key in now]
+        rows.append([f"memory after {then['batches']} and {now['batches']} batches, route {name}", ", ".join(used)])
+    for name, peaks in found.get("peak_relative_to_batch", {}).items():
+        shown = ", ".join(f"{_ROUTES[route]} {number(peak)}" for route, peak in peaks.items())
+        rows.append([f"GPU memory of a {name}, relative to the batch", shown])
+    used = found["one_large_image"]["afterwards"]
+    rows.append(["memory with an image of 9000x9000", f"GPU {used['gpu_mb']:,.0f} MB"])
+    return rows
+
+
+def _ends_rows(found: dict[str, Any]) -> list[list[str]]:
+    return [["programs that end by themselves with a pipeline alive", f"{found['ended_well']} of {found['programs']}"]]
+
+
+_GREY_LEVELS = 57  # of a standard deviation of ImageNet's pixels
+_MEMORY = {"GPU": "gpu_mb", "resident": "resident_mb"}
+_ROWS = {"killed": _killed_rows, "validation": _validation_rows, "memory": _memory_rows, "ends": _ends_rows}
+_ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
+
 TABLES = {
+    "checks": checks_table,
     "opencv": opencv_table,
     "pipeline": pipeline_table,
     "train": train_table,
@@ -109,6 +182,8 @@ TABLES = {
 
 def conditions_text(result: dict[str, Any]) -> str:
     """Return the conditions of a result as two sentences."""
+    if result.get("benchmark") == "gpu_checks":
+        return _checks_conditions(result["parts"])
     found = result["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rounds = [figure["rounds"] for _, figure in measure.figures(result) if "rounds" in figure]
@@ -129,6 +204,14 @@ def conditions_text(result: dict[str, Any]) -> str:
         parts.append(f"two busy processes got {machine['cores_given_to_two_processes']} cores")
     missing = "".join(f" Not measured: {name} ({why})." for name, why in result.get("not_measured", {}).items())
     return f"{', '.join(parts)}. {versions}. `{found['command']}`{_runs(result)}{missing}"
+
+
+def _checks_conditions(parts: list[dict[str, Any]]) -> str:
+    shown = [f"`{part['conditions']['command']}` at {part['conditions']['commit']}" for part in parts]
+    found = parts[-1]["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    machine = f"{found['device']}, driver {found['driver']}, CUDA {found['cuda']}, {found['machine']['cores']} cores"
+    return f"{machine}, {found['date']}. {versions}. {'; '.join(dict.fromkeys(shown))}."
 
 
 def _runs(result: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ function                                   reference                            
 `paste_normalised`                         ``paste_normalised``                 1         none
 =========================================  ===================================  ========  ==================
 
-The kernels are tried against their references on a CPU, on which they run as C++. Their speed has not been measured.
+The kernels are tried against their references on a GPU, and as C++ on a CPU. Their speed has not been measured.
 """
 
 from __future__ import annotations

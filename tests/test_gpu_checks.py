@@ -1,0 +1,108 @@
+"""The checks of whole programs on a GPU: what they call wrong, how results add up, and how they are shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_checks, render
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, **options):
+    line = [sys.executable, "-m", "benchmarks.gpu_checks", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def test_a_result_that_is_there_is_added_to(tmp_path):
+    result = tmp_path / "checks.json"
+    result.write_text(json.dumps({"benchmark": "gpu_checks", "parts": [{"check": "memory", "seconds": 7}]}))
+    ended = run(tmp_path, "--checks", "ends", "--programs", 1, "-o", result)
+    assert ended.returncode == 0, ended.stderr
+    earlier, part = json.loads(result.read_text())["parts"]
+    assert earlier == {"check": "memory", "seconds": 7}
+    assert (part["check"], part["programs"], part["ended_well"], part["wrong"]) == ("ends", 1, 1, [])
+    assert part["conditions"]["command"].endswith("--checks ends --programs 1 --device cpu")
+
+
+def test_the_result_of_another_benchmark_is_refused(tmp_path):
+    result = tmp_path / "other.json"
+    result.write_text('{"benchmark": "ops"}')
+    ended = run(tmp_path, "--checks", "ends", "-o", result)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("error: -o must name a result of gpu_checks or a new file, got ")
+
+
+def test_a_program_that_fails_is_told_from_one_that_ends(tmp_path):
+    assert gpu_checks.ended("print(64)", tmp_path)[0] == 0
+    status, text, _ = gpu_checks.ended("raise SystemExit('no batch')", tmp_path)
+    assert (status, text) == (1, "no batch")
+
+
+def test_progress_of_a_training_is_neither_a_warning_nor_an_error():
+    text = "epoch 1/9  30%\repoch 1/9 [10/16]  loss 5.1\nwarning: a batch failed\nvalidation 3/4\n\nend\n"
+    assert gpu_checks.said(text) == ["warning: a batch failed", "end"]
+
+
+def training(**changes):
+    return {"exit_status": 0, "said": [], "steps": 60, "losses": [5.0, 4.0], **changes}
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        (training(), []),
+        (training(steps=40), ["x: 40 steps in the place of 60"]),
+        (training(losses=[5.0, None]), ["x: losses of [5.0, None]"]),
+        (training(losses=[float("nan")]), ["x: losses of [nan]"]),
+        (training(exit_status=1, said=["no memory"], losses=[]), ["x: exit status 1: no memory"]),
+    ],
+)
+def test_what_is_wrong_with_a_training(found, wrong):
+    assert gpu_checks.wrong_with("x", found, 60) == wrong
+
+
+@pytest.mark.parametrize(
+    ("last", "wrong"),
+    [
+        ({"resident_mb": 2150, "gpu_mb": 5000}, []),
+        ({"resident_mb": 2300, "gpu_mb": 5000}, ["resident_mb grew from 2000 to 2300"]),
+        ({"resident_mb": 2000, "gpu_mb": 6000}, ["gpu_mb grew from 5000 to 6000"]),
+    ],
+)
+def test_memory_that_grows_after_a_third_of_the_batches(last, wrong):
+    readings = [
+        {"batches": 10, "resident_mb": 900, "gpu_mb": 100},
+        {"batches": 20, "resident_mb": 2000, "gpu_mb": 5000},
+    ]
+    assert gpu_checks.growth([*readings, {"batches": 30, **last}]) == wrong
+
+
+def test_the_last_training_of_a_name_and_the_last_check_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
+    checks = [
+        {"check": "trainings", "runs": {"none": training(), "fp16": training(exit_status=1, steps=0, losses=[])}},
+        {"check": "trainings", "runs": {"fp16": training(losses=[6.0])}},
+        {"check": "ends", "programs": 20, "ended_well": 3},
+        {"check": "ends", "programs": 20, "ended_well": 20},
+    ]
+    files = {
+        "checks.json": {"benchmark": "gpu_checks", "parts": checks},
+        "tests.json": {"counts": {"passed": 5, "failed": 1}},
+        "sanitize.json": {"tools": {"memcheck": {"errors": 0}, "racecheck": {"errors": None}}},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    table = render.checks_table(files["checks.json"], "tests.json", "sanitize.json")
+    assert table.splitlines()[2:] == [
+        "| tests marked `gpu` | 5 passed, 1 failed |",
+        "| errors found by compute-sanitizer | memcheck 0, racecheck did not end |",
+        "| training: none | 60 steps, mean losses of their epochs: 5, 4 |",
+        "| training: fp16 | 60 steps, mean losses of their epochs: 6 |",
+        "| programs that end by themselves with a pipeline alive | 20 of 20 |",
+    ]
