@@ -13,6 +13,7 @@ import pytest
 import torch
 from batches import assert_equal_batches, epoch, ids
 from cifar_files import python2_pickle, write_cifar
+from PIL import Image
 from training_fixtures import TINY
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
@@ -27,6 +28,7 @@ from dali_saliencymix.loaders.torch import PaddedImages, TrainingBatches
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training import arguments
+from dali_saliencymix.training.activation_maps import _centre_crop
 from dali_saliencymix.training.checkpoints import load_checkpoint
 
 pytest_plugins = ["training_fixtures"]
@@ -213,6 +215,30 @@ def test_pytorch_and_dali_decode_resize_and_normalise_alike(root):
     assert torch.equal(our_ids, their_ids)
     # One level of 256 is 0.017; JPEG decoders and filters differ by little more.
     assert (ours - theirs).abs().mean() < 0.05
+
+
+def test_all_validate_on_the_same_pixels_of_a_photograph_whatever_its_size(tmp_path):
+    # Sizes at which half a pixel is left over at a border, or a long side is no whole number.
+    sizes = [(83, 64), (85, 64), (64, 87), (100, 75), (101, 75), (75, 107), (107, 80), (64, 64), (211, 150)]
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate(sizes):
+        folder = tmp_path / "val" / f"{number}"
+        folder.mkdir(parents=True)
+        grain = Image.fromarray(rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8))
+        grain.resize((width, height), Image.Resampling.BICUBIC).save(folder / "grain.png")
+    crops = []
+    for backend in ("dali-cpu", "pytorch"):
+        line = ["--train-dir", str(tmp_path / "val"), "--val-dir", str(tmp_path / "val"), "--device", "cpu"]
+        line += ["--data-backend", backend, "-j", "1", "--val-resize-size", "64", "--val-crop-size", "48"]
+        args = arguments.parse_arguments(line).data
+        crops.append(torch.cat([images for images, _ in open_data(args).val_loader(args, process())]))
+    std = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    ours, theirs = (images * std for images in crops)
+    levels = (ours - theirs).abs().mean(dim=(1, 2, 3))
+    assert levels.max() < 0.5, levels
+    pictures = [_centre_crop(tmp_path / "val" / f"{number}" / "grain.png", 64, 48) for number in range(len(sizes))]
+    normalised = (torch.tensor(np.stack(pictures)) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(normalised.permute(0, 3, 1, 2), crops[1], atol=1e-4, rtol=0)
 
 
 def test_data_says_how_it_normalises(root):

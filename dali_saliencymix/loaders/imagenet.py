@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, do_not_convert
 
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
@@ -172,9 +172,14 @@ def validation_pipeline(
     encoded, label = read_files(files, labels, shard_id, num_shards)
     shape = fn.peek_image_shape(encoded)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
-    images = fn.resize(images, resize_shorter=resize_size)
+    # Size and centre are torchvision's: the long side is rounded down, half a pixel to the even one. DALI's own are
+    # another pixel in half of the photographs of ImageNet.
+    size = shape * resize_size // math.min(shape[0], shape[1])
+    spare = size - crop_size
+    start = spare // 2 + (spare & (spare // 2) & 1)
+    images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT))
     # The centre is cut out here, not while normalising, where that would be all on the way to another device.
-    images = fn.crop(images, crop=(crop_size, crop_size))
+    images = fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[crop_size, crop_size], axis_names="HW")
     layout = "HWC" if channels_last else "CHW"
     images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout)
     return to_device(device, images), to_device(device, label)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.training.evaluation import unused_path
@@ -158,8 +159,4 @@ def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarr
         raise ValueError(msg)
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
-    scale = resize_size / min(image.size)
-    width, height = (max(round(side * scale), resize_size) for side in image.size)
-    left, top = (width - crop_size) // 2, (height - crop_size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + crop_size, top + crop_size)))
+    return np.asarray(center_crop(resize(image, [resize_size]), [crop_size]))
