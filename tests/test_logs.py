@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from dali_saliencymix.training import logs
 from dali_saliencymix.training.logs import JsonLines, Progress, Stopwatch, duration, environment, say
 
 
@@ -102,3 +103,19 @@ def test_durations_read_as_hours_minutes_seconds():
     assert [duration(seconds) for seconds in (0, 59.4, 59.6, 3599.7, 90061)] == [
         *("0:00:00", "0:00:59", "0:01:00", "1:00:00", "25:01:01")
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "driver"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@host)",
+            "580.159.04",
+        ),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue Jun  6 22:20:39 UTC 2023", "535.54.03"),
+        ("NVRM version: another one", None),
+    ],
+)
+def test_the_driver_is_read_whatever_kind_of_module_it_has(tmp_path, line, driver):
+    (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
+    assert logs._first_match(str(tmp_path / "version"), logs._DRIVER) == driver

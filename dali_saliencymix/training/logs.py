@@ -23,6 +23,8 @@ from dali_saliencymix._versions import versions
 
 Batch = TypeVar("Batch")
 
+_DRIVER = r"Kernel Module.*?\s(\d+\.[\d.]+)"  # not the number in "for x86_64"
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a result depends on beside the options: versions, device, driver, processor, state of the code."""
@@ -33,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": name,
         "cuda": torch.version.cuda if on_gpu else None,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,  # type: ignore[no-untyped-call]
-        "driver": _first_match("/proc/driver/nvidia/version", r"Kernel Module[^\d]*([\d.]+)"),
+        "driver": _first_match("/proc/driver/nvidia/version", _DRIVER),
         "cpu": _first_match("/proc/cpuinfo", r"model name\s*: (.+)"),
         "cores": len(os.sched_getaffinity(0)),
         "git_commit": _git_commit(),
