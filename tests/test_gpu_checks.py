@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_checks, render
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments, **options):
-    line = [sys.executable, "-m", "benchmarks.gpu_checks", *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options)
+from dali_saliencymix.datasets.sample_data import make_sample_data
 
 
-def test_a_result_that_is_there_is_added_to(tmp_path):
+@pytest.fixture
+def run(monkeypatch):
+    """Return a function that runs the checks in this process, of which there is one."""
+    monkeypatch.setattr("benchmarks.machine.cores_given", lambda processes: processes)
+
+    def main(*arguments, check):
+        monkeypatch.setattr(gpu_checks, "CHECKS", {"ends": lambda options, folder: check()})
+        monkeypatch.setattr(sys, "argv", ["gpu_checks", *map(str, arguments), "--device", "cpu"])
+        gpu_checks.main()
+
+    return main
+
+
+def test_a_result_that_is_there_is_added_to_and_what_is_wrong_is_an_error(run, tmp_path):
     result = tmp_path / "checks.json"
     result.write_text(json.dumps({"benchmark": "gpu_checks", "parts": [{"check": "memory", "seconds": 7}]}))
-    ended = run(tmp_path, "--checks", "ends", "--programs", 1, "-o", result)
-    assert ended.returncode == 0, ended.stderr
-    earlier, part = json.loads(result.read_text())["parts"]
+    run(tmp_path, "--programs", 1, "-o", result, check=lambda: {"programs": 1, "wrong": []})
+    with pytest.raises(RuntimeError, match=r"^ends: iterator: it did not end$"):
+        run(tmp_path, "-o", result, check=lambda: {"wrong": ["iterator: it did not end"]})
+    earlier, first, second = json.loads(result.read_text())["parts"]
     assert earlier == {"check": "memory", "seconds": 7}
-    assert (part["check"], part["programs"], part["ended_well"], part["wrong"]) == ("ends", 1, 1, [])
-    assert part["conditions"]["command"].endswith("--checks ends --programs 1 --device cpu")
+    assert (first["check"], first["programs"], first["wrong"]) == ("ends", 1, [])
+    assert first["conditions"]["command"].endswith("DATA --programs 1 --device cpu")
+    assert second["wrong"] == ["iterator: it did not end"]
 
 
-def test_the_result_of_another_benchmark_is_refused(tmp_path):
+def test_a_check_that_raises_is_wrong_and_written_down(run, tmp_path):
+    def fail():
+        msg = "no GPU\nleft"
+        raise OSError(msg)
+
+    with pytest.raises(RuntimeError, match=r"^ends: no GPU left$"):
+        run(tmp_path, "-o", tmp_path / "new.json", check=fail)
+    (part,) = json.loads((tmp_path / "new.json").read_text())["parts"]
+    assert part["wrong"] == ["no GPU left"]
+
+
+def test_the_result_of_another_benchmark_is_refused(run, tmp_path):
     result = tmp_path / "other.json"
     result.write_text('{"benchmark": "ops"}')
-    ended = run(tmp_path, "--checks", "ends", "-o", result)
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("error: -o must name a result of gpu_checks or a new file, got ")
+    with pytest.raises(ValueError, match=r"^-o must name a result of gpu_checks or a new file, got "):
+        run(tmp_path, "-o", result, check=lambda: {"wrong": []})
+    assert result.read_text() == '{"benchmark": "ops"}'
+
+
+def test_a_program_that_takes_a_batch_ends_on_a_cpu(tmp_path):
+    make_sample_data(tmp_path, train=2, val=1)
+    status, text, _ = gpu_checks.ended(gpu_checks._on_a_cpu(gpu_checks.TAKES_A_BATCH["iterator"]), tmp_path / "train")
+    assert status == 0, text
 
 
 def test_a_program_that_fails_is_told_from_one_that_ends(tmp_path):
