@@ -39,7 +39,7 @@ from dali_saliencymix.loaders.imagenet import training_loader
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.options import MixOptions
-from dali_saliencymix.training.checkpoints import load_checkpoint
+from dali_saliencymix.training.checkpoints import find_checkpoint, load_checkpoint
 from dali_saliencymix.training.models import make_model
 
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch")
@@ -71,6 +71,7 @@ print(pipeline.run()[0].shape())
 }
 
 _TOGETHER = 3  # trainings at a time
+_TRAINED = ("--epochs", 1000, "--training-only", "--amp", "--channels-last")
 
 _TRAININGS = {
     "saliencymix, compiled": ("--compile",),  # takes the longest
@@ -104,9 +105,7 @@ def main() -> None:
     parser.add_argument("--programs", type=measure.positive, default=20, help="that have to end (default: 20)")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the trainings print")
     options = parser.parse_args()
-    gpu = machine.wants_gpu(options)
-    conditions = machine.conditions(options, gpu=gpu)
-    options.checked_device = "cuda" if gpu else "cpu"
+    conditions = machine.conditions(options, gpu=machine.wants_gpu(options))
     parts, bad = earlier_parts(options.output), []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.checks:
@@ -142,28 +141,37 @@ def earlier_parts(output: Path | None) -> list[Result]:
 
 def command(options: argparse.Namespace, output: Path, *more: str | int) -> list[str]:
     """Return the command line of a training."""
-    backend = "dali-gpu" if options.checked_device == "cuda" else "dali-cpu"
-    sizes = ("--train-crop-size", options.crop_size, *val_sizes(options))
+    size, device = options.crop_size, device_of(options).type
     line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, machine.cores()))
-    line += ("--data-backend", backend, "--device", options.checked_device, *sizes, "--output-dir", output, *more)
-    return [sys.executable, *map(str, line)]
+    line += ("--device", device, "--data-backend", "dali-gpu" if device == "cuda" else "dali-cpu")
+    line += ("--train-crop-size", size, "--val-resize-size", resize_size(options), "--val-crop-size", size)
+    return [sys.executable, *map(str, (*line, "--output-dir", output, *more))]
 
 
-def val_sizes(options: argparse.Namespace) -> tuple[str | int, ...]:
-    """Return the options that decide the size of validation images."""
-    return "--val-resize-size", options.crop_size * 8 // 7, "--val-crop-size", options.crop_size
+def device_of(options: argparse.Namespace) -> torch.device:
+    """Return where everything runs."""
+    return torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
 
 
-def trained(options: argparse.Namespace, output: Path, *more: str | int) -> Result:
+def resize_size(options: argparse.Namespace) -> int:
+    """Return the short side of validation images: 256 for a crop of 224."""
+    return options.crop_size * 8 // 7
+
+
+def ended(line: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with what it prints."""
+    return subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, check=False, **options)
+
+
+def trained(options: argparse.Namespace, output: Path, *more: str | int, steps: int | None = None) -> Result:
     """Train for some steps; return the mean loss of each epoch, and what was said beside progress."""
-    epochs = ("--epochs", 1000, "--max-steps", options.steps, "--training-only", "--amp", "--channels-last")
-    line = command(options, output, *epochs, *more)
-    ended = subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, check=False)
+    line = command(options, output, *_TRAINED, "--max-steps", steps or options.steps, *more)
+    done = ended(line)
     if options.logs:
         options.logs.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"\W+", "-", output.name)
-        (options.logs / f"{name}.txt").write_text(f"{line}\n{ended.stdout}\n{ended.stderr}")
-    found: Result = {"exit_status": ended.returncode, "said": said(ended.stderr)}
+        (options.logs / f"{name}.txt").write_text(f"{line}\n{done.stdout}\n{done.stderr}")
+    found: Result = {"exit_status": done.returncode, "said": said(done.stderr)}
     log = output / "log.jsonl"
     lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
     of_epochs = [line for line in lines if line["event"] == "epoch"]
@@ -206,8 +214,8 @@ def check_killed(options: argparse.Namespace, folder: Path) -> Result:
         unbroken = pool.submit(trained, options, folder / "unbroken", *same)
         killed_at = kill(options, folder / "killed", *same)
         # --max-steps counts those of this run.
-        left = argparse.Namespace(**{**vars(options), "steps": options.steps - killed_at})
-        resumed = trained(left, folder / "killed", *same, "--resume", "auto")
+        left = options.steps - killed_at
+        resumed = trained(options, folder / "killed", *same, "--resume", "auto", steps=left)
         found = {"unbroken": unbroken.result(), "killed_after": killed_at, "resumed": resumed}
     wrong = [text for name in ("unbroken", "resumed") for text in wrong_with(name, found[name], options.steps)]
     if not wrong:
@@ -222,8 +230,8 @@ def check_killed(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
-    """Kill a training once it has written a second checkpoint; return the step of the last one."""
-    line = command(options, output, "--epochs", 1000, "--training-only", "--amp", "--channels-last", *more)
+    """Kill a training once it has written a second checkpoint; return the step that it resumes from."""
+    line = command(options, output, *_TRAINED, *more)
     training = subprocess.Popen(line, cwd=measure.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while len(list(output.glob("checkpoint_e*.pt"))) < 2:
@@ -234,7 +242,8 @@ def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
     finally:
         training.send_signal(signal.SIGKILL)
         training.wait()
-    saved = load_checkpoint(output / "checkpoint_last.pt", ("epoch", "step"))
+    newest = find_checkpoint("auto", output, measure.say)
+    saved = load_checkpoint(newest, ("epoch", "step"))
     images = len(list_image_folder(options.data / "train"))
     return saved["epoch"] * (images // options.batch_size) + saved["step"]
 
@@ -249,7 +258,8 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
         return {"training": training, "wrong": wrong}
     checkpoint = folder / "validated" / "checkpoint_last.pt"
     found: Result = {}
-    backends = BACKENDS if options.checked_device == "cuda" else BACKENDS[1:]
+    device = device_of(options)
+    backends = BACKENDS if device.type == "cuda" else BACKENDS[1:]
     with concurrent.futures.ThreadPoolExecutor(len(backends)) as pool:
         for backend, (status, text, val) in zip(
             backends, pool.map(lambda backend: evaluated(options, checkpoint, backend), backends), strict=True
@@ -258,7 +268,7 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
             if status:
                 wrong.append(f"{backend}: exit status {status}: {' | '.join(text[-3:])}")
     saved = load_checkpoint(checkpoint, ("model", "classes"))
-    model = make_model(options.arch, len(saved["classes"])).to(options.checked_device).eval()
+    model = make_model(options.arch, len(saved["classes"])).to(device).eval()
     model.load_state_dict(saved["model"])
     first, *others = [(backend, *answers(options, model, backend)) for backend in backends]
     for backend, images, logits, labels in others:
@@ -282,15 +292,9 @@ def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> tu
     """Validate a checkpoint; return the exit status, what was said, and the figures."""
     report = checkpoint.parent / f"{backend}.json"
     more = ("--evaluate", "--resume", checkpoint, "--data-backend", backend, "--report", report)
-    ended = subprocess.run(
-        command(options, checkpoint.parent / backend, *more),
-        cwd=measure.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ended(command(options, checkpoint.parent / backend, *more))
     val = json.loads(report.read_text())["val"] if report.exists() else {}
-    return ended.returncode, said(ended.stderr), val
+    return done.returncode, said(done.stderr), val
 
 
 @torch.no_grad()
@@ -298,19 +302,16 @@ def answers(
     options: argparse.Namespace, model: torch.nn.Module, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the pixels, logits and labels of all validation images, in host memory."""
-    device = torch.device(options.checked_device)
-    _, resize_size, _, crop_size = val_sizes(options)
+    device = device_of(options)
     wanted = DataOptions(
         data_backend=backend,
         train_dir=options.data / "train",
         val_dir=options.data / "val",
         batch_size=32,
-        val_resize_size=resize_size,
-        val_crop_size=crop_size,
+        val_resize_size=resize_size(options),
+        val_crop_size=options.crop_size,
         device=device.type,
     )
-    if device.type == "cuda":
-        device = torch.device("cuda", 0)
     loader = open_data(wanted).val_loader(wanted, Processes(0, 0, 1, device))
     parts = [(images.cpu(), model(images).cpu(), labels.cpu()) for images, labels in loader if len(images)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
@@ -332,19 +333,20 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
         wrong += [f"{name}: {what}" for what in growth(readings)]
         gc.collect()
     found["one_large_image"] = one_large_image(options, folder / "large")
-    if options.checked_device == "cuda":
+    if not found["one_large_image"]["pixels_are_numbers"]:
+        wrong.append("one large image: pixels that are no numbers")
+    if device_of(options).type == "cuda":
         found["peak_relative_to_batch"] = peaks(options)
     return {**found, "wrong": wrong}
 
 
 def loader_of(options: argparse.Namespace, listed: Any, batch_size: int | None = None) -> Any:
     """Return the loader of a training."""
-    device = torch.device("cuda", 0) if options.checked_device == "cuda" else torch.device("cpu")
     return training_loader(
         listed,
         batch_size=batch_size or options.batch_size,
         num_threads=machine.cores(),
-        device=device,
+        device=device_of(options),
         crop_size=options.crop_size,
         mix=MixOptions(),
     )
@@ -366,8 +368,7 @@ def watched(loader: Any, batches: int) -> list[dict[str, float]]:
 
 def in_use() -> dict[str, float]:
     """Return the MB in use of the GPU, by all processes, and those resident of this process."""
-    status = Path("/proc/self/status").read_text()
-    found = {"resident_mb": round(int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6, 1)}
+    found = {"resident_mb": round(machine.resident_mb("self"), 1)}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
@@ -415,9 +416,9 @@ def peaks(options: argparse.Namespace) -> Result:
 def check_ends(options: argparse.Namespace, folder: Path) -> Result:
     """Run programs that take a batch and end without letting go of anything."""
     make_sample_data(folder / "sample", train=8, val=1)
-    code = TAKES_A_BATCH if options.checked_device == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
+    code = TAKES_A_BATCH if device_of(options).type == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
     names = [list(code)[number % len(code)] for number in range(options.programs)]
-    end = functools.partial(ended, folder=folder / "sample" / "train")
+    end = functools.partial(took_a_batch, folder=folder / "sample" / "train")
     with concurrent.futures.ThreadPoolExecutor(max(machine.cores() // 2, 1)) as pool:
         found = list(pool.map(lambda name: end(code[name]), names))
     wrong = [f"{name}: {text}" for name, (status, text, _) in zip(names, found, strict=True) if status != 0]
@@ -429,12 +430,11 @@ def _on_a_cpu(code: str) -> str:
     return code.replace('"cuda", 0', '"cpu"')
 
 
-def ended(code: str, folder: Path) -> tuple[int | None, str, float]:
+def took_a_batch(code: str, folder: Path) -> tuple[int | None, str, float]:
     """Return the exit status of a program, None if it hangs, what it said last, and the seconds that it took."""
     start = time.monotonic()
     try:
-        line = [sys.executable, "-c", code, str(folder)]
-        done = subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, timeout=90, check=False)
+        done = ended([sys.executable, "-c", code, str(folder)], timeout=90)
     except subprocess.TimeoutExpired:
         return None, "it did not end", 90.0
     return done.returncode, measure.shortened(done.stderr), round(time.monotonic() - start, 1)

@@ -74,6 +74,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def resident_mb(pid: int | str) -> float:
+    """Return the resident memory of a process in MB; ``"self"`` is this one."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+
+
 def cores_given(processes: int, seconds: float = 0.4) -> float:
     """Return how many times as much `processes` busy processes get done in a given time as a single one does."""
 

@@ -83,8 +83,7 @@ def watch(
         if training.poll() is not None:
             msg = f"the training ended by itself, with status {training.returncode}: {last_line(words)}"
             raise RuntimeError(msg)
-        status = Path(f"/proc/{training.pid}/status").read_text()
-        resident = int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+        resident = machine.resident_mb(training.pid)
         files = len(os.listdir(f"/proc/{training.pid}/fd"))
         readings.append((time.monotonic() - start, resident, files))
     return readings

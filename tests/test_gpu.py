@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import assert_equal_batches
 from nvidia.dali import fn, pipeline_def
 
 import dali_saliencymix.fn as dsfn
@@ -156,12 +157,6 @@ def batches_of(loader, epochs):
         yield from loader
 
 
-def assert_equal_batches(batches, expected):
-    for batch, other in zip(batches, expected, strict=True):
-        for ours, theirs in zip(batch, other, strict=True):
-            assert torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize(("fp16", "channels_last"), [(False, False), (True, True)])
 @pytest.mark.parametrize("algorithm", ["array", "kernel"])
 def test_every_route_of_the_loader_gives_the_same_batches(folder, route, algorithm, fp16, channels_last):
@@ -200,7 +195,7 @@ def test_batches_that_are_held_keep_their_pixels(folder, route):
         held.append(batch)
         copies.append(fetched(batch))
     assert len(held) == 20
-    assert_equal_batches(map(fetched, held), copies)
+    assert_equal_batches(list(map(fetched, held)), copies)
 
 
 def busy(milliseconds):
@@ -223,7 +218,7 @@ def test_a_batch_is_whole_when_it_is_read_at_once(folder, route, stream):
     expected = list(map(fetched, batches_of(make(), 2)))
     with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
         copies = [[tensor.clone() for tensor in batch] for batch in batches_of(make(), 2)]  # waits for nothing
-    assert_equal_batches(map(fetched, copies), expected)
+    assert_equal_batches(list(map(fetched, copies)), expected)
 
 
 @pytest.mark.parametrize("stream", ["default", "own"])
@@ -235,7 +230,7 @@ def test_a_batch_may_be_dropped_while_the_gpu_has_yet_to_read_it(folder, route, 
             busy(30)  # as the step before, which a training does not wait for
             copies.append([tensor.clone() for tensor in batch])
             del batch
-    assert_equal_batches(map(fetched, copies), expected)
+    assert_equal_batches(list(map(fetched, copies)), expected)
 
 
 def test_bad_files_are_named_and_left_out(folder, tmp_path, capfd):

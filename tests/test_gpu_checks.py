@@ -58,13 +58,15 @@ def test_the_result_of_another_benchmark_is_refused(run, tmp_path):
 
 def test_a_program_that_takes_a_batch_ends_on_a_cpu(tmp_path):
     make_sample_data(tmp_path, train=2, val=1)
-    status, text, _ = gpu_checks.ended(gpu_checks._on_a_cpu(gpu_checks.TAKES_A_BATCH["iterator"]), tmp_path / "train")
+    status, text, _ = gpu_checks.took_a_batch(
+        gpu_checks._on_a_cpu(gpu_checks.TAKES_A_BATCH["iterator"]), tmp_path / "train"
+    )
     assert status == 0, text
 
 
 def test_a_program_that_fails_is_told_from_one_that_ends(tmp_path):
-    assert gpu_checks.ended("print(64)", tmp_path)[0] == 0
-    status, text, _ = gpu_checks.ended("raise SystemExit('no batch')", tmp_path)
+    assert gpu_checks.took_a_batch("print(64)", tmp_path)[0] == 0
+    status, text, _ = gpu_checks.took_a_batch("raise SystemExit('no batch')", tmp_path)
     assert (status, text) == (1, "no batch")
 
 

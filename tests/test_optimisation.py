@@ -115,7 +115,7 @@ def test_the_loss_is_scaled_for_float16_only():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(device):
     model, other = small_model().to(device), small_model().to(device)
-    updater, twin = (updater_of(each, "--amp --amp-dtype fp16 --lr 0.1") for each in (model, other))
+    updater, other_updater = (updater_of(each, "--amp --amp-dtype fp16 --lr 0.1") for each in (model, other))
     before, scale = flat(model), updater.scaler.get_scale()
     spoilt = [torch.full_like(parameter, torch.nan) for parameter in model.parameters() for _ in range(9)]
     del spoilt  # the memory that new tensors get
@@ -123,12 +123,12 @@ def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(d
     updater.update()
     assert torch.equal(flat(model), before)
     assert updater.scaler.get_scale() == scale / 2
-    twin.scaler.scale(torch.zeros((), device=device))  # makes its scale, which can be set from then on
-    twin.scaler.update(scale / 2)
+    other_updater.scaler.scale(torch.zeros((), device=device))  # makes its scale, which can be set from then on
+    other_updater.scaler.update(scale / 2)
     images = torch.randn(4, 3, 6, 6, device=device)
     for _ in range(2):
         step(updater, model, images)
-        step(twin, other, images)
+        step(other_updater, other, images)
     assert torch.equal(flat(model), flat(other))
     assert not torch.equal(flat(model), before)
 

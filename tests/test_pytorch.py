@@ -379,7 +379,7 @@ def test_a_generator_of_numpy_is_refused():
 
 @pytest.mark.gpu
 def test_a_generator_of_a_gpu_is_refused():
-    with pytest.raises(ValueError, match="generator must be one of the CPU, got one of cuda"):
+    with pytest.raises(ValueError, match=r"^generator must be one of the CPU, got one of cuda$"):
         SaliencyMix(K, generator=torch.Generator("cuda"))
 
 

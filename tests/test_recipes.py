@@ -168,8 +168,8 @@ def test_a_recipe_has_the_hyper_parameters_of_the_paper(name, mix):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_mixes_as_the_paper_does_unless_it_is_told_otherwise(name):
     assert parsed(name).config == parsed(name, "--mix", "saliencymix").config
-    twins = [parsed(name, "--mix", mix).config for mix in MIXES]
-    common = [{option: twin[option] for option in twin if option not in MIX_OPTIONS} for twin in twins]
+    configs = [parsed(name, "--mix", mix).config for mix in MIXES]
+    common = [{option: config[option] for option in config if option not in MIX_OPTIONS} for config in configs]
     assert common[0] == common[1] == common[2]
 
 

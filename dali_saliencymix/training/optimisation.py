@@ -93,9 +93,8 @@ class Updater:
         )
         if options.momentum:
             # PyTorch 2.10 and 2.11 make these in the first step. If that one is left out they stay uninitialised.
-            for group in groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for parameter in model.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = GradScaler(device.type, enabled=scale_loss)
         self.ema = _moving_average(model, options.model_ema_decay) if options.model_ema else None
 
