@@ -31,6 +31,7 @@ ORDER = [
     {"mix"},
     {""},
     {"_versions"},
+    {"measure"},
     {"_dali", "pytorch"},
     {"fn", "datasets"},
     {"preview", "loaders"},

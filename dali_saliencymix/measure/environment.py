@@ -1,0 +1,102 @@
+"""What a measurement depends on beside its options: versions, device, driver, processor, state of the code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dali_saliencymix._versions import versions
+
+_DRIVER = r"Kernel Module.*?\s(\d+\.[\d.]+)"  # not the number in "for x86_64"
+
+
+def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
+    """Return what a result depends on, as plain values for a log or a result file.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"cuda:0"``: where the work is done. Of a GPU PyTorch is asked if it is imported,
+        else CuPy.
+    *packages : str
+        Packages whose versions matter too, if they are installed.
+
+    Returns
+    -------
+    dict
+        ``device``, ``cuda``, ``cudnn``, ``driver``, ``cpu``, ``cores``, ``system``, ``load_average``,
+        ``torch_threads``, ``versions`` and ``git_commit``; None where that is unknown or does not apply.
+    """
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch is not None else None
+    here = {"device": f"CPU, {threads or cores()} threads", "cuda": None, "cudnn": None}
+    return {
+        **(here if device == "cpu" else _gpu(device)),
+        "driver": _first_match("/proc/driver/nvidia/version", _DRIVER),
+        "cpu": _first_match("/proc/cpuinfo", r"model name\s*: (.+)") or platform.machine(),
+        "cores": cores(),
+        "system": platform.platform(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "torch_threads": threads,
+        "versions": versions(*packages),
+        "git_commit": git_commit(),
+    }
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def resident_mib(pid: int | str = "self") -> int | None:
+    """Return the resident memory of a process in MiB; None where Linux's /proc is not."""
+    found = _first_match(f"/proc/{pid}/status", r"VmRSS:\s*(\d+) kB")
+    return int(found) // 1024 if found else None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the code that runs, with a plus sign if files differ from it; None outside of git.
+
+    The environment variable COMMIT comes first: a copy that git does not know is told its commit.
+    """
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    folder = Path(__file__).parent
+    try:
+        git = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        tracked = git(["git", "ls-files", "--error-unmatch", __file__])
+        commit, changed = (git(["git", *words]) for words in (("rev-parse", "HEAD"), ("diff", "--stat", "HEAD")))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout else "") if tracked.stdout else None
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    version = runtime.runtimeGetVersion()
+    name = runtime.getDeviceProperties(int(device.partition(":")[2] or 0))["name"].decode()
+    return {"device": name, "cuda": f"{version // 1000}.{version % 1000 // 10}", "cudnn": None}
+
+
+def _first_match(file: str, pattern: str) -> str | None:
+    """Return what a pattern finds in a file of the system, if there is such a file."""
+    with contextlib.suppress(OSError):
+        found = re.search(pattern, Path(file).read_text(errors="replace"))
+        return found[1].strip() if found else None
+    return None

@@ -1,0 +1,74 @@
+"""Result files: JSON that is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dali_saliencymix._json import finite
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type and the text of an error on one line of bounded length.
+
+    Examples
+    --------
+    >>> one_line(KeyError("images"))
+    "KeyError: 'images'"
+    """
+    text = shortened(str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """Return a text on one line of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that it holds its old or its new content whole, whatever happens; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Write a result with `replace_file`. A number that is not finite becomes null.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written; it names `path`.
+    """
+    replace_file(Path(path), json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a result.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it does not hold a JSON object.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{path}: not a JSON file"
+        raise ValueError(msg) from error
+    if not isinstance(result, dict):
+        msg = f"{path}: must hold a JSON object, got a {type(result).__name__}"
+        raise ValueError(msg)
+    return result
