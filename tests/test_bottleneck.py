@@ -24,26 +24,24 @@ from training_fixtures import torchrun
 from benchmarks import bottleneck_faults as faults
 from dali_saliencymix import bottleneck
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.bottleneck import stages, storage
+from dali_saliencymix.bottleneck import stages, storage, whatifs, windows
 from dali_saliencymix.bottleneck.command import step_of
-from dali_saliencymix.bottleneck.comparison import compare, comparison_text
-from dali_saliencymix.bottleneck.errors import BottleneckError
-from dali_saliencymix.bottleneck.measure import (
+from dali_saliencymix.bottleneck.diagnose import measure_source
+from dali_saliencymix.bottleneck.display import comparison_text, page_html, report_text, save_page
+from dali_saliencymix.bottleneck.report import build_report, compare, load_report, save_report
+from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.storage import PASSES, StorageRates, measure_storage
+from dali_saliencymix.bottleneck.verdict import Figures, decide
+from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
+from dali_saliencymix.bottleneck.windows import (
     Batches,
-    EndToEnd,
-    LoaderAlone,
-    StepAlone,
+    BottleneckError,
+    Subject,
+    Windows,
     images_in,
     measure_in_turns,
 )
-from dali_saliencymix.bottleneck.page import page_html, save_page
-from dali_saliencymix.bottleneck.report import build_report, load_report, save_report
-from dali_saliencymix.bottleneck.report_text import report_text
-from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
-from dali_saliencymix.bottleneck.spread import Interval
-from dali_saliencymix.bottleneck.storage_rates import PASSES, StorageRates, measure_storage
-from dali_saliencymix.bottleneck.verdict import Figures, decide
-from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
+from dali_saliencymix.measure.figures import Interval
 
 pytest_plugins = ["training_fixtures"]
 
@@ -54,6 +52,28 @@ QUICK = {"seconds": 1.5, "rounds": 5, "what_ifs": False, "storage": False}
 def files(tmp_path_factory) -> list[str]:
     """JPEG files that are cheap to decode."""
     return faults.make_files(tmp_path_factory.mktemp("small"), count=16, size=96)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleeping moves: what is measured is then exact, whatever else the machine does."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+
+class Slow:
+    """A loader whose epochs, and whose batches, take a while."""
+
+    def __init__(self, seconds: float, *, batches: int = 50, start: float = 0.0, sizes=(4,)) -> None:
+        self.seconds, self.batches, self.start, self.sizes = seconds, batches, start, sizes
+
+    def __iter__(self):
+        time.sleep(self.start)
+        for number in range(self.batches):
+            size = self.sizes[number % len(self.sizes)]
+            time.sleep(self.seconds * size / max(self.sizes))
+            yield {"image": np.zeros((size, 3, 8, 8), np.float32), "label": np.zeros(size)}
 
 
 def decided(loader, step, **options) -> dict:
@@ -69,7 +89,7 @@ def decided(loader, step, **options) -> dict:
 def report(files) -> dict:
     """The report of a pipeline, with everything measured. Not to be changed."""
     define = functools.partial(faults.pipeline, files, detect=0.02)
-    return decided(define, faults.step_of(0.002), seconds=4, rounds=5)
+    return decided(define, faults.step_of(0.002), seconds=2, rounds=5)
 
 
 # Faults.
@@ -83,14 +103,6 @@ def verdict_of(files, seconds_of_step=0.001, **options) -> str:
 def test_an_expensive_detector_is_found(report):
     assert report["verdict"]["name"] == "MIX-BOUND"
     assert "saliency" in report["verdict"]["why"]
-
-
-def test_a_slow_operator_is_found(files):
-    assert verdict_of(files, prep=0.03, mixed=False) == "CPU-PREP-BOUND"
-
-
-def test_a_huge_model_is_no_fault_of_the_loader(files):
-    assert verdict_of(files, seconds_of_step=0.2, mixed=False) == "COMPUTE-BOUND"
 
 
 def test_a_slow_read_is_found_where_storage_can_be_measured(files):
@@ -107,19 +119,52 @@ def test_two_that_wait_for_one_lock_are_in_contention(files):
     assert found["verdict"]["name"] == "CONTENTION"
 
 
-def test_a_slow_iterable_is_the_loader_as_a_whole():
-    class Slow:
-        def __iter__(self):
-            for _ in range(10):
-                time.sleep(0.03)
-                yield {"image": np.zeros((4, 3, 8, 8), np.float32)}
-
-    found = decided(Slow(), faults.step_of(0.0005), **QUICK)
+def test_a_slow_iterable_is_the_loader_as_a_whole(clock):
+    found = bottleneck.diagnose(Slow(0.03), faults.step_of(0.001), **QUICK)
     assert found["verdict"]["name"] == "LOADER-BOUND"
     assert found["stages"] is None
     assert found["stages_note"] == "an iterable cannot be cut into stages: it is measured as a whole"
     assert "stages of the loader: not measured (an iterable cannot be cut" in report_text(found)
     assert found["conditions"]["images_per_batch"] == 4
+    assert found["rates"]["loader"]["images_per_second"]["median"] == pytest.approx(4 / 0.03)
+    assert found["rates"]["step"]["images_per_second"]["median"] == pytest.approx(4 / 0.001)
+    assert found["rates"]["end_to_end"]["images_per_second"]["median"] == pytest.approx(4 / 0.031)
+
+
+def test_a_slow_step_is_no_fault_of_the_loader(clock):
+    found = bottleneck.diagnose(Slow(0.001), faults.step_of(0.2), **QUICK)
+    assert found["verdict"]["name"] == "COMPUTE-BOUND"
+    assert found["stall"]["median"] == pytest.approx(1 - 0.2 / 0.201)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_what_the_beginning_of_short_epochs_costs_is_a_part_of_the_rate(clock, monkeypatch, sized):
+    if sized:
+        monkeypatch.setattr(Slow, "__len__", lambda self: self.batches, raising=False)
+    found = bottleneck.diagnose(Slow(0.005, batches=4, start=0.48), faults.step_of(0.01), **{**QUICK, "seconds": 20})
+    assert found["verdict"]["name"] == "LOADER-BOUND"
+    assert found["rates"]["loader"]["windows_ms"] == pytest.approx([125.0] * 5)
+    assert found["rates"]["end_to_end"]["windows_ms"] == pytest.approx([135.0] * 5)
+
+
+def test_a_step_may_take_its_batch_apart(clock):
+    """The batches of a list come again in each epoch, and the constant one in each step."""
+    import collections
+
+    class Encoding(collections.UserDict):  # as of Hugging Face's tokenizers
+        def to(self, device):
+            return self
+
+    def step(batch):
+        batch = batch.to("cpu")
+        assert batch.pop("label").shape == (4,)
+        batch["parts"].clear()
+        time.sleep(0.01)
+
+    batches = [Encoding(image=np.zeros((4, 3)), label=np.zeros(4), parts=[1, 2]) for _ in range(5)]
+    found = bottleneck.diagnose(batches, step, **QUICK)
+    assert found["rates"]["end_to_end"]["images_per_second"]["median"] == pytest.approx(400)
+    assert all(set(batch) == {"image", "label", "parts"} and batch["parts"] == [1, 2] for batch in batches)
 
 
 def test_a_slow_process_is_found(tmp_path):
@@ -146,7 +191,7 @@ def test_the_verdict_comes_first_and_then_what_to_do(report):
 
 def test_the_stages_are_those_of_the_graph(report):
     names = [row["name"] for row in report["stages"]]
-    assert names == ["read", "decode", "resize", "paste", "saliency", "normalise", "hand-over"]
+    assert names == ["read", "decode", "resize", "paste", "saliency", "normalise", "iterator"]
     text = report_text(report)
     for name in names:
         assert re.search(rf"^{name}\b", text, re.MULTILINE)
@@ -200,6 +245,37 @@ def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
     assert (found[8]["change"], found[8]["not_measured"]) == (None, "RuntimeError: no memory left")
 
 
+def test_what_ifs_of_several_processes_are_those_of_the_slowest(monkeypatch):
+    """Of two processes, where this one is the faster by half."""
+    monkeypatch.setattr(whatifs, "gather", lambda ms: [ms, {key: [1.5 * each for each in ms[key]] for key in ms}])
+    monkeypatch.setattr(
+        whatifs, "measure_in_turns", lambda subjects, **_: Windows({k: [4.0] * 5 for k in subjects}, {})
+    )
+    quiet = {"synchronise": lambda: None, "notify": lambda line: None}
+    rows = measured_rows(Source("loader", {"num_threads": 1}, lambda _: [np.zeros((6, 2))] * 5), seconds=0.1, **quiet)
+    (row,) = (row for row in rows if row["what"] == "DALI threads")
+    assert row["loader_images_per_second"].median == pytest.approx(1000)
+    assert row["change"].median == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "note"),
+    [
+        (2, "2", []),
+        (8, "1", ["8 DALI threads share 4 cores: more than there are do not help, and take time from the steps"]),
+        (3, "2", ["2 processes with 3 DALI threads each share 4 cores: more than there are do not help, and take "
+                  "time from the steps"]),
+    ],
+)  # fmt: skip
+def test_a_report_tells_of_more_threads_than_cores(monkeypatch, clock, threads, processes, note):
+    monkeypatch.setattr(sys.modules["dali_saliencymix.bottleneck.diagnose"], "cores", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    source = Source("loader", {"num_threads": threads}, lambda changed: Slow(0.01))
+    found = measure_source(source, None, seconds=1, with_storage=False, with_what_ifs=False)
+    assert found["conditions"].get("notes", []) == note
+    assert report_text(found).count("Note: ") == len(note)
+
+
 def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
     rates = {"step": 400, "loader": 500, "end": 380, "threads": 2, "world": 1}
 
@@ -231,7 +307,7 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
     stored = StorageRates(cold_ms=[40.0, 41.0, 42.0, 43.0, 44.0], warm_ms=[20.0] * 5)
     cold = dataclasses.replace(warm, cold_ms=tuple(stored.cold_ms), storage_measured=True, reads_cold=True)
     unknown = dataclasses.replace(warm, reads_cold=True)
-    rest = {"images": 84, "cuts": [], "stages_note": None, "what_ifs": [], "timeline": None}
+    rest = {"images": 84, "until": {}, "stages_note": None, "what_ifs": [], "timeline": None}
     conditions = report["conditions"]
     why = StorageRates(not_measured="was not asked for")
 
@@ -271,7 +347,7 @@ def test_a_report_is_strict_json_and_comes_back(report, tmp_path):
     assert json.loads(path.read_text(), parse_constant=refuse) == report
     assert load_report(path) == report
     assert report["schema"] == "dali-saliencymix/bottleneck"
-    assert report["version"] == 1
+    assert report["version"] == 2
     assert {"host", "settings", "command", "cache"} <= report["conditions"].keys()
 
 
@@ -282,7 +358,7 @@ def test_what_json_has_no_word_for_is_put_into_its_words():
         figures,
         decide(figures),
         images=8,
-        cuts=[],
+        until={},
         stages_note=None,
         stored=StorageRates(not_measured="was not asked for"),
         what_ifs=[{"change": change}],
@@ -338,7 +414,11 @@ def test_without_a_step_the_report_is_of_the_loader_and_nothing_is_said_to_be_mi
     ("content", "text"),
     [
         ("{", "not a JSON file"),
-        ("[]", "not a report"),
+        (
+            '{"schema": "dali-saliencymix/bottleneck", "version": 2, "rates": {"loader": {}}}',
+            "a damaged report .*KeyError",
+        ),
+        ("[]", "must hold a JSON object, got a list"),
         ('{"schema": "dali-saliencymix/bottleneck"}', "of version None"),
     ],
 )
@@ -588,7 +668,7 @@ def test_files_that_stay_in_memory_are_not_measured(files, monkeypatch):
     assert (
         found["rates"]["storage"]["not_measured"] == "80% of the files' bytes stayed in memory after they were dropped"
     )
-    assert found["verdict"]["name"] == "LOADER-BOUND"  # though reading is the dearest stage
+    assert found["verdict"]["name"] == "LOADER-BOUND"  # though reading is the most expensive stage
 
 
 def test_residency_that_cannot_be_seen_is_not_taken_for_absence(files, monkeypatch):
@@ -649,15 +729,13 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
 # Windows.
 
 
-def test_windows_do_not_count_what_was_made_before():
-    """Each subject settles before each of its windows, and is run for the same number of batches in all of them."""
+def test_windows_do_not_count_what_was_made_before(monkeypatch):
+    """Processes wait for each other, a subject settles, and its window begins at once: else its queue fills again."""
     log = []
 
-    class Subject:
-        ahead = 0
-
-        def __init__(self, name):
-            self.name = name
+    @dataclasses.dataclass
+    class Logged(Subject):
+        name: str = ""
 
         def settle(self):
             log.append((self.name, "settle"))
@@ -666,31 +744,33 @@ def test_windows_do_not_count_what_was_made_before():
             log.append((self.name, count))
             return count
 
-    found = measure_in_turns({"a": Subject("a"), "b": Subject("b")}, seconds=0.01, rounds=5)
-    assert {name: len(series.ms) for name, series in found.items()} == {"a": 5, "b": 5}
-    windows = log[-20:]
-    assert [name for name, _ in windows] == ["a", "a", "b", "b"] * 5
-    assert [what == "settle" for _, what in windows] == [True, False] * 10
+    gather = windows.gather
+    monkeypatch.setattr(windows, "gather", lambda value: (value is None and log.append("all wait"), gather(value))[1])
+    found = measure_in_turns({"a": Logged(name="a"), "b": Logged(name="b")}, seconds=0.01, rounds=5)
+    assert {name: len(ms) for name, ms in found.ms.items()} == {"a": 5, "b": 5}
+    counted = [log[-30:][start : start + 3] for start in range(0, 30, 3)]
+    assert sorted(name for _, (name, _), _ in counted) == ["a"] * 5 + ["b"] * 5
+    for waits, (name, settles), (also, count) in counted:
+        assert (waits, settles, also) == ("all wait", "settle", name)
+        assert count == found.steps[name]
 
 
-def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length():
+def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length(clock):
     """Else noise that makes single steps slow would look like a difference between them."""
-    batches = Batches([np.zeros((4, 2))] * 50)
+    batches = Batches(Slow(0.0001))
     subjects = {
-        "step": StepAlone(lambda batch: None, batches.first),
-        "loader": LoaderAlone(batches),
-        "end to end": EndToEnd(lambda batch: time.sleep(0.001), batches),
+        "step": Subject(step=lambda batch: None, constant=batches.first),
+        "loader": Subject(batches),
+        "end to end": Subject(batches, lambda batch: time.sleep(0.001)),
     }
-    found = measure_in_turns(subjects, seconds=0.5, rounds=5)
-    assert found["step"].steps == found["end to end"].steps < found["loader"].steps
+    steps = measure_in_turns(subjects, seconds=0.5, rounds=5).steps
+    assert steps["step"] == steps["end to end"] < steps["loader"]
 
 
-def test_windows_have_their_share_of_updates():
+def test_windows_have_their_share_of_updates(clock):
     """Of a step that updates the weights after every third batch."""
-    counts = []
 
     def step(batch):
-        counts.append(1)
         time.sleep(0.001)
 
     step.batches_per_update = 3
@@ -698,24 +778,15 @@ def test_windows_have_their_share_of_updates():
     windows = found["conditions"]["steps_in_a_window"]
     assert windows["step"] == windows["end to end"] >= 3
     assert windows["step"] % 3 == 0
-    slow = {"step": StepAlone(lambda batch: time.sleep(0.002), None, group=64)}
-    assert measure_in_turns(slow, seconds=0.01, rounds=5)["step"].steps == 64  # whatever was asked for
+    slow = {"step": Subject(step=lambda batch: time.sleep(0.002), update=64)}
+    assert measure_in_turns(slow, seconds=0.01, rounds=5).steps["step"] == 64  # whatever was asked for
 
 
-def test_times_are_per_full_batch(monkeypatch):
+def test_times_are_per_full_batch(clock):
     """Half a batch at the end of an epoch counts as half."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-    class Loader:
-        def __iter__(self):
-            for size in (8, 8, 4):
-                now[0] += size / 8
-                yield np.zeros((size, 2))
-
-    found = measure_in_turns({"loader": LoaderAlone(Batches(Loader(), ahead=0))}, seconds=1000, rounds=5)
-    assert found["loader"].ms == pytest.approx([1000.0] * 5)
+    loader = Slow(1.0, batches=3, sizes=(8, 8, 4))
+    found = measure_in_turns({"loader": Subject(Batches(loader, ahead=0))}, seconds=1000, rounds=5)
+    assert found.ms["loader"] == pytest.approx([1000.0] * 5)
 
 
 @pytest.mark.parametrize(
@@ -736,7 +807,7 @@ def test_images_in_a_batch(batch, count):
 
 def test_a_subject_can_be_a_step():
     taken = []
-    subject = StepAlone(taken.append, "batch")
+    subject = Subject(step=taken.append, constant="batch")
     subject.settle()
     assert subject.run(3) == 3
     assert taken == ["batch"] * 4
@@ -1026,13 +1097,7 @@ def user_loader():
 
 
 def user_slow_loader():
-    class Slow:
-        def __iter__(self):
-            for _ in range(20):
-                time.sleep(0.02)
-                yield np.zeros((4, 3, 8, 8), np.float32)
-
-    return Slow()
+    return Slow(0.02, batches=20)
 
 
 def user_step(batch):
@@ -1057,7 +1122,7 @@ FAST_COMMAND = ["--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-what
 
 
 @pytest.mark.parametrize(("loader", "status"), [("user_loader", 0), ("user_slow_loader", 3)])
-def test_the_exit_status_tells_a_stall(loader, status, here, capfd):
+def test_the_exit_status_tells_a_stall(loader, status, here, capfd, clock):
     command = ["bottleneck", "--loader", f"{here}:{loader}", "--step", f"{here}:user_step", *FAST_COMMAND]
     assert main([*command, "--fail-above-stall", "40"]) == status
     assert ("is above 40 %" in lines_of(capfd)[1]) == (status == 3)
@@ -1095,6 +1160,7 @@ def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
         (["DATA", "--loader", "a:b"], "give one of DATA, --pipeline and --loader"),
         (["DATA", "--rounds", "4"], "--rounds must be at least 5"),
         (["DATA", "--no-step", "--fail-above-stall", "20"], "leave out --no-step"),
+        (["DATA", "--fail-above-stall", "nan"], "--fail-above-stall must be a number of percent, got nan"),
         (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),
         (["DATA", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],

@@ -52,8 +52,9 @@ if __name__ == "__main__":
 STORAGE_WORKER = """
 import json, os, sys
 import numpy as np
-from dali_saliencymix.bottleneck import ranks, storage, storage_rates
+from dali_saliencymix.bottleneck import storage
 from dali_saliencymix.bottleneck.sources import loader_source
+from dali_saliencymix.bottleneck.windows import gather
 from dali_saliencymix.training.distributed import start_processes, stop_processes
 
 start_processes("cpu")
@@ -67,10 +68,10 @@ class Loader:
             raise OSError("the disk is gone")
         yield from [np.zeros((4, 2))] * 20
 
-found = storage_rates.measure_storage(loader_source(Loader(), files=[__file__]), images=4, loader_ms=1.0,
+found = storage.measure_storage(loader_source(Loader(), files=[__file__]), images=4, loader_ms=1.0,
                                       read_cut=None, seconds=0.1, synchronise=lambda: None)
-seen = ranks.gather([found.not_measured, opened[0]])
-if ranks.rank() == 0:
+seen = gather([found.not_measured, opened[0]])
+if os.environ["RANK"] == "0":
     open(sys.argv[1], "w").write(json.dumps(seen))
 stop_processes()
 """

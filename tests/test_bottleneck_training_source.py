@@ -8,9 +8,9 @@ from batches import assert_equal_batches, epoch
 from cifar_files import write_cifar
 
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.bottleneck import command, measure, stages, whatifs
-from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck import command, stages, whatifs, windows
 from dali_saliencymix.bottleneck.training_source import training_source
+from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.cifar import CifarData
 from dali_saliencymix.loaders.data import open_data
@@ -75,7 +75,7 @@ def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, s
         opened.append((args.workers, args.batch_size))
         return loader(self, args, *others, **named)
 
-    class Batches(measure.Batches):
+    class Batches(windows.Batches):
         def __init__(self, loader, *, ahead):
             aheads.append(ahead)
             super().__init__(loader, ahead=ahead)
@@ -122,7 +122,7 @@ GROWING = ("--epochs", "8", "--progressive-size", "24@0", "40@4")
 )
 def test_of_epochs_that_differ_those_with_the_largest_images_are_measured(root, more, size, mixed, note):
     source = training_source(options(root, *FOLDER, *more), ALONE, images=2048)
-    instead = source.conditions.get("measured_instead", [])
+    instead = source.conditions.get("notes", [])
     assert len(instead) == (note is not None)
     assert (note or "") in "".join(instead)
     images, _, _, lam = next(iter(source.open({})))
@@ -148,7 +148,7 @@ def test_a_loader_leaves_out_as_many_bad_files_as_the_training_does(root, tmp_pa
 def test_images_that_are_too_few_are_repeated_and_the_report_says_so(root):
     source = training_source(options(root, *FOLDER, "-b", "64"), ALONE, images=2048)
     assert len(next(iter(source.open({})))[0]) == 64
-    assert source.conditions["measured_instead"] == [
+    assert source.conditions["notes"] == [
         "the 32 images are too few for a step, and train.py refuses them: they are repeated"
     ]
 

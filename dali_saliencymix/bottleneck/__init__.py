@@ -18,14 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dali_saliencymix.bottleneck.comparison import compare, comparison_text
 from dali_saliencymix.bottleneck.diagnose import measure_source
-from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.display import comparison_text, report_text
 from dali_saliencymix.bottleneck.monitor import Monitor
-from dali_saliencymix.bottleneck.report import load_report, save_report
-from dali_saliencymix.bottleneck.report_text import report_text
+from dali_saliencymix.bottleneck.report import compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import loader_source, pipeline_source
 from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, Verdict, decide
+from dali_saliencymix.bottleneck.windows import BottleneckError
 
 __all__ = [
     "BottleneckError",
@@ -85,7 +84,7 @@ def diagnose(
     storage, what_ifs : bool
         Whether to measure these.
     notify : callable
-        Is told in lines what goes on.
+        Is given lines that say what is being measured.
 
     Returns
     -------

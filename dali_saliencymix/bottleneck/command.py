@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix.bottleneck import ranks
-from dali_saliencymix.bottleneck.comparison import compare, comparison_text
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
-from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
-from dali_saliencymix.bottleneck.report import Report, load_report, save_report
-from dali_saliencymix.bottleneck.report_text import report_text
-from dali_saliencymix.bottleneck.sources import (
-    Source,
-    load_function,
-    loader_source,
-    made_by,
-    pipeline_source,
-)
-from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS
+from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
+from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
+from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, made_by, pipeline_source
 from dali_saliencymix.bottleneck.training_source import training_source
+from dali_saliencymix.bottleneck.windows import BottleneckError
+from dali_saliencymix.measure.figures import LEAST_ROUNDS
+from dali_saliencymix.measure.results import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,26 +40,6 @@ exit status: 0; 1 for an error; 3 if the stall is above --fail-above-stall, also
 """
 
 
-@dataclass(frozen=True)
-class CommandOptions:
-    """The options of the command itself; `_parser` says what they are."""
-
-    pipeline: str | None = None
-    loader: str | None = None
-    step: str | None = None
-    no_step: bool = False
-    files: list[Path] | None = None
-    images: int = 2048
-    cache: str = "auto"
-    seconds: float = 100.0
-    rounds: int = ROUNDS
-    no_storage: bool = False
-    no_what_ifs: bool = False
-    output: Path | None = None
-    html: Path | None = None
-    fail_above_stall: float | None = None
-
-
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -76,41 +49,43 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--pipeline", metavar="MODULE:FUNCTION", help="makes a DALI pipeline, in place of DATA")
-    parser.add_argument("--loader", metavar="MODULE:FUNCTION", help="makes any iterable of batches, in place of DATA")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--pipeline", metavar="MODULE:FUNCTION", help="makes a DALI pipeline, in place of DATA")
+    option("--loader", metavar="MODULE:FUNCTION", help="makes any iterable of batches, in place of DATA")
+    option(
         "--step",
         metavar="MODULE:FUNCTION",
         help="the training step, step(batch); or a function without arguments that returns it. By default a network "
         "of train.py (-a)",
     )
-    parser.add_argument("--no-step", action="store_true", help="measure the loader alone")
-    parser.add_argument("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
-    parser.add_argument("--images", type=int, help="images of DATA to read, for each process (2048)")
-    parser.add_argument("--cache", choices=CACHES, help="will the training find its files in memory?")
-    parser.add_argument("--seconds", type=float, help="time for everything, about (100)")
-    parser.add_argument("--rounds", type=int, help=f"windows of each figure ({ROUNDS})")
-    parser.add_argument("--no-storage", action="store_true", help="do not drop files from memory to read them again")
-    parser.add_argument("--no-what-ifs", action="store_true", help="do not measure other settings")
-    parser.add_argument("-o", "--output", type=Path, metavar="JSON", help="report to write")
-    parser.add_argument("--html", type=Path, help="page to write; needs matplotlib")
-    parser.add_argument("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
-    parser.set_defaults(**vars(CommandOptions()))
+    option("--no-step", action="store_true", help="measure the loader alone")
+    option("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
+    option("--images", type=int, default=2048, help="images of DATA to read, for each process (%(default)s)")
+    option("--cache", choices=CACHES, default="auto", help="will the training find its files in memory?")
+    option("--seconds", type=float, default=100.0, help="time for everything, about (%(default)g)")
+    option("--rounds", type=int, default=ROUNDS, help="windows of each figure (%(default)s)")
+    option("--no-storage", action="store_true", help="do not drop files from memory to read them again")
+    option("--no-what-ifs", action="store_true", help="do not measure other settings")
+    option("-o", "--output", type=Path, metavar="JSON", help="report to write")
+    option("--html", type=Path, help="page to write; needs matplotlib")
+    option("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
     return parser
 
 
 def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
     parser = _parser(prog)
-    given, rest = parser.parse_known_args(arguments)
-    own, training = CommandOptions(**vars(given)), _training_options(rest, prog)
+    own, rest = parser.parse_known_args(arguments)
+    training = _training_options(rest, prog)
     has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
         parser.error("give one of DATA, --pipeline and --loader")
     if own.fail_above_stall is not None and own.no_step:
         parser.error("--fail-above-stall needs a training step: leave out --no-step")
-    if own.rounds < LEAST_WINDOWS or own.images < 1 or not own.seconds > 0:
-        parser.error(f"--rounds must be at least {LEAST_WINDOWS}, --images at least 1, --seconds positive")
+    if own.fail_above_stall is not None and math.isnan(own.fail_above_stall):
+        parser.error("--fail-above-stall must be a number of percent, got nan")
+    if own.rounds < LEAST_ROUNDS or own.images < 1 or not own.seconds > 0:
+        parser.error(f"--rounds must be at least {LEAST_ROUNDS}, --images at least 1, --seconds positive")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
 
@@ -123,9 +98,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
             choose_kernels(deterministic=training.model.deterministic)
         processes = distributed.start_processes(training.data.device)
         report = _measured_by_all(own, training, rest, processes)
-        if ranks.rank() == 0:
-            return _told(report, own)
-        return 0
+        return _show(report, own) if processes.is_main else 0
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
         return 130
@@ -140,15 +113,15 @@ def profile_training(training: TrainingOptions, processes: Processes) -> None:
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
-    report = _measured_by_all(CommandOptions(), training, [], processes)
+    report = _measured_by_all(_parser("train.py").parse_args([]), training, [], processes)
     if processes.is_main:
         sys.stdout.write(report_text(report) + "\n")
-        folder = training.run.output_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        save_report(report, folder / "loader_report.json")
+        save_report(report, training.run.output_dir / "loader_report.json")
 
 
-def _measured_by_all(own: CommandOptions, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
+def _measured_by_all(
+    own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes
+) -> Report:
     """Measure; where that fails, the first process that does so says why, and which one it is."""
     from dali_saliencymix.training import distributed
 
@@ -183,8 +156,11 @@ def _training_options(rest: list[str], prog: str) -> TrainingOptions:
     return parse_arguments(rest, prog=prog, validates=False)
 
 
-def _measured(own: CommandOptions, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
-    notify = _say if processes.is_main else _ignore
+def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
+    def notify(line: str) -> None:
+        if processes.is_main:
+            sys.stderr.write(f"{line}\n")
+
     given_batch = training.data.batch_size if _is_given(rest, "-b", "--batch-size") else None
     files = _listed(own.files)
     source: Source
@@ -205,7 +181,7 @@ def _measured(own: CommandOptions, training: TrainingOptions, rest: list[str], p
 
         classes = max(int(source.conditions.get("classes", 1000)), 2)
         step = TrainingStep(training.model, training.optimizer, processes, num_classes=classes)
-    for line in source.conditions.get("measured_instead", ()):
+    for line in source.conditions.get("notes", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch
     return measure_source(
@@ -259,14 +235,12 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
     return sorted(found)
 
 
-def _told(report: Report, own: CommandOptions) -> int:
+def _show(report: Report, own: argparse.Namespace) -> int:
     """Write the report to where it is wanted; return the exit status."""
     sys.stdout.write(report_text(report) + "\n")
     if own.output:
         save_report(report, own.output)
     if own.html:
-        from dali_saliencymix.bottleneck.page import save_page
-
         save_page(report, own.html)
     if own.fail_above_stall is None:
         return 0
@@ -281,11 +255,3 @@ def _told(report: Report, own: CommandOptions) -> int:
         )
         return STALLED
     return 0
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
-def _ignore(line: str) -> None:
-    pass

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dali_saliencymix.bottleneck import ranks, storage
-from dali_saliencymix.bottleneck.errors import BottleneckError
-from dali_saliencymix.bottleneck.measure import (
-    Batches,
-    EndToEnd,
-    LoaderAlone,
-    Step,
-    StepAlone,
-    Subject,
-    measure_in_turns,
-)
-from dali_saliencymix.bottleneck.report import build_report
+from dali_saliencymix.bottleneck.report import Report, build_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.bottleneck.stages import Cut, cut_pipeline
-from dali_saliencymix.bottleneck.storage_rates import StorageRates, measure_storage
-from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, decide
+from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage, memory_bytes
+from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Series, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
+from dali_saliencymix.bottleneck.windows import (
+    Batches,
+    BottleneckError,
+    Step,
+    Subject,
+    agree,
+    by_round,
+    copied,
+    first_reason,
+    gather,
+    measure_in_turns,
+)
+from dali_saliencymix.measure.environment import cores
 
 ROUNDS = 9
 CACHES = ("auto", "warm", "cold")
 
 
 @contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Keep Python's collector from running: it ends pipelines that are done with, in whichever thread it happens to.
+def _without_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from running: it ends unused pipelines, in whichever thread it happens to run.
 
-    In one in which DALI calls a Python operator that aborts the process, or stops it for ever. Here pipelines are
-    ended by calls of ``gc.collect``.
+    In a thread in which DALI calls a Python operator that aborts the process, or deadlocks. Here pipelines are ended by
+    calls of ``gc.collect``.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -48,7 +51,7 @@ def _collector_at_rest() -> Iterator[None]:
             gc.enable()
 
 
-@_collector_at_rest()
+@_without_collector()
 def measure_source(
     source: Source,
     step: Step | None,
@@ -60,40 +63,11 @@ def measure_source(
     with_storage: bool = True,
     with_what_ifs: bool = True,
     notify: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Measure a source and a training step, and say what holds the training back.
+) -> Report:
+    """Measure a source and a training step, and say what holds the training back: see `bottleneck.diagnose`.
 
-    Parameters
-    ----------
-    source : Source
-        See `dali_saliencymix.bottleneck.sources`.
-    step : callable, optional
-        ``step(batch)``; without it the loader is measured alone. Where it updates the weights once in N batches, its
-        attribute `batches_per_update` is N: windows then have their share of updates.
-    device : {"cpu", "cuda"}
-        Where the step runs; with ``"cuda"`` the edges of windows wait for the current CUDA device.
-    seconds : float
-        For everything, about.
-    rounds : int
-        At most so many windows of each figure; at least 5, which are measured however long they take.
-    cache : {"auto", "warm", "cold"}
-        Whether the training will find its files in memory: ``"auto"`` compares the data set with the memory.
-    with_storage, with_what_ifs : bool
-        Whether to measure these.
-    notify : callable
-        Is told in lines what goes on.
-
-    Returns
-    -------
-    dict
-        The report, see `dali_saliencymix.bottleneck.report`.
-
-    Raises
-    ------
-    BottleneckError
-        If the loader or the step fail.
-    ValueError
-        If an option is out of its range.
+    Where a step updates the weights once in N batches, its attribute `batches_per_update` is N; where it has another
+    one without the other processes, that is its attribute `alone`.
     """
     if cache not in CACHES:
         msg = f"cache must be one of {', '.join(CACHES)}, got {cache!r}"
@@ -103,33 +77,30 @@ def measure_source(
         raise ValueError(msg)
     start = time.perf_counter()
     synchronise = _synchronise(device)
-    main = seconds * (0.65 if with_storage or with_what_ifs else 1.0)
     notify("loader, step and stages, in turns")
     cuts, stages_note = _cuts(source)
     batches = Batches(source.open({}), nominal=source.conditions.get("batch_size"), ahead=source.ahead)
     images = batches.nominal
-    assert images is not None
-    subjects = _subjects(batches, step, cuts, images)
+    subjects = _subjects(batches, step, cuts)
     if cuts and "cut 0" not in subjects:
         cuts, stages_note = [], "a part of the pipeline could not be built or run"
+    main = seconds * (0.65 if with_storage or with_what_ifs else 1.0)
     found = measure_in_turns(subjects, seconds=main, rounds=rounds, synchronise=synchronise, notify=notify)
     end = subjects.get("end to end")
-    timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if isinstance(end, EndToEnd) else None
+    timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if end else None
     epochs = batches.epochs
     # The loaders' threads and mapped files would be in the way of what follows.
     del subjects, batches, end
     gc.collect()
 
     stored = StorageRates(not_measured="was not asked for")
-    loader_ms = statistics.median(found["loader"].ms)
     if with_storage:
         notify("storage: files dropped from memory and read again")
-        reading = cuts[0].make if cuts and cuts[0].category == "read" else None
         stored = measure_storage(
             source,
             images=images,
-            loader_ms=loader_ms,
-            read_cut=reading,
+            loader_ms=statistics.median(found.ms["loader"]),
+            read_cut=cuts[0].make if cuts and cuts[0].category == "read" else None,
             seconds=0.15 * seconds,
             synchronise=synchronise,
         )
@@ -138,25 +109,30 @@ def measure_source(
         notify("what-ifs: other settings of the loader")
         what_ifs = measured_rows(source, seconds=0.2 * seconds, synchronise=synchronise, notify=notify)
 
-    gathered = ranks.gather({name: windows.ms for name, windows in found.items()})
-    reads_cold = cache == "cold" or (cache == "auto" and _larger_than_memory(source.dataset_bytes))
-    figures = _figures(gathered, cuts, stored, reads_cold=reads_cold, device=device)
+    shares = [sum(waits) / sum(steps) for waits, steps in zip(*timeline.values(), strict=True)] if timeline else None
+    gathered = gather({**found.ms, **({"waits": shares} if shares else {})})
+    memory = memory_bytes()
+    too_large = source.dataset_bytes is not None and memory is not None and source.dataset_bytes > 0.9 * memory
+    reads_cold = cache == "cold" or (cache == "auto" and too_large)
+    until = {cut.name: by_round(gathered, f"cut {number}") or () for number, cut in enumerate(cuts)}
+    figures = _figures(gathered, cuts, until, stored, reads_cold=reads_cold, device=device)
+    threads, called = _threads(source)
     what_ifs += predicted_rows(
         step=_rate(figures.step_ms, images),
         loader=_rate(figures.loader_ms, images),
         end=_rate(figures.end_ms, images),
         cold=_rate(figures.cold_ms, images),
         reads_cold=reads_cold,
-        threads=source.settings.get("num_threads") or source.settings.get("workers"),
-        world=ranks.count(),
-        threads_are="worker processes" if "workers" in source.settings else "DALI threads",
+        threads=threads,
+        world=len(gathered),
+        threads_are=called,
     )
+    notes = [*source.conditions.get("notes", ()), *_oversubscribed(threads, called)]
     return build_report(
         figures,
         decide(figures),
         images=images,
-        cuts=[(cut.name, cut.category, [max(values) for values in _by_round(gathered, f"cut {i}")])
-              for i, cut in enumerate(cuts)],
+        until=until,
         stages_note=stages_note,
         stored=stored,
         what_ifs=what_ifs,
@@ -164,120 +140,105 @@ def measure_source(
         conditions={
             "source": source.name,
             **source.conditions,
+            **({"notes": notes} if notes else {}),
             "settings": source.settings,
             "images_per_batch": images,
-            "processes": ranks.count(),
+            "processes": len(gathered),
             "device": device,
             "cache": cache,
             "data_set_bytes": source.dataset_bytes,
-            "memory_bytes": storage.memory_bytes(),
+            "memory_bytes": memory,
             "seconds_asked": seconds,
             "seconds_taken": round(time.perf_counter() - start, 1),
-            "steps_in_a_window": {name: windows.steps for name, windows in found.items()},
+            "steps_in_a_window": found.steps,
             "epochs_begun": epochs,
             "command": " ".join(sys.argv),
         },
-    )  # fmt: skip
+    )
 
 
 def _cuts(source: Source) -> tuple[list[Cut], str | None]:
     """Return the cuts of a source, the same number on all processes, or why there are none."""
-    cuts: list[Cut] = []
-    why = None
-    if source.define is None:
+    define, cuts, why = source.define, [], None
+    if define is None:
         why = "an iterable cannot be cut into stages: it is measured as a whole"
     else:
-        define = source.define
         try:
             cuts = cut_pipeline(lambda: define({}))
         except BottleneckError as error:
             why = f"{error}: the pipeline is measured as a whole"
-    why = ranks.agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
+    why = first_reason(why)
     return ([], why) if why else (cuts, None)
 
 
-def _subjects(batches: Batches, step: Step | None, cuts: list[Cut], images: int) -> dict[str, Subject]:
+def _subjects(batches: Batches, step: Step | None, cuts: list[Cut]) -> dict[str, Subject]:
     """Return what takes turns; without the cuts if one of them does not work."""
     subjects: dict[str, Subject] = {}
-    group = getattr(step, "batches_per_update", 1)
+    update = getattr(step, "batches_per_update", 1)
     if step is not None:
-        from dali_saliencymix.bottleneck.steps import kept
-
-        constant = kept(batches.first)
-        subjects["step"] = StepAlone(step, constant, group)
+        constant = copied(batches.first, tensors=True)
+        subjects["step"] = Subject(step=step, constant=constant, update=update)
         alone = getattr(step, "alone", None)
-        if alone and ranks.count() > 1:
-            subjects["own step"] = StepAlone(alone, constant, group)
+        if alone and len(gather(None)) > 1:
+            subjects["own step"] = Subject(step=alone, constant=constant, update=update)
     batches.first = None
     cut_subjects: dict[str, Subject] = {}
     works = True
     for number, cut in enumerate(cuts):
         try:
-            shorter = Batches(PipelineBatches(cut.make(), raw=True), nominal=images, ahead=batches.ahead)
+            shorter = Batches(PipelineBatches(cut.make(), raw=True), nominal=batches.nominal, ahead=batches.ahead)
         except BottleneckError:
             works = False
             break
         shorter.first = None
-        cut_subjects[f"cut {number}"] = LoaderAlone(shorter)
-    if ranks.agree(works, all):
+        cut_subjects[f"cut {number}"] = Subject(shorter)
+    if agree(works, all):
         subjects |= cut_subjects
-    subjects["loader"] = LoaderAlone(batches)
+    subjects["loader"] = Subject(batches)
     if step is not None:
-        subjects["end to end"] = EndToEnd(step, batches, group)
+        subjects["end to end"] = Subject(batches, step, update=update)
     return subjects
 
 
 def _figures(
     gathered: list[dict[str, list[float]]],
     cuts: list[Cut],
+    until: dict[str, Series],
     stored: StorageRates,
     *,
     reads_cold: bool,
     device: str,
 ) -> Figures:
     """Put together what a verdict needs: of several processes the slowest in each round."""
-
-    def slowest(name: str) -> tuple[float, ...] | None:
-        return tuple(max(values) for values in _by_round(gathered, name)) if name in gathered[0] else None
-
-    loader = slowest("loader")
+    loader = by_round(gathered, "loader")
     assert loader is not None
     stages = []
-    before: tuple[float, ...] = (0.0,) * len(loader)
-    for number, cut in enumerate(cuts):
-        until = slowest(f"cut {number}")
-        assert until is not None
-        stages.append(Stage(cut.name, cut.category, tuple(b - a for a, b in zip(before, until, strict=True))))
-        before = until
-    if stages:
-        stages.append(Stage("hand-over", "hand-over", tuple(b - a for a, b in zip(before, loader, strict=True))))
+    before: Series = (0.0,) * len(loader)
+    for name, category, whole in (
+        *((c.name, c.category, until[c.name]) for c in cuts),
+        ("iterator", "iterator", loader),
+    ):
+        stages.append(Stage(name, category, tuple(b - a for a, b in zip(before, whole, strict=True))))
+        before = whole
     own = "own step" if "own step" in gathered[0] else "step"
-    several = tuple(RankFigures(tuple(each[own]) if own in each else None, tuple(each["loader"])) for each in gathered)
+    ranks = tuple(RankFigures(tuple(each[own]) if own in each else None, tuple(each["loader"])) for each in gathered)
     return Figures(
-        step_ms=slowest("step"),
+        step_ms=by_round(gathered, "step"),
         loader_ms=loader,
-        end_ms=slowest("end to end"),
-        stages=tuple(stages) or None,
+        end_ms=by_round(gathered, "end to end"),
+        waits=by_round(gathered, "waits"),
+        stages=tuple(stages) if cuts else None,
         cold_ms=stored.from_storage(statistics.median(loader)),
-        reading_ms=stored.reading(statistics.median(stages[0].ms)) if stages else None,
+        reading_ms=stored.reading(statistics.median(stages[0].ms)),
         storage_measured=stored.not_measured is None,
         reads_cold=reads_cold,
         device=device,
-        ranks=several if len(several) > 1 else (),
+        ranks=ranks if len(ranks) > 1 else (),
     )
 
 
-def _by_round(gathered: list[dict[str, list[float]]], name: str) -> list[tuple[float, ...]]:
-    return list(zip(*(each[name] for each in gathered), strict=True))
-
-
-def _rate(ms: tuple[float, ...] | None, images: int) -> float | None:
+def _rate(ms: Series | None, images: int) -> float | None:
     return 1000 * images / statistics.median(ms) if ms else None
-
-
-def _larger_than_memory(size: float | None) -> bool:
-    memory = storage.memory_bytes()
-    return size is not None and memory is not None and size > 0.9 * memory
 
 
 def _synchronise(device: str) -> Callable[[], None]:
@@ -286,3 +247,21 @@ def _synchronise(device: str) -> Callable[[], None]:
     import torch
 
     return torch.cuda.synchronize
+
+
+def _threads(source: Source) -> tuple[int | None, str]:
+    """Return how many threads or processes a loader has, and what they are called."""
+    workers = source.settings.get("workers", source.conditions.get("num_workers"))
+    if workers is not None:
+        return workers, "worker processes"
+    return source.settings.get("num_threads", source.conditions.get("num_threads")), "DALI threads"
+
+
+def _oversubscribed(threads: int | None, called: str) -> list[str]:
+    """Return a note where the loaders of this machine have more threads than it has cores."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not threads or threads * here <= cores():
+        return []
+    each = f"{here} processes with {threads} {called} each" if here > 1 else f"{threads} {called}"
+    share = f"{each} share {cores()} core{'s' * (cores() > 1)}"
+    return [f"{share}: more than there are do not help, and take time from the steps"]

@@ -1,4 +1,4 @@
-"""The report: a dictionary that is JSON as it stands.
+"""The report: a dictionary that is JSON as it stands, its file, and the comparison of two.
 
 What was not measured is None, ``null`` in the file, with the reason beside it; never 0. Shares are 0 to 1, times
 milliseconds per batch, rates images per second of one process.
@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._json import finite
-from dali_saliencymix._versions import versions
-from dali_saliencymix.bottleneck.errors import BottleneckError
-from dali_saliencymix.bottleneck.spread import Interval, interval, rate
 from dali_saliencymix.bottleneck.verdict import CRITICAL_STALL, PASS_STALL, Figures, Series, Verdict
+from dali_saliencymix.bottleneck.windows import BottleneckError
+from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.figures import Interval, apart, differing, interval, rate
+from dali_saliencymix.measure.results import read_json, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from dali_saliencymix.bottleneck.storage_rates import StorageRates
+    from dali_saliencymix.bottleneck.storage import StorageRates
 
 SCHEMA = "dali-saliencymix/bottleneck"
-VERSION = 1
+VERSION = 2
 
 Report = dict[str, Any]
+
+# Conditions that change from run to run, or are figures themselves.
+_NO_CONDITIONS = ("seconds_taken", "command", "host.load_average", "steps_in_a_window", "memory_bytes", "epochs_begun")
 
 
 def build_report(
@@ -37,7 +38,7 @@ def build_report(
     verdict: Verdict,
     *,
     images: int,
-    cuts: Sequence[tuple[str, str, list[float]]],
+    until: Mapping[str, Series],
     stages_note: str | None,
     stored: StorageRates,
     what_ifs: Sequence[dict[str, Any]],
@@ -52,32 +53,25 @@ def build_report(
         From and of `verdict.decide`.
     images : int
         Images in a batch of one process.
-    cuts : sequence of (name, category, list of float)
-        Times of the cut pipelines, each with all stages up to this one.
+    until : mapping
+        Times of the cut pipelines, each with all stages up to the one of that name.
     stages_note : str or None
-        Why there are no cuts.
+        Why there are no stages.
     stored : StorageRates
         Passes over the files.
     what_ifs : sequence of dict
-        Rows of `whatifs`.
+        Rows of `measured_rows` and `predicted_rows`.
     timeline : dict or None
         ``waits_ms`` and ``steps_ms`` of each window, end to end.
     conditions : dict
-        All that the figures depend on.
+        What else the figures depend on.
 
     Returns
     -------
     dict
         Of None, bool, int, float, str, list and dict.
     """
-    rates = {
-        "step": _figure(figures.step_ms, images, "no training step was given"),
-        "loader": _figure(figures.loader_ms, images),
-        "end_to_end": _figure(figures.end_ms, images, "no training step was given"),
-        "loader_from_storage": _figure(figures.cold_ms, images, stored.not_measured),
-        "storage": _storage_rate(stored, cuts, images),
-    }
-    stall = verdict.stall
+    stall, no_step = verdict.stall, "no training step was given"
     report = {
         "schema": SCHEMA,
         "version": VERSION,
@@ -85,10 +79,17 @@ def build_report(
         "verdict": {"name": verdict.name, "why": verdict.why, "next": verdict.next_step},
         "stall": None if stall is None else {**_spread(stall), "band": band(stall.median)},
         "utilisation": None if stall is None else 1 - stall.median,
-        "passes": _passes(stall),
-        "rates": rates,
+        # None where the range of the stall contains the limit.
+        "passes": None if stall is None or stall.low <= PASS_STALL <= stall.high else stall.high < PASS_STALL,
+        "rates": {
+            "step": _figure(figures.step_ms, images, no_step),
+            "loader": _figure(figures.loader_ms, images),
+            "end_to_end": _figure(figures.end_ms, images, no_step),
+            "loader_from_storage": _figure(figures.cold_ms, images, stored.not_measured),
+            "storage": _storage_rate(figures, stored, images),
+        },
         "prediction": _prediction(figures, images),
-        "stages": _stages(figures, cuts, images),
+        "stages": _stages(figures, until, images),
         "stages_sum": _stages_sum(figures),
         "stages_note": stages_note,
         "storage": {
@@ -103,9 +104,10 @@ def build_report(
         ],
         "what_ifs": list(what_ifs),
         "timeline": timeline,
-        "conditions": {**conditions, "host": host(str(conditions.get("device")))},
+        "conditions": {**conditions, "host": environment(str(conditions.get("device", "cpu")))},
     }
-    return _json_ready(report)
+    # As it comes back from its file: with lists, not tuples, and None for numbers that are not finite.
+    return finite(json.loads(json.dumps(report, default=_without_type)))
 
 
 def band(stall: float) -> str:
@@ -119,31 +121,8 @@ def band(stall: float) -> str:
     return "ok" if stall < PASS_STALL else "warning" if stall < CRITICAL_STALL else "critical"
 
 
-def _passes(stall: Interval | None) -> bool | None:
-    """Say whether a stall is under the line; None where its range lies on both sides."""
-    if stall is None or stall.low <= PASS_STALL <= stall.high:
-        return None
-    return stall.high < PASS_STALL
-
-
-def host(device: str) -> dict[str, Any]:
-    """Return the machine and the versions that figures depend on."""
-    gpu = driver = None
-    torch = sys.modules.get("torch")
-    if device == "cuda" and torch is not None and torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        driver_file = Path("/proc/driver/nvidia/version")
-        driver = driver_file.read_text().splitlines()[0] if driver_file.exists() else None
-    return {
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "torch_threads": torch.get_num_threads() if torch is not None else None,
-        "gpu": gpu,
-        "driver": driver,
-        "versions": versions(),
-    }
+def _without_type(value: Any) -> Any:
+    return _spread(value) if isinstance(value, Interval) else str(value)
 
 
 def _spread(values: Interval) -> dict[str, float | int]:
@@ -151,35 +130,25 @@ def _spread(values: Interval) -> dict[str, float | int]:
 
 
 def _figure(ms: Series | None, images: int, why: str | None = None) -> dict[str, Any]:
-    if not ms:
-        return {
-            "images_per_second": None,
-            "ms_per_batch": None,
-            "windows_ms": None,
-            "not_measured": why or "not measured",
-        }
-    spread = interval(ms)
+    spread = interval(ms) if ms else None
     return {
-        "images_per_second": _spread(rate(spread, images)),
-        "ms_per_batch": _spread(spread),
-        "windows_ms": list(ms),
-        "not_measured": None,
+        "images_per_second": spread and _spread(rate(spread, images)),
+        "ms_per_batch": spread and _spread(spread),
+        "windows_ms": list(ms) if ms else None,
+        "not_measured": None if ms else why or "not measured",
     }
 
 
-def _storage_rate(stored: StorageRates, cuts: Sequence[tuple[str, str, list[float]]], images: int) -> dict[str, Any]:
+def _storage_rate(figures: Figures, stored: StorageRates, images: int) -> dict[str, Any]:
     """Return the rate of storage: reading alone, or what a loader takes more with files that are not in memory."""
     if stored.not_measured:
         return {**_figure(None, images, stored.not_measured), "method": None}
-    if stored.read_cold_ms and cuts:
-        reading = stored.reading(statistics.median(cuts[0][2]))
-        return {**_figure(reading, images), "method": "reading alone, files not in memory"}
-    more = interval(stored.cold_ms).low - interval(stored.warm_ms).high
-    if more <= 0:
+    if figures.reading_ms:
+        return {**_figure(figures.reading_ms, images), "method": "reading alone, files not in memory"}
+    if interval(stored.cold_ms).low <= interval(stored.warm_ms).high:
         why = "files from storage were not slower than files in memory, beyond the spread"
         return {**_figure(None, images, why), "method": None}
-    pairs = zip(stored.cold_ms, stored.warm_ms, strict=True)
-    extra = tuple(cold - warm for cold, warm in pairs)
+    extra = tuple(cold - warm for cold, warm in zip(stored.cold_ms, stored.warm_ms, strict=True))
     return {**_figure(extra, images), "method": "loader with files not in memory, less the same in memory"}
 
 
@@ -191,7 +160,7 @@ def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
     if figures.step_ms is None or figures.loader_ms is None or figures.end_ms is None:
         return None
     slower = [max(pair) for pair in zip(figures.step_ms, figures.loader_ms, strict=True)]
-    error = interval([end / apart - 1 for end, apart in zip(figures.end_ms, slower, strict=True)])
+    longer = interval([end / alone - 1 for end, alone in zip(figures.end_ms, slower, strict=True)])
     from_storage = None
     if figures.reads_cold and figures.cold_ms:  # of other rounds than the step
         step, cold = interval(figures.step_ms), interval(figures.cold_ms)
@@ -199,23 +168,20 @@ def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
         from_storage = _spread(rate(Interval(*ends, min(step.count, cold.count)), images))
     return {
         "images_per_second": _spread(rate(interval(slower), images)),
-        "end_to_end_takes_longer_by": _spread(error),
+        "end_to_end_takes_longer_by": _spread(longer),
         "from_storage_images_per_second": from_storage,
     }
 
 
-def _stages(figures: Figures, cuts: Sequence[tuple[str, str, list[float]]], images: int) -> list[dict[str, Any]] | None:
-    if figures.stages is None:
+def _stages(figures: Figures, until: Mapping[str, Series], images: int) -> list[dict[str, Any]] | None:
+    if figures.stages is None or figures.loader_ms is None:
         return None
-    loader = figures.loader_ms
-    assert loader is not None
     step = statistics.median(figures.step_ms) if figures.step_ms else None
     rows = []
-    until = {name: ms for name, _, ms in cuts}
     for stage in figures.stages:
         added = interval(stage.ms)
-        whole = interval(until.get(stage.name, loader))
-        share = interval([part / total for part, total in zip(stage.ms, loader, strict=True)])
+        whole = interval(until.get(stage.name, figures.loader_ms))
+        share = interval([part / total for part, total in zip(stage.ms, figures.loader_ms, strict=True)])
         rows.append(
             {
                 "name": stage.name,
@@ -235,25 +201,14 @@ def _stages_sum(figures: Figures) -> dict[str, Any] | None:
     """Return what the stages that stand out of the noise sum up to, against the loader as a whole."""
     if figures.stages is None or figures.loader_ms is None:
         return None
-    parts = [max(statistics.median(stage.ms), 0.0) for stage in figures.stages]
+    total = sum(max(statistics.median(stage.ms), 0.0) for stage in figures.stages)
     whole = statistics.median(figures.loader_ms)
-    return {"sum_ms": sum(parts), "loader_ms": whole, "ratio": sum(parts) / whole}
-
-
-def _json_ready(report: Report) -> Report:
-    """Return a report as it comes back from its file: with lists, not tuples, and null for numbers that are none."""
-    return finite(json.loads(json.dumps(report, default=_without_type)))
-
-
-def _without_type(value: Any) -> Any:
-    return _spread(value) if isinstance(value, Interval) else str(value)
+    return {"sum_ms": total, "loader_ms": whole, "ratio": total / whole}
 
 
 def save_report(report: Report, path: str | Path) -> None:
     """Write a report as JSON; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, report)
 
 
 def load_report(path: str | Path) -> Report:
@@ -262,19 +217,65 @@ def load_report(path: str | Path) -> Report:
     Raises
     ------
     BottleneckError
-        If the file is no report of this version.
+        If the file is no report of this version, or is damaged.
     OSError
         If it cannot be read.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_json(path)
     except ValueError as error:
-        msg = f"{path}: not a JSON file"
-        raise BottleneckError(msg) from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise BottleneckError(str(error)) from error
+    if report.get("schema") != SCHEMA:
         msg = f"{path}: not a report of the bottleneck tool"
         raise BottleneckError(msg)
     if report.get("version") != VERSION:
         msg = f"{path}: a report of version {report.get('version')}; this tool reads version {VERSION}"
         raise BottleneckError(msg)
+    try:
+        compare(report, report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        msg = f"{path}: a damaged report of the bottleneck tool ({type(error).__name__}: {error})"
+        raise BottleneckError(msg) from error
     return report
+
+
+def compare(before: Report, after: Report) -> dict[str, Any]:
+    """Compare two reports.
+
+    Parameters
+    ----------
+    before, after : dict
+        Reports of `diagnose` or `load_report`.
+
+    Returns
+    -------
+    dict
+        ``verdicts``: the two names. ``conditions``: for each that differs, its two values. ``rates`` and ``stages``:
+        for each figure its two spreads and its `change`, the ratio of the medians for rates and the difference in
+        milliseconds for stages; `more_than_noise` is true if the two ranges do not overlap, and None where one of them
+        was not measured. ``stall``: the same in shares.
+    """
+    rates = {
+        name: _changed(before["rates"][name]["images_per_second"], after["rates"][name]["images_per_second"], "ratio")
+        for name in before["rates"]
+        if name in after["rates"]
+    }
+    old, new = ({row["name"]: row["added_ms"] for row in report["stages"] or ()} for report in (before, after))
+    return {
+        "verdicts": [before["verdict"]["name"], after["verdict"]["name"]],
+        "conditions": {
+            name: list(values)
+            for name, values in differing(before["conditions"], after["conditions"], _NO_CONDITIONS).items()
+        },
+        "rates": rates,
+        "stages": {name: _changed(old.get(name), new.get(name), "difference") for name in {**old, **new}},
+        "stall": _changed(before["stall"], after["stall"], "difference"),
+    }
+
+
+def _changed(before: dict[str, Any] | None, after: dict[str, Any] | None, kind: str) -> dict[str, Any]:
+    change = more = None
+    if before is not None and after is not None:
+        change = after["median"] / before["median"] if kind == "ratio" else after["median"] - before["median"]
+        more = apart(before, after)
+    return {"before": before, "after": after, kind: change, "more_than_noise": more}

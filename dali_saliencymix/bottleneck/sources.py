@@ -1,8 +1,4 @@
-"""Where batches come from: a DALI pipeline of the user's, or any iterable; `training_source` has those of ``train.py``.
-
-A source can be opened again and again, with other settings where it has settings, and says which files it reads and
-how it is cut into stages as far as that is known.
-"""
+"""Where batches come from: a DALI pipeline, or any iterable; `training_source` has those of ``train.py``."""
 
 from __future__ import annotations
 
@@ -15,59 +11,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
+from dali_saliencymix.bottleneck.windows import BottleneckError
+from dali_saliencymix.measure.results import one_line
 
 Settings = Mapping[str, Any]
 
 
 @dataclass
 class Source:
-    """Something that gives batches.
-
-    Attributes
-    ----------
-    name : str
-        For people.
-    settings : dict
-        What it is measured with; a setting that is in here can be changed for a what-if.
-    open : callable
-        ``open(settings)`` returns an iterable of batches.
-    define : callable, optional
-        ``define(settings)`` returns a DALI pipeline, new and not built; None where there is none.
-    files : list of str, optional
-        The files that are read, if they are known.
-    dataset_bytes : float, optional
-        Size of the whole data set that the training will read.
-    ahead : int
-        Batches that may be held ready.
-    conditions : dict
-        What else the figures depend on, for the report. Its `batch_size` is the number of images in a full batch; by
-        default that is seen in the first one.
-    """
+    """Something that gives batches, again and again, with other settings where it has settings."""
 
     name: str
-    settings: dict[str, Any]
-    open: Callable[[Settings], Iterable[Any]]
-    define: Callable[[Settings], Any] | None = None
-    files: list[str] | None = None
-    dataset_bytes: float | None = None
-    ahead: int = 2
-    conditions: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]  # what it is measured with; those in here can be changed for a what-if
+    open: Callable[[Settings], Iterable[Any]]  # returns batches
+    define: Callable[[Settings], Any] | None = None  # returns a DALI pipeline, new and not built, where there is one
+    files: list[str] | None = None  # that are read, if they are known
+    dataset_bytes: float | None = None  # of the whole data set that the training will read
+    ahead: int = 2  # batches that may be prefetched
+    conditions: dict[str, Any] = field(default_factory=dict)  # for the report; `batch_size` is that of a full batch
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names.
-
-    Raises
-    ------
-    BottleneckError
-        If it is written otherwise, the module does not import, or has no such function.
-
-    Examples
-    --------
-    >>> load_function("math:sqrt", "--step")(9.0)
-    3.0
-    """
+    """Return the function that ``module:function`` names; `option` is what errors call it."""
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         msg = f"{option} must be module:function, got {name!r}"
@@ -121,17 +86,10 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
 
 
 def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: list[str] | None = None) -> Source:
-    """Return a source for a function that makes a DALI pipeline.
+    """Return a source for a function that makes a new DALI pipeline each time, such as one of ``pipeline_def``.
 
-    Parameters
-    ----------
-    define : callable
-        Decorated with ``pipeline_def``, or any that returns a new pipeline each time. It has to take all settings that
-        are given.
-    settings : mapping
-        Arguments for it by name, such as `batch_size` and `num_threads`; None for those that are not given.
-    files : list of str, optional
-        What it reads; by default what the arguments of its readers say.
+    `settings` are arguments for it by name, None where not given; it has to take those that are. Without `files` its
+    readers are asked.
     """
     from dali_saliencymix.bottleneck.stages import reader_files
 
@@ -194,15 +152,7 @@ def _accepted(function: Callable[..., Any]) -> set[str] | None:
 
 
 class PipelineBatches:
-    """The batches of a DALI pipeline as tuples, of PyTorch tensors where their samples have one shape.
-
-    Parameters
-    ----------
-    pipeline : nvidia.dali.Pipeline
-        Any.
-    raw : bool
-        Give DALI's own outputs.
-    """
+    """The batches of a DALI pipeline: tuples of PyTorch tensors where samples have one shape; `raw`: DALI's outputs."""
 
     def __init__(self, pipeline: Any, *, raw: bool = False) -> None:
         self._pipeline = pipeline
@@ -214,7 +164,7 @@ class PipelineBatches:
             raise BottleneckError(msg) from error
 
     def __iter__(self) -> Iterator[Any]:
-        """Give batches until the pipeline says that an epoch is over, which only external sources do."""
+        """Yield batches until the pipeline says that an epoch is over, which only external sources do."""
         while True:
             try:
                 outputs = self._pipeline.run()

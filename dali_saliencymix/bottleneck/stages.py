@@ -1,11 +1,11 @@
 """Cuts of a DALI pipeline: shorter pipelines, each with one more of its operators, whose times tell what each costs.
 
-DALI has no timers for its operators. A pipeline is defined anew for each cut, and given as outputs what its first
-operators hand to the rest. The added time of a batch is what an operator costs the whole: less than its own time where
+DALI has no timers for its operators. A pipeline is defined again for each cut, and its outputs are what its first
+operators pass to the rest. The added time of a batch is what an operator costs the whole: less than its own time where
 DALI overlaps it with others.
 
-Operators of this package say what they are: the name of their stage stands where the node is made, in
-`dali_saliencymix._dali.mix_nodes` and `dali_saliencymix.fn`. Others are named here, after their schema.
+Operators of this package carry the name of their stage, see `dali_saliencymix._dali.python_operator.Stage`. Others are
+named here, after their schema.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dali_saliencymix.bottleneck.errors import BottleneckError, one_line
+from dali_saliencymix.bottleneck.windows import BottleneckError
+from dali_saliencymix.measure.results import one_line
 
 MOST_STAGES = 9
 
@@ -32,41 +33,19 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class Cut:
-    """A pipeline up to one of its operators.
+    """A pipeline up to one of its operators."""
 
-    Attributes
-    ----------
-    name : str
-        Of what it has more than the cut before.
-    category : str
-        One of `verdict.CATEGORIES`.
-    make : callable
-        Makes the pipeline, which is not built yet.
-    """
-
-    name: str
-    category: str
-    make: Callable[[], Any]
+    name: str  # of what it has more than the cut before
+    category: str  # one of `verdict.CATEGORIES`
+    make: Callable[[], Any]  # makes the pipeline, which is not built yet
 
 
 def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     """Cut a pipeline behind each operator that works on images.
 
-    Parameters
-    ----------
-    define : callable
-        Returns the same DALI pipeline each time, new and not built.
-
-    Returns
-    -------
-    list of Cut
-        In the order of the graph; the last one is the whole pipeline. A mixing operator of this package makes two
-        cuts: pasting, with a saliency detector that costs nothing, and then the saliency itself.
-
-    Raises
-    ------
-    BottleneckError
-        If the pipeline is built already, has no graph that can be seen, or cannot be defined twice.
+    `define` returns the same DALI pipeline each time, new and not built. The cuts are in the order of the graph; the
+    last one is the whole pipeline. A mixing operator of this package makes two cuts: pasting, with a saliency detector
+    that costs nothing, and then the saliency itself. A `BottleneckError` says why a pipeline cannot be cut.
     """
     operators = _operators(_graph_outputs(_defined(define)))
     ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_saliencymix.bottleneck.errors import BottleneckError
+from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import all_reduce, as_trained, autocast, model_on

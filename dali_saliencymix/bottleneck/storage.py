@@ -7,13 +7,29 @@ is counted with ``mincore``, and a measurement that files in memory have spoiled
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
+from dali_saliencymix.bottleneck.windows import Batches, BottleneckError, agree, first_reason, gather
+from dali_saliencymix.measure.figures import LEAST_ROUNDS
+
+T = TypeVar("T")
+
+PASSES = LEAST_ROUNDS
 MOST_RESIDENT = 0.05  # of the bytes, after dropping
+MOST_BYTES = 4 << 30
+MOST_FILES = 20_000
+
+# The page cache.
 
 
 def read_into_memory(files: Iterable[str]) -> None:
@@ -24,21 +40,25 @@ def read_into_memory(files: Iterable[str]) -> None:
                 pass
 
 
-def drop_from_memory(files: Iterable[str]) -> None:
-    """Ask the kernel to forget the pages of files.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be opened.
-    """
-    for file in files:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # a page that is not written back yet stays
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+def why_not_dropped(files: Iterable[str]) -> str | None:
+    """Drop files from memory; return why that did not take, or None if they are gone."""
+    files = list(files)
+    try:
+        for file in files:
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # a page that is not written back yet stays
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+        share = resident_share(files)
+    except (OSError, ValueError) as error:
+        return f"the files' pages could not be dropped from memory ({error})"
+    if share is None:
+        return "whether the files' pages are in memory cannot be seen here, for lack of write access or of mincore"
+    if share > MOST_RESIDENT:
+        return f"{share:.0%} of the files' bytes stayed in memory after they were dropped"
+    return None
 
 
 def resident_share(files: Iterable[str]) -> float | None:
@@ -59,19 +79,20 @@ def resident_share(files: Iterable[str]) -> float | None:
         return None
     pages = resident = 0
     for file in files:
-        size = Path(file).stat().st_size
-        if size == 0:
+        found = Path(file).stat()
+        if found.st_size == 0:
             continue
-        if not os.access(file, os.W_OK) and Path(file).stat().st_uid != os.geteuid():
+        if not os.access(file, os.W_OK) and found.st_uid != os.geteuid():
             return None
-        count = -(-size // mmap.PAGESIZE)
+        count = -(-found.st_size // mmap.PAGESIZE)
         seen = (ctypes.c_ubyte * count)()
         with open(file, "rb") as stream:
             # A private mapping that may be written gives ctypes an address; nothing is written.
-            mapped = mmap.mmap(stream.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = mmap.mmap(stream.fileno(), found.st_size, flags=mmap.MAP_PRIVATE, prot=protection)
         try:
             start = ctypes.c_char.from_buffer(mapped)
-            failed = mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), seen)
+            failed = mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(found.st_size), seen)
             del start  # the mapping cannot be closed while something points into it
         finally:
             mapped.close()
@@ -82,32 +103,154 @@ def resident_share(files: Iterable[str]) -> float | None:
     return resident / pages if pages else None
 
 
-def why_not_dropped(files: Iterable[str]) -> str | None:
-    """Drop files from memory; return why that did not take, or None if they are gone."""
-    files = list(files)
-    try:
-        drop_from_memory(files)
-        share = resident_share(files)
-    except (OSError, ValueError) as error:
-        return f"the files' pages could not be dropped from memory ({error})"
-    if share is None:
-        return "whether the files' pages are in memory cannot be seen here, for lack of write access or of mincore"
-    if share > MOST_RESIDENT:
-        return f"{share:.0%} of the files' bytes stayed in memory after they were dropped"
-    return None
-
-
 def memory_bytes() -> int | None:
     """Return how many bytes of memory this process can hope for as page cache; None where that is not known."""
     limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    try:
+    with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
     return min(limits) if limits else None
+
+
+# Passes over the files.
+
+
+@dataclass
+class StorageRates:
+    """Milliseconds per batch of passes over the files, or the reason why there are none.
+
+    A pass begins with a new loader, which has nothing ready, and reads ahead of the batches that it gives. How much was
+    read from storage is seen by what is in memory after the pass: the time of a cold pass is that of as many batches.
+    """
+
+    cold_ms: list[float] = field(default_factory=list)  # the whole loader, with no file in memory
+    read_cold_ms: list[float] = field(default_factory=list)  # reading alone, likewise, where the loader can be cut;
+    warm_ms: list[float] = field(default_factory=list)  # where it cannot: the whole loader, with all files in memory
+    batches: int = 0  # of one pass
+    not_measured: str | None = None
+
+    def from_storage(self, loader_ms: float) -> tuple[float, ...] | None:
+        """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
+        # A loader that begins may have to start processes first: both kinds of passes have that, and windows do not.
+        pairs = zip(self.cold_ms, self.warm_ms, strict=True) if self.warm_ms else ()
+        return _at_least(loader_ms, [loader_ms + cold - warm for cold, warm in pairs] or self.cold_ms)
+
+    def reading(self, read_ms: float) -> tuple[float, ...] | None:
+        """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
+        return _at_least(read_ms, self.read_cold_ms)
+
+
+def _at_least(warm_window: float, cold: list[float]) -> tuple[float, ...] | None:
+    # Storage does not make a loader faster; what looks so is noise.
+    return tuple(max(warm_window, ms) for ms in cold) or None
+
+
+def measure_storage(
+    source: Source,
+    *,
+    images: int,
+    loader_ms: float,
+    read_cut: Callable[[], Any] | None,
+    seconds: float,
+    synchronise: Callable[[], None],
+) -> StorageRates:
+    """Time passes over the source's files: two kinds in turns, which tell what reading from storage costs.
+
+    Each kind starts from files that were dropped from memory, or read into it; at the end all are in memory again.
+
+    Parameters
+    ----------
+    source : Source
+        With its files.
+    images : int
+        Of a batch.
+    loader_ms : float
+        What a batch takes from memory, to choose the length of a pass.
+    read_cut : callable, optional
+        Makes the pipeline that only reads.
+    seconds : float
+        For all passes.
+    synchronise : callable
+        Waits for the device.
+    """
+    files = source.files
+    why = None
+    if not files:
+        why = "which files the loader reads is not known; --files says so"
+    elif len(files) > MOST_FILES or source.dataset_bytes is None:
+        why = f"{len(files)} files are too many to drop from memory, or cannot be seen; --files names a part of them"
+    elif sum(os.stat(file).st_size for file in files) > MOST_BYTES:
+        why = f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them"
+    why = first_reason(why)
+    if why or not files:
+        return StorageRates(not_measured=why)
+
+    world = len(gather(None))
+    fits = int(1000 * seconds / (2 * PASSES + 1) / loader_ms)
+    count = agree(min(max(fits, 2), max(len(files) // images // world, 1), 100), min)
+    found = StorageRates(batches=count)
+
+    def whole() -> Iterable[Any]:
+        return source.open({})
+
+    kinds: list[tuple[list[float], Callable[[], Iterable[Any]], bool]] = [(found.cold_ms, whole, True)]
+    if read_cut:
+        kinds.append((found.read_cold_ms, lambda: PipelineBatches(read_cut(), raw=True), True))
+    else:
+        kinds.append((found.warm_ms, whole, False))
+    try:
+        for times, open_it, cold in kinds * PASSES:
+            loader, why = _on_all(open_it)  # what is slow to make is made before the clock starts
+            _, why = (None, why) if why else _on_all(partial(_prepare, files, cold=cold))
+            if why or loader is None:
+                return StorageRates(not_measured=why)
+            passed, why = _on_all(partial(_pass, loader, count, images, synchronise))
+            if why or passed is None:
+                return StorageRates(not_measured=why)
+            taken, given = passed
+            if cold:
+                read = max(given, (resident_share(files) or 0) * len(files) / images / world)
+            times.append(agree(taken / read, max))  # a warm pass reads ahead as far as the cold one before it
+    finally:
+        with contextlib.suppress(OSError):
+            read_into_memory(files)  # what is measured after this expects them there
+    return found
+
+
+def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what an action gives, and why it failed on this process or another one: none goes on without the rest."""
+    result = why = None
+    try:
+        result = action()
+    except BottleneckError as error:
+        why = str(error)
+    return result, first_reason(why)
+
+
+def _prepare(files: list[str], *, cold: bool) -> None:
+    """Bring files into memory or out of it."""
+    gather(None)
+    if cold:
+        if why := why_not_dropped(files):
+            raise BottleneckError(why)
+        return
+    try:
+        read_into_memory(files)
+    except OSError as error:
+        msg = f"the files could not be read ({error})"
+        raise BottleneckError(msg) from error
+
+
+def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> tuple[float, float]:
+    """Return how many ms the next batches of a loader took, and how many full batches they make up."""
+    start = time.perf_counter()
+    batches = Batches(loader, nominal=images)
+    batches.first = None
+    done = 1.0
+    for _ in range(count - 1):
+        done += batches.size(batches.next())
+    synchronise()
+    return 1000 * (time.perf_counter() - start), done

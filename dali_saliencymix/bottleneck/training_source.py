@@ -21,16 +21,8 @@ if TYPE_CHECKING:
 def training_source(training: TrainingOptions, processes: Processes, *, images: int) -> Source:
     """Return a source for the training batches of ``train.py`` with these options.
 
-    Folders of images that DALI reads are cut into stages; other backends and CIFAR are measured as a whole.
-
-    Parameters
-    ----------
-    training : TrainingOptions
-        Of `dali_saliencymix.training.arguments.parse_arguments`.
-    processes : Processes
-        Which process this is, and where it computes.
-    images : int
-        How many images of a folder to read at most, for each process; spread evenly over it.
+    Folders of images that DALI reads are cut into stages; other backends and CIFAR are measured as a whole. Of a folder
+    at most `images` are read for each process, spread evenly over it.
     """
     from dali_saliencymix.loaders.base import chosen_backend
     from dali_saliencymix.loaders.data import open_data
@@ -58,7 +50,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         size = bytes_of(files)
         size = size and size / len(files) * data.train_images
     if instead:
-        conditions["measured_instead"] = instead
+        conditions["notes"] = instead
     about = {"files": files, "dataset_bytes": size, "conditions": conditions}
     if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
         return _dali_source(options, processes, data, about)

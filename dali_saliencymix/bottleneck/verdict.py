@@ -1,31 +1,27 @@
 """From measured times to a verdict: a pure function, which reads no clock and no file.
 
 All times are milliseconds per batch. The series of one measurement have one value for each round; those of `cold_ms`
-have their own count. What a gap between two figures is worth is judged by `spread.interval`: where the range of the
-deciding gap reaches over the line, the verdict is INCONCLUSIVE and says which gap it was.
+have their own count. Gaps are taken within rounds and judged by `measure.figures.interval`: where the range of the
+deciding gap contains the limit, the verdict is INCONCLUSIVE and names the gap.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dali_saliencymix.bottleneck.spread import LEAST_WINDOWS, Interval, interval
+from dali_saliencymix.measure.figures import LEAST_ROUNDS, Interval, interval
 
 Series = tuple[float, ...]  # milliseconds per batch, by round
 
 PASS_STALL = 0.10  # a utilisation of 90 % passes, as in MLPerf Storage
 CRITICAL_STALL = 0.20
 
-CATEGORIES = ("read", "decode", "prep", "mix", "hand-over")
+CATEGORIES = ("read", "decode", "prep", "mix", "iterator")
 _CATEGORY_VERDICTS = {"read": "DISK-BOUND", "decode": "DECODE-BOUND", "prep": "CPU-PREP-BOUND", "mix": "MIX-BOUND"}
 LOADER_ALONE = "LOADER-ALONE"  # no verdict was asked for
-VERDICTS = (
-    *("GPU-BOUND", "COMPUTE-BOUND", *_CATEGORY_VERDICTS.values()),
-    *("LOADER-BOUND", "CONTENTION", "STRAGGLER", "INCONCLUSIVE"),
-    LOADER_ALONE,
-)
 
 _NEXT = {
     "GPU-BOUND": "Leave the loader as it is: only a faster step makes the training faster (--amp, --channels-last, "
@@ -47,25 +43,17 @@ _NEXT = {
     "makes nothing in advance, let it (prefetch).",
     LOADER_ALONE: "Compare its rate with what the training needs, or measure it together with a training step.",
     "STRAGGLER": "Look at that process's machine, disk and CPU affinity: all others wait for it in every step.",
+    "INCONCLUSIVE": "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
 }
+VERDICTS = tuple(_NEXT)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a part of the loader adds to the time of a batch.
-
-    Attributes
-    ----------
-    name : str
-        For people.
-    category : {"read", "decode", "prep", "mix", "hand-over"}
-        Which verdict it leads to.
-    ms : tuple of float
-        Added time in each round; may be negative by noise.
-    """
+    """What a part of the loader adds to the time of a batch in each round; may be negative by noise."""
 
     name: str
-    category: str
+    category: str  # of CATEGORIES: which verdict it leads to
     ms: Series
 
 
@@ -103,6 +91,8 @@ class Figures:
         Where the step runs.
     ranks : tuple of RankFigures
         Of all processes where there are several; the figures above are then those of the slowest process per round.
+    waits : tuple of float, optional
+        Share of the time of `end_ms`, 0 to 1, for which the host waited for batches: at least as long as the step did.
     """
 
     step_ms: Series | None = None
@@ -115,6 +105,7 @@ class Figures:
     reads_cold: bool = False
     device: str = "cpu"
     ranks: tuple[RankFigures, ...] = ()
+    waits: Series | None = None
 
 
 @dataclass(frozen=True)
@@ -158,8 +149,9 @@ def decide(figures: Figures) -> Verdict:
 
     Notes
     -----
-    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. Otherwise the stalled time is divided
-    between the loader, ``max(loader - step, 0)``, and what the two cost each other,
+    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. So it is where that cannot be told by this
+    ratio, but the step waits for its batches for less than 10 % of the time and the loader alone is faster. Otherwise
+    the stalled time is divided between the loader, ``max(loader - step, 0)``, and what the two cost each other,
     ``max(end - max(loader, step), 0)``; the larger part names the verdict, CONTENTION for the second one. The loader's
     part goes to the category of stages that costs most. Reading counts as DISK-BOUND only where storage was measured.
 
@@ -171,50 +163,51 @@ def decide(figures: Figures) -> Verdict:
     """
     _check(figures)
     step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
-    if step is None and end is None and loader is not None and len(loader) >= LEAST_WINDOWS:
-        why = f"No training step was asked for: the loader alone needs {_ms(_median(loader))} a batch."
-        return Verdict(LOADER_ALONE, why, _NEXT[LOADER_ALONE], None)
-    missing = [
-        what
-        for what, series in (("the step alone", step), ("the loader alone", loader), ("both together", end))
-        if series is None or len(series) < LEAST_WINDOWS
-    ]
+    if step is None and end is None and loader is not None and len(loader) >= LEAST_ROUNDS:
+        return _verdict(LOADER_ALONE, f"No training step was asked for: the loader alone needs {_ms(loader)} a batch.")
+    measured = {"the step alone": step, "the loader alone": loader, "both together": end}
+    missing = [what for what, series in measured.items() if series is None or len(series) < LEAST_ROUNDS]
     if step is None or loader is None or end is None or missing:
-        why = f"Too little was measured to say: that takes {LEAST_WINDOWS} windows of {' and of '.join(missing)}."
-        return _inconclusive(why, None, "Give the tool a --step and more --seconds.")
+        why = f"Too little was measured to say: that takes {LEAST_ROUNDS} windows of {' and of '.join(missing)}."
+        return _verdict("INCONCLUSIVE", why, next_step="Give the tool a --step and more --seconds.")
     stall = interval([1 - g / e for g, e in zip(step, end, strict=True)])
-
-    straggler = _straggler(figures, stall)
-    if straggler:
+    if straggler := _straggler(figures, stall):
         return straggler
-
-    cold = interval(figures.cold_ms) if figures.cold_ms and figures.reads_cold and figures.storage_measured else None
-    if cold:
-        return _decide_with_storage(figures, stall, cold)
-    verdict = _decide_warm(figures, stall)
+    if figures.cold_ms and figures.reads_cold and figures.storage_measured:
+        return _decide_with_storage(figures, stall, interval(figures.cold_ms), step, loader, end)
+    verdict = _decide_warm(figures, stall, step, loader, end)
     if figures.reads_cold and verdict.name in {"GPU-BOUND", "COMPUTE-BOUND"}:
         why = (
             "The loader keeps up while the files are in memory, but they do not all fit, and storage was not measured."
         )
-        return _inconclusive(why, stall, "Measure storage: see the report for why that was not possible here.")
+        next_step = "Measure storage: see the report for why that was not possible here."
+        return _verdict("INCONCLUSIVE", why, stall, next_step)
     return verdict
 
 
-def _decide_warm(figures: Figures, stall: Interval) -> Verdict:
-    step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
-    assert step is not None
-    assert loader is not None
-    assert end is not None
+def _verdict(name: str, why: str, stall: Interval | None = None, next_step: str | None = None) -> Verdict:
+    return Verdict(name, why, next_step or _NEXT[name], stall)
+
+
+def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series, end: Series) -> Verdict:
+    bound_by_step = "GPU-BOUND" if figures.device == "cuda" else "COMPUTE-BOUND"
     if stall.high < PASS_STALL:
-        name = "GPU-BOUND" if figures.device == "cuda" else "COMPUTE-BOUND"
         why = f"The training runs at {_percent(1 - stall.median)} of the speed of its step alone: the loader keeps up."
-        return Verdict(name, why, _NEXT[name], stall)
+        return _verdict(bound_by_step, why, stall)
     if stall.low < PASS_STALL:
+        faster = interval([g / p for p, g in zip(loader, step, strict=True)])
+        if figures.waits and interval(figures.waits).high < PASS_STALL and faster.low > 1:
+            why = (
+                f"The step waits for its batches for {_percent(_median(figures.waits))} of the time, and the loader "
+                f"alone is {faster.median:.1f} times as fast: it keeps up. Whether the two slow each other down is "
+                f"within the spread (stall {_range(stall)})."
+            )
+            return _verdict(bound_by_step, why, stall)
         why = (
             f"The stall is {_range(stall)}, on both sides of the {_percent(PASS_STALL)} line: the windows differ too "
             "much to say whether the loader keeps up."
         )
-        return _inconclusive(why, stall)
+        return _verdict("INCONCLUSIVE", why, stall)
 
     # The parts of the stalled time, in each round.
     slow = [p - g for p, g in zip(loader, step, strict=True)]
@@ -225,37 +218,36 @@ def _decide_warm(figures: Figures, stall: Interval) -> Verdict:
     if more.high < 0 and interval(clash).low > 0 and interval(end).low > apart_at_most:
         apart = max(_median(loader), _median(step))
         why = (
-            f"Together a batch takes {_ms(_median(end))}, although the loader alone needs {_ms(_median(loader))} and "
-            f"the step alone {_ms(_median(step))}: they hold each other up by {_ms(max(_median(end) - apart, 0))}."
+            f"Together a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
+            f"{_ms(step)}: they hold each other up by {_ms(max(_median(end) - apart, 0))}."
         )
-        return Verdict("CONTENTION", why, _NEXT["CONTENTION"], stall)
+        return _verdict("CONTENTION", why, stall)
     if more.low <= 0:
         why = (
             f"There is a stall of {_range(stall)}, but the loader's lack of speed ({_gap(slow)} a batch) and what the "
             f"two cost each other ({_gap(clash)}) cannot be told apart within the spread."
         )
-        return _inconclusive(why, stall)
+        return _verdict("INCONCLUSIVE", why, stall)
     return _loader_verdict(figures, stall, step, loader)
 
 
-def _decide_with_storage(figures: Figures, stall: Interval, cold: Interval) -> Verdict:
+def _decide_with_storage(
+    figures: Figures, warm_stall: Interval, cold: Interval, step_ms: Series, loader_ms: Series, end_ms: Series
+) -> Verdict:
     """Decide for a training that reads from storage, where `cold` is the time of the loader then."""
-    assert figures.step_ms is not None
-    assert figures.loader_ms is not None
-    assert figures.end_ms is not None
-    step, end, loader = interval(figures.step_ms), interval(figures.end_ms), interval(figures.loader_ms)
-    if cold.high < max(end.low, step.low / (1 - PASS_STALL)):
-        return _decide_warm(figures, stall)  # storage keeps up with what holds the training back anyway
-    cold_stall = Interval(
+    step, loader, end = interval(step_ms), interval(loader_ms), interval(end_ms)
+    if cold.high < max(end.low, step.low / (1 - PASS_STALL)):  # it keeps up with what holds the training back anyway
+        return _decide_warm(figures, warm_stall, step_ms, loader_ms, end_ms)
+    stall = Interval(
         1 - step.median / cold.median, 1 - step.high / cold.low, 1 - step.low / cold.high, min(step.count, cold.count)
     )
     other = max(loader.high, step.high, end.high)
-    if cold.low <= other or cold_stall.low < PASS_STALL:
+    if cold.low <= other or stall.low < PASS_STALL:
         why = (
             f"From storage a batch takes {_ms(cold.low)} to {_ms(cold.high)}, from memory up to {_ms(end.high)}: "
             "within the spread it cannot be said whether the storage keeps up."
         )
-        return _inconclusive(why, cold_stall)
+        return _verdict("INCONCLUSIVE", why, stall)
     # Storage is the slowest of all, or it adds more than what is slow already.
     slowest = figures.reading_ms is not None and interval(figures.reading_ms).low > other
     adds, before = cold.low - other, max(end.high - step.low, 0)
@@ -264,22 +256,22 @@ def _decide_with_storage(figures: Figures, stall: Interval, cold: Interval) -> V
             f"The data do not fit into memory, and from storage a batch takes {_ms(cold.median)}, against "
             f"{_ms(end.median)} with the files in memory and {_ms(step.median)} for the step alone."
         )
-        return Verdict("DISK-BOUND", why, _NEXT["DISK-BOUND"], cold_stall)
+        return _verdict("DISK-BOUND", why, stall)
     if cold.high - min(loader.low, end.low) < end.low - step.high:
-        verdict = _decide_warm(figures, stall)
-        return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=cold_stall)
+        verdict = _decide_warm(figures, warm_stall, step_ms, loader_ms, end_ms)
+        return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=stall)
     why = (
         f"Storage ({_ms(cold.median)} a batch) and the rest ({_ms(end.median)} with the files in memory) both hold the "
         "training back, and neither clearly more."
     )
-    return _inconclusive(why, cold_stall)
+    return _verdict("INCONCLUSIVE", why, stall)
 
 
 def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Series) -> Verdict:
     """Say which part of a loader that is too slow costs most."""
-    slow = f"The loader alone needs {_ms(_median(loader))} a batch, the step {_ms(_median(step))}"
-    if not figures.stages or len(figures.stages[0].ms) < LEAST_WINDOWS:
-        return Verdict("LOADER-BOUND", f"{slow}; it could not be cut into stages.", _NEXT["LOADER-BOUND"], stall)
+    slow = f"The loader alone needs {_ms(loader)} a batch, the step {_ms(step)}"
+    if not figures.stages:
+        return _verdict("LOADER-BOUND", f"{slow}; it could not be cut into stages.", stall)
     costs = {
         category: [sum(values) for values in zip(*series, strict=True)]
         for category in CATEGORIES
@@ -287,21 +279,21 @@ def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Ser
     }
     first, *others = sorted(costs, key=lambda category: -_median(costs[category]))
     for other in others:
-        lead = interval([a - b for a, b in zip(costs[first], costs[other], strict=True)])
-        if lead.low <= 0:
+        if interval([a - b for a, b in zip(costs[first], costs[other], strict=True)]).low <= 0:
             why = (
-                f"{slow}, so the loader is too slow; but its dearest parts, {first} ({_gap(costs[first])}) and {other} "
-                f"({_gap(costs[other])}), cannot be told apart within the spread."
+                f"{slow}, so the loader is too slow; but its most expensive parts, {first} ({_gap(costs[first])}) and "
+                f"{other} ({_gap(costs[other])}), cannot be told apart within the spread."
             )
-            return _inconclusive(why, stall)
+            return _verdict("INCONCLUSIVE", why, stall)
     if interval(costs[first]).low <= 0:
-        return _inconclusive(f"{slow}, but the cost of each of its stages is below the noise.", stall)
+        return _verdict("INCONCLUSIVE", f"{slow}, but the cost of each of its stages is below the noise.", stall)
     share = _median([a / b for a, b in zip(costs[first], loader, strict=True)])
-    why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {_named(figures.stages, first)}."
+    named = " and ".join(stage.name for stage in figures.stages if stage.category == first)
+    why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {named}."
     name = _CATEGORY_VERDICTS.get(first, "LOADER-BOUND")
     if name == "DISK-BOUND" and not figures.storage_measured:
         name, why = "LOADER-BOUND", f"{why[:-1]}, and whether that is the storage was not measured."
-    return Verdict(name, why, _NEXT[name], stall)
+    return _verdict(name, why, stall)
 
 
 def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
@@ -317,40 +309,31 @@ def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
     # The middle of the others in the same round; with two processes that is the other one.
     others = [statistics.median(times) for times in zip(*(own[:slowest] + own[slowest + 1 :]), strict=True)]
     lag = interval([1 - other / mine for other, mine in zip(others, own[slowest], strict=True)])
-    if lag.low < PASS_STALL or lag.count < LEAST_WINDOWS:
+    if lag.low < PASS_STALL or lag.count < LEAST_ROUNDS:
         return None
     rank = figures.ranks[slowest]
-    assert rank.step_ms is not None
-    assert rank.loader_ms is not None
-    what = "loader" if _median(rank.loader_ms) >= _median(rank.step_ms) else "step"
+    what = "loader" if _median(rank.loader_ms or ()) >= _median(rank.step_ms or ()) else "step"
     why = (
-        f"Process {slowest} of {len(own)} needs {_ms(_median(own[slowest]))} a batch for its own {what}, the others "
-        f"{_ms(_median(others))}: all of them go at its pace."
+        f"Process {slowest} of {len(own)} needs {_ms(own[slowest])} a batch for its own {what}, the others "
+        f"{_ms(others)}: all of them go at its pace."
     )
-    return Verdict("STRAGGLER", why, _NEXT["STRAGGLER"], stall)
-
-
-def _inconclusive(
-    why: str,
-    stall: Interval | None,
-    next_step: str = "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
-) -> Verdict:
-    return Verdict("INCONCLUSIVE", why, next_step, stall)
+    return _verdict("STRAGGLER", why, stall)
 
 
 def _check(figures: Figures) -> None:
     together = {"step_ms": figures.step_ms, "loader_ms": figures.loader_ms, "end_ms": figures.end_ms}
-    together |= {f"stages[{stage.name!r}].ms": stage.ms for stage in figures.stages or ()}
     for number, rank in enumerate(figures.ranks):
         together |= {f"ranks[{number}].step_ms": rank.step_ms, f"ranks[{number}].loader_ms": rank.loader_ms}
+    for name, series in {**together, "cold_ms": figures.cold_ms, "reading_ms": figures.reading_ms}.items():
+        if series is not None and not all(value > 0 for value in series):
+            msg = f"{name} must be positive times, got {series}"
+            raise ValueError(msg)
+    together |= {f"stages[{stage.name!r}].ms": stage.ms for stage in figures.stages or ()}
+    together["waits"] = figures.waits
     counts = {name: len(series) for name, series in together.items() if series is not None}
     if len(set(counts.values())) > 1:
         msg = f"all series must have one value for each round, got {counts}"
         raise ValueError(msg)
-    for name, series in {**together, "cold_ms": figures.cold_ms, "reading_ms": figures.reading_ms}.items():
-        if series is not None and not name.startswith("stages") and not all(value > 0 for value in series):
-            msg = f"{name} must be positive times, got {series}"
-            raise ValueError(msg)
     for stage in figures.stages or ():
         if stage.category not in CATEGORIES:
             msg = f"category must be one of {', '.join(CATEGORIES)}, got {stage.category!r}"
@@ -360,11 +343,7 @@ def _check(figures: Figures) -> None:
         raise ValueError(msg)
 
 
-def _named(stages: tuple[Stage, ...], category: str) -> str:
-    return " and ".join(stage.name for stage in stages if stage.category == category)
-
-
-def _median(values: list[float] | Series) -> float:
+def _median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
@@ -376,10 +355,12 @@ def _range(stall: Interval) -> str:
     return f"{100 * stall.median:.0f} % ({100 * stall.low:.0f} to {100 * stall.high:.0f})"
 
 
-def _ms(value: float) -> str:
+def _ms(value: float | Sequence[float]) -> str:
+    """Return a time, or the median of several, in words."""
+    value = value if isinstance(value, (int, float)) else _median(value)
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
-def _gap(values: list[float]) -> str:
+def _gap(values: Sequence[float]) -> str:
     gap = interval(values)
     return f"{gap.median:.1f} ms, {gap.low:.1f} to {gap.high:.1f}"

@@ -1,15 +1,14 @@
-"""What would happen if: other settings, measured; other hardware, predicted. Each row says which of the two it is."""
+"""What-ifs: other settings, measured; other hardware, predicted. Each row says which of the two it is."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from dali_saliencymix.bottleneck import ranks
-from dali_saliencymix.bottleneck.measure import Batches, LoaderAlone, measure_in_turns
 from dali_saliencymix.bottleneck.sources import Source, explained
-from dali_saliencymix.bottleneck.spread import Interval, interval
+from dali_saliencymix.bottleneck.windows import Batches, Subject, by_round, first_reason, gather, measure_in_turns
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.figures import interval
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -32,17 +31,12 @@ def measured_rows(
 ) -> list[dict[str, Any]]:
     """Measure the loader alone with other settings, in turns with the present ones.
 
-    Returns
-    -------
-    list of dict
-        A row for each setting and value; for a setting that this loader does not have, one with `change` None.
+    Returns a row for each setting and value; for a setting that this loader does not have, one with `change` None. Of
+    several processes the slowest counts.
     """
-    subjects: dict[str, LoaderAlone] = {}
-    rows = []
-    images: dict[str, int] = {}
-    variants: list[tuple[str, str, Any]] = [("now", "", None)]
-    # A loader has threads of DALI or processes of PyTorch.
-    other = "num_threads" if "workers" in source.settings else "workers"
+    rows: list[dict[str, Any]] = []
+    variants: list[tuple[str, Any]] = [("now", None)]
+    other = "num_threads" if "workers" in source.settings else "workers"  # a loader has one of the two
     for setting, (label, values) in _TRIED.items():
         if setting == other:
             continue
@@ -50,11 +44,13 @@ def measured_rows(
         tried = [value for value in values(present) if value != present] if present is not None else []
         if not tried:
             rows.append(_row(label, present, None, f"this loader has no {setting} that could be changed"))
-        variants += [(setting, label, value) for value in tried]
+        variants += [(setting, value) for value in tried]
     if len(variants) == 1:
         return rows
-    refused: dict[tuple[str, Any], str] = {}
-    for setting, _, value in variants:
+    subjects: dict[str, Subject] = {}
+    images: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    for setting, value in variants:
         key = f"{setting}={value}"
         batches, why = None, None
         try:
@@ -65,41 +61,31 @@ def measured_rows(
             elif setting == "workers":  # each of which reads ahead
                 ahead = ahead * value // source.settings["workers"]
             batches = Batches(loader, ahead=ahead)
+            batches.first = None
         except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a BottleneckError
             why = explained(error) if isinstance(error, RuntimeError) else str(error)
-        why = ranks.agree(why, lambda all_of_them: next((text for text in all_of_them if text), None))
+        why = first_reason(why)
         if why or batches is None:
-            refused[setting, value] = why or "could not be opened"
-            continue
-        batches.first = None
-        subjects[key] = LoaderAlone(batches)
-        images[key] = batches.nominal or 1
+            refused[key] = why or "could not be opened"
+        else:
+            subjects[key], images[key] = Subject(batches), batches.nominal
     found = measure_in_turns(subjects, seconds=seconds, rounds=5, synchronise=synchronise, notify=notify)
-    base = found["now=None"].ms if "now=None" in found else None
-    for setting, label, value in variants[1:]:
-        windows = found.get(f"{setting}={value}")
-        if windows is None or base is None:
-            rows.append(_row(label, source.settings.get(setting), value, refused.get((setting, value), "no baseline")))
+    gathered = gather({key: [ms / images[key] for ms in found.ms[key]] for key in subjects})
+    now = by_round(gathered, "now=None")  # per image, not per batch
+    for setting, value in variants[1:]:
+        key, (label, _), present = f"{setting}={value}", _TRIED[setting], source.settings[setting]
+        then = by_round(gathered, key)
+        if then is None or now is None:
+            rows.append(_row(label, present, value, refused.get(key, "no baseline")))
             continue
-        share = images[f"{setting}={value}"] / images["now=None"]  # per image, not per batch
-        change = interval([share * now / changed for now, changed in zip(base, windows.ms, strict=True)])
-        rate = interval([1000 * images[f"{setting}={value}"] / ms for ms in windows.ms])
-        rows.append(_row(label, source.settings.get(setting), value, None, change, rate))
+        change = interval([old / new for old, new in zip(now, then, strict=True)])
+        rows.append(_row(label, present, value, None, change, interval([1000 / ms for ms in then])))
     return rows
 
 
-def _row(
-    label: str, now: Any, then: Any, why: str | None, change: Interval | None = None, rate: Interval | None = None
-) -> dict[str, Any]:
-    return {
-        "kind": "measured",
-        "what": label,
-        "now": now,
-        "then": then,
-        "loader_images_per_second": rate,
-        "change": change,
-        "not_measured": why,
-    }
+def _row(label: str, now: Any, then: Any, why: str | None, change: Any = None, rate: Any = None) -> dict[str, Any]:
+    row = {"kind": "measured", "what": label, "now": now, "then": then, "loader_images_per_second": rate}
+    return {**row, "change": change, "not_measured": why}
 
 
 def predicted_rows(
@@ -122,8 +108,7 @@ def predicted_rows(
     cold : float or None
         The loader from storage.
     reads_cold : bool
-        Whether the training will read from there: it goes no faster than that, and without `cold` nothing is known of
-        it.
+        Whether the training will read from there: it is bounded by `cold`, and without that nothing is known of it.
     threads : int or None
         Of the loader.
     world : int
@@ -146,8 +131,7 @@ def predicted_rows(
 
     if step and loader and threads:
         needed = -(-threads * step // loader)
-        cores = len(os.sched_getaffinity(0))
-        more = f"; this machine has {cores} cores" if needed * world > cores else ""
+        more = f"; this machine has {cores()} cores" if needed * world > cores() else ""
         text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
         if step <= loader:
             text = f"{threads} are enough now"

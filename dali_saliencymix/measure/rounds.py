@@ -13,10 +13,11 @@ def in_turns(
     *,
     seconds: float = math.inf,
     least: int = 1,
+    warm_up: bool = True,
     failed: Callable[[str, Exception], None] | None = None,
     longest: Callable[[float], float] = lambda seconds: seconds,
 ) -> Iterator[dict[str, list[float]]]:
-    """Call each variant once a round, and yield all values so far after each round but the first, which warms up.
+    """Call each variant once a round, and yield all values so far after each round that counts.
 
     The order rotates by one each round and is reversed every second time: a fixed order would favour the variant
     that follows a light one.
@@ -31,6 +32,8 @@ def in_turns(
         No round begins that would probably end later than this, counted from the first call.
     least : int
         Rounds that count however long they take.
+    warm_up : bool
+        Whether the first round does not count.
     failed : callable, optional
         Is given the name and the exception of a variant that raises, which is left out from there on. By default the
         exception ends the measurement.
@@ -40,9 +43,10 @@ def in_turns(
     alive = dict(variants)
     values: dict[str, list[float]] = {name: [] for name in alive}
     start = time.perf_counter()
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
+        done = number if warm_up else number - 1
         passed = longest(time.perf_counter() - start)
-        if number > least and passed * (number + 1) / number > seconds:
+        if number > least and passed * (done + 1) / done > seconds:
             return
         for name in order_of_round(list(alive), number):
             try:

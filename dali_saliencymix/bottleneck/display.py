@@ -1,0 +1,332 @@
+"""A report, or a comparison of two, for people: text for the screen, and an HTML page."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
+from dali_saliencymix.measure.results import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from dali_saliencymix.bottleneck.report import Report
+
+_RATE_NAMES = {
+    "step": "step alone (G)",
+    "loader": "loader alone (P)",
+    "storage": "storage (F)",
+    "loader_from_storage": "loader from storage",
+    "end_to_end": "end to end (E)",
+}
+
+
+def report_text(report: Report) -> str:
+    """Return a report for the screen: the verdict first, then tables."""
+    verdict, conditions = report["verdict"], report["conditions"]
+    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", ""]
+    if stall := stall_lines(report):
+        lines += [*stall, ""]
+    lines += [*_rate_lines(report), "", *_stage_lines(report)]
+    if report["ranks"]:
+        names = _measured_of(report, "step", "loader")
+        lines += ["", f"{'process':<26}" + "".join(f"{name + ' images/s':>18}" for name in names)]
+        lines += [
+            f"{each['rank']:<26}" + "".join(f"{_rate_of(each[name]):>18}" for name in names) for each in report["ranks"]
+        ]
+    host = conditions["host"]
+    step = "".join(f"{name} " for name in _measured_of(report, "step"))
+    where = host["device"] if host["cuda"] else f"CPU with {host['cores']} cores"
+    lines += [
+        *("", *_what_if_lines(report), ""),
+        f"{conditions['source']}; batches of {conditions['images_per_batch']}; "
+        f"{conditions['processes']} process(es), {step}on {where}, load average {host['load_average']:.1f}",
+        *(f"Note: {line}." for line in conditions.get("notes", ())),
+        "Figures are medians of windows that took turns; in brackets the range that holds the median at 90 %.",
+    ]
+    return "\n".join(lines)
+
+
+def _measured_of(report: Report, *names: str) -> list[str]:
+    """Return these names of rates, but those that need a training step where there was to be none."""
+    alone = report["verdict"]["name"] == LOADER_ALONE
+    return [name for name in names if not (alone and name in ("step", "end_to_end"))]
+
+
+def stall_lines(report: Report) -> list[str]:
+    """Return the stall and the utilisation in words; nothing where there was to be no training step."""
+    stall = report["stall"]
+    if report["verdict"]["name"] == LOADER_ALONE:
+        return []
+    if stall is None:
+        return ["stall: not measured"]
+    passes = {True: "passes", False: "does not pass", None: "whether it passes is within the spread"}[report["passes"]]
+    return [
+        f"stall {_percent(stall['median'])} ({_percent(stall['low'])} to {_percent(stall['high'])}), "
+        f"{stall['band']} (warning from 10 %, critical from 20 %)",
+        f"utilisation of the step {_percent(report['utilisation'])}: {passes} (90 % passes)",
+    ]
+
+
+def _rate_lines(report: Report) -> list[str]:
+    lines = [f"{'':<26}{'images/s':>10}{'':>20}{'ms/batch':>10}"]
+    for key in _measured_of(report, *_RATE_NAMES):
+        name, figure = _RATE_NAMES[key], report["rates"][key]
+        if figure["images_per_second"] is None:
+            lines.append(f"{name:<26}{'-':>10}  not measured: {figure['not_measured']}")
+            continue
+        speed, ms = figure["images_per_second"], figure["ms_per_batch"]
+        lines.append(f"{name:<26}{_median_and_range(speed)}{_number(ms['median']):>10}")
+    prediction = report["prediction"]
+    if prediction:
+        longer = prediction["end_to_end_takes_longer_by"]
+        lines.append(
+            f"{'predicted, min(G, P)':<26}{_median_and_range(prediction['images_per_second'])}{'':>10}  E took "
+            f"{_percent(longer['median'])} longer ({_percent(longer['low'])} to {_percent(longer['high'])})"
+        )
+    if report["storage"]["training_reads_from_storage"]:
+        if prediction:
+            speed = prediction["from_storage_images_per_second"]
+            found = _median_and_range(speed) if speed else f"{'-':>10}  not measured"
+            lines.append(f"{'predicted from storage':<26}{found}")
+        lines.append("G, P and E are with the files in memory, where the training will not find them all (--cache).")
+    return lines
+
+
+def _stage_lines(report: Report) -> list[str]:
+    if report["stages"] is None:
+        return [f"stages of the loader: not measured ({report['stages_note']})"]
+    of_step = "".join(f"{'of the step':>13}" for _ in _measured_of(report, "step"))
+    lines = [f"{'stage':<26}{'added ms':>10}{'':>20}{'share':>8}{'images/s so far':>18}{of_step}"]
+    for row in report["stages"]:
+        against = "" if row["against_step"] is None else f"{row['against_step']:>12.2f}x"
+        lines.append(
+            f"{row['name']:<26}{_median_and_range(row['added_ms'])}{_percent(row['share']['median']):>8}"
+            f"{_number(row['until_here_images_per_second']['median']):>18}{against}"
+            f"{'  below noise' if row['below_noise'] else ''}"
+        )
+    total = report["stages_sum"]
+    lines.append(
+        f"{'sum of the stages':<26}{_number(total['sum_ms']):>10}{'':>20}{_percent(total['ratio']):>8}"
+        f"  of the loader's {_number(total['loader_ms'])} ms"
+    )
+    return lines
+
+
+def _what_if_lines(report: Report) -> list[str]:
+    if not report["what_ifs"]:
+        return ["what if: not measured: was not asked for"]
+    cold = report["storage"]["training_reads_from_storage"]
+    lines = ["what if (other settings: with the files in memory)" if cold else "what if"]
+    for row in report["what_ifs"]:
+        if "text" in row:
+            lines.append(f"  {row['kind']:<10} {row['text']}")
+        elif row["change"] is None:
+            then = "" if row["then"] is None else f" {row['then']}"
+            lines.append(f"  {'-':<10} {row['what']}{then}: not measured: {row['not_measured']}")
+        else:
+            speed, change = row["loader_images_per_second"], row["change"]
+            sure = "" if change["low"] > 1 or change["high"] < 1 else ", within the noise"
+            lines.append(
+                f"  {row['kind']:<10} {row['what']} {row['now']} -> {row['then']}: loader {_number(speed['median'])} "
+                f"images/s, {change['median']:.2f}x ({change['low']:.2f} to {change['high']:.2f}){sure}"
+            )
+    return lines
+
+
+def _rate_of(figure: dict[str, Any]) -> str:
+    speed = figure["images_per_second"]
+    return "not measured" if speed is None else _number(speed["median"])
+
+
+def _median_and_range(spread: dict[str, float]) -> str:
+    between = f"({_number(spread['low'])} to {_number(spread['high'])})"
+    return f"{_number(spread['median']):>10} {between:>19}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def comparison_text(found: dict[str, Any]) -> str:
+    """Return a comparison for the screen."""
+    was, now = found["verdicts"]
+    lines = [f"{was} -> {now}" if was != now else f"{was}, as before", ""]
+    if found["conditions"]:
+        lines.append("measured under different conditions:")
+        lines += [f"  {key}: {was} -> {now}" for key, (was, now) in found["conditions"].items()]
+    else:
+        lines.append("measured under the same conditions")
+    for part, title, kind, form in (
+        ("rates", "images/s", "ratio", "{:>9.2f}x"),
+        ("stages", "added ms", "difference", "{:>+10.1f}"),
+    ):
+        if found[part]:
+            lines += ["", f"{title:<24}{'before':>12}{'after':>12}"]
+        for name, row in found[part].items():
+            ends = "".join(
+                f"{'-':>12}" if row[end] is None else f"{row[end]['median']:>12,.1f}" for end in ("before", "after")
+            )
+            change = "" if row[kind] is None else form.format(row[kind])
+            lines.append(f"{name.replace('_', ' '):<24}{ends}{change}{_sure(row)}")
+    stall = found["stall"]
+    if stall["difference"] is not None:
+        before, after = (100 * stall[key]["median"] for key in ("before", "after"))
+        lines += ["", f"stall {before:.0f} % -> {after:.0f} %{_sure(stall)}"]
+    return "\n".join(lines)
+
+
+def _sure(row: dict[str, Any]) -> str:
+    words = {None: "not measured in both", True: "more than noise", False: "within the noise"}
+    return f"  {words[row['more_than_noise']]}"
+
+
+# The page.
+
+_COLOURS = {
+    "read": "#6b7280",
+    "decode": "#2563eb",
+    "prep": "#0d9488",
+    "mix": "#d97706",
+    "iterator": "#9ca3af",
+    "step": "#16a34a",
+    "wait": "#dc2626",
+}
+_OUT_OF_SIGHT = 8  # times as long as the others: they could not be seen beside such a bar
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #111827; }
+h1 { margin-bottom: 0; } pre { white-space: pre-wrap; background: #f3f4f6; padding: 1rem; font-size: 13px; }
+svg { max-width: 100%; height: auto; } .next { border-left: 4px solid #2563eb; padding-left: 1rem; }
+"""
+
+
+def save_page(report: Report, path: str | Path) -> None:
+    """Write the page of a report, with `page_html`; folders are made."""
+    replace_file(Path(path), page_html(report))
+
+
+def page_html(report: Report) -> str:
+    """Return a report as one HTML page that needs no network and no scripts; the charts are inline SVG.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    verdict = {key: html.escape(text) for key, text in report["verdict"].items()}
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{verdict["name"]}</title><style>{_STYLE}</style></head>',
+        f"<body><h1>{verdict['name']}</h1><p>{verdict['why']}</p><p class='next'>{verdict['next']}</p>",
+        f"<p>{'<br>'.join(html.escape(line) for line in stall_lines(report))}</p>",
+    ]
+    for title, chart in (
+        ("What a batch is made of", _stage_waterfall(report)),
+        ("Rates", _rate_bars(report)),
+        ("Waiting for data, step by step", _wait_timeline(report)),
+    ):
+        if chart or report["verdict"]["name"] != LOADER_ALONE:
+            parts.append(f"<h2>{title}</h2>{chart or '<p>not measured</p>'}")
+    parts.append(f"<h2>Figures</h2><pre>{html.escape(report_text(report))}</pre>")
+    conditions = html.escape(json.dumps(report["conditions"], indent=1))
+    parts.append(f"<details><summary>Conditions</summary><pre>{conditions}</pre></details></body></html>\n")
+    return "\n".join(parts)
+
+
+def _stage_waterfall(report: Report) -> str | None:
+    """Draw what each stage adds to the time of a batch, and the step beside it."""
+    stages = report["stages"]
+    if not stages:
+        return None
+    axes = _axes(height=0.45 * len(stages) + 1.6)
+    start = 0.0
+    names = []
+    for row, stage in enumerate(stages):
+        added = stage["added_ms"]
+        axes.barh(row, added["median"], left=start, color=_COLOURS[stage["category"]])
+        axes.plot([start + added["low"], start + added["high"]], [row, row], color="#111827", linewidth=1)
+        start += added["median"]
+        names.append(f"{stage['name']} ({added['median']:.1f} ms)")
+    if step := report["rates"]["step"]["ms_per_batch"]:
+        names.append(f"the step alone ({step['median']:.1f} ms)")
+        axes.barh(len(stages), step["median"], color=_COLOURS["step"])
+        if step["median"] > _OUT_OF_SIGHT * start:  # the stages would be lines
+            axes.set_xlim(0, 1.3 * start)
+            axes.text(1.29 * start, len(stages), "longer", ha="right", va="center", color="white")
+        else:
+            axes.axvline(step["median"], color=_COLOURS["step"], linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per batch")
+    return _svg(axes)
+
+
+def _rate_bars(report: Report) -> str | None:
+    """Draw the rates that were measured as bars with their ranges."""
+    measured = [(name, report["rates"][key]["images_per_second"]) for key, name in _RATE_NAMES.items()]
+    rows = [(name, speed) for name, speed in measured if speed]
+    if not rows:
+        return None
+    axes = _axes(height=0.45 * len(rows) + 1.2)
+    for row, (_, speed) in enumerate(rows):
+        axes.barh(row, speed["median"], color=_COLOURS["decode"])
+        axes.plot([speed["low"], speed["high"]], [row, row], color="#111827", linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{name}: {speed['median']:,.0f}" for name, speed in rows])
+    axes.invert_yaxis()
+    medians = [speed["median"] for _, speed in rows]
+    logarithmic = max(medians) > _OUT_OF_SIGHT * min(medians)
+    axes.set_xscale("log" if logarithmic else "linear")
+    axes.set_xlabel("images per second" + (", on a logarithmic scale" if logarithmic else ""))
+    return _svg(axes)
+
+
+def _wait_timeline(report: Report) -> str | None:
+    """Draw for each step, end to end, how long the host waited for its batch, and how long the step took."""
+    timeline = report["timeline"]
+    if not timeline or not any(timeline["waits_ms"]):
+        return None
+    axes = _axes(height=3.2)
+    for key, name, alpha, label in (
+        ("steps_ms", "step", 0.4, "step with wait"),
+        ("waits_ms", "wait", 1, "wait for data"),
+    ):
+        values = [value for window in timeline[key] for value in window]
+        axes.fill_between(range(len(values)), values, step="mid", color=_COLOURS[name], alpha=alpha, label=label)
+    edge = 0
+    for window in timeline["waits_ms"][:-1]:
+        edge += len(window)
+        axes.axvline(edge - 0.5, color="#9ca3af", linewidth=0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step (lines: between two windows)")
+    axes.set_ylabel("ms, as the host sees it")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    return _svg(axes)
+
+
+def _axes(height: float) -> Axes:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        msg = "the page needs matplotlib: pip install 'dali-saliencymix[preview]'"
+        raise ImportError(msg) from error
+    axes = Figure(figsize=(9, height), layout="constrained").add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _svg(axes: Axes) -> str:
+    stream = io.StringIO()
+    axes.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    # The metadata names addresses, which a page that needs no network should not.
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

@@ -1,0 +1,345 @@
+"""Windows: how long a loader, a step, or both together take, in turns, on all processes that measure together.
+
+The device is synchronised only at window boundaries. Prefetched batches are discarded before a window; after it a
+loader gets the time to fill its queue again, which would else be taken from the next window.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from dali_saliencymix.measure.figures import LEAST_ROUNDS
+from dali_saliencymix.measure.results import one_line
+from dali_saliencymix.measure.rounds import in_turns
+
+T = TypeVar("T")
+Step = Callable[[Any], Any]
+
+MOST_STEPS = 500  # in one window
+MOST_REST = 2.0  # seconds after one
+
+
+class BottleneckError(ValueError):
+    """Something cannot be measured. The text says what and why in one line."""
+
+
+# The processes that measure together: most often there is one, and then nothing here needs torch.
+
+
+def is_distributed() -> bool:
+    """Return whether there is a process group; without torch there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all processes by rank; all have to call this.
+
+    Examples
+    --------
+    >>> gather(3)
+    [3]
+    """
+    if not is_distributed():
+        return [value]
+    from dali_saliencymix.training.distributed import gather_from_processes
+
+    return gather_from_processes(value)
+
+
+def agree(value: T, choose: Callable[[list[T]], T]) -> T:
+    """Return one value for all processes, chosen from theirs."""
+    return choose(gather(value))
+
+
+def first_reason(why: str | None) -> str | None:
+    """Return the first reason of all processes; None if none of them has one."""
+    return agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
+
+
+def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...] | None:
+    """Return the windows of the slowest process in each round."""
+    if name not in gathered[0]:
+        return None
+    return tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
+
+
+# What is measured.
+
+
+class Batches:
+    """The batches of a loader without end, epoch after epoch.
+
+    Parameters
+    ----------
+    loader : iterable
+        Whose iteration is one epoch. An iterator, which cannot begin again, serves until it ends.
+    nominal : int, optional
+        Images in a full batch; by default what the first batch has.
+    ahead : int
+        Batches that the loader may prefetch.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, nominal: int | None = None, ahead: int = 2) -> None:
+        self._loader = loader
+        self._iterator: Iterator[Any] | None = None
+        self._given = 0  # in this epoch
+        self.ahead = ahead
+        self.epochs = 0
+        self.epoch_length = _length(loader)
+        self.first = self.next()
+        found = nominal or images_in(self.first)
+        if found is None:
+            msg = f"cannot see how many images a batch has, which is a {type(self.first).__name__}; give the batch size"
+            raise BottleneckError(msg)
+        self.nominal = found
+
+    def next(self) -> Any:
+        """Return the next batch, of the next epoch where this one has ended."""
+        while True:
+            try:
+                if self._iterator is None:
+                    self._iterator = iter(self._loader)
+                    self.epochs += 1
+                batch = next(self._iterator)
+            except StopIteration:
+                if not self._given:
+                    msg = "the loader gives no batches" if self.epochs == 1 else _ended(self.epochs)
+                    raise BottleneckError(msg) from None
+                self.epoch_length, self._given, self._iterator = self._given, 0, None
+                continue
+            except BottleneckError:
+                raise
+            except Exception as error:
+                msg = f"the loader failed: {one_line(error)}"
+                raise BottleneckError(msg) from error
+            self._given += 1
+            return batch
+
+    def discard_prefetched(self) -> None:
+        """Discard what was prefetched, and one more batch, which may have been half made."""
+        for _ in range(self.ahead + 1):
+            self.next()
+
+    def size(self, batch: Any) -> float:
+        """Return a batch as a share of a full one."""
+        return (images_in(batch) or self.nominal) / self.nominal
+
+
+def _length(loader: Any) -> int | None:
+    """Return the batches of an epoch where the loader tells."""
+    try:
+        return len(loader) or None
+    except Exception:  # whatever a loader without a length raises: it is counted when the epoch ends
+        return None
+
+
+def _ended(epochs: int) -> str:
+    return (
+        f"the loader ended after {epochs - 1} epoch{'s' if epochs > 2 else ''} and gives no more batches; "
+        "it must be possible to iterate over it again: return a DataLoader or a list, not a generator or an iterator"
+    )
+
+
+def images_in(batch: Any) -> int | None:
+    """Return how many images a batch has: the length of its first array with a dimension; None if there is none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images_in({"image": np.zeros((4, 3, 8, 8)), "label": np.zeros(4)})
+    4
+    """
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        found = (images_in(part) for part in batch)
+        return next((count for count in found if count is not None), None)
+    if getattr(batch, "ndim", None) == 0 or isinstance(batch, (str, bytes)):
+        return None
+    try:
+        return len(batch)
+    except TypeError:
+        return None
+
+
+def copied(batch: Any, *, tensors: bool) -> Any:
+    """Return a batch in new containers of the same types; with `tensors` these are copied too."""
+    if isinstance(batch, MutableMapping):
+        new = copy.copy(batch)
+        for name in list(new):
+            new[name] = copied(new[name], tensors=tensors)
+        return new
+    if isinstance(batch, (list, tuple)):
+        parts = [copied(part, tensors=tensors) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    torch = sys.modules.get("torch")
+    if tensors and torch is not None and isinstance(batch, torch.Tensor):
+        return batch.clone(memory_format=torch.preserve_format)
+    return batch
+
+
+@dataclass
+class Subject:
+    """A loader, a training step, or both together as in a training."""
+
+    batches: Batches | None = None
+    step: Step | None = None
+    constant: Any = None  # the batch of a step without a loader
+    update: int = 1  # batches of an update of the weights
+    waits: list[list[float]] = field(default_factory=list)  # of each window and step: ms until the batch came,
+    totals: list[list[float]] = field(default_factory=list)  # and ms of the whole step
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are prefetched."""
+        return self.batches.ahead if self.batches else 0
+
+    @property
+    def epoch(self) -> int:
+        """Batches of an epoch, where that is known."""
+        return (self.batches and self.batches.epoch_length) or 1
+
+    def settle(self) -> None:
+        """Discard what was prefetched, and do a step, or two so that the queue is as a training would have it."""
+        if self.batches:
+            self.batches.discard_prefetched()
+        for _ in range((self.step is not None) + (self.step is not None and self.batches is not None)):
+            self._one()
+
+    def run(self, count: int) -> float:
+        """Work on `count` batches; return how many batches of nominal size that were."""
+        waits, totals, done = zip(*(self._one() for _ in range(count)), strict=True)
+        self.waits.append(list(waits))
+        self.totals.append(list(totals))
+        return sum(done)
+
+    def _one(self) -> tuple[float, float, float]:
+        start = time.perf_counter()
+        batch = self.batches.next() if self.batches else self.constant
+        arrived = time.perf_counter()
+        size = self.batches.size(batch) if self.batches else 1.0
+        if self.step:
+            take_step(self.step, copied(batch, tensors=False))  # a step may take apart what comes again
+        return 1000 * (arrived - start), 1000 * (time.perf_counter() - start), size
+
+
+def take_step(step: Step, batch: Any) -> None:
+    """Run a step; what it raises becomes one line."""
+    try:
+        step(batch)
+    except Exception as error:
+        if is_distributed():
+            from dali_saliencymix.training.distributed import is_lost_connection
+
+            if is_lost_connection(error):  # it is the other process that has failed, and says why
+                raise
+        msg = f"the training step failed: {one_line(error)}"
+        raise BottleneckError(msg) from error
+
+
+# How it is measured.
+
+
+class Windows(NamedTuple):
+    """Milliseconds per batch of each subject, one window in each round; and the batches of a window."""
+
+    ms: dict[str, list[float]]
+    steps: dict[str, int]
+
+
+def measure_in_turns(
+    subjects: Mapping[str, Subject],
+    *,
+    seconds: float,
+    rounds: int = 9,
+    synchronise: Callable[[], None] = lambda: None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Windows:
+    """Time subjects in rounds, each subject one window in each round.
+
+    Parameters
+    ----------
+    subjects : mapping from str to Subject
+        What is timed.
+    seconds : float
+        Time for all of it. The windows are made as long as fits. They have at least one batch, and there are at least
+        `LEAST_ROUNDS` rounds, however long that takes.
+    rounds : int
+        Most windows of each subject, at least `LEAST_ROUNDS`.
+    synchronise : callable
+        Waits for the device.
+    notify : callable
+        Is given a sentence when this will take much longer than `seconds`.
+    """
+    if rounds < LEAST_ROUNDS:
+        msg = f"rounds must be at least {LEAST_ROUNDS}, got {rounds}"
+        raise ValueError(msg)
+    start = time.perf_counter()
+    share = seconds / (rounds + 2) / max(len(subjects), 1)  # of a subject in a round; two rounds for what comes before
+    batch, around = {}, {}  # seconds: of a batch, and of what comes before and after a window
+    for name, subject in subjects.items():
+        batch[name], around[name] = _tried(subject, share, synchronise)
+    # The median of means over few steps is not that over many: steps with and without the loader get equally many.
+    stepping = [name for name, subject in subjects.items() if subject.step]
+    steps: dict[str, int] = {}
+    for names in (stepping, *([name] for name in subjects if name not in stepping)):
+        count = min((int((share - around[name]) / batch[name]) for name in names), default=1)
+        update = math.lcm(*(subjects[name].update for name in names))
+        count = max(min(count, MOST_STEPS) // update, 1) * update
+        epoch = math.lcm(update, *(agree(subjects[name].epoch, max) for name in names))
+        if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs, with what their beginning costs
+            count = max(round(count / epoch), 1) * epoch
+        steps |= dict.fromkeys(names, count)
+    lasts = sum(around[name] + steps[name] * batch[name] for name in subjects)
+    if LEAST_ROUNDS * lasts > 1.5 * seconds:
+        notify(f"a batch takes long here: this part will need about {LEAST_ROUNDS * lasts:.0f} s")
+    for subject in subjects.values():
+        subject.waits.clear()
+        subject.totals.clear()
+    variants = {name: partial(_window, subject, steps[name], synchronise) for name, subject in subjects.items()}
+    left = seconds - (time.perf_counter() - start)
+    *_, ms = in_turns(variants, rounds, seconds=left, least=LEAST_ROUNDS, warm_up=False, longest=longest)
+    return Windows(ms, steps)
+
+
+def _tried(subject: Subject, share: float, synchronise: Callable[[], None]) -> tuple[float, float]:
+    """Return the seconds that a batch takes, and those before and after a window: this is the warm-up as well."""
+    count = 1
+    subject.settle()
+    while True:
+        start = time.perf_counter()
+        batch = longest(_window(subject, count, synchronise) / 1000)
+        around = longest(time.perf_counter() - start - batch * count)
+        if batch * count > share and count == 1:  # was that bad luck?
+            batch = min(batch, longest(_window(subject, 1, synchronise) / 1000))
+        epoch = agree(subject.epoch, max)
+        least = epoch if epoch * batch <= 4 * share else 1  # of a loader with short epochs
+        if count >= least and (batch * count >= share / 8 or count >= MOST_STEPS):
+            return batch, around
+        count = max(min(4 * count, MOST_STEPS), least)
+
+
+def longest(seconds: float) -> float:
+    """Return the longest time of all processes: they have to take the same number of steps."""
+    return agree(max(seconds, 1e-6), max)
+
+
+def _window(subject: Subject, count: int, synchronise: Callable[[], None]) -> float:
+    """Return milliseconds per batch of one window."""
+    gather(None)  # before settling: who waits for another process afterwards has a full queue again
+    subject.settle()
+    synchronise()
+    start = time.perf_counter()
+    done = subject.run(count)
+    synchronise()
+    ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # of a clock that has not moved
+    time.sleep(min(subject.ahead * ms / 1000, MOST_REST))
+    return ms
