@@ -37,7 +37,7 @@ from PIL import Image
 from benchmarks import machine, measure
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
-from dali_saliencymix.bottleneck import storage
+from dali_saliencymix.measure import page_cache
 
 BATCH = 8
 SLOW, FAST = 0.03, 0.001  # seconds a batch
@@ -82,7 +82,7 @@ class ColdReader:
     def __call__(self, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return the batch with this number."""
         chosen = files_of_batch(self._files, number)
-        time.sleep(self._seconds * sum(1 - (storage.resident_share([file]) or 0) for file in chosen) / BATCH)
+        time.sleep(self._seconds * sum(1 - (page_cache.resident_share([file]) or 0) for file in chosen) / BATCH)
         return read_batch(self._files, number)
 
 
@@ -281,7 +281,7 @@ def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callabl
     """Return the ms that a batch takes, loader and step together, over files that were dropped from memory."""
     built = define()
     built.build()
-    why = storage.why_not_dropped(files)
+    why = page_cache.why_not_dropped(files)
     if why:
         raise RuntimeError(why)
     step(built.run())  # while the first batch is made, nothing overlaps yet

@@ -24,7 +24,7 @@ from training_fixtures import torchrun
 from benchmarks import bottleneck_faults as faults
 from dali_saliencymix import bottleneck
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.bottleneck import stages, storage, whatifs, windows
+from dali_saliencymix.bottleneck import BottleneckError, stages, whatifs
 from dali_saliencymix.bottleneck.command import step_of
 from dali_saliencymix.bottleneck.diagnose import measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, page_html, report_text, save_page
@@ -33,15 +33,9 @@ from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_fu
 from dali_saliencymix.bottleneck.storage import PASSES, StorageRates, measure_storage
 from dali_saliencymix.bottleneck.verdict import Figures, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
-from dali_saliencymix.bottleneck.windows import (
-    Batches,
-    BottleneckError,
-    Subject,
-    Windows,
-    images_in,
-    measure_in_turns,
-)
+from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
+from dali_saliencymix.measure.windows import Batches, Subject, Windows, images_in, measure_in_turns
 
 pytest_plugins = ["training_fixtures"]
 
@@ -646,22 +640,22 @@ def test_the_files_of_a_reader_are_known(files, tmp_path):
 
 
 def test_dropped_files_are_gone_and_read_files_are_back(files):
-    storage.read_into_memory(files)
-    assert storage.resident_share(files) == 1.0
+    page_cache.read_into_memory(files)
+    assert page_cache.resident_share(files) == 1.0
     for file in files:  # does this file system forget at all?
         with open(file, "rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if storage.resident_share(files):
+    if page_cache.resident_share(files):
         pytest.skip("this file system keeps its files in memory")
-    storage.read_into_memory(files)
-    assert storage.why_not_dropped(files) is None
-    assert storage.resident_share(files) == 0.0
-    storage.read_into_memory(files[:8])
-    assert 0.3 < storage.resident_share(files) < 0.7
+    page_cache.read_into_memory(files)
+    assert page_cache.why_not_dropped(files) is None
+    assert page_cache.resident_share(files) == 0.0
+    page_cache.read_into_memory(files[:8])
+    assert 0.3 < page_cache.resident_share(files) < 0.7
 
 
 def test_files_that_stay_in_memory_are_not_measured(files, monkeypatch):
-    monkeypatch.setattr(storage, "resident_share", lambda files: 0.8)
+    monkeypatch.setattr(page_cache, "resident_share", lambda files: 0.8)
     define = functools.partial(faults.pipeline, files, read=0.02, mixed=False)
     found = decided(define, faults.step_of(0.001), **{**QUICK, "storage": True, "files": files})
     assert found["rates"]["storage"]["images_per_second"] is None
@@ -672,12 +666,12 @@ def test_files_that_stay_in_memory_are_not_measured(files, monkeypatch):
 
 
 def test_residency_that_cannot_be_seen_is_not_taken_for_absence(files, monkeypatch):
-    monkeypatch.setattr(storage, "resident_share", lambda files: None)
-    assert "cannot be seen" in storage.why_not_dropped(files)
+    monkeypatch.setattr(page_cache, "resident_share", lambda files: None)
+    assert "cannot be seen" in page_cache.why_not_dropped(files)
 
 
 def test_a_file_that_is_missing_is_a_reason(tmp_path):
-    assert "could not be dropped" in storage.why_not_dropped([str(tmp_path / "missing")])
+    assert "could not be dropped" in page_cache.why_not_dropped([str(tmp_path / "missing")])
 
 
 def test_unknown_files_are_a_reason():
@@ -698,7 +692,7 @@ def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_mem
     if stored.not_measured:
         pytest.skip(stored.not_measured)
     assert (len(stored.cold_ms), len(stored.read_cold_ms), len(stored.warm_ms)) == (PASSES, PASSES, 0)
-    assert storage.resident_share(files) == 1.0
+    assert page_cache.resident_share(files) == 1.0
 
 
 def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeypatch):
@@ -708,9 +702,9 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
         Path(file).write_bytes(b"x")
     now, cold, taken = [0.0], [False], [0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(storage, "read_into_memory", lambda files: cold.__setitem__(0, False))
-    monkeypatch.setattr(storage, "why_not_dropped", lambda files: cold.__setitem__(0, True))
-    monkeypatch.setattr(storage, "resident_share", lambda files: (taken[0] + 4) * 8 / len(files))
+    monkeypatch.setattr(page_cache, "read_into_memory", lambda files: cold.__setitem__(0, False))
+    monkeypatch.setattr(page_cache, "why_not_dropped", lambda files: cold.__setitem__(0, True))
+    monkeypatch.setattr(page_cache, "resident_share", lambda files: (taken[0] + 4) * 8 / len(files))
 
     class Loader:
         def __iter__(self):

@@ -54,11 +54,12 @@ import json, os, sys
 import numpy as np
 from dali_saliencymix.bottleneck import storage
 from dali_saliencymix.bottleneck.sources import loader_source
-from dali_saliencymix.bottleneck.windows import gather
+from dali_saliencymix.measure import page_cache
+from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training.distributed import start_processes, stop_processes
 
 start_processes("cpu")
-storage.why_not_dropped = storage.resident_share = lambda files: None  # whatever this file system does
+page_cache.why_not_dropped = page_cache.resident_share = lambda files: None  # whatever this file system does
 opened = [0]
 
 class Loader:

@@ -8,14 +8,14 @@ from batches import assert_equal_batches, epoch
 from cifar_files import write_cifar
 
 from dali_saliencymix.__main__ import main
-from dali_saliencymix.bottleneck import command, stages, whatifs, windows
+from dali_saliencymix.bottleneck import BottleneckError, command, stages, whatifs
 from dali_saliencymix.bottleneck.training_source import training_source
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.cifar import CifarData
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.imagenet import FolderData
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure import windows
 from dali_saliencymix.training.arguments import parse_arguments
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))

@@ -24,7 +24,7 @@ from dali_saliencymix.bottleneck.monitor import Monitor
 from dali_saliencymix.bottleneck.report import compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import loader_source, pipeline_source
 from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, Verdict, decide
-from dali_saliencymix.bottleneck.windows import BottleneckError
+from dali_saliencymix.measure.windows import MeasurementError as BottleneckError
 
 __all__ = [
     "BottleneckError",

@@ -15,9 +15,9 @@ from dali_saliencymix.bottleneck.display import comparison_text, report_text, sa
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, made_by, pipeline_source
 from dali_saliencymix.bottleneck.training_source import training_source
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.results import one_line
+from dali_saliencymix.measure.windows import MeasurementError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.options import TrainingOptions
 
-_EXPECTED = (ImportError, OSError, ValueError)  # a BottleneckError is a ValueError
+_EXPECTED = (ImportError, OSError, ValueError)  # a MeasurementError is a ValueError
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
@@ -128,19 +128,19 @@ def _measured_by_all(
     try:
         return _measured(own, training, rest, processes)
     except _EXPECTED as error:
-        text = str(error) if isinstance(error, BottleneckError) or "\n" not in str(error) else one_line(error)
+        text = str(error) if isinstance(error, MeasurementError) or "\n" not in str(error) else one_line(error)
         if processes.world_size > 1:
             if not distributed.announce_failure():
                 raise distributed.OtherProcessError from error
             text = f"process {processes.rank}: {text}"
-        raise BottleneckError(text) from error
+        raise MeasurementError(text) from error
 
 
 def run_compare(before: Path, after: Path, prog: str) -> int:
     """Run ``compare``; return the exit status."""
     try:
         sys.stdout.write(comparison_text(compare(load_report(before), load_report(after))) + "\n")
-    except (BottleneckError, OSError) as error:
+    except (MeasurementError, OSError) as error:
         sys.stderr.write(f"{prog}: error: {error}\n")
         return 1
     return 0
@@ -211,7 +211,7 @@ def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
         msg = (
             f"--step must be step(batch), or a function without arguments that returns it, got a {type(step).__name__}"
         )
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     return step
 
 
@@ -231,7 +231,7 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
             found.append(str(path))
         else:
             msg = f"--files: {path}: no such file or folder"
-            raise BottleneckError(msg)
+            raise MeasurementError(msg)
     return sorted(found)
 
 
@@ -247,7 +247,7 @@ def _show(report: Report, own: argparse.Namespace) -> int:
     stall = report["stall"]
     if stall is None:
         msg = "the stall was not measured, so --fail-above-stall cannot be answered"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     if 100 * stall["low"] > own.fail_above_stall:
         sys.stderr.write(
             f"stall {100 * stall['median']:.0f} % ({100 * stall['low']:.0f} to {100 * stall['high']:.0f}) is above "

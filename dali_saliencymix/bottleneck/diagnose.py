@@ -14,22 +14,13 @@ from typing import Any
 from dali_saliencymix.bottleneck.report import Report, build_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.bottleneck.stages import Cut, cut_pipeline
-from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage, memory_bytes
+from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage
 from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Series, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
-from dali_saliencymix.bottleneck.windows import (
-    Batches,
-    BottleneckError,
-    Step,
-    Subject,
-    agree,
-    by_round,
-    copied,
-    first_reason,
-    gather,
-    measure_in_turns,
-)
 from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.page_cache import memory_bytes
+from dali_saliencymix.measure.processes import agree, by_round, first_reason, gather
+from dali_saliencymix.measure.windows import Batches, MeasurementError, Step, Subject, copied, measure_in_turns
 
 ROUNDS = 9
 CACHES = ("auto", "warm", "cold")
@@ -165,7 +156,7 @@ def _cuts(source: Source) -> tuple[list[Cut], str | None]:
     else:
         try:
             cuts = cut_pipeline(lambda: define({}))
-        except BottleneckError as error:
+        except MeasurementError as error:
             why = f"{error}: the pipeline is measured as a whole"
     why = first_reason(why)
     return ([], why) if why else (cuts, None)
@@ -187,7 +178,7 @@ def _subjects(batches: Batches, step: Step | None, cuts: list[Cut]) -> dict[str,
     for number, cut in enumerate(cuts):
         try:
             shorter = Batches(PipelineBatches(cut.make(), raw=True), nominal=batches.nominal, ahead=batches.ahead)
-        except BottleneckError:
+        except MeasurementError:
             works = False
             break
         shorter.first = None

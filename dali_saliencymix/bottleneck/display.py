@@ -244,49 +244,46 @@ def page_html(report: Report) -> str:
 
 def _stage_waterfall(report: Report) -> str | None:
     """Draw what each stage adds to the time of a batch, and the step beside it."""
-    stages = report["stages"]
+    stages, step = report["stages"], report["rates"]["step"]["ms_per_batch"]
     if not stages:
         return None
-    axes = _axes(height=0.45 * len(stages) + 1.6)
-    start = 0.0
-    names = []
-    for row, stage in enumerate(stages):
+    bars, start = [], 0.0
+    for stage in stages:
         added = stage["added_ms"]
-        axes.barh(row, added["median"], left=start, color=_COLOURS[stage["category"]])
-        axes.plot([start + added["low"], start + added["high"]], [row, row], color="#111827", linewidth=1)
+        bars.append((f"{stage['name']} ({added['median']:.1f} ms)", added, start, _COLOURS[stage["category"]]))
         start += added["median"]
-        names.append(f"{stage['name']} ({added['median']:.1f} ms)")
-    if step := report["rates"]["step"]["ms_per_batch"]:
-        names.append(f"the step alone ({step['median']:.1f} ms)")
-        axes.barh(len(stages), step["median"], color=_COLOURS["step"])
-        if step["median"] > _OUT_OF_SIGHT * start:  # the stages would be lines
-            axes.set_xlim(0, 1.3 * start)
-            axes.text(1.29 * start, len(stages), "longer", ha="right", va="center", color="white")
-        else:
-            axes.axvline(step["median"], color=_COLOURS["step"], linestyle="--")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("ms per batch")
+    if step:
+        bars.append((f"the step alone ({step['median']:.1f} ms)", step, 0.0, _COLOURS["step"]))
+    axes = _bars(bars, "ms per batch")
+    if step and step["median"] > _OUT_OF_SIGHT * start:  # the stages would be lines
+        axes.set_xlim(0, 1.3 * start)
+        axes.text(1.29 * start, len(stages), "longer", ha="right", va="center", color="white")
     return _svg(axes)
 
 
 def _rate_bars(report: Report) -> str | None:
     """Draw the rates that were measured as bars with their ranges."""
     measured = [(name, report["rates"][key]["images_per_second"]) for key, name in _RATE_NAMES.items()]
-    rows = [(name, speed) for name, speed in measured if speed]
+    rows = [(f"{name}: {speed['median']:,.0f}", speed, 0.0, _COLOURS["decode"]) for name, speed in measured if speed]
     if not rows:
         return None
-    axes = _axes(height=0.45 * len(rows) + 1.2)
-    for row, (_, speed) in enumerate(rows):
-        axes.barh(row, speed["median"], color=_COLOURS["decode"])
-        axes.plot([speed["low"], speed["high"]], [row, row], color="#111827", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{name}: {speed['median']:,.0f}" for name, speed in rows])
-    axes.invert_yaxis()
-    medians = [speed["median"] for _, speed in rows]
+    medians = [speed["median"] for _, speed, *_ in rows]
     logarithmic = max(medians) > _OUT_OF_SIGHT * min(medians)
+    axes = _bars(rows, "images per second" + (", on a logarithmic scale" if logarithmic else ""))
     axes.set_xscale("log" if logarithmic else "linear")
-    axes.set_xlabel("images per second" + (", on a logarithmic scale" if logarithmic else ""))
     return _svg(axes)
+
+
+def _bars(rows: list[tuple[str, dict[str, float], float, str]], unit: str) -> Axes:
+    """Draw spreads as horizontal bars from their starts, with their ranges."""
+    axes = _axes(height=0.45 * len(rows) + 1.2)
+    for row, (_, spread, start, colour) in enumerate(rows):
+        axes.barh(row, spread["median"], left=start, color=colour)
+        axes.plot([start + spread["low"], start + spread["high"]], [row, row], color="#111827", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    return axes
 
 
 def _wait_timeline(report: Report) -> str | None:

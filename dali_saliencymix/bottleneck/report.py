@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._json import finite
 from dali_saliencymix.bottleneck.verdict import CRITICAL_STALL, PASS_STALL, Figures, Series, Verdict
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.figures import Interval, apart, differing, interval, rate
 from dali_saliencymix.measure.results import read_json, write_json
+from dali_saliencymix.measure.windows import MeasurementError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,29 +47,8 @@ def build_report(
 ) -> Report:
     """Put figures, verdict and conditions together.
 
-    Parameters
-    ----------
-    figures, verdict
-        From and of `verdict.decide`.
-    images : int
-        Images in a batch of one process.
-    until : mapping
-        Times of the cut pipelines, each with all stages up to the one of that name.
-    stages_note : str or None
-        Why there are no stages.
-    stored : StorageRates
-        Passes over the files.
-    what_ifs : sequence of dict
-        Rows of `measured_rows` and `predicted_rows`.
-    timeline : dict or None
-        ``waits_ms`` and ``steps_ms`` of each window, end to end.
-    conditions : dict
-        What else the figures depend on.
-
-    Returns
-    -------
-    dict
-        Of None, bool, int, float, str, list and dict.
+    `until` has the times of the cut pipelines, each with all stages up to the one of that name; `stages_note` says why
+    there are none. `timeline` has ``waits_ms`` and ``steps_ms`` of each window, end to end.
     """
     stall, no_step = verdict.stall, "no training step was given"
     report = {
@@ -216,7 +195,7 @@ def load_report(path: str | Path) -> Report:
 
     Raises
     ------
-    BottleneckError
+    MeasurementError
         If the file is no report of this version, or is damaged.
     OSError
         If it cannot be read.
@@ -224,18 +203,18 @@ def load_report(path: str | Path) -> Report:
     try:
         report = read_json(path)
     except ValueError as error:
-        raise BottleneckError(str(error)) from error
+        raise MeasurementError(str(error)) from error
     if report.get("schema") != SCHEMA:
         msg = f"{path}: not a report of the bottleneck tool"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     if report.get("version") != VERSION:
         msg = f"{path}: a report of version {report.get('version')}; this tool reads version {VERSION}"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     try:
         compare(report, report)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         msg = f"{path}: a damaged report of the bottleneck tool ({type(error).__name__}: {error})"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
     return report
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.measure.results import one_line
+from dali_saliencymix.measure.windows import MeasurementError
 
 Settings = Mapping[str, Any]
 
@@ -36,20 +36,20 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         msg = f"{option} must be module:function, got {name!r}"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
         msg = f"{option}: {module_name} does not import: {one_line(error)}"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
     for part in function_name.split("."):
         if not hasattr(found, part):
             msg = f"{option}: module {module_name!r} has no {function_name!r}"
-            raise BottleneckError(msg)
+            raise MeasurementError(msg)
         found = getattr(found, part)
     if not callable(found):
         msg = f"{option}: {name} must be a function, got a {type(found).__name__}"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     return found
 
 
@@ -57,11 +57,11 @@ def made_by(function: Callable[..., Any], what: str) -> Any:
     """Call a user's function without arguments; what it raises becomes one line."""
     try:
         return function()
-    except BottleneckError:
+    except MeasurementError:
         raise
     except Exception as error:
         msg = f"{what} cannot be made: {one_line(error)}"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
 
 
 def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str] | None = None) -> Source:
@@ -70,7 +70,7 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
     made = made_by(loader, "the loader") if is_function else loader
     if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
         msg = f"the loader must be an iterable of batches, got a {type(made).__name__}"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     workers = getattr(made, "num_workers", 0)
     ahead = workers * (getattr(made, "prefetch_factor", None) or 2) if isinstance(workers, int) and workers else 2
     name = getattr(loader, "__qualname__", type(made).__name__)
@@ -99,11 +99,11 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     if refused:
         name = getattr(define, "__qualname__", "the function")
         msg = f"{name} takes no {refused[0]}, so it cannot be set: leave the option out, or add the argument"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     first = made_by(lambda: define(**given), "the pipeline")
     if not hasattr(first, "run") or not hasattr(first, "set_outputs"):
         msg = f"the pipeline's function must return a DALI pipeline, got a {type(first).__name__}"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     found = {
         "batch_size": first.max_batch_size,
         "num_threads": first.num_threads,
@@ -122,7 +122,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     if files is None:
         try:
             files = reader_files(lambda: defined({}))
-        except BottleneckError:
+        except MeasurementError:
             files = None
     return Source(
         f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),
@@ -161,7 +161,7 @@ class PipelineBatches:
             pipeline.build()
         except Exception as error:
             msg = f"the pipeline cannot be built: {explained(error)}"
-            raise BottleneckError(msg) from error
+            raise MeasurementError(msg) from error
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches until the pipeline says that an epoch is over, which only external sources do."""
@@ -173,7 +173,7 @@ class PipelineBatches:
                 return
             except RuntimeError as error:
                 msg = f"the pipeline failed: {explained(error)}"
-                raise BottleneckError(msg) from error
+                raise MeasurementError(msg) from error
             yield tuple(outputs) if self._raw else tuple(_as_tensor(output) for output in outputs)
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.measure.results import one_line
+from dali_saliencymix.measure.windows import MeasurementError
 
 MOST_STAGES = 9
 
@@ -45,7 +45,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
 
     `define` returns the same DALI pipeline each time, new and not built. The cuts are in the order of the graph; the
     last one is the whole pipeline. A mixing operator of this package makes two cuts: pasting, with a saliency detector
-    that costs nothing, and then the saliency itself. A `BottleneckError` says why a pipeline cannot be cut.
+    that costs nothing, and then the saliency itself. A `MeasurementError` says why a pipeline cannot be cut.
     """
     operators = _operators(_graph_outputs(_defined(define)))
     ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before
@@ -58,7 +58,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
             del ends[-2]
     if not ends:
         msg = "the pipeline has no operator that works on images"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     ends[-1] = (*ends[-1][:2], len(operators))
     ends = _with_unique_names(_fewer(ends))
     cuts = []
@@ -101,18 +101,18 @@ def _listed(arguments: dict[str, Any]) -> list[str]:
 def _defined(define: Callable[[], Any]) -> Any:
     try:
         return define()
-    except BottleneckError:
+    except MeasurementError:
         raise
     except Exception as error:
         msg = f"the pipeline cannot be defined: {one_line(error)}"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
 
 
 def _graph_outputs(pipeline: Any) -> list[Any]:
     """Return the output nodes of a pipeline that is not built."""
     if getattr(pipeline, "_built", False):
         msg = "the pipeline is built already; return it unbuilt, from a function that makes a new one each time"
-        raise BottleneckError(msg)
+        raise MeasurementError(msg)
     outputs = getattr(pipeline, "_graph_out", None)
     if not outputs:
         try:
@@ -120,7 +120,7 @@ def _graph_outputs(pipeline: Any) -> list[Any]:
                 outputs = pipeline.define_graph()
         except Exception as error:
             msg = f"the pipeline's graph cannot be seen: {one_line(error)}"
-            raise BottleneckError(msg) from error
+            raise MeasurementError(msg) from error
     nodes = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     return [node for node in nodes if getattr(node, "source", None) is not None]
 

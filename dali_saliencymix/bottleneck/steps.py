@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_saliencymix.bottleneck.windows import BottleneckError
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.windows import MeasurementError
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.models import all_reduce, as_trained, autocast, model_on
 from dali_saliencymix.training.optimisation import Updater
@@ -51,7 +51,7 @@ class TrainingStep:
             model = model_on(processes.device, options, num_classes)
         except ValueError as error:
             msg = f"arch: {error}"
-            raise BottleneckError(msg) from error
+            raise MeasurementError(msg) from error
         self._updater = Updater(model, optimizer, scale_loss=options.scales_loss)
         self._updater.set_learning_rate(0.0)
         self.batches_per_update = optimizer.accumulation_steps
@@ -68,7 +68,7 @@ class TrainingStep:
                 "the built-in step needs a batch with images as a floating tensor (N, C, H, W), got "
                 f"{got or type(batch).__name__}; give your own with --step module:function"
             )
-            raise BottleneckError(msg)
+            raise MeasurementError(msg)
         if images.shape[1] != 3 and images.shape[3] == 3:
             images = images.permute(0, 3, 1, 2)
         images = images.to(self._device, non_blocking=True)

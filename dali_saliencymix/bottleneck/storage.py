@@ -1,121 +1,26 @@
-"""Reading from storage: files are dropped from the page cache, which is checked, and read again.
-
-Dropping asks the kernel with ``posix_fadvise`` and needs no rights beyond reading the files. It may not happen: on
-file systems that live in memory, for pages that another process has mapped or has not written back. What is resident
-is counted with ``mincore``, and a measurement that files in memory have spoiled does not take place.
-"""
+"""How fast batches come when their files are not in memory, beside the same with the files in memory."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
-from dali_saliencymix.bottleneck.windows import Batches, BottleneckError, agree, first_reason, gather
+from dali_saliencymix.measure import page_cache
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
+from dali_saliencymix.measure.processes import agree, first_reason, gather
+from dali_saliencymix.measure.windows import Batches, MeasurementError
 
 T = TypeVar("T")
 
 PASSES = LEAST_ROUNDS
-MOST_RESIDENT = 0.05  # of the bytes, after dropping
 MOST_BYTES = 4 << 30
 MOST_FILES = 20_000
-
-# The page cache.
-
-
-def read_into_memory(files: Iterable[str]) -> None:
-    """Read files, so that they are in the page cache."""
-    for file in files:
-        with open(file, "rb", buffering=0) as stream:
-            while stream.read(1 << 20):
-                pass
-
-
-def why_not_dropped(files: Iterable[str]) -> str | None:
-    """Drop files from memory; return why that did not take, or None if they are gone."""
-    files = list(files)
-    try:
-        for file in files:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # a page that is not written back yet stays
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-        share = resident_share(files)
-    except (OSError, ValueError) as error:
-        return f"the files' pages could not be dropped from memory ({error})"
-    if share is None:
-        return "whether the files' pages are in memory cannot be seen here, for lack of write access or of mincore"
-    if share > MOST_RESIDENT:
-        return f"{share:.0%} of the files' bytes stayed in memory after they were dropped"
-    return None
-
-
-def resident_share(files: Iterable[str]) -> float | None:
-    """Return the share, 0 to 1, of the bytes of files that are in the page cache; None where that cannot be seen.
-
-    Notes
-    -----
-    The kernel tells the truth only about files that the user owns or may write; for others it says that all pages are
-    resident, or none. So this is None unless all files are such ones.
-
-    Examples
-    --------
-    >>> resident_share([]) is None
-    True
-    """
-    mincore = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
-    if mincore is None:
-        return None
-    pages = resident = 0
-    for file in files:
-        found = Path(file).stat()
-        if found.st_size == 0:
-            continue
-        if not os.access(file, os.W_OK) and found.st_uid != os.geteuid():
-            return None
-        count = -(-found.st_size // mmap.PAGESIZE)
-        seen = (ctypes.c_ubyte * count)()
-        with open(file, "rb") as stream:
-            # A private mapping that may be written gives ctypes an address; nothing is written.
-            protection = mmap.PROT_READ | mmap.PROT_WRITE
-            mapped = mmap.mmap(stream.fileno(), found.st_size, flags=mmap.MAP_PRIVATE, prot=protection)
-        try:
-            start = ctypes.c_char.from_buffer(mapped)
-            failed = mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(found.st_size), seen)
-            del start  # the mapping cannot be closed while something points into it
-        finally:
-            mapped.close()
-        if failed:
-            return None
-        pages += count
-        resident += sum(page & 1 for page in seen)
-    return resident / pages if pages else None
-
-
-def memory_bytes() -> int | None:
-    """Return how many bytes of memory this process can hope for as page cache; None where that is not known."""
-    limits = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path(path).read_text()))
-    with contextlib.suppress(OSError, KeyError, ValueError):
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    return min(limits) if limits else None
-
-
-# Passes over the files.
 
 
 @dataclass
@@ -160,21 +65,8 @@ def measure_storage(
     """Time passes over the source's files: two kinds in turns, which tell what reading from storage costs.
 
     Each kind starts from files that were dropped from memory, or read into it; at the end all are in memory again.
-
-    Parameters
-    ----------
-    source : Source
-        With its files.
-    images : int
-        Of a batch.
-    loader_ms : float
-        What a batch takes from memory, to choose the length of a pass.
-    read_cut : callable, optional
-        Makes the pipeline that only reads.
-    seconds : float
-        For all passes.
-    synchronise : callable
-        Waits for the device.
+    `loader_ms`, what a batch of `images` takes from memory, chooses the length of a pass; `read_cut` makes the pipeline
+    that only reads, where there is one.
     """
     files = source.files
     why = None
@@ -212,11 +104,11 @@ def measure_storage(
                 return StorageRates(not_measured=why)
             taken, given = passed
             if cold:
-                read = max(given, (resident_share(files) or 0) * len(files) / images / world)
+                read = max(given, (page_cache.resident_share(files) or 0) * len(files) / images / world)
             times.append(agree(taken / read, max))  # a warm pass reads ahead as far as the cold one before it
     finally:
         with contextlib.suppress(OSError):
-            read_into_memory(files)  # what is measured after this expects them there
+            page_cache.read_into_memory(files)  # what is measured after this expects them there
     return found
 
 
@@ -225,7 +117,7 @@ def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
     result = why = None
     try:
         result = action()
-    except BottleneckError as error:
+    except MeasurementError as error:
         why = str(error)
     return result, first_reason(why)
 
@@ -234,14 +126,14 @@ def _prepare(files: list[str], *, cold: bool) -> None:
     """Bring files into memory or out of it."""
     gather(None)
     if cold:
-        if why := why_not_dropped(files):
-            raise BottleneckError(why)
+        if why := page_cache.why_not_dropped(files):
+            raise MeasurementError(why)
         return
     try:
-        read_into_memory(files)
+        page_cache.read_into_memory(files)
     except OSError as error:
         msg = f"the files could not be read ({error})"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
 
 
 def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> tuple[float, float]:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dali_saliencymix.bottleneck.sources import Source, explained
-from dali_saliencymix.bottleneck.windows import Batches, Subject, by_round, first_reason, gather, measure_in_turns
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.figures import interval
+from dali_saliencymix.measure.processes import by_round, first_reason, gather
+from dali_saliencymix.measure.windows import Batches, Subject, measure_in_turns
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -62,7 +63,7 @@ def measured_rows(
                 ahead = ahead * value // source.settings["workers"]
             batches = Batches(loader, ahead=ahead)
             batches.first = None
-        except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a BottleneckError
+        except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a MeasurementError
             why = explained(error) if isinstance(error, RuntimeError) else str(error)
         why = first_reason(why)
         if why or batches is None:
@@ -101,20 +102,8 @@ def predicted_rows(
 ) -> list[dict[str, Any]]:
     """Predict from rates in images/s of one process; None is what was not measured.
 
-    Parameters
-    ----------
-    step, loader, end : float or None
-        With the files in memory.
-    cold : float or None
-        The loader from storage.
-    reads_cold : bool
-        Whether the training will read from there: it is bounded by `cold`, and without that nothing is known of it.
-    threads : int or None
-        Of the loader.
-    world : int
-        Number of processes.
-    threads_are : str
-        What to call them.
+    `cold` is the rate of the loader from storage, which bounds the training if it `reads_cold`: if that was not
+    measured, nothing is known of the training. `threads` are those of the loader, `world` is the number of processes.
 
     Examples
     --------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
-import re
 import signal
 import sys
 import traceback
@@ -17,6 +16,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure import processes
+from dali_saliencymix.measure.processes import is_lost_connection
 
 # Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the other.
 _control: dist.ProcessGroup | None = None
@@ -25,6 +26,9 @@ _board: Store | None = None
 
 # Only a last resort: whoever waits that long is stopped by its watchdog first.
 _PATIENCE = datetime.timedelta(hours=6)
+
+
+gather_from_processes = processes.gather
 
 
 class OtherProcessError(RuntimeError):
@@ -67,6 +71,7 @@ def start_processes(device: str = "auto") -> Processes:
         else:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
         _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        processes.use_group(_control)
     return Processes(rank, local_rank, world_size, chosen)
 
 
@@ -86,13 +91,7 @@ def stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _board = _control = None
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Return whether an error says that another process can no longer be reached."""
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
-    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)) is not None
+    processes.use_group(None)
 
 
 def end(line: str, status: int) -> int:
@@ -170,15 +169,6 @@ def sum_of_counts(counts: list[int]) -> list[int]:
     total = torch.tensor(counts, dtype=torch.int64)
     dist.all_reduce(total, group=_control)
     return total.tolist()
-
-
-def gather_from_processes(value: Any) -> list[Any]:
-    """Return the values of all processes by rank; all have to call this."""
-    if _control is None:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_control)
-    return values
 
 
 def from_main_process(value: Any) -> Any:

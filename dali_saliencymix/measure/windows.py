@@ -13,62 +13,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
+from dali_saliencymix.measure.processes import agree, gather, is_lost_connection
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.rounds import in_turns
 
-T = TypeVar("T")
 Step = Callable[[Any], Any]
 
 MOST_STEPS = 500  # in one window
 MOST_REST = 2.0  # seconds after one
 
 
-class BottleneckError(ValueError):
+class MeasurementError(ValueError):
     """Something cannot be measured. The text says what and why in one line."""
-
-
-# The processes that measure together: most often there is one, and then nothing here needs torch.
-
-
-def is_distributed() -> bool:
-    """Return whether there is a process group; without torch there is none."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def gather(value: T) -> list[T]:
-    """Return the values of all processes by rank; all have to call this.
-
-    Examples
-    --------
-    >>> gather(3)
-    [3]
-    """
-    if not is_distributed():
-        return [value]
-    from dali_saliencymix.training.distributed import gather_from_processes
-
-    return gather_from_processes(value)
-
-
-def agree(value: T, choose: Callable[[list[T]], T]) -> T:
-    """Return one value for all processes, chosen from theirs."""
-    return choose(gather(value))
-
-
-def first_reason(why: str | None) -> str | None:
-    """Return the first reason of all processes; None if none of them has one."""
-    return agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
-
-
-def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...] | None:
-    """Return the windows of the slowest process in each round."""
-    if name not in gathered[0]:
-        return None
-    return tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
 
 
 # What is measured.
@@ -98,7 +57,7 @@ class Batches:
         found = nominal or images_in(self.first)
         if found is None:
             msg = f"cannot see how many images a batch has, which is a {type(self.first).__name__}; give the batch size"
-            raise BottleneckError(msg)
+            raise MeasurementError(msg)
         self.nominal = found
 
     def next(self) -> Any:
@@ -112,14 +71,14 @@ class Batches:
             except StopIteration:
                 if not self._given:
                     msg = "the loader gives no batches" if self.epochs == 1 else _ended(self.epochs)
-                    raise BottleneckError(msg) from None
+                    raise MeasurementError(msg) from None
                 self.epoch_length, self._given, self._iterator = self._given, 0, None
                 continue
-            except BottleneckError:
+            except MeasurementError:
                 raise
             except Exception as error:
                 msg = f"the loader failed: {one_line(error)}"
-                raise BottleneckError(msg) from error
+                raise MeasurementError(msg) from error
             self._given += 1
             return batch
 
@@ -236,13 +195,10 @@ def take_step(step: Step, batch: Any) -> None:
     try:
         step(batch)
     except Exception as error:
-        if is_distributed():
-            from dali_saliencymix.training.distributed import is_lost_connection
-
-            if is_lost_connection(error):  # it is the other process that has failed, and says why
-                raise
+        if is_lost_connection(error):  # it is the other process that has failed, and says why
+            raise
         msg = f"the training step failed: {one_line(error)}"
-        raise BottleneckError(msg) from error
+        raise MeasurementError(msg) from error
 
 
 # How it is measured.

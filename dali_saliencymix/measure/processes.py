@@ -1,0 +1,61 @@
+"""The processes that work together; most often there is one, and then nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_group: Any = None  # of torch.distributed: None where there is one process
+
+
+def use_group(group: Any) -> None:
+    """Gather values over a process group of PyTorch from now on; None: over this process alone."""
+    global _group
+    _group = group
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all processes by rank; all have to call this.
+
+    Examples
+    --------
+    >>> gather(3)
+    [3]
+    """
+    if _group is None:
+        return [value]
+    distributed = sys.modules["torch"].distributed
+    values: list[Any] = [None] * distributed.get_world_size(_group)
+    distributed.all_gather_object(values, value, group=_group)
+    return values
+
+
+def agree(value: T, choose: Callable[[list[T]], T]) -> T:
+    """Return one value for all processes, chosen from theirs."""
+    return choose(gather(value))
+
+
+def first_reason(why: str | None) -> str | None:
+    """Return the first reason of all processes; None if none of them has one."""
+    return agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
+
+
+def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...] | None:
+    """Return the times of the slowest process in each round."""
+    if name not in gathered[0]:
+        return None
+    return tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error says that another process can no longer be reached."""
+    if _group is None:
+        return False
+    distributed = sys.modules["torch"].distributed
+    if isinstance(error, (distributed.DistNetworkError, distributed.DistBackendError)):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)) is not None
