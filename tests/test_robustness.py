@@ -10,7 +10,8 @@ from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
-from dali_saliencymix.training.robustness import attacked_accuracy, fgsm, read_epsilon
+from dali_saliencymix.training.options import read_epsilon
+from dali_saliencymix.training.robustness import attacked_accuracy, fgsm
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
 NORMALISED = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

@@ -117,7 +117,7 @@ def test_a_file_name_that_is_no_text_does_not_end_in_a_traceback(own_data, tmp_p
         ("--mix-alpha nan", "alpha must be a positive number, got nan"),
         ("--mix-prob 2", "prob must be in [0, 1], got 2.0"),
         ("-b 1000", f"--batch-size must be at most {TRAIN_IMAGES}"),
-        ("--seed -1", "seed must not be negative"),
+        ("--seed -1", "argument --seed: must be a whole number of at least 0, got -1"),
         ("--min-crop-area 0", "--min-crop-area must be in (0, 1], got 0.0"),
         ("--val-crop-size 48", "--val-crop-size must be at most --val-resize-size 32, got 48"),
         ("--lr -1", "--lr must be a positive number, got -1.0"),

@@ -150,10 +150,11 @@ def _training_options(rest: list[str], prog: str) -> TrainingOptions:
     """Read what is left with the options of ``train.py``, of which DATA is one."""
     try:
         from dali_saliencymix.training.arguments import parse_arguments
+
+        return parse_arguments(rest, prog=prog, validates=False)
     except ImportError as error:
         sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
         raise SystemExit(1) from error
-    return parse_arguments(rest, prog=prog, validates=False)
 
 
 def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dali_saliencymix.loaders.base import Data, chosen_backend
-from dali_saliencymix.loaders.cifar import open_cifar
-from dali_saliencymix.loaders.imagenet import open_folder
 from dali_saliencymix.loaders.options import DataOptions
-from dali_saliencymix.loaders.synthetic import open_synthetic
 
 
 def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
@@ -29,6 +26,15 @@ def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
     FileNotFoundError, NotADirectoryError, ValueError
         If the data set is not there, is damaged, or an option is wrong.
     """
+    # Imported here: DALI and torchvision take seconds, which an option that is refused need not wait for.
     if chosen_backend(options) == "synthetic":
+        from dali_saliencymix.loaders.synthetic import open_synthetic
+
         return open_synthetic(options, classes)
-    return open_folder(options, classes) if options.dataset == "folder" else open_cifar(options, classes)
+    if options.dataset == "folder":
+        from dali_saliencymix.loaders.imagenet import open_folder
+
+        return open_folder(options, classes)
+    from dali_saliencymix.loaders.cifar import open_cifar
+
+    return open_cifar(options, classes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dali_saliencymix.datasets.cifar import DATASETS as CIFAR_DATASETS
 from dali_saliencymix.options import PRESETS, MixOptions
@@ -12,72 +13,67 @@ DATASETS = ("folder", *CIFAR_DATASETS)
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
 
+def option(default: Any, text: str, *flags: str, group: str = "data", **about: Any) -> Any:
+    """Declare an option of ``train.py``: a field whose metadata holds its help and how its value is read.
+
+    Parameters
+    ----------
+    default : Any
+        The default value.
+    text : str
+        The help.
+    *flags : str
+        The flags, if not ``--`` and the name of the field alone.
+    group : str
+        Group of the help that lists it.
+    **about
+        Further arguments of ``add_argument``; ``least``, the smallest integer, by default 1; or ``within``, the range
+        of a number, one of those in `dali_saliencymix.training.arguments`.
+    """
+    return field(default=default, metadata={"help": text, "flags": flags, "group": group, **about})
+
+
 @dataclass(frozen=True)
 class DataOptions:
-    """What all loaders of a run need to know; the options of ``train.py`` have the same names.
+    """What all loaders of a run need to know. Sizes are in pixels; class folders are those of a data set's images."""
 
-    Attributes
-    ----------
-    data : path, optional
-        Folder of CIFAR's archive.
-    dataset : {"folder", "cifar10", "cifar100"}
-        Class folders, or CIFAR's archive.
-    data_backend : {"dali-gpu", "dali-cpu", "pytorch", "synthetic"}, optional
-        Who makes the batches; by default DALI, on a GPU if `device` means one.
-    train_dir, val_dir : path, optional
-        Class folders of the training and of the validation images.
-    batch_size : int
-        Images of each process in a batch.
-    workers : int
-        DALI's threads, or worker processes of PyTorch, in each process.
-    train_list, val_list : path, optional
-        Text file whose lines are the paths of the images to take, relative to their folder; by default all.
-    train_crop_size : int
-        Height and width of training images, in pixels.
-    min_crop_area : float
-        Least area of the random crop as a share of the image, in (0, 1].
-    hflip_prob : float
-        Probability of a horizontal flip.
-    color_jitter : float
-        Brightness, contrast and saturation change by factors in [1 - color_jitter, 1 + color_jitter].
-    crop_padding : int
-        With CIFAR: width of the border of zeros that a crop can reach into, in pixels.
-    val_resize_size, val_crop_size : int
-        Short side of validation images, and height and width of their centre crop, in pixels.
-    synthetic_classes, synthetic_steps : int
-        Classes of synthetic data, and batches of its epochs.
-    mix : MixOptions, optional
-        How training images are mixed; with None they are not.
-    device : {"auto", "cpu", "cuda"}
-        Where the run computes.
-    channels_last : bool
-        Images are channels-last in memory.
-    seed : int
-        Seed of the order of the images and of all other draws, of at least 0.
-    max_bad_batches : int
-        Bad files that DALI's loaders leave out before the next one is an error.
-    """
-
-    data: Path | None = None
-    dataset: str = "folder"
-    data_backend: str | None = None
-    train_dir: Path | None = None
-    val_dir: Path | None = None
-    batch_size: int = 256
-    workers: int = 4
-    train_list: Path | None = None
-    val_list: Path | None = None
-    train_crop_size: int = 224
-    min_crop_area: float = 0.08
-    hflip_prob: float = 0.5
-    color_jitter: float = 0.0
-    crop_padding: int = 4
-    val_resize_size: int = 256
-    val_crop_size: int = 224
-    synthetic_classes: int = 1000
-    synthetic_steps: int = 100
-    mix: MixOptions | None = PRESETS["default"]
-    device: str = "auto"
-    channels_last: bool = False
-    seed: int = 0
-    max_bad_batches: int = 10
+    data: Path | None = None  # folder of CIFAR's archive
+    dataset: str = option("folder", "what DATA is: class folders, or CIFAR's archive", choices=DATASETS)
+    data_backend: str | None = option(
+        None,
+        "who makes the batches (default: dali-gpu on a GPU, else dali-cpu); synthetic: the same batch in every step, "
+        "without DATA",
+        choices=BACKENDS,
+    )
+    train_dir: Path | None = option(None, "folder of training images, instead of DATA/train")
+    val_dir: Path | None = option(None, "folder of validation images, instead of DATA/val")
+    batch_size: int = option(256, "images of each process (GPU) in a step", "-b", "--batch-size")
+    workers: int = option(4, "CPU threads of DALI, or worker processes of PyTorch, in each process", "-j", "--workers")
+    train_list: Path | None = option(None, "take only the images whose paths are its lines", metavar="FILE")
+    val_list: Path | None = option(None, "the same for validation", metavar="FILE")
+    train_crop_size: int = option(224, "size of training images (default: 224, with CIFAR 32)", metavar="PIXELS")
+    min_crop_area: float = option(
+        0.08, "smallest area of the random crop, as a share of the image", metavar="A", within="in (0, 1]"
+    )
+    hflip_prob: float = option(0.5, "probability of a horizontal flip", metavar="P", within="in [0, 1]")
+    color_jitter: float = option(
+        0.0,
+        "brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
+        metavar="X",
+        within="in [0, 1]",
+    )
+    crop_padding: int = option(4, "with CIFAR: zeros around an image to crop from", least=0)
+    val_resize_size: int = option(256, "short side of validation images", metavar="PIXELS")
+    val_crop_size: int = option(224, "centre crop of validation images", metavar="PIXELS")
+    synthetic_classes: int = option(1000, "classes of synthetic data")
+    synthetic_steps: int = option(100, "steps of an epoch of synthetic data")
+    mix: MixOptions | None = PRESETS["default"]  # None: no mixing
+    device: str = option("auto", "where to compute", group="speed and precision", choices=("auto", "cpu", "cuda"))
+    channels_last: bool = False  # of the images in memory
+    seed: int = option(0, "seed of weights, file order and augmentation", group="run", least=0)
+    max_bad_batches: int = option(
+        10,
+        "end with an error after more than N batches with a bad file, which is left out from then on",
+        group="checkpoints and faults",
+        least=0,
+    )

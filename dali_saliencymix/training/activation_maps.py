@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop, resize
 
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.training.evaluation import unused_path
@@ -157,6 +156,8 @@ def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarr
     if why := why_unusable(file):
         msg = f"{file}: {why}"
         raise ValueError(msg)
+    from torchvision.transforms.v2.functional import center_crop, resize
+
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     return np.asarray(center_crop(resize(image, [resize_size]), [crop_size]))

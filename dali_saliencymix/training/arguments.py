@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -13,9 +13,8 @@ import yaml
 
 from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
-from dali_saliencymix.loaders.options import BACKENDS, DATASETS, DataOptions
+from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options
-from dali_saliencymix.training.models import model_names
 from dali_saliencymix.training.options import (
     EvaluationOptions,
     ModelOptions,
@@ -24,43 +23,40 @@ from dali_saliencymix.training.options import (
     ScheduleOptions,
     TrainingOptions,
 )
-from dali_saliencymix.training.robustness import DEFAULT_EPSILON, read_epsilon
-from dali_saliencymix.training.schedule import SIZE_AT_EPOCH
 
 Group = TypeVar("Group")
 
 _GROUPS = (DataOptions, ModelOptions, OptimizerOptions, ScheduleOptions, RunOptions, EvaluationOptions)
+_DECLARED: list[Field[Any]] = [declared for group in _GROUPS for declared in fields(group) if declared.metadata]
+_TITLES = (
+    *("data", "mixing", "model and optimiser", "speed and precision", "run", "checkpoints and faults"),
+    *("displays and files", "with --evaluate", "short runs"),
+)
 
 # The mixing options that there are, and what they are called here.
 _MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name in ("preset", *PRESET_OPTIONS)}
 
-_RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "a positive number": (lambda value: 0 < value < math.inf, ("lr", "lr_gamma", "clip_grad_norm")),
-    "a number of at least 0": (
-        lambda value: 0 <= value < math.inf,
-        (
-            *("weight_decay", "norm_weight_decay", "bias_weight_decay", "lr_warmup_epochs"),
-            *("checkpoint_interval", "stall_timeout"),
-        ),
-    ),
-    "in [0, 1]": (lambda value: 0 <= value <= 1, ("hflip_prob", "color_jitter")),
-    "in [0, 1)": (lambda value: 0 <= value < 1, ("momentum", "label_smoothing", "dropout")),
-    "in (0, 1]": (lambda value: 0 < value <= 1, ("min_crop_area",)),
-    "in (0, 1)": (lambda value: 0 < value < 1, ("model_ema_decay",)),
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "a positive number": lambda value: 0 < value < math.inf,
+    "a number of at least 0": lambda value: 0 <= value < math.inf,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
 }
 
 _EPILOG = """
 A configuration file is YAML with the long names of options as keys, such as "batch-size: 128", and DATA as "data".
-What the command line says comes before it. The output folder gets the options of the run as args.yaml, which is such
-a file. Several processes: torchrun --nproc_per_node=8 train.py ...; which process is which, and where the main one
-listens, is torchrun's business, so there is no --dist-url here.
+The command line overrides it. The output folder gets the options of the run as args.yaml, which is such a file.
+Several processes: torchrun --nproc_per_node=8 train.py ...; torchrun says which process is which and where the main
+one listens, so there is no --dist-url here.
 """
 
 
 def parse_arguments(
     arguments: list[str] | None = None, *, prog: str | None = None, validates: bool = True
 ) -> TrainingOptions:
-    """Read the options of the training script, and end it with a message where they make no sense.
+    """Read the options of the training script, and end it with a message if they are invalid.
 
     Parameters
     ----------
@@ -108,183 +104,49 @@ def make_parser(prog: str | None = None) -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="file of options, such as configs/*.yaml")
-
-    data = parser.add_argument_group("data")
+    groups = {title: parser.add_argument_group(title) for title in _TITLES}
+    data, mixing = groups["data"], groups["mixing"]
     data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="holds train/, val/")
     data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="the same")
-    data.add_argument("--dataset", choices=DATASETS, help="what DATA is: class folders, or CIFAR's archive")
-    data.add_argument(
-        "--data-backend",
-        choices=BACKENDS,
-        help="who makes the batches (default: dali-gpu on a GPU, else dali-cpu); synthetic: one batch over and over, "
-        "without DATA",
-    )
-    data.add_argument(
-        "--train-dir", type=Path, metavar="FOLDER", help="folder of training images, instead of DATA/train"
-    )
-    data.add_argument("--val-dir", type=Path, metavar="FOLDER", help="folder of validation images, instead of DATA/val")
-    data.add_argument(
-        "-b", "--batch-size", type=_positive_int, metavar="N", help="images of each process (GPU) in a step"
-    )
-    data.add_argument("-j", "--workers", type=_positive_int, metavar="N", help="DALI's CPU threads in each process")
-    data.add_argument("--train-list", type=Path, metavar="FILE", help="take only the images whose paths are its lines")
-    data.add_argument("--val-list", type=Path, metavar="FILE", help="the same for validation")
-    data.add_argument(
-        "--train-crop-size",
-        type=_positive_int,
-        metavar="PIXELS",
-        help="size of training images (default: 224, with CIFAR 32)",
-    )
-    data.add_argument(
-        "--progressive-size",
-        nargs="+",
-        type=_size_at_epoch,
-        metavar="SIZE@EPOCH",
-        help="size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
-    )
-    data.add_argument("--min-crop-area", type=float, metavar="A", help="least area of the random crop, of 1")
-    data.add_argument("--hflip-prob", type=float, metavar="P", help="probability of mirroring an image")
-    data.add_argument(
-        "--color-jitter",
-        type=float,
-        metavar="X",
-        help="brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
-    )
-    data.add_argument(
-        "--crop-padding", type=_whole_number, metavar="N", help="with CIFAR: zeros around an image to crop from"
-    )
-    data.add_argument("--val-resize-size", type=_positive_int, metavar="PIXELS", help="short side of validation images")
-    data.add_argument("--val-crop-size", type=_positive_int, metavar="PIXELS", help="centre crop of validation images")
-    data.add_argument("--synthetic-classes", type=_positive_int, metavar="N", help="of synthetic data")
-    data.add_argument("--synthetic-steps", type=_positive_int, metavar="N", help="steps of its epochs")
-
-    mix = parser.add_argument_group("mixing")
-    mix.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
-    add_option(mix, "alpha", "--mix-alpha", "--beta")
-    add_option(mix, "prob", "--mix-prob", "--salmix_prob")
-    mix.add_argument("--mix-off-epochs", type=_whole_number, metavar="N", help="no mixing in the last N epochs")
+    mixing.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
+    add_option(mixing, "alpha", "--mix-alpha", "--beta")
+    add_option(mixing, "prob", "--mix-prob", "--salmix_prob")
     for name in list(_MIX_OPTIONS)[2:]:
-        add_option(mix, name)
-
-    model = parser.add_argument_group("model and optimiser")
-    model.add_argument("-a", "--arch", "--model", metavar="NAME", help="a ResNet of torchvision, or a model for CIFAR")
-    model.add_argument("--dropout", type=float, metavar="P", help="dropout of a model that has it")
-    model.add_argument("--epochs", type=_positive_int, metavar="N", help="length of the training")
-    model.add_argument(
-        "--accumulation-steps",
-        type=_positive_int,
-        metavar="N",
-        help="steps whose gradients make one update of the weights",
-    )
-    model.add_argument(
-        "--lr",
-        type=float,
-        help="learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
-        "0.1 for each 256 images is the usual rule",
-    )
-    model.add_argument("--momentum", type=float, metavar="M", help="momentum of SGD")
-    model.add_argument("--nesterov", action=_YES_OR_NO, help="Nesterov momentum")
-    model.add_argument(*("--wd", "--weight-decay"), type=float, dest="weight_decay", metavar="WD", help="weight decay")
-    model.add_argument("--norm-weight-decay", type=float, metavar="WD", help="that of normalisation layers, often 0")
-    model.add_argument("--bias-weight-decay", type=float, metavar="WD", help="that of all biases, often 0")
-    model.add_argument("--label-smoothing", type=float, metavar="S", help="smoothing of the mixed labels")
-    model.add_argument("--clip-grad-norm", type=float, metavar="NORM", help="largest norm of the gradients")
-    model.add_argument("--model-ema", action=_YES_OR_NO, help="keep a moving average of the weights")
-    model.add_argument("--model-ema-decay", type=float, metavar="D", help="how much of it stays at each update")
-    model.add_argument("--lr-scheduler", choices=("cosine", "step"), help="how the rate falls")
-    model.add_argument("--lr-warmup-epochs", type=float, metavar="N", help="epochs of linear warm-up")
-    model.add_argument("--lr-milestones", type=float, nargs="+", metavar="EPOCH", help="epochs of the steps")
-    model.add_argument("--lr-gamma", type=float, metavar="F", help="factor of each step")
-
-    speed = parser.add_argument_group("speed and precision")
-    speed.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute")
-    speed.add_argument("--amp", action=_YES_OR_NO, help="compute in 16 bits where that is safe")
-    speed.add_argument("--amp-dtype", type=_amp_dtype, choices=("bf16", "fp16"), help="of --amp; fp16 scales the loss")
-    speed.add_argument("--channels-last", action=_YES_OR_NO, help="channels-last memory, straight from DALI")
-    speed.add_argument("--compile", action=_YES_OR_NO, help="compile the model with torch.compile")
-    speed.add_argument(
-        "--deterministic", action=_YES_OR_NO, help="deterministic kernels of PyTorch: slower, repeatable"
-    )
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, metavar="N", help="seed of weights, file order and augmentation")
-    run.add_argument("--output-dir", type=Path, metavar="FOLDER", help="folder for checkpoints and log")
-    run.add_argument("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: from the output folder's")
-    run.add_argument(
-        *("-e", "--evaluate", "--test-only"),
-        action="store_true",
-        help="only validate the checkpoint named by --resume; needs no training images",
-    )
-
-    faults = parser.add_argument_group("checkpoints and faults")
-    faults.add_argument(
-        "--checkpoint-every", type=_positive_int, metavar="STEPS", help="write checkpoints within an epoch too"
-    )
-    faults.add_argument("--checkpoint-interval", type=float, metavar="MINUTES", help="the same by the clock; 0: never")
-    faults.add_argument("--keep-checkpoints", type=_positive_int, metavar="K", help="keep the last K of them")
-    faults.add_argument(
-        "--restart-epoch",
-        action="store_true",
-        help="with --resume: begin the epoch anew, with other data options, images or processes than before",
-    )
-    faults.add_argument(
-        "--max-bad-batches",
-        type=_whole_number,
-        metavar="N",
-        help="end with an error after more than N batches with a bad file, which is left out from then on",
-    )
-    faults.add_argument(
-        "--stall-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="end with an error after so long a time without progress; 0: wait for ever",
-    )
-    faults.add_argument(
-        "--max-nan-steps",
-        type=_positive_int,
-        metavar="N",
-        help="end with an error after N steps in a row whose loss is no number",
-    )
-
-    output = parser.add_argument_group("displays and files")
-    output.add_argument("--tensorboard", action=_YES_OR_NO, help="write for TensorBoard as well")
-    output.add_argument("--log-wandb", action=_YES_OR_NO, help="log to Weights & Biases as well")
-    output.add_argument("--wandb-project", metavar="NAME", help="project to log to there")
-    output.add_argument(
-        "--save-images", type=_whole_number, metavar="N", help="draw N images of the first batch, as mixed"
-    )
-    output.add_argument("-p", "--print-freq", type=_positive_int, metavar="N", help="steps between two displays")
-
-    evaluation = parser.add_argument_group("with --evaluate")
-    evaluation.add_argument("--report", type=Path, metavar="JSON", help="file for the result, not evaluation.json")
-    evaluation.add_argument("--per-class-csv", action="store_true", help="write the accuracy of each class")
-    evaluation.add_argument(
-        "--fgsm",
-        nargs="?",
-        type=read_epsilon,
-        const=read_epsilon(DEFAULT_EPSILON),
-        metavar="EPSILON",
-        help=f"accuracy under attack, by at most EPSILON of 1 in each pixel value; {DEFAULT_EPSILON} if left out",
-    )
-    evaluation.add_argument("--cam", nargs="+", metavar="IMAGE", help="draw class activation maps of these images")
-    evaluation.add_argument("--cam-class", metavar="CLASS", help="of this class, not of the one that is predicted")
-
-    short = parser.add_argument_group("short runs")
-    short.add_argument(
-        "--profile-loader", action="store_true", help="only measure whether the loader is the bottleneck"
-    )
-    short.add_argument("--max-steps", "--prof", type=_positive_int, metavar="N", help="end after N steps of this run")
-    short.add_argument("--training-only", action=_YES_OR_NO, help="do not validate")
-    short.add_argument("--no-checkpoints", action="store_true", help="save no checkpoints")
-    defaults = {name: value for group in _GROUPS for name, value in vars(group()).items() if name != "mix"}
-    defaults["train_crop_size"] = None  # it follows from the data set
-    parser.set_defaults(
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    )
+        add_option(mixing, name)
+    for declared in _DECLARED:
+        _add_declared(groups[declared.metadata["group"]], declared)
+    parser.set_defaults(train_crop_size=None)  # it follows from the data set
     return parser
 
 
-_YES_OR_NO = argparse.BooleanOptionalAction  # --amp and --no-amp: so that a configuration file can be overridden
+def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
+    """Add the option that a field declares, read as its annotation says."""
+    about = {key: value for key, value in declared.metadata.items() if key not in ("flags", "group", "least", "within")}
+    kind = str(declared.type).removesuffix(" | None")
+    if kind == "bool":  # --amp and --no-amp: so that a configuration file can be overridden
+        about.setdefault("action", argparse.BooleanOptionalAction)
+    else:
+        if kind.startswith("tuple"):
+            about.setdefault("nargs", "+")
+        least = declared.metadata.get("least", 1)
+        readers = {"int": _integer(least), "float": float, "tuple[float, ...]": float, "Path": Path}
+        about.setdefault("type", readers.get(kind, str))
+        metavar = {"int": "N", "Path": "FOLDER"}.get(kind)
+        if metavar and "choices" not in about:
+            about.setdefault("metavar", metavar)
+    default = list(declared.default) if isinstance(declared.default, tuple) else declared.default
+    flags = declared.metadata["flags"] or (f"--{declared.name.replace('_', '-')}",)
+    group.add_argument(*flags, dest=declared.name, default=default, **about)
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            msg = f"must be a whole number of at least {least}, got {text}"
+            raise argparse.ArgumentTypeError(msg)
+        return int(text)
+
+    return read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -298,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _SetIfGiven(argparse.Action):
-    """Stores a value: an argument that is left out does not take away what another one has set."""
+    """Stores a value: an argument that is left out does not override what another one has set."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -319,42 +181,53 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
     """Return the options of a file, read and checked as if they stood on the command line."""
     parser.reading = path
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        parser.error(str(error.strerror))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"not YAML: {' '.join(str(error).split())}")
-    if not isinstance(values, dict):
-        parser.error("must hold options as 'name: value'")
-    actions = {"data": None} | {
+    actions = {
         name.lstrip("-").replace("-", "_"): action
         for action in parser._actions
         for name in (*action.option_strings, action.dest)
-        if action.dest not in ("help", "config", "data") and not _negates(action, name)
+        if action.option_strings and action.dest not in ("help", "config") and not _negates(action, name)
     }
     arguments: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in actions:
+    given: dict[str, str] = {}
+    for key, value in _pairs(parser, path):
+        action = actions.get(key.replace("-", "_"))
+        if action is None or (action.dest == "data" and key != "data"):
             parser.error(f"{key} is no option")
-        arguments += _as_arguments(parser, str(key), value, actions[name])
+        if action.dest in given:
+            parser.error(f"{key} is given twice, first as {given[action.dest]}")
+        given[action.dest] = key
+        arguments += _as_arguments(parser, key, value, action)
     options = parser.parse_args(arguments)
     parser.reading = None
     return options
 
 
-def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action | None) -> list[str]:
+def _pairs(parser: _Parser, path: Path) -> list[tuple[str, Any]]:
+    """Return the entries of a YAML file; a dictionary would hide a key that stands there twice."""
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        pairs = loader.construct_pairs(root, deep=True) if isinstance(root, yaml.MappingNode) else None
+    except OSError as error:
+        parser.error(str(error.strerror))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"not YAML: {' '.join(str(error).split())}")
+    if pairs is None:
+        parser.error("must hold options as 'name: value'")
+    return [(str(key), value) for key, value in pairs]
+
+
+def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action) -> list[str]:
     """Return what would say the same on a command line."""
-    name = action.option_strings[-1] if action else "--data-dir"
+    name = action.option_strings[-1]
     if value is None:  # not given
         return []
-    if action is not None and action.nargs == 0:
+    if action.nargs == 0:
         if not isinstance(value, bool):
             parser.error(f"{key} must be true or false, got {value!r}")
         return [option for option in action.option_strings if _negates(action, option) != value][:1]
     if isinstance(value, list):
-        if action is None or action.nargs != "+":
+        if action.nargs != "+":
             parser.error(f"{key} must be one value, got {value!r}")
         return [name, *map(str, value)] if value else []
     if isinstance(value, dict):
@@ -367,7 +240,7 @@ def _negates(action: argparse.Action, option: str) -> bool:
     return isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
 
 
-def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace, *, validates: bool) -> None:
+def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> None:
     """Fill in the folders that follow from DATA."""
     if args.dataset == "folder" and not validates:
         if args.train_dir is None and args.data is not None:
@@ -381,30 +254,30 @@ def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace, *, vali
     if args.dataset != "folder":
         for option in (*folders, "train_list", "val_list"):
             if getattr(args, option) is not None:
-                parser.error(f"--{option.replace('_', '-')} is for folders of images, not for --dataset {args.dataset}")
+                parser.error(f"{_flag(option)} is for folders of images, not for --dataset {args.dataset}")
         if args.data is None and validates:
             parser.error("DATA is needed")
         return
     for option, name in folders.items():
         if getattr(args, option) is None:
             if args.data is None:
-                parser.error(f"DATA is needed, or --{name}-dir")
+                parser.error(f"DATA is needed, or {_flag(option)}")
             setattr(args, option, args.data / name)
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check(parser: _Parser, args: argparse.Namespace) -> None:
     """End the script where options do not fit each other, or are out of range."""
     for option in _unused(args.mix):
         if getattr(args, option) != parser.get_default(option):
-            parser.error(f"--{option.replace('_', '-')} does nothing with --mix {args.mix}: leave it out")
+            parser.error(f"{_flag(option)} does nothing with --mix {args.mix}: leave it out")
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
     if args.restart_epoch and not args.resume:
-        parser.error("--restart-epoch needs --resume, the checkpoint to go on from")
-    for option in () if args.evaluate else ("report", "per_class_csv", "fgsm", "cam", "cam_class"):
-        value = getattr(args, option)
+        parser.error("--restart-epoch needs --resume, the checkpoint to resume from")
+    for declared in () if args.evaluate else fields(EvaluationOptions):
+        value = getattr(args, declared.name)
         if value is not None and value is not False:  # 0 is a value
-            parser.error(f"--{option.replace('_', '-')} needs --evaluate")
+            parser.error(f"{_flag(declared.name)} needs --evaluate")
     if args.report is not None and args.report.exists():
         parser.error(f"--report: {args.report}: exists already")
     for file in args.cam or ():
@@ -415,12 +288,12 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.data_backend == "synthetic" and (args.fgsm is not None or args.cam):
         parser.error("--fgsm and --cam need real images, not --data-backend synthetic")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
-        parser.error(f"--resume: {args.resume}: no such file")
-    for rule, (right, options) in _RANGES.items():
-        for option in options:
-            value = getattr(args, option)
-            if value is not None and not right(value):
-                parser.error(f"--{option.replace('_', '-')} must be {rule}, got {value}")
+        what = "is a folder, not a checkpoint" if Path(args.resume).is_dir() else "no such file"
+        parser.error(f"--resume: {args.resume}: {what}")
+    for declared in _DECLARED:
+        rule, value = declared.metadata.get("within"), getattr(args, declared.name)
+        if rule and value is not None and not _RANGES[rule](value):
+            parser.error(f"{_flag(declared.name)} must be {rule}, got {value}")
     if args.val_crop_size > args.val_resize_size:
         parser.error(
             f"--val-crop-size must be at most --val-resize-size {args.val_resize_size}, got {args.val_crop_size}"
@@ -429,13 +302,18 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--lr-warmup-epochs must be below --epochs {args.epochs}, got {args.lr_warmup_epochs:g}")
     if args.mix_off_epochs > args.epochs:
         parser.error(f"--mix-off-epochs must be at most --epochs {args.epochs}, got {args.mix_off_epochs}")
-    if args.seed < 0:
-        parser.error(f"--seed must not be negative, got {args.seed}")
     starts = [int(change.partition("@")[2]) for change in args.progressive_size]
     if starts != sorted(set(starts)):
         parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
+
+    from dali_saliencymix.training.models import model_names  # last, for torchvision takes seconds to import
+
     if args.arch not in model_names():
         parser.error(f"--arch must be one of {', '.join(model_names())}, got {args.arch!r}")
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _unused(mix: str) -> list[str]:
@@ -444,7 +322,7 @@ def _unused(mix: str) -> list[str]:
     return [*unused, "mix_off_epochs"] if mix == "none" else unused
 
 
-def _grouped(parser: argparse.ArgumentParser, args: argparse.Namespace) -> TrainingOptions:
+def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:
     """Return the options in their groups."""
     if args.train_crop_size is None:
         args.train_crop_size = DataOptions.train_crop_size if args.dataset == "folder" else CIFAR_SIZE
@@ -460,14 +338,14 @@ def _grouped(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Train
 
 
 def _group(group: type[Group], args: argparse.Namespace, **given: Any) -> Group:
-    names = [field.name for field in fields(group) if field.name not in given]  # type: ignore[arg-type]
+    names = [declared.name for declared in fields(group) if declared.name not in given]  # type: ignore[arg-type]
     values = {name: getattr(args, name) for name in names}
     return group(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}, **given
     )
 
 
-def _mix_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> MixOptions | None:
+def _mix_options(parser: _Parser, args: argparse.Namespace) -> MixOptions | None:
     if args.mix == "none":
         return None
     given = {name: getattr(args, option) for name, option in _MIX_OPTIONS.items()}
@@ -475,32 +353,3 @@ def _mix_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> M
         return MixOptions(modes={args.mix: 1.0}, **given)
     except ValueError as error:  # choices are checked by now: of alpha or prob
         parser.error(f"--mix-{error}")
-
-
-def _positive_int(text: str) -> int:
-    """Read a positive integer."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        msg = f"must be a whole number of at least 1, got {text}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
-
-
-def _whole_number(text: str) -> int:
-    """Read an integer that is not negative."""
-    if not text.strip().isdecimal():
-        msg = f"must be a whole number of at least 0, got {text}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(text)
-
-
-def _size_at_epoch(text: str) -> str:
-    """Check a size and the epoch that it begins at. The text stays: it is what files and checkpoints hold."""
-    if not SIZE_AT_EPOCH.fullmatch(text):
-        msg = f"must be SIZE@EPOCH, such as 160@6, got {text}"
-        raise argparse.ArgumentTypeError(msg)
-    return text
-
-
-def _amp_dtype(text: str) -> str:
-    """Take timm's and PyTorch's names too."""
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(text, text)

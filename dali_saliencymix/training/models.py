@@ -10,21 +10,24 @@ import os
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dali_saliencymix.training.options import ModelOptions
+
+_WIDE = "wrn_28_10"
+_CIFAR_RESNETS = {"cifar_resnet18": "resnet18", "cifar_resnet50": "resnet50"}
 
 
 def model_names() -> list[str]:
     """Return the names that `make_model` knows."""
-    return [*_CIFAR_RESNETS, _WIDE, *_torchvision_names()]
+    from torchvision import models  # here: it takes seconds to import
+
+    return [*_CIFAR_RESNETS, _WIDE, *(name for name in models.list_models(models) if "resne" in name)]
 
 
 def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> nn.Module:
-    """Make a classifier with fresh weights, drawn from PyTorch's generator.
+    """Make a classifier with initial weights, drawn from PyTorch's generator.
 
     Parameters
     ----------
@@ -47,6 +50,8 @@ def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> 
     ValueError
         If the name is unknown, or `dropout` is out of its range or given for a model that has none.
     """
+    from torchvision import models
+
     if name not in model_names():
         msg = f"name must be one of {', '.join(model_names())}, got {name!r}"
         raise ValueError(msg)
@@ -55,50 +60,19 @@ def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> 
     if dropout is not None:
         msg = f"dropout must be left out for {name}, which has none, got {dropout}"
         raise ValueError(msg)
-    if name in _CIFAR_RESNETS:
-        return _cifar_resnet(_CIFAR_RESNETS[name], num_classes)
-    return torchvision.models.get_model(name, num_classes=num_classes)
-
-
-_WIDE = "wrn_28_10"
-_CIFAR_RESNETS = {"cifar_resnet18": (BasicBlock, [2, 2, 2, 2]), "cifar_resnet50": (Bottleneck, [3, 4, 6, 3])}
-
-
-def _torchvision_names() -> list[str]:
-    return [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
-
-
-def _cifar_resnet(blocks: Any, num_classes: int) -> nn.Module:
-    """Make torchvision's ResNet with a stem that keeps the size of small images: a 3x3 convolution, no pooling."""
-    model = ResNet(*blocks, num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    model: nn.Module = models.get_model(_CIFAR_RESNETS.get(name, name), num_classes=num_classes)
+    if name in _CIFAR_RESNETS:  # with a stem that keeps the size of small images: a 3x3 convolution, no pooling
+        stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1, model.maxpool = stem, nn.Identity()
     return model
 
 
 class WideResNet(nn.Module):
-    """Wide residual network for images of 32x32 pixels: normalise, ReLU, convolve, in three groups of blocks.
+    """Wide residual network for images of 32x32 pixels (Zagoruyko and Komodakis, BMVC 2016).
 
-    Parameters
-    ----------
-    depth : int
-        Number of layers with weights, 6 n + 4 with n blocks in each group.
-    width : int
-        Factor of the channels: 16, 32 and 64 times this in the three groups.
-    num_classes : int
-        Length of the vector of logits.
-    dropout : float
-        Probability in [0, 1) that a value between the convolutions of a block is dropped.
-
-    Raises
-    ------
-    ValueError
-        If `depth` or `dropout` is out of its range.
-
-    Notes
-    -----
-    Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016. Convolutions start with He's normal initialisation.
+    It has `depth` = 6 n + 4 layers with weights, n blocks in each of three groups of 16, 32 and 64 times `width`
+    channels. `dropout` is the probability that a value between the convolutions of a block is dropped.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
@@ -113,11 +87,9 @@ class WideResNet(nn.Module):
         channels = [16, 16 * width, 32 * width, 64 * width]
         blocks = []
         for group in range(3):
-            for number in range(count):
-                first = number == 0
-                inputs = channels[group] if first else channels[group + 1]
-                stride = 2 if first and group > 0 else 1
-                blocks.append(_WideBlock(inputs, channels[group + 1], stride, dropout))
+            inputs, outputs = channels[group : group + 2]
+            blocks.append(_WideBlock(inputs, outputs, 2 if group > 0 else 1, dropout))
+            blocks += [_WideBlock(outputs, outputs, 1, dropout) for _ in range(count - 1)]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(channels[3])

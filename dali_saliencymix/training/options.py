@@ -1,46 +1,77 @@
-"""The options of the training script in groups, each for the functions that need it, with their defaults.
+"""The options of ``train.py`` in groups, each for the functions that need it: an option is declared here alone.
 
-An option has the name of its flag; its values are checked where the command line is read.
+The name of a field is that of its flag. `dali_saliencymix.training.arguments` makes the command line of them, and
+checks the values.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.options import DataOptions, option
+
+_EPSILON = "8/255"  # of --fgsm
+
+
+def read_epsilon(text: str) -> float:
+    """Read a number or a fraction in [0, 1].
+
+    Examples
+    --------
+    >>> read_epsilon("51/255")
+    0.2
+    """
+    try:
+        epsilon = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        epsilon = -1.0
+    if not 0 <= epsilon <= 1:
+        msg = f"must be a number or a fraction in [0, 1], such as {_EPSILON}, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return epsilon
+
+
+def _size_at_epoch(text: str) -> str:
+    """Check a size and the epoch that it begins at. The text stays: it is what files and checkpoints hold."""
+    if not re.fullmatch(r"[1-9]\d*@\d+", text):
+        msg = f"must be SIZE@EPOCH, such as 160@6, got {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return text
+
+
+def _amp_dtype(text: str) -> str:
+    """Accept the names of timm and PyTorch too."""
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(text, text)
+
+
+_model = functools.partial(option, group="model and optimiser")
+_speed = functools.partial(option, group="speed and precision")
+_run = functools.partial(option, group="run")
+_faults = functools.partial(option, group="checkpoints and faults")
+_output = functools.partial(option, group="displays and files")
+_evaluation = functools.partial(option, group="with --evaluate")
+_short = functools.partial(option, group="short runs")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The network, and how it computes.
+    """The network, and how it computes."""
 
-    Attributes
-    ----------
-    arch : str
-        Name of a classifier that `dali_saliencymix.training.models.make_model` knows.
-    dropout : float, optional
-        Its dropout, in [0, 1), where it has one.
-    amp : bool
-        Compute in 16 bits where that is safe.
-    amp_dtype : {"bf16", "fp16"}
-        Which 16 bits.
-    channels_last : bool
-        Channels-last memory.
-    compile : bool
-        Compile with ``torch.compile``.
-    deterministic : bool
-        Take kernels that always give the same bits.
-    """
-
-    arch: str = "resnet50"
-    dropout: float | None = None
-    amp: bool = False
-    amp_dtype: str = "bf16"
-    channels_last: bool = False
-    compile: bool = False
-    deterministic: bool = False
+    arch: str = _model(
+        "resnet50", "a ResNet of torchvision, or a model for CIFAR", "-a", "--arch", "--model", metavar="NAME"
+    )
+    dropout: float | None = _model(None, "dropout of a model that has it", metavar="P", within="in [0, 1)")
+    amp: bool = _speed(False, "compute in 16 bits where that is safe")
+    amp_dtype: str = _speed("bf16", "of --amp; fp16 scales the loss", type=_amp_dtype, choices=("bf16", "fp16"))
+    channels_last: bool = _speed(False, "channels-last memory, straight from DALI")
+    compile: bool = _speed(False, "compile the model with torch.compile")
+    deterministic: bool = _speed(False, "deterministic kernels of PyTorch: slower, repeatable")
 
     @property
     def precision(self) -> str:
@@ -55,173 +86,117 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """From the gradients to new weights.
+    """From the gradients to new weights."""
 
-    Attributes
-    ----------
-    accumulation_steps : int
-        Steps whose gradients make one update.
-    lr : float
-        Base learning rate.
-    momentum : float
-        Of SGD, in [0, 1).
-    nesterov : bool
-        Nesterov momentum, where there is a momentum.
-    weight_decay, norm_weight_decay, bias_weight_decay : float
-        See `dali_saliencymix.training.optimisation.parameter_groups`.
-    label_smoothing : float
-        Smoothing of the mixed labels, in [0, 1).
-    clip_grad_norm : float, optional
-        Largest norm of the gradients.
-    model_ema : bool
-        Keep an exponential moving average (EMA) of the weights.
-    model_ema_decay : float
-        How much of it stays at each update, in (0, 1).
-    """
-
-    accumulation_steps: int = 1
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    norm_weight_decay: float | None = None
-    bias_weight_decay: float | None = None
-    label_smoothing: float = 0.0
-    clip_grad_norm: float | None = None
-    model_ema: bool = False
-    model_ema_decay: float = 0.9999
+    accumulation_steps: int = _model(1, "steps whose gradients make one update of the weights")
+    lr: float = _model(
+        0.1,
+        "learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
+        "0.1 for each 256 images is the usual rule",
+        within="a positive number",
+    )
+    momentum: float = _model(0.9, "momentum of SGD", metavar="M", within="in [0, 1)")
+    nesterov: bool = _model(True, "Nesterov momentum")
+    weight_decay: float = _model(
+        1e-4, "weight decay", "--wd", "--weight-decay", metavar="WD", within="a number of at least 0"
+    )
+    norm_weight_decay: float | None = _model(
+        None, "that of normalisation layers, often 0", metavar="WD", within="a number of at least 0"
+    )
+    bias_weight_decay: float | None = _model(
+        None, "that of all biases, often 0", metavar="WD", within="a number of at least 0"
+    )
+    label_smoothing: float = _model(0.0, "smoothing of the mixed labels", metavar="S", within="in [0, 1)")
+    clip_grad_norm: float | None = _model(
+        None, "largest norm of the gradients", metavar="NORM", within="a positive number"
+    )
+    model_ema: bool = _model(False, "keep an exponential moving average (EMA) of the weights")
+    model_ema_decay: float = _model(0.9999, "how much of the EMA stays at each update", metavar="D", within="in (0, 1)")
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """What changes in the course of a training.
+    """What changes in the course of a training."""
 
-    Attributes
-    ----------
-    epochs : int
-        Length of the training.
-    lr_scheduler : {"cosine", "step"}
-        The learning rate falls to 0 along half a cosine, or is multiplied by `lr_gamma` at each of `lr_milestones`.
-    lr_warmup_epochs : float
-        For so many epochs it rises linearly from 0.
-    lr_milestones : sequence of float
-        Epochs, in any order.
-    lr_gamma : float
-        Positive.
-    progressive_size : sequence of str
-        ``"SIZE@EPOCH"`` in the order of the epochs: the size of training images from that epoch on.
-    mix_off_epochs : int
-        There is no mixing in so many epochs at the end.
-    """
-
-    epochs: int = 300
-    lr_scheduler: str = "cosine"
-    lr_warmup_epochs: float = 0.0
-    lr_milestones: tuple[float, ...] = (75.0, 150.0, 225.0)
-    lr_gamma: float = 0.1
-    progressive_size: tuple[str, ...] = ()
-    mix_off_epochs: int = 0
+    epochs: int = _model(300, "length of the training")
+    lr_scheduler: str = _model(
+        "cosine", "the learning rate falls to 0 along half a cosine, or in steps", choices=("cosine", "step")
+    )
+    lr_warmup_epochs: float = _model(0.0, "epochs of linear warm-up", metavar="N", within="a number of at least 0")
+    lr_milestones: tuple[float, ...] = _model((75.0, 150.0, 225.0), "epochs of the steps", metavar="EPOCH")
+    lr_gamma: float = _model(0.1, "factor of each step", metavar="F", within="a positive number")
+    progressive_size: tuple[str, ...] = option(
+        (),
+        "size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
+        type=_size_at_epoch,
+        metavar="SIZE@EPOCH",
+    )
+    mix_off_epochs: int = option(0, "no mixing in the last N epochs", group="mixing", least=0)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run does beside the training itself: checkpoints, faults, displays, and where it ends.
+    """What a run does beside the training itself: checkpoints, faults, displays, and where it ends."""
 
-    Attributes
-    ----------
-    output_dir : path
-        Folder for checkpoints and log.
-    resume : str, optional
-        Checkpoint to resume from; ``"auto"`` is the last one of `output_dir`, if there is one.
-    evaluate : bool
-        Only validate it.
-    restart_epoch : bool
-        Begin the epoch of the checkpoint anew.
-    checkpoint_every : int, optional
-        Steps between two checkpoints of an epoch.
-    checkpoint_interval : float
-        Minutes between them; 0 is never.
-    keep_checkpoints : int
-        How many of them to keep.
-    stall_timeout : float
-        Seconds without progress that end the run; 0 waits for ever.
-    max_nan_steps : int
-        Steps in a row whose loss is no number that end it.
-    tensorboard, log_wandb : bool
-        Write for TensorBoard, and for Weights & Biases.
-    wandb_project : str
-        Project to write to there.
-    save_images : int
-        How many images of the first batch to draw.
-    print_freq : int
-        Steps between two displays.
-    profile_loader : bool
-        Only measure whether the loader is the bottleneck.
-    max_steps : int, optional
-        Steps after which the run ends.
-    training_only : bool
-        Do not validate.
-    no_checkpoints : bool
-        Save none.
-    """
-
-    output_dir: Path = Path("output")
-    resume: str | None = None
-    evaluate: bool = False
-    restart_epoch: bool = False
-    checkpoint_every: int | None = None
-    checkpoint_interval: float = 30.0
-    keep_checkpoints: int = 2
-    stall_timeout: float = 600.0
-    max_nan_steps: int = 3
-    tensorboard: bool = False
-    log_wandb: bool = False
-    wandb_project: str = "dali-saliencymix"
-    save_images: int = 0
-    print_freq: int = 10
-    profile_loader: bool = False
-    max_steps: int | None = None
-    training_only: bool = False
-    no_checkpoints: bool = False
+    output_dir: Path = _run(Path("output"), "folder for checkpoints and log")
+    resume: str | None = _run(
+        None, "resume from a checkpoint; auto: from that of the output folder, if there is one", metavar="PATH|auto"
+    )
+    evaluate: bool = _run(
+        False,
+        "only validate the checkpoint named by --resume; needs no training images",
+        *("-e", "--evaluate", "--test-only"),
+        action="store_true",
+    )
+    restart_epoch: bool = _faults(
+        False,
+        "with --resume: start the epoch again, with other data options, images or processes than before",
+        action="store_true",
+    )
+    checkpoint_every: int | None = _faults(None, "write checkpoints within an epoch too", metavar="STEPS")
+    checkpoint_interval: float = _faults(
+        30.0, "the same by the clock; 0: never", metavar="MINUTES", within="a number of at least 0"
+    )
+    keep_checkpoints: int = _faults(2, "keep the last K of them", metavar="K")
+    stall_timeout: float = _faults(
+        600.0,
+        "end with an error after so long a time without progress; 0: wait for ever",
+        metavar="SECONDS",
+        within="a number of at least 0",
+    )
+    max_nan_steps: int = _faults(3, "end with an error after N steps in a row whose loss is not finite")
+    tensorboard: bool = _output(False, "write for TensorBoard as well")
+    log_wandb: bool = _output(False, "log to Weights & Biases as well")
+    wandb_project: str = _output("dali-saliencymix", "project to log to there", metavar="NAME")
+    save_images: int = _output(0, "draw N images of the first batch, as mixed", least=0)
+    print_freq: int = _output(10, "steps between two displays", "-p", "--print-freq")
+    profile_loader: bool = _short(False, "only measure whether the loader is the bottleneck", action="store_true")
+    max_steps: int | None = _short(None, "end after N steps of this run", "--max-steps", "--prof")
+    training_only: bool = _short(False, "do not validate")
+    no_checkpoints: bool = _short(False, "save no checkpoints", action="store_true")
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What ``--evaluate`` tells beyond top-1 and top-5.
+    """What ``--evaluate`` reports beyond top-1 and top-5."""
 
-    Attributes
-    ----------
-    report : path, optional
-        File for the result.
-    per_class_csv : bool
-        Write the accuracy of each class.
-    fgsm : float, optional
-        Attack each pixel value by at most this, of 1.
-    cam : sequence of str, optional
-        Images to draw class activation maps of.
-    cam_class : str, optional
-        Of this class; by default of the predicted one.
-    """
-
-    report: Path | None = None
-    per_class_csv: bool = False
-    fgsm: float | None = None
-    cam: tuple[str, ...] | None = None
-    cam_class: str | None = None
+    report: Path | None = _evaluation(None, "file for the result, not evaluation.json", metavar="JSON")
+    per_class_csv: bool = _evaluation(False, "write the accuracy of each class", action="store_true")
+    fgsm: float | None = _evaluation(
+        None,
+        f"accuracy under attack, by at most EPSILON of 1 in each pixel value; {_EPSILON} if left out",
+        nargs="?",
+        type=read_epsilon,
+        const=read_epsilon(_EPSILON),
+        metavar="EPSILON",
+    )
+    cam: tuple[str, ...] | None = _evaluation(None, "draw class activation maps of these images", metavar="IMAGE")
+    cam_class: str | None = _evaluation(None, "of this class, not of the one that is predicted", metavar="CLASS")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """All options of a training.
-
-    Attributes
-    ----------
-    data, model, optimizer, schedule, run, evaluation
-        The groups.
-    config : dict
-        What was given, by the names of the flags, as files and checkpoints hold it: paths are text, and what was left
-        out for a preset to decide is None.
-    """
+    """All options of a training."""
 
     data: DataOptions
     model: ModelOptions
@@ -229,4 +204,6 @@ class TrainingOptions:
     schedule: ScheduleOptions
     run: RunOptions
     evaluation: EvaluationOptions
+    # What was given, by the names of the flags, as files and checkpoints hold it: paths are text, and what was left out
+    # for a preset to decide is None.
     config: dict[str, Any] = field(repr=False)

@@ -6,9 +6,7 @@ is taken and bounded where pixels are in [0, 1]; the network takes them normalis
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import nn
@@ -16,8 +14,6 @@ from torch import nn
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import distributed, logs, metrics
 from dali_saliencymix.training.evaluation import ValidationLoader
-
-DEFAULT_EPSILON = "8/255"
 
 
 def fgsm(
@@ -114,26 +110,3 @@ def attacked_accuracy(
         "attacked_top1": 100 * sums["attacked"] / sums["images"],
         "images": int(sums["images"]),
     }
-
-
-def read_epsilon(text: str) -> float:
-    """Read the option: a number or a fraction such as ``8/255``, in [0, 1].
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it is none.
-
-    Examples
-    --------
-    >>> read_epsilon("51/255")
-    0.2
-    """
-    try:
-        epsilon = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        epsilon = -1.0
-    if not 0 <= epsilon <= 1:
-        msg = f"must be a number or a fraction in [0, 1], such as 8/255, got {text}"
-        raise argparse.ArgumentTypeError(msg)
-    return epsilon

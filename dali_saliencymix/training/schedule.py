@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from dataclasses import replace
 from typing import NamedTuple
 
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.training.options import ScheduleOptions
-
-SIZE_AT_EPOCH = re.compile(r"([1-9]\d*)@(\d+)")
 
 
 def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> float:
