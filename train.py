@@ -17,7 +17,6 @@ Words: a step is one batch in each process; an update changes the weights, after
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import math
@@ -36,19 +35,13 @@ from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.training import checkpoints, distributed, evaluation, logs, metrics
+from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.arguments import parse_arguments, save_config
-from dali_saliencymix.training.banner import banner, epoch_line, run_facts
-from dali_saliencymix.training.divergence import DivergenceWatch
-from dali_saliencymix.training.evaluation_report import report_on_checkpoint
-from dali_saliencymix.training.lockstep import Interruptible, Lockstep
-from dali_saliencymix.training.models import all_reduce, as_trained, autocast, choose_kernels, model_on
-from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
+from dali_saliencymix.training.models import as_trained, autocast, choose_kernels, model_on
+from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
 from dali_saliencymix.training.options import RunOptions, TrainingOptions
-from dali_saliencymix.training.preemption import EXIT_PREEMPTED, Preempted
-from dali_saliencymix.training.resources import resources_in_use
-from dali_saliencymix.training.resume import changed_data, check_model, find_resume
-from dali_saliencymix.training.run_record import RunRecord
+from dali_saliencymix.training.run_log import Progress, RunLog, duration, say, warn
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
@@ -70,7 +63,7 @@ class Trainer:
     processes : Processes
         Which process this is.
     resume : path, optional
-        Checkpoint to go on from, or to validate.
+        Checkpoint to resume from, or to validate.
 
     Attributes
     ----------
@@ -94,7 +87,7 @@ class Trainer:
         self.model = model_on(processes.device, options.model, len(self.data.classes))
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
         self.epoch = self.step = 0
-        self.restarts = 0  # epochs begun anew on other data: see restore
+        self.restarts = 0  # epochs started again on other data: see restore
         self.lockstep = Lockstep(
             processes,
             checkpoint_every=run.checkpoint_every,
@@ -109,41 +102,41 @@ class Trainer:
         self.loader: Batches | None = None
         self.loader_phase: Phase | None = None
         self.sampled: Batches | None = None  # the loader of which --save-images has drawn a batch
-        self.record = RunRecord(None, {})
+        self.log = RunLog(None, {})
         self.loader_state: Any = None
         if saved:
             self.restore(saved, resume)
 
         self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
-        # Every process watches its own loader; the main one's words are enough.
-        self.monitor = Monitor(say=functools.partial(logs.warn, enabled=processes.is_main))
+        # Every process watches its own loader; the main one's warning is enough.
+        self.monitor = Monitor(say=functools.partial(warn, enabled=processes.is_main))
 
     def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
         arch, classes = self.options.model.arch, self.data.classes
-        check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
+        checkpoints.check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
         self.model.load_state_dict(saved["model"])
         self.updater.restore(saved)
         run = self.options.run
         if run.evaluate:
             return
-        changed = changed_data(path, saved, self.config, self.data.fingerprint, self.options)
+        changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         is_main = self.processes.is_main
         self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
         if run.restart_epoch:
             self.restarts += 1
             why = f" with other data: {'; '.join(changed)}" if changed else ""
-            logs.warn(f"epoch {self.epoch + 1} begins anew{why}", enabled=is_main)
+            warn(f"epoch {self.epoch + 1} starts again{why}", enabled=is_main)
             return
         for change in checkpoints.differences(saved.get("versions", {}), versions()):
-            logs.warn(f"warning: the bits may differ from those of an unbroken run: {change}", enabled=is_main)
+            warn(f"warning: the bits may differ from those of an unbroken run: {change}", enabled=is_main)
         self.step = saved["step"]
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
         checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return all that is needed to go on from here, between two updates; every process has to call this."""
+        """Return all that is needed to resume from here, between two updates; every process has to call this."""
         assert self.loader is not None
         return {
             "model": self.model.state_dict(),
@@ -202,56 +195,46 @@ class Trainer:
         """Return this process's validation batches."""
         return self.data.val_loader(self.options.data, self.processes)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context for forward passes."""
-        return autocast(self.options.model, self.processes.device)
-
     def train_epoch(self) -> Figures:
         """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
-        loader, options = self.train_loader(), self.options
+        loader, options, monitor = self.train_loader(), self.options, self.monitor
         epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
         steps, begun = len(loader), self.step
         self.network.train()
-        watch = logs.Stopwatch()
-        progress = logs.Progress(f"epoch {self.epoch + 1}/{epochs}", steps, enabled=self.processes.is_main)
-        for _ in range(begun):
-            progress.advance()
+        monitor.start()
+        progress = Progress(f"epoch {self.epoch + 1}/{epochs}", steps, done=begun, enabled=self.processes.is_main)
         lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
-        batches = self.monitor.watch(watch.timed(loader)) if begun < steps else ()
-        for images, labels, source_labels, lam in self.lockstep.batches(batches):
+        for batch in self.lockstep.batches(loader if begun < steps else (), monitor):
             if loader is not self.sampled:
-                self.save_samples(images, labels, source_labels, lam)
+                self.save_samples(*batch)
                 self.sampled = loader
             group = accumulation_group(self.step, steps, accumulated)
             is_update = self.step == group[-1]
             lr = self.set_learning_rate(self.epoch + group[0] / steps)
-            with all_reduce(self.network, wanted=is_update):
-                with self.autocast():
-                    logits = self.network(images)
-                    smoothing = options.optimizer.label_smoothing
-                    loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, smoothing)
-                self.updater.backward(loss, len(group))
-            if is_update:
-                self.updater.update()
-            self.totals.add(loss * len(images), metrics.mixed_correct(logits, labels, source_labels, lam), len(images))
+            loss, logits = train_on(
+                self.network,
+                self.updater,
+                batch,
+                options.model,
+                label_smoothing=options.optimizer.label_smoothing,
+                batches=len(group),
+                is_last=is_update,
+            )
+            images = len(logits)
+            self.totals.add(loss * images, metrics.mixed_correct(logits, *batch[1:]), images)
             self.divergence.count(loss)
             self.step += 1
             self.steps_run += 1
             progress.advance()
             if self.step % options.run.print_freq == 0 or self.step == steps:
-                shown = loss.item()
+                shown, share, pace = loss.item(), monitor.epoch_wait_share, monitor.seconds / (self.step - begun)
                 self.divergence.check_loss(shown, self.epoch + 1, self.step)
-                rate = (self.step - begun) * len(images) * self.processes.world_size / watch.seconds
+                rate = images * self.processes.world_size / pace
                 left = (epochs - self.epoch) * steps - self.step
-                self.record.write_step(
-                    self.total_steps, loss=shown, lr=lr, images_per_second=rate, data_wait_share=watch.wait_share
-                )
+                self.log.write_step(self.total_steps, loss=shown, lr=lr, images_per_second=rate, data_wait_share=share)
                 progress.show(
-                    loss=f"{shown:.3f}",
-                    images_s=f"{rate:.0f}",
-                    data_wait=f"{watch.wait_share:.0%}",
-                    eta=logs.duration(left * watch.seconds / (self.step - begun)),
+                    loss=f"{shown:.3f}", images_s=f"{rate:.0f}", data_wait=f"{share:.0%}", eta=duration(left * pace)
                 )
             # Between two updates: here a run may be saved or stopped, for nothing is half done. After the last one
             # the loader has to come to the end of its epoch first.
@@ -262,7 +245,7 @@ class Trainer:
                     self.save()
                 self.lockstep.stop_if_asked()
         progress.close()
-        seconds = watch.seconds
+        seconds = monitor.seconds
         sums = self.totals.over_processes()
         done = (self.step - begun) * options.data.batch_size * self.processes.world_size
         return {
@@ -270,7 +253,7 @@ class Trainer:
             "mixed_top1": 100 * sums["correct"] / sums["images"],
             "images": int(sums["images"]),
             "images_per_second": done / seconds,
-            "data_wait_share": watch.wait_share,
+            "data_wait_share": monitor.waited / seconds,
             "lr": lr,
             "seconds": seconds,
         }
@@ -292,7 +275,7 @@ class Trainer:
                 count=run.save_images,
             )
         except OSError as error:
-            logs.warn(f"warning: {path}: cannot be written, the training goes on without it: {error}")
+            warn(f"warning: {path}: cannot be written, the training goes on without it: {error}")
 
     @property
     def total_steps(self) -> int:
@@ -330,22 +313,23 @@ class Trainer:
         """
         model = self.model if model is None else model
         batches = Interruptible(loader, self.lockstep)
-        return evaluation.evaluate(model, batches, self.processes, autocast=self.autocast, per_class=per_class)
+        context = functools.partial(autocast, self.options.model, self.processes.device)
+        return evaluation.evaluate(model, batches, self.processes, autocast=context, per_class=per_class)
 
 
-def open_record(trainer: Trainer, *, resumed: bool) -> RunRecord:
+def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
     """Begin the files of a run, which only the main process writes, and say what is about to run."""
     options, processes, data = trainer.options, trainer.processes, trainer.data
     run = options.run
     if not processes.is_main:
-        return RunRecord(None, {})
+        return RunLog(None, {})
     run.output_dir.mkdir(parents=True, exist_ok=True)
     save_config(options, run.output_dir / "args.yaml")
     counts = {"classes": len(data.classes), "train_images": data.train_images, "val_images": data.val_images}
     steps, backend = len(trainer.train_loader()), chosen_backend(options.data)
-    facts = run_facts(options, processes, data=counts, steps_per_epoch=steps, backend=backend)
-    logs.say(banner(options, facts))
-    return RunRecord(
+    facts = report.run_facts(options, processes, data=counts, steps_per_epoch=steps, backend=backend)
+    say(report.banner(options, facts))
+    return RunLog(
         run.output_dir,
         {"config": trainer.config, **facts},
         epoch=trainer.epoch,
@@ -362,38 +346,38 @@ def run(options: TrainingOptions, processes: Processes) -> None:
     if options.run.profile_loader:
         profile_training(options, processes)
         return
-    resume = distributed.from_main_process(find_resume(options.run) if processes.is_main else None)
+    resume = distributed.from_main_process(checkpoints.find_resume(options.run) if processes.is_main else None)
     trainer = Trainer(options, processes, resume)
     if options.run.evaluate:
         assert resume is not None
         models = {"val": trainer.model}
         if trainer.updater.ema:
             models["val_ema"] = trainer.updater.ema.module
-        report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
+        report.report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
         return
     val_loader = None if options.run.training_only else trainer.val_loader()
-    with trainer.lockstep, open_record(trainer, resumed=resume is not None) as trainer.record:
+    with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
         train(trainer, val_loader)
-    took = f"in {logs.duration(time.monotonic() - started)}"
+    took = f"in {duration(time.monotonic() - started)}"
     result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
-    logs.say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
+    say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
 
 
 def train(trainer: Trainer, val_loader: Batches | None) -> None:
     """Train and validate epoch by epoch, to the end of the run."""
-    epochs, processes, record = trainer.options.schedule.epochs, trainer.processes, trainer.record
+    epochs, processes = trainer.options.schedule.epochs, trainer.processes
     while not trainer.is_over:
         figures = trainer.train_epoch()
-        watch = logs.Stopwatch()
+        validation_started = time.perf_counter()
         val = ema = None
         try:
             if val_loader:
                 val = trainer.validate(val_loader)
                 ema = trainer.validate(val_loader, trainer.updater.ema.module) if trainer.updater.ema else None
         except Preempted:
-            trainer.save()  # the trained epoch; the run that goes on validates it
+            trainer.save()  # the trained epoch; the run that resumes validates it
             raise
-        val_seconds = watch.seconds if val else 0.0
+        val_seconds = time.perf_counter() - validation_started if val else 0.0
         bad_files = distributed.gather_from_processes(getattr(trainer.train_loader(), "bad_files", []))
         trainer.end_epoch()
         judged = ema or val
@@ -402,9 +386,8 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
             trainer.best_top1 = max(judged["top1"], trainer.best_top1)
         trainer.divergence.check_weights(trainer.updater, trainer.epoch, trainer.step)
         # The figures of an epoch: here they go to whatever shows or keeps them.
-        best = trainer.best_top1 if math.isfinite(trainer.best_top1) else None
-        memory = logs.gpu_memory(processes.device)
-        record.write_epoch(
+        memory = report.gpu_memory(processes.device)
+        trainer.log.write_epoch(
             trainer.epoch,
             trainer.step,
             trainer.total_steps,
@@ -412,18 +395,18 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
             val=val,
             val_ema=ema,
             val_seconds=val_seconds,
-            best_top1=best,
+            best_top1=trainer.best_top1,  # null in the log as long as nothing is validated
             bad_files=sorted({file for files in bad_files for file in files}),
-            resources=resources_in_use(),
+            resources=report.resources_in_use(),
             **memory,
         )
         # After the log: a run that is killed in between writes the line twice, and never not at all.
         trainer.save(is_best=is_best)
         left = None if trainer.step else (epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
-        line = epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left)
-        logs.say(line, enabled=processes.is_main)
+        line = report.epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left)
+        say(line, enabled=processes.is_main)
     if trainer.epoch < epochs:
-        record.status = "stopped"
+        trainer.log.status = "stopped"
 
 
 def main() -> int:
@@ -433,9 +416,9 @@ def main() -> int:
     try:
         run(options, distributed.start_processes(options.data.device))
     except Preempted as signal:
-        return distributed.end(f"stopped by {signal}{going_on(options.run)}", EXIT_PREEMPTED)
+        return distributed.end(f"stopped by {signal}{resuming(options.run)}", EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        return distributed.end(f"interrupted{going_on(options.run)}", 130)
+        return distributed.end(f"interrupted{resuming(options.run)}", 130)
     except Exception as error:
         return distributed.fail(error, expected=(ImportError, LoaderError, OSError, ValueError))
     finally:
@@ -443,8 +426,8 @@ def main() -> int:
     return 0
 
 
-def going_on(run: RunOptions) -> str:
-    """Say how a run that was stopped goes on."""
+def resuming(run: RunOptions) -> str:
+    """Say how a run that was stopped is resumed."""
     last = run.output_dir / checkpoints.LAST
     return f"; --resume auto goes on from {last}" if last.exists() else "; there is no checkpoint to go on from yet"
 

@@ -24,8 +24,11 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from dali_saliencymix.training import checkpoints, distributed, logs
-from dali_saliencymix.training.evaluation import write_report
+from dali_saliencymix.bottleneck import Monitor
+from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.training import checkpoints, distributed
+from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
 from dali_saliencymix.training.voc import CLASSES, TrainingOrder, VocImages, as_lists, training_target
 from dali_saliencymix.training.voc_ap import Detections, average_precision
 
@@ -195,7 +198,7 @@ class Transfer:
         }
         checkpoints.save_checkpoint(checkpoint, self.args.output_dir / checkpoints.LAST)
 
-    def train(self, images: VocImages, log: logs.JsonLines) -> None:
+    def train(self, images: VocImages, log: Path) -> None:
         """Train to the last iteration."""
         args = self.args
         order = TrainingOrder(
@@ -210,9 +213,9 @@ class Transfer:
             generator=torch.Generator(),
         )
         self.model.train()
-        watch = logs.Stopwatch()
-        progress = logs.Progress("training", args.iterations - self.iteration, enabled=True)
-        for batch, objects in watch.timed(loader):
+        monitor = Monitor()
+        progress = Progress("training", args.iterations - self.iteration)
+        for batch, objects in monitor.watch(loader):
             lr = args.lr * args.lr_gamma ** bisect_right(sorted(args.lr_milestones), self.iteration)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -231,8 +234,9 @@ class Transfer:
                 if not math.isfinite(figures["loss"]):
                     msg = f"the loss became {figures['loss']} in iteration {self.iteration}; a smaller --lr may help"
                     raise ValueError(msg)
-                log.write("train", iteration=self.iteration, lr=lr, data_wait_share=watch.wait_share, **figures)
-                progress.show(loss=f"{figures['loss']:.3f}", lr=f"{lr:g}", data_wait=f"{watch.wait_share:.0%}")
+                share = monitor.epoch_wait_share
+                write_event(log, "train", iteration=self.iteration, lr=lr, data_wait_share=share, **figures)
+                progress.show(loss=f"{figures['loss']:.3f}", lr=f"{lr:g}", data_wait=f"{share:.0%}")
             if saved:
                 self.save()
         progress.close()
@@ -250,7 +254,7 @@ class Transfer:
             generator=torch.Generator(),
         )
         found: list[Detections] = []
-        progress = logs.Progress("test", len(loader), enabled=True)
+        progress = Progress("test", len(loader))
         for batch, _ in loader:
             for each in self.model([image.to(self.device) for image in batch]):
                 found.append(Detections(*(each[name].cpu() for name in ("boxes", "labels", "scores"))))
@@ -286,9 +290,11 @@ def run(args: argparse.Namespace) -> None:
     if resumed:
         transfer.restore(last)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    log = logs.JsonLines(args.output_dir / "log.jsonl", anew=not resumed)
-    log.write("resume" if resumed else "start", config=transfer.config, **logs.environment(device))
-    logs.say(
+    log = args.output_dir / LOG
+    if not resumed:
+        log.write_text("")
+    write_event(log, "resume" if resumed else "start", config=transfer.config, **environment(str(device)))
+    say(
         f"Faster R-CNN, {transfer.config['arch']} with a feature pyramid: all {transfer.taken} tensors of its backbone "
         f"taken from {args.checkpoint}\n{len(train_images)} images to train on, {len(test_images)} to test on, "
         f"iterations {transfer.iteration} to {args.iterations}"
@@ -297,9 +303,9 @@ def run(args: argparse.Namespace) -> None:
         transfer.train(train_images, log)
     result = transfer.test(test_images)
     report = args.output_dir / "voc.json"
-    write_report(report, {"iteration": transfer.iteration, "test_set": args.test_set, **result})
-    log.write("test", iteration=transfer.iteration, **{key: result[key] for key in result if key != "classes"})
-    logs.say(
+    write_json(report, {"iteration": transfer.iteration, "test_set": args.test_set, **result})
+    write_event(log, "test", iteration=transfer.iteration, **{key: result[key] for key in result if key != "classes"})
+    say(
         f"mAP at an overlap of 0.5 over {result['classes_with_objects']} classes: {result['map_eleven_point']:.2f} % "
         f"(11-point, VOC 2007), {result['map_area']:.2f} % (area, VOC 2010); {report}"
     )

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training.evaluation import (
     COLUMNS,
     PerClass,
     evaluate,
     unused_path,
     write_per_class,
-    write_report,
 )
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_the_file_has_a_line_for_each_class_and_leaves_empty_what_cannot_be_said
 
 
 def test_a_figure_that_is_no_number_is_null_in_the_report(tmp_path):
-    write_report(tmp_path / "report.json", {"val": {"loss": math.nan, "top1": 12.5}, "files": ["a"], "images": 3})
+    write_json(tmp_path / "report.json", {"val": {"loss": math.nan, "top1": 12.5}, "files": ["a"], "images": 3})
     text = (tmp_path / "report.json").read_text()
     assert json.loads(text) == {"val": {"loss": None, "top1": 12.5}, "files": ["a"], "images": 3}
     assert "NaN" not in text

@@ -26,7 +26,7 @@ from training_fixtures import (
 )
 
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint
-from dali_saliencymix.training.preemption import EXIT_PREEMPTED
+from dali_saliencymix.training.lockstep import EXIT_PREEMPTED
 
 pytest_plugins = ["training_fixtures"]
 

@@ -8,8 +8,7 @@ import pytest
 from training_fixtures import torchrun
 
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.training.lockstep import Lockstep
-from dali_saliencymix.training.preemption import Preempted
+from dali_saliencymix.training.lockstep import Lockstep, Preempted
 
 pytest_plugins = ["training_fixtures"]
 

@@ -7,57 +7,20 @@ import sys
 import time
 
 import pytest
-import torch
 
-from dali_saliencymix.training import logs
-from dali_saliencymix.training.logs import JsonLines, Progress, Stopwatch, duration, environment, say
+from dali_saliencymix.measure import environment
+from dali_saliencymix.training.run_log import Progress, duration, say, write_event
 
 
 def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
     path = tmp_path / "log.jsonl"
-    JsonLines(path).write("start", config={"name": "two\nlines, é"})
+    write_event(path, "start", config={"name": "two\nlines, é"})
     assert len(path.read_text().splitlines()) == 1  # it is there at once
-    JsonLines(path).write("epoch", epoch=1, val={"top1": 12.5})
+    write_event(path, "epoch", epoch=1, val={"top1": 12.5})
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["event"], first["config"]) == ("start", {"name": "two\nlines, é"})
     assert (second["event"], second["epoch"], second["val"]) == ("epoch", 1, {"top1": 12.5})
     assert time.time() - 60 < first["time"] <= second["time"] <= time.time() + 1
-
-
-def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    JsonLines(None).write("epoch", epoch=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_environment_names_the_versions_and_the_device():
-    found = environment(torch.device("cpu"))
-    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
-    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
-    assert found["cuda"] is None
-    json.dumps(found)
-
-
-def test_the_time_spent_waiting_for_batches_is_told_from_the_time_spent_on_them(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def slow_batches():
-        for batch in range(3):
-            now[0] += 2
-            yield batch
-
-    watch = Stopwatch()
-    for _ in watch.timed(slow_batches()):
-        now[0] += 6
-    assert (watch.seconds, watch.waited) == (24, 6)
-    assert watch.wait_share == 0.25
-
-
-def test_all_batches_come_through_in_order():
-    assert list(Stopwatch().timed(range(5))) == [0, 1, 2, 3, 4]
 
 
 def test_where_there_is_no_terminal_each_display_is_one_line(capsys):
@@ -118,4 +81,4 @@ def test_durations_read_as_hours_minutes_seconds():
 )
 def test_the_driver_is_read_whatever_kind_of_module_it_has(tmp_path, line, driver):
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert logs._first_match(str(tmp_path / "version"), logs._DRIVER) == driver
+    assert environment._first_match(str(tmp_path / "version"), environment._DRIVER) == driver

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, run_program
 
-from dali_saliencymix.training import logs
-from dali_saliencymix.training.preemption import Preempted
-from dali_saliencymix.training.run_record import RunRecord
+from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.results import replace_file
+from dali_saliencymix.training import report as run_report
+from dali_saliencymix.training.lockstep import Preempted
+from dali_saliencymix.training.run_log import COLUMNS, RunLog, SummaryTable
 from dali_saliencymix.training.samples import save_samples
-from dali_saliencymix.training.writers import COLUMNS, SummaryTable, replace_file
 
 pytest_plugins = ["training_fixtures"]
 
@@ -42,7 +43,7 @@ def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-def epochs(record: RunRecord, *top1: float, first: int = 1) -> None:
+def epochs(record: RunLog, *top1: float, first: int = 1) -> None:
     for epoch, value in enumerate(top1, start=first):
         record.write_epoch(epoch, 0, 6 * epoch, train=TRAIN, val=val(value), val_seconds=0.5, gpu_peak_mib=7.5)
 
@@ -57,7 +58,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_each_epoch_is_a_line_of_the_log_and_a_row_of_the_table(tmp_path):
-    with RunRecord(tmp_path, FACTS) as record:
+    with RunLog(tmp_path, FACTS) as record:
         epochs(record, 40.0, 60.0, 50.0)
     start, *lines = read_log(tmp_path)
     assert (start["event"], start["config"], start["device"]) == ("start", {"lr": 0.1}, "a device")
@@ -72,7 +73,7 @@ def test_each_epoch_is_a_line_of_the_log_and_a_row_of_the_table(tmp_path):
 
 
 def test_the_report_has_the_best_and_the_last_epoch_and_where_the_time_went(tmp_path):
-    with RunRecord(tmp_path, FACTS) as record:
+    with RunLog(tmp_path, FACTS) as record:
         epochs(record, 40.0, 60.0, 50.0)
     found = report(tmp_path)
     assert (found["schema"], found["version"]) == ("dali-saliencymix/training", 1)
@@ -89,16 +90,16 @@ def test_the_report_has_the_best_and_the_last_epoch_and_where_the_time_went(tmp_
 
 
 def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_path):
-    with RunRecord(tmp_path, FACTS) as record:
+    with RunLog(tmp_path, FACTS) as record:
         for epoch, (plain, average) in enumerate([(50.0, 20.0), (40.0, 30.0)], start=1):
             record.write_epoch(epoch, 0, epoch, train=TRAIN, val=val(plain), val_ema=val(average), val_seconds=1.0)
     assert report(tmp_path)["best"]["val_ema_top1"] == 30.0
 
 
 def test_a_resumed_run_replaces_the_rows_of_epochs_done_again_and_adds_to_the_log(tmp_path):
-    with RunRecord(tmp_path, FACTS) as record:
+    with RunLog(tmp_path, FACTS) as record:
         epochs(record, 40.0, 60.0, 50.0)
-    with RunRecord(tmp_path, FACTS, epoch=1, step=6, resumed=True) as record:
+    with RunLog(tmp_path, FACTS, epoch=1, step=6, resumed=True) as record:
         assert [row["epoch"] for row in table(tmp_path)] == ["1"]
         epochs(record, 55.0, first=2)
     assert [(row["epoch"], row["val_top1"]) for row in table(tmp_path)] == [("1", "40.0"), ("2", "55.0")]
@@ -113,7 +114,7 @@ def test_a_resumed_run_replaces_the_rows_of_epochs_done_again_and_adds_to_the_lo
 
 def test_a_run_that_is_not_resumed_begins_all_files_anew(tmp_path):
     for _ in range(2):
-        with RunRecord(tmp_path, FACTS, tensorboard=True) as record:
+        with RunLog(tmp_path, FACTS, tensorboard=True) as record:
             epochs(record, 40.0)
     assert len(read_log(tmp_path)) == 2
     assert len(table(tmp_path)) == 1
@@ -121,7 +122,7 @@ def test_a_run_that_is_not_resumed_begins_all_files_anew(tmp_path):
 
 
 def test_an_epoch_that_the_run_ends_within_is_in_log_and_report_but_no_row(tmp_path):
-    with RunRecord(tmp_path, FACTS) as record:
+    with RunLog(tmp_path, FACTS) as record:
         epochs(record, 40.0)
         record.write_epoch(1, 3, 9, train=TRAIN)
         record.status = "stopped"
@@ -141,7 +142,7 @@ def test_an_epoch_that_the_run_ends_within_is_in_log_and_report_but_no_row(tmp_p
     ],
 )
 def test_a_run_that_was_ended_leaves_a_report_that_says_how(tmp_path, error, status, words):
-    record = RunRecord(tmp_path, FACTS)
+    record = RunLog(tmp_path, FACTS)
     epochs(record, 40.0)
     with pytest.raises(type(error)), record:
         raise error
@@ -150,7 +151,7 @@ def test_a_run_that_was_ended_leaves_a_report_that_says_how(tmp_path, error, sta
 
 
 def test_no_file_has_a_number_that_json_does_not_know(tmp_path):
-    with RunRecord(tmp_path, FACTS, tensorboard=True) as record:
+    with RunLog(tmp_path, FACTS, tensorboard=True) as record:
         figures = val(math.nan) | {"loss": math.inf}
         record.write_epoch(1, 0, 6, train=TRAIN, val=figures, val_seconds=1.0, best_top1=-math.inf)
     for text in (*(tmp_path / "log.jsonl").read_text().splitlines(), (tmp_path / "report.json").read_text()):
@@ -165,17 +166,17 @@ def test_no_file_has_a_number_that_json_does_not_know(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with RunRecord(None, {}, tensorboard=True, wandb_project="p") as record:
+    with RunLog(None, {}, tensorboard=True, wandb_project="p") as record:
         epochs(record, 40.0)
         record.write_step(3, loss=1.0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_has_steps_and_epochs_over_the_steps_of_the_run(tmp_path):
-    with RunRecord(tmp_path, FACTS, tensorboard=True) as record:
+    with RunLog(tmp_path, FACTS, tensorboard=True) as record:
         record.write_step(3, loss=2.5, lr=0.1)
         epochs(record, 40.0, 60.0)
-    with RunRecord(tmp_path, FACTS, epoch=1, step=6, resumed=True, tensorboard=True) as record:
+    with RunLog(tmp_path, FACTS, epoch=1, step=6, resumed=True, tensorboard=True) as record:
         epochs(record, 55.0, first=2)
     found = scalars(tmp_path)
     assert found["train/step_loss"] == [(3, 2.5)]
@@ -192,7 +193,7 @@ def test_a_logger_that_is_not_installed_is_named_with_the_extra(tmp_path, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say: there is none
     with pytest.raises(ImportError, match=rf"pip install 'dali-saliencymix\[{module}\]'"):
-        RunRecord(tmp_path, FACTS, **option)
+        RunLog(tmp_path, FACTS, **option)
 
 
 # TensorBoard writes in a thread of its own, which ends with a traceback; the record hears of it at the next write.
@@ -201,7 +202,7 @@ def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, caps
     """The limit on the size of files stands in for the disk: the system refuses further bytes."""
     others = set(threading.enumerate())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunRecord(tmp_path, FACTS, tensorboard=True) as record:
+    with RunLog(tmp_path, FACTS, tensorboard=True) as record:
         epochs(record, 40.0)
         before = (tmp_path / "summary.csv").read_text()
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
@@ -257,15 +258,22 @@ def test_pictures_show_the_pixels_before_the_normalisation(tmp_path):
 
 
 def test_a_gpu_is_asked_for_its_jpeg_engine_and_a_cpu_is_not():
-    assert logs.has_hardware_decoder(torch.device("cpu")) is None
-    assert logs.gpu_memory(torch.device("cpu")) == {}
+    assert run_report.has_hardware_decoder(torch.device("cpu")) is None
+    assert run_report.gpu_memory(torch.device("cpu")) == {}
 
 
 def test_the_environment_names_processor_and_state_of_the_code():
-    found = logs.environment(torch.device("cpu"))
+    found = environment("cpu", "tensorboard")
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
+    assert "tensorboard" in found["versions"]
+    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert found["cuda"] is None
     assert found["cores"] == len(os.sched_getaffinity(0))
-    if (Path(logs.__file__).parents[2] / ".git").exists():
+    if "COMMIT" not in os.environ and (Path(__file__).parents[1] / ".git").exists():
         assert len(found["git_commit"].rstrip("+")) == 40
+    json.dumps(found)
 
 
 def test_train_writes_table_tensorboard_pictures_and_report_and_goes_on_with_them(data_folder, tmp_path, train_here):

@@ -91,7 +91,7 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     ended = train_here(*options, "--restart-epoch", "--max-steps", "3")
     assert ended.status == 0
     assert (
-        "epoch 2 begins anew with other data: batch_size was 8, is now 6; mix was saliencymix, is now none" in ended.err
+        "epoch 2 starts again with other data: batch_size was 8, is now 6; mix was saliencymix, is now none" in ended.err
     )
     saved = load_checkpoint(half_run / LAST)
     assert (saved["epoch"], saved["step"], saved["restarts"]) == (1, 3, 1)
@@ -133,7 +133,7 @@ def test_going_on_from_another_runs_checkpoint_does_not_overwrite_a_run(full_run
 def test_resume_auto_starts_anew_where_there_is_nothing_yet(data_folder, tmp_path, train_here):
     ended = train_here(data_folder, *TINY, "--epochs", "1", "--resume", "auto", "--output-dir", tmp_path / "new")
     assert ended.status == 0
-    assert "starting anew" in ended.out
+    assert "starting from scratch" in ended.out
     assert read_log(tmp_path / "new")[0]["event"] == "start"
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from dali_saliencymix.bottleneck.diagnose import measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text
-from dali_saliencymix.bottleneck.monitor import Monitor
 from dali_saliencymix.bottleneck.report import compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import loader_source, pipeline_source
 from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, Verdict, decide
+from dali_saliencymix.measure.monitor import Monitor
 from dali_saliencymix.measure.windows import MeasurementError as BottleneckError
 
 __all__ = [

@@ -6,40 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.windows import MeasurementError
-from dali_saliencymix.training.metrics import mixed_cross_entropy
-from dali_saliencymix.training.models import all_reduce, as_trained, autocast, model_on
-from dali_saliencymix.training.optimisation import Updater
+from dali_saliencymix.training.models import all_reduce, as_trained, model_on
+from dali_saliencymix.training.optimisation import Updater, train_on
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions
 
 
 class TrainingStep:
-    """Forward, loss, backward and update of a network of ``train.py``.
+    """The training step of a network of ``train.py``, on batches from anywhere.
 
-    Parameters
-    ----------
-    options : ModelOptions
-        The network.
-    optimizer : OptimizerOptions
-        Its update.
-    processes : Processes
-        Where it computes. A batch from elsewhere is brought there, which then is part of the step.
-    num_classes : int
-        Outputs of the network.
-
-    Notes
-    -----
-    The learning rate is 0: the weights stay as they are, so that thousands of steps on one batch end in no overflow,
-    while all that a step computes is computed. Among several processes the gradients are averaged as in a training:
-    with ``--accumulation-steps`` once for the batches that make an update.
-
-    Attributes
-    ----------
-    batches_per_update : int
-        ``--accumulation-steps``.
+    A batch from elsewhere is brought to the device, which then is part of the step. The learning rate is 0: the weights
+    stay as they are, so that thousands of steps on one batch end in no overflow, while all that a step computes is
+    computed. ``batches_per_update`` is that of ``--accumulation-steps``.
     """
 
     def __init__(
@@ -74,27 +54,26 @@ class TrainingStep:
         images = images.to(self._device, non_blocking=True)
         if not self._options.amp:
             images = images.float()
+        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
+            targets = [part.to(self._device, non_blocking=True) for part in tensors[1:]]
+        else:  # which label is right makes no difference to the time
+            labels = torch.zeros(len(images), dtype=torch.long, device=self._device)
+            targets = [labels, labels, torch.ones(len(images), device=self._device)]
         self._batches += 1
-        is_update = self._batches % self.batches_per_update == 0
-        with all_reduce(self.network, wanted=is_update):
-            with autocast(self._options, self._device):
-                loss = self._loss(self.network(images), tensors)
-            self._updater.backward(loss, self.batches_per_update)
-        if is_update:
-            self._updater.update()
+        train_on(
+            self.network,
+            self._updater,
+            (images, *targets),
+            self._options,
+            label_smoothing=self._label_smoothing,
+            batches=self.batches_per_update,
+            is_last=self._batches % self.batches_per_update == 0,
+        )
 
     def alone(self, batch: Any) -> None:
         """Train on a batch without the other processes: what this one needs for itself."""
         with all_reduce(self.network, wanted=False):
             self(batch)
-
-    def _loss(self, logits: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
-            labels, source_labels, lam = (part.to(self._device, non_blocking=True) for part in tensors[1:])
-            return mixed_cross_entropy(logits, labels, source_labels, lam, self._label_smoothing)
-        # Which label is right makes no difference to the time.
-        labels = torch.zeros(len(logits), dtype=torch.long, device=self._device)
-        return nn.functional.cross_entropy(logits, labels)
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
@@ -105,14 +84,3 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
     if isinstance(batch, (list, tuple)):
         return [tensor for part in batch for tensor in _tensors(part)]
     return []
-
-
-def kept(batch: Any) -> Any:
-    """Return a copy of a batch whose tensors no loader will write into."""
-    if isinstance(batch, torch.Tensor):
-        return batch.clone(memory_format=torch.preserve_format)
-    if isinstance(batch, Mapping):
-        return {name: kept(part) for name, part in batch.items()}
-    if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
-        return type(batch)(kept(part) for part in batch)
-    return batch

@@ -1,4 +1,4 @@
-"""Checkpoints: dictionaries of tensors and plain values in files that are whole or not there.
+"""Checkpoints: dictionaries of tensors and plain values in files that are whole or not there, and resuming from them.
 
 A run writes ``checkpoint_e003_s001200.pt``, which is named after its place: whole epochs, and steps in the next one.
 `LAST` and `BEST` are further names of such a file, hard links where the file system has them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import random
 import re
@@ -19,6 +20,9 @@ from typing import Any
 
 import torch
 
+from dali_saliencymix.training.options import RunOptions, TrainingOptions
+from dali_saliencymix.training.run_log import say, warn
+
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
@@ -28,17 +32,7 @@ _NUMBERED = re.compile(r"checkpoint_e(\d+)_s(\d+)\.pt")
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that `path` holds the old one or the new one whole, whatever happens.
 
-    Parameters
-    ----------
-    checkpoint : dict
-        Tensors, numbers, strings, bytes, and lists, tuples and dictionaries of these.
-    path : path
-        File to write; its folder has to exist.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written; it names `path`.
+    It holds tensors, numbers, strings, bytes, and lists, tuples and dictionaries of these. An OSError names `path`.
     """
     # First into memory: writing to a full disk, PyTorch would raise an error that says nothing of the disk.
     serialised = io.BytesIO()
@@ -52,30 +46,11 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 def save_progress(
     checkpoint: dict[str, Any], output_dir: str | Path, *, epoch: int, step: int, keep: int = 1, best: bool = False
 ) -> Path:
-    """Write a checkpoint under the name of its place, name it `LAST` too, and remove what is older.
+    """Write a checkpoint under the name of its place, name it `LAST` too, and remove all but `keep` files; return it.
 
-    Parameters
-    ----------
-    checkpoint : dict
-        As for `save_checkpoint`.
-    output_dir : path
-        Folder to write to.
-    epoch, step : int
-        Whole epochs, and steps in the epoch after these.
-    keep : int
-        Number of files to keep, this one included. One that is `BEST` stays under that name.
-    best : bool
-        Whether to name it `BEST` too.
-
-    Returns
-    -------
-    Path
-        The file.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be written; it names the file. Those that were there stay.
+    `epoch` is the number of whole epochs, `step` that of the steps in the epoch after these. With `best` the file is
+    named `BEST` too, a name under which it stays. An OSError names the file that cannot be written; those that were
+    there stay.
     """
     folder = Path(output_dir)
     path = folder / f"checkpoint_e{epoch:03d}_s{step:06d}.pt"
@@ -130,14 +105,7 @@ def _numbered(folder: Path) -> list[tuple[tuple[int, int], Path]]:
 
 
 def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code from it.
-
-    Parameters
-    ----------
-    path : path
-        File to read.
-    entries : sequence of str
-        What it has to hold.
+    """Read a checkpoint, which has to hold `entries`, onto the CPU without running any code from it.
 
     Raises
     ------
@@ -172,26 +140,10 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> di
 def find_checkpoint(
     resume: str, output_dir: str | Path, passed_over: Callable[[str], None] = lambda _: None
 ) -> Path | None:
-    """Return the file that `resume` means.
+    """Return the file that `resume` means: a path, or with ``"auto"`` that furthest in the training in `output_dir`.
 
-    Parameters
-    ----------
-    resume : str
-        A path, or ``"auto"`` for the whole checkpoint in `output_dir` that is furthest in the training.
-    output_dir : path
-        Folder to look into.
-    passed_over : callable
-        Is given one line for each file that is not whole and was passed over.
-
-    Returns
-    -------
-    Path or None
-        None with ``"auto"`` where there is no checkpoint yet.
-
-    Raises
-    ------
-    ValueError
-        If there are checkpoints and none of them is whole.
+    None if there is none yet. `passed_over` is given one line for each file that is not whole; if none of them is, that
+    is a ValueError.
     """
     if resume != "auto":
         return Path(resume)
@@ -240,3 +192,64 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     random.setstate((version, tuple(numbers), gauss))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# The options that decide which batches a run sees: a run that resumes has to keep them.
+DATA_OPTIONS = (
+    *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
+    *("color_jitter", "progressive_size", "mix_off_epochs"),
+    *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
+)
+
+
+def find_resume(run: RunOptions) -> Path | None:
+    """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
+    last = run.output_dir / LAST
+    resume = find_checkpoint(run.resume, run.output_dir, warn) if run.resume else None
+    if run.evaluate:
+        if resume is None:
+            msg = f"{last}: no such checkpoint"
+            raise ValueError(msg)
+        return resume
+    takes_over = run.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
+    if last.exists() and not run.no_checkpoints and not takes_over:
+        msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
+        raise ValueError(msg)
+    if run.resume and resume is None:
+        say(f"no {last} yet: starting from scratch")
+    return resume
+
+
+def check_model(path: Path | None, saved: Mapping[str, Any], *, arch: str, classes: Sequence[str], root: Path) -> None:
+    """Require the network and the classes of a checkpoint to be those of the run, whose images are in `root`."""
+    if saved["config"]["arch"] != arch:
+        msg = f"{path}: holds a {saved['config']['arch']}, which --arch has to say, got {arch!r}"
+        raise ValueError(msg)
+    if saved["classes"] != classes:
+        pairs = itertools.zip_longest(saved["classes"], classes)
+        was, now = next(pair for pair in pairs if pair[0] != pair[1])
+        msg = f"{path}: its classes are not those of {root}: there was {was!r}, there is {now!r}"
+        raise ValueError(msg)
+
+
+def changed_data(
+    path: Path | None,
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    options: TrainingOptions,
+) -> list[str]:
+    """Return what decides the batches and has changed since a checkpoint, in words; refuse it without --restart-epoch.
+
+    `config` holds the options by the names of their flags and ``world_size``, `fingerprint` is that of the data set.
+    """
+    # Where mixing ends depends on where the training ends.
+    names = (*DATA_OPTIONS, "world_size", *(("epochs",) if options.schedule.mix_off_epochs else ()))
+    before = {name: saved["config"][name] for name in names} | saved["data"]
+    present = {name: config[name] for name in names} | dict(fingerprint)
+    changed = differences(before, present)
+    if changed and not options.run.restart_epoch:
+        again = f"--restart-epoch goes on with them from the beginning of epoch {saved['epoch'] + 1}"
+        msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {again}"
+        raise ValueError(msg)
+    return changed

@@ -7,46 +7,40 @@ and none waits in a sum of gradients for another that will never come.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
+import torch
+
+from dali_saliencymix.loaders.base import Batches
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.monitor import Monitor
 from dali_saliencymix.training import distributed
 from dali_saliencymix.training.distributed import OtherProcessError
-from dali_saliencymix.training.preemption import STOP_SIGNALS, Preempted, StopSignals
 from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTHERS, Watchdog
 
 Batch = TypeVar("Batch")
-Yielded = TypeVar("Yielded", covariant=True)
+
+# "Temporary failure, try again" in sysexits.h: nothing is wrong with the run, and it wants to be started again.
+EXIT_PREEMPTED = 75
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class SizedIterable(Protocol[Yielded]):
-    """What has a length and gives batches."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Yielded]: ...
+class Preempted(Exception):
+    """The run stops because a signal asked it to: after its step, with a checkpoint. The text names the signal."""
 
 
 class Lockstep:
     """Gives the batches of loaders, and says after which step to write a checkpoint or to stop.
 
-    As a context it takes signals and watches over the progress; outside of one it only gives batches.
-
-    Parameters
-    ----------
-    processes : Processes
-        Which process of the run this is.
-    checkpoint_every : int, optional
-        Steps from one checkpoint of an epoch to the next.
-    checkpoint_interval : float, optional
-        Minutes from one checkpoint to the next, by the main process's clock.
-    stall_timeout : float
-        Seconds without progress after which the process is ended, see `Watchdog`; 0 waits for ever.
-    roots : sequence of path
-        Folders of the data.
+    As a context it takes signals and watches over the progress; outside of one it only gives batches. Checkpoints are
+    due every `checkpoint_every` steps of an epoch, and every `checkpoint_interval` minutes of the main process's clock.
+    `Watchdog` ends the process after `stall_timeout` seconds without progress; `roots` are folders of the data.
     """
 
     def __init__(
@@ -61,7 +55,8 @@ class Lockstep:
         self._processes = processes
         self._checkpoint_every = checkpoint_every
         self._checkpoint_interval = checkpoint_interval
-        self._signals = StopSignals()
+        self._received = [0] * len(STOP_SIGNALS)  # 1 for each that has come to this process
+        self._handlers: list[Any] = []  # of these signals before
         self._watchdog = Watchdog(stall_timeout, processes.rank, roots)
         self._saved_at = time.monotonic()
         self._saved_step = 0
@@ -69,16 +64,20 @@ class Lockstep:
         self._stop_signal: str | None = None
 
     def __enter__(self) -> Lockstep:
-        self._signals.__enter__()
+        self._handlers = [signal.signal(number, self._note) for number in STOP_SIGNALS]
         self._watchdog.__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._watchdog.__exit__(*raised)
-        self._signals.__exit__(*raised)
+        for number, handler in zip(STOP_SIGNALS, self._handlers, strict=True):
+            signal.signal(number, handler)
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Give the batches of a loader, as long as no process has failed.
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._received[STOP_SIGNALS.index(signal.Signals(number))] = 1
+
+    def batches(self, loader: Iterable[Batch], monitor: Monitor | None = None) -> Iterator[Batch]:
+        """Give the batches of a loader, as long as no process has failed; `monitor` times how long each takes to come.
 
         Raises
         ------
@@ -86,11 +85,13 @@ class Lockstep:
             If the loader of another process has failed, or has come to its end before this one's, or after it.
         """
         iterator = iter(loader)
+        if monitor is not None:
+            monitor.start()
         while True:
             self._watchdog.beat(WAITING_FOR_DATA)
             batch, error = None, None
             try:
-                batch = next(iterator)
+                batch = monitor.next(iterator) if monitor is not None else next(iterator)
             except StopIteration:
                 pass
             except Exception as raised:  # whatever it is, the others have to know before this process ends
@@ -111,11 +112,11 @@ class Lockstep:
             yield batch
 
     def _agree(self, *, failed: bool, ended: bool) -> tuple[int, int]:
-        """Return how many loaders have failed and have ended, and note what else the processes have to say."""
+        """Return how many loaders have failed and have ended, and note signals and the time of all processes."""
         minutes = (time.monotonic() - self._saved_at) / 60
         interval = self._checkpoint_interval
         is_over = self._processes.is_main and interval is not None and minutes >= interval
-        counts = distributed.sum_of_counts([failed, ended, is_over, *self._signals.received])
+        counts = distributed.sum_of_counts([failed, ended, is_over, *self._received])
         failures, ends, over, *received = counts
         self._interval_is_over = over > 0
         for number, count in zip(STOP_SIGNALS, received, strict=True):
@@ -142,20 +143,17 @@ class Lockstep:
             raise Preempted(self._stop_signal)
 
 
-class Interruptible(Generic[Batch]):
-    """The batches of a loader in step, until a signal comes: iterating raises `Preempted` then.
+class Interruptible:
+    """The batches of a validation in step, of which nothing is worth keeping when a signal comes: `Preempted` then."""
 
-    For a validation, of which nothing is worth keeping when it is stopped.
-    """
-
-    def __init__(self, loader: SizedIterable[Batch], lockstep: Lockstep) -> None:
+    def __init__(self, loader: Batches, lockstep: Lockstep) -> None:
         self._loader = loader
         self._lockstep = lockstep
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         for batch in self._lockstep.batches(self._loader):
             self._lockstep.stop_if_asked()
             yield batch

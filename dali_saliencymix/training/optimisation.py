@@ -1,7 +1,9 @@
-"""From the gradients of batches to new weights: parameter groups, loss scaling, clipping, update, moving average."""
+"""The training step: loss and gradients of batches, and with them new weights, as long as these are finite."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +11,9 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dali_saliencymix.training.options import OptimizerOptions
+from dali_saliencymix.training import metrics
+from dali_saliencymix.training.models import all_reduce, autocast
+from dali_saliencymix.training.options import ModelOptions, OptimizerOptions
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -21,23 +25,10 @@ def parameter_groups(
     norm_weight_decay: float | None = None,
     bias_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parameters of a model in groups by weight decay.
+    """Return the parameters of a model in groups by weight decay, for an optimiser of PyTorch.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network.
-    weight_decay : float
-        Of everything that the others are not for.
-    norm_weight_decay : float, optional
-        Of weights and biases of normalisation layers; by default `weight_decay`.
-    bias_weight_decay : float, optional
-        Of all biases, those of normalisation layers too; by default they are treated as the weights beside them.
-
-    Returns
-    -------
-    list of dict
-        For an optimiser of PyTorch; groups without a parameter are left out.
+    `norm_weight_decay` is that of weights and biases of normalisation layers, by default `weight_decay`;
+    `bias_weight_decay` that of all biases, by default that of the weights beside them.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for module in model.modules():
@@ -52,26 +43,11 @@ def parameter_groups(
 
 
 class Updater:
-    """Updates a model from the gradients of one or more batches.
+    """Updates a model, which is not wrapped for several processes, from the gradients of one or more batches.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network, on its device; not wrapped for several processes.
-    options : OptimizerOptions
-        How to update it.
-    scale_loss : bool
-        Whether to scale the loss, which float16 needs.
-
-    Attributes
-    ----------
-    optimizer : torch.optim.SGD
-    scaler : torch.amp.GradScaler
-        Switched off without `scale_loss`. Where gradients overflow it leaves the update out.
-    ema : AveragedModel or None
-        Moving average of the model, ``ema.module``: of its parameters and of its floating-point buffers, the running
-        statistics of batch normalisation, which fit averaged weights better than those of the last step do. Counters
-        are copied.
+    `scale_loss` scales the loss, which float16 needs, and leaves an update out if gradients overflow. ``ema.module`` is
+    the moving average of the model: of its parameters and of its floating-point buffers, the running statistics of
+    batch normalisation, which fit averaged weights better than those of the last step do. Counters are copied.
     """
 
     def __init__(self, model: nn.Module, options: OptimizerOptions, *, scale_loss: bool = False) -> None:
@@ -134,10 +110,10 @@ class Updater:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the model's own weights have to be loaded before.
+        """Resume from a state; the model's own weights have to be loaded before.
 
-        Options of the optimiser, such as the momentum, stay those that it was made with. A state without a moving
-        average, where there is to be one now, begins it anew.
+        Options of the optimiser, such as the momentum, stay those that it was made with. Without a moving average in
+        the state, it starts from the present weights.
         """
         options = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -148,6 +124,31 @@ class Updater:
         if self.ema is not None and "model_ema" in state:
             self.ema.module.load_state_dict(state["model_ema"])
             self.ema.n_averaged.fill_(state["ema_updates"])
+
+
+def train_on(
+    network: nn.Module,
+    updater: Updater,
+    batch: Sequence[torch.Tensor],
+    model: ModelOptions,
+    *,
+    label_smoothing: float = 0.0,
+    batches: int = 1,
+    is_last: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train on ``(images, labels, source_labels, lam)``, one of `batches` that make an update; return loss and logits.
+
+    The last of them updates the weights, after an all-reduce of the gradients where there are several processes.
+    """
+    images, labels, source_labels, lam = batch
+    with all_reduce(network, wanted=is_last):
+        with autocast(model, images.device):
+            logits = network(images)
+            loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, label_smoothing)
+        updater.backward(loss, batches)
+    if is_last:
+        updater.update()
+    return loss.detach(), logits.detach()
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -161,3 +162,41 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
                 old.copy_(new)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+class DivergenceWatch:
+    """Ends a run whose losses or weights are not finite, before a good checkpoint is lost.
+
+    Such losses are counted on the device: `max_nan_steps` in a row are too many. An error names `last`, the checkpoint
+    that a run would resume from.
+    """
+
+    def __init__(self, max_nan_steps: int, device: torch.device, last: Path) -> None:
+        self._max_nan_steps = max_nan_steps
+        self._last = last
+        self._in_a_row = torch.zeros((), device=device)
+
+    def count(self, loss: torch.Tensor) -> None:
+        """Take note of the loss of a step, without waiting for the GPU."""
+        self._in_a_row = torch.where(loss.detach().isfinite(), 0, self._in_a_row + 1)
+
+    def check_loss(self, loss: float, epoch: int, step: int) -> None:
+        """Raise ValueError if too many losses in a row were not finite; this waits for the GPU.
+
+        `loss` is that of `step` of `epoch`, both counted from 1.
+        """
+        count = int(self._in_a_row)
+        if count >= self._max_nan_steps:
+            msg = f"the loss became {loss} in epoch {epoch}, step {max(step - count + 1, 1)}; {self._advice()}"
+            raise ValueError(msg)
+
+    def check_weights(self, updater: Updater, epoch: int, step: int) -> None:
+        """Raise ValueError if a weight is not finite; this waits for the GPU."""
+        if not updater.is_finite():
+            msg = f"some weights are not finite after epoch {epoch}, step {step}; {self._advice()}"
+            raise ValueError(msg)
+
+    def _advice(self) -> str:
+        """Say what may help, and what is left of the training."""
+        left = f"{self._last} is from before" if self._last.exists() else "there is no checkpoint yet"
+        return f"a smaller --lr may help, more --lr-warmup-epochs, --clip-grad-norm 1, or --amp-dtype bf16; {left}"

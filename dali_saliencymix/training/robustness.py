@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.training import distributed, logs, metrics
-from dali_saliencymix.training.evaluation import ValidationLoader
+from dali_saliencymix.training import metrics
+from dali_saliencymix.training.evaluation import ValidationLoader, sums_over_images
 
 
 def fgsm(
@@ -25,30 +25,11 @@ def fgsm(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attack a batch with one step along the sign of the gradient.
+    """Return a batch after one step along the sign of the gradient, and the logits before it, both float32.
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Gives logits (N, K); in evaluation mode, in which no image has an influence on another one.
-    images : tensor of shape (N, C, H, W), floating
-        Normalised images.
-    labels : tensor of shape (N,), int64
-        True labels.
-    epsilon : float
-        Largest change of a pixel value, of 1.
-    mean, std : sequence of float
-        What the images were normalised with, C values each, for pixels in [0, 1].
+    The model is in evaluation mode, in which no image has an influence on another one. Images are normalised before and
+    after; the pixels behind them are in [0, 1] and not rounded to 8 bits.
 
-    Returns
-    -------
-    attacked : tensor of shape (N, C, H, W), float32
-        Normalised as `images`; the pixels behind them are in [0, 1] and not rounded to 8 bits.
-    logits : tensor of shape (N, K), float32
-        Of the images before the attack.
-
-    Notes
-    -----
     All of it is computed in float32, whatever autocast says. Only signs of gradients count: in float16 those of well
     classified images underflow to 0 and such an image would not be attacked at all, and bfloat16 has signs wrong where
     terms cancel.
@@ -77,36 +58,15 @@ def attacked_accuracy(
 ) -> dict[str, float]:
     """Return the top-1 accuracy before and after the attack on the same images; all processes have to call this.
 
-    Parameters
-    ----------
-    model, loader, processes
-        As for `dali_saliencymix.training.evaluation.evaluate`.
-    epsilon, mean, std
-        As for `fgsm`.
-
-    Returns
-    -------
-    dict
-        ``"epsilon"``; ``"clean_top1"`` and ``"attacked_top1"`` in percent; ``"images"``, how many there were. The same
-        in all processes.
+    The result holds ``"epsilon"``, ``"clean_top1"`` and ``"attacked_top1"`` in percent, and the number of ``"images"``.
     """
-    distributed.copy_buffers_from_main(model)
-    model.eval()
-    totals = metrics.Totals("clean", "attacked", "images", device=processes.device)
-    progress = logs.Progress("FGSM", len(loader), enabled=processes.is_main)
-    for images, labels in loader:
-        if len(images):  # a shard that ends early gives empty batches
-            attacked, clean_logits = fgsm(model, images, labels, epsilon=epsilon, mean=mean, std=std)
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                attacked_logits = model(attacked)
-            right = (metrics.correct_in_top(logits, labels, 1) for logits in (clean_logits, attacked_logits))
-            totals.add(*right, len(images))
-        progress.advance()
-    progress.close()
-    sums = totals.over_processes()
-    return {
-        "epsilon": epsilon,
-        "clean_top1": 100 * sums["clean"] / sums["images"],
-        "attacked_top1": 100 * sums["attacked"] / sums["images"],
-        "images": int(sums["images"]),
-    }
+
+    def count(images: torch.Tensor, labels: torch.Tensor) -> Sequence[torch.Tensor]:
+        attacked, clean_logits = fgsm(model, images, labels, epsilon=epsilon, mean=mean, std=std)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            attacked_logits = model(attacked)
+        return [metrics.correct_in_top(logits, labels, 1) for logits in (clean_logits, attacked_logits)]
+
+    sums = sums_over_images(model, loader, processes, ("clean", "attacked"), count, description="FGSM")
+    tops = {f"{name}_top1": 100 * sums[name] / sums["images"] for name in ("clean", "attacked")}
+    return {"epsilon": epsilon, **tops, "images": int(sums["images"])}

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from dali_saliencymix._checks import check_at_least, check_fraction, check_positive
-from dali_saliencymix.training.data_wait import STARVING_SHARE
 
 Batch = TypeVar("Batch")
 
+STARVING_SHARE = 0.2  # of the time: from here on the loader starves the step
 _OWN_COST_STEPS = 200
 
 
@@ -76,30 +76,57 @@ class Monitor:
         self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds waited, seconds in all
         self._waited = self._total = 0.0  # sums of what is in there
         self._starving_for = 0.0
+        self._step: tuple[float, float] | None = None  # when the batch in use was asked for, and its wait
         self.steps = 0
         self.warned = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin an epoch: the first batch after this pays for the loader's start, and the figures leave it out."""
+        self._begun, self.waited = self._clock(), 0.0
+        self._step = None
+        self._is_first = True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the epoch began, its first batch included. `waited` are those in which a batch was awaited."""
+        return self._clock() - self._begun
+
+    @property
+    def epoch_wait_share(self) -> float:
+        """Share, 0 to 1, of these seconds in which the host waited for data."""
+        return self.waited / max(self.seconds, 1e-9)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Give the batches, and time how long each takes to come and how long it is used.
+        """Give the batches of an epoch, and time how long each takes to come and how long it is used.
 
         The first batch of each call is left out: it pays for the loader's start.
         """
-        clock = self._clock
+        self.start()
         iterator = iter(batches)
-        first = True
         while True:
-            asked = clock()
             try:
-                batch = next(iterator)
+                batch = self.next(iterator)
             except StopIteration:
                 return
-            came = clock()
             yield batch
-            if first:
-                first = False
+
+    def next(self, iterator: Iterator[Batch]) -> Batch:
+        """Return the next batch, for loops that ask for it themselves: after `start`, and for the end as well."""
+        asked = self._clock()
+        if self._step is not None:
+            begun, waited = self._step
+            if self._is_first:
+                self._is_first = False
                 self.steps += 1
             else:
-                self.record(came - asked, clock() - asked)
+                self.record(waited, asked - begun)
+        try:
+            return next(iterator)
+        finally:
+            waited = self._clock() - asked
+            self._step = asked, waited
+            self.waited += waited
 
     def record(self, waited: float, total: float) -> None:
         """Take in a step, for loops that `watch` does not suit.

@@ -1,0 +1,201 @@
+"""What a run says of itself in words and figures: before it begins, after each epoch, and of a checkpoint."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dali_saliencymix.loaders.base import Batches, Data
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.environment import environment, resident_mib
+from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.training import evaluation
+from dali_saliencymix.training.activation_maps import save_activation_maps
+from dali_saliencymix.training.options import TrainingOptions
+from dali_saliencymix.training.robustness import attacked_accuracy
+from dali_saliencymix.training.run_log import duration, say
+
+Figures = dict[str, float]
+
+
+def run_facts(
+    options: TrainingOptions, processes: Processes, *, data: dict[str, Any], steps_per_epoch: int, backend: str
+) -> dict[str, Any]:
+    """Return what decides the result and the speed of a run; ``log.jsonl`` and ``report.json`` begin with it.
+
+    `data` says how many ``classes``, ``train_images`` and ``val_images`` there are, `backend` who makes the batches.
+    """
+    return {
+        "environment": environment(str(processes.device), "tensorboard", "wandb"),
+        "data": {**data, "backend": backend, "threads": options.data.workers},
+        "hardware_decoder": has_hardware_decoder(processes.device) if backend == "dali-gpu" else None,
+        "processes": processes.world_size,
+        "global_batch": options.data.batch_size * processes.world_size * options.optimizer.accumulation_steps,
+        "steps_per_epoch": steps_per_epoch,
+        "precision": options.model.precision,
+        "memory_format": "channels_last" if options.model.channels_last else "contiguous",
+    }
+
+
+def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
+    """Return four lines for the user: device, network and batch, mixing, data."""
+    here, data = facts["environment"], facts["data"]
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    driver = f", driver {here['driver']}" if here["driver"] and here["cuda"] else ""
+    schedule, mix, accumulated = options.schedule, options.data.mix, options.optimizer.accumulation_steps
+    sizes = [f"{options.data.batch_size} a process", f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"]
+    sizes += [f"{accumulated} steps an update"] if accumulated > 1 else []
+    mixing = "none" if mix is None else f"{mix.mode}, alpha {mix.alpha:g}, prob {mix.prob:g}"
+    if schedule.mix_off_epochs:
+        mixing += f", not in the last {schedule.mix_off_epochs} epochs"
+    growing = f"  |  sizes {' '.join(schedule.progressive_size)}" if schedule.progressive_size else ""
+    engine = {True: "yes", False: "no", None: "unknown" if data["backend"] == "dali-gpu" else "not used"}
+    return "\n".join(
+        [
+            f"{here['device']} x {facts['processes']}{driver}  |  {versions}",
+            f"{options.model.arch}, {facts['precision']}, {facts['memory_format']}  |  "
+            f"global batch {facts['global_batch']} ({', '.join(sizes)}), "
+            f"{facts['steps_per_epoch']} steps per epoch, {schedule.epochs} epochs",
+            f"mix {mixing}{growing}",
+            f"{data['classes']} classes, {data['train_images']} images, {data['val_images']} for validation  |  "
+            f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "
+            f"{engine[facts['hardware_decoder']]}",
+        ]
+    )
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    step: int,
+    train: Figures,
+    val: Figures | None,
+    ema: Figures | None,
+    memory: Figures,
+    seconds_left: float | None,
+) -> str:
+    """Say in one line how an epoch went, and when all will be done, at the pace of this one.
+
+    `epoch` is the number of whole epochs done; `step` is 0, or where a run has stopped in the next one.
+    """
+    line = f"epoch {epoch + 1}/{epochs}, stopped after step {step}  " if step else f"epoch {epoch}/{epochs}  "
+    for name, figures in (("val", val), ("moving average", ema)):
+        if figures:
+            top1, top5, loss = (figures[key] for key in ("top1", "top5", "loss"))
+            line += f"{name} top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}  |  "
+    line += (
+        f"train loss {train['loss']:.3f}  lam-weighted top-1 {train['mixed_top1']:.2f}  |  "
+        f"{train['images_per_second']:.0f} images/s  data wait {train['data_wait_share']:.0%}"
+    )
+    if memory:
+        line += f"  GPU memory {memory['gpu_peak_mib']:.0f} MiB"
+    return line + (f"  eta {duration(seconds_left)}" if seconds_left else "")
+
+
+def gpu_memory(device: torch.device) -> Figures:
+    """Return memory of a GPU in MiB; {} on a CPU.
+
+    ``gpu_peak_mib`` is the most that PyTorch's tensors took since the last call, without what DALI takes;
+    ``gpu_used_mib`` what all programs take there now.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_peak_mib": round(peak / 2**20, 1), "gpu_used_mib": round((total - free) / 2**20, 1)}
+
+
+def resources_in_use() -> dict[str, int]:
+    """Return what shows a leak: resident memory in MiB and number of open files; {} where Linux's /proc is not."""
+    resident = resident_mib()
+    if resident is None:
+        return {}
+    open_files = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+    return {"resident_mb": resident, "open_files": open_files}
+
+
+def has_hardware_decoder(device: torch.device) -> bool | None:
+    """Return whether a GPU has an engine for JPEG that DALI can use: tried by decoding a small image with it alone.
+
+    None on a CPU, and if it could not be found out.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from nvidia import nvimgcodec
+        from PIL import Image
+
+        jpeg = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(jpeg, "JPEG")
+        engine = nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)
+        decoder = nvimgcodec.Decoder(device_id=device.index or 0, backends=[engine])
+        return decoder.decode(jpeg.getvalue()) is not None
+    except Exception:  # whatever another version of the library says: the training does not depend on it
+        return None
+
+
+def report_on_checkpoint(
+    path: Path,
+    models: dict[str, nn.Module],
+    data: Data,
+    options: TrainingOptions,
+    processes: Processes,
+    validate: Callable[[Batches, nn.Module, evaluation.PerClass | None], Figures],
+) -> None:
+    """Validate the networks of a checkpoint, say and write what comes out; all processes have to call this.
+
+    `models` holds the network as ``"val"``, and the moving average of its weights, if there is one, as ``"val_ema"``.
+    What is asked for beyond top-1 and top-5 is of the last of them. `validate` validates one network, and counts its
+    answers class by class with a third argument.
+    """
+    classes, asked, output_dir = data.classes, options.evaluation, options.run.output_dir
+    if asked.cam_class is not None and asked.cam_class not in classes:
+        msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {asked.cam_class!r}"
+        raise ValueError(msg)
+    loader = data.val_loader(options.data, processes)
+    *_, (judged, model) = models.items()
+    counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
+    normalisation = {"mean": data.mean, "std": data.std}
+
+    report: dict[str, Any] = {"checkpoint": str(path), "arch": options.model.arch}
+    report["amp"] = options.model.amp_dtype if options.model.amp else None
+    for name in models:
+        val = report[name] = validate(loader, models[name], counts if name == judged else None)
+        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
+        say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
+    if asked.fgsm is not None:
+        found = report["fgsm"] = attacked_accuracy(model, loader, processes, epsilon=asked.fgsm, **normalisation)
+        result = f"top-1 {found['attacked_top1']:.2f} % attacked, {found['clean_top1']:.2f} % clean"
+        say(f"FGSM with epsilon {asked.fgsm:.4g}: {result}", enabled=processes.is_main)
+    per_class = counts.over_processes() if counts else None
+    if not processes.is_main:
+        return
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if per_class:
+        table = evaluation.unused_path(output_dir / "per_class.csv")
+        evaluation.write_per_class(table, classes, *per_class)
+        report["per_class_csv"] = str(table)
+    if asked.cam:
+        small = options.data.train_crop_size if options.data.dataset != "folder" else None  # of CIFAR: as they are
+        pictures = save_activation_maps(
+            model,
+            asked.cam,
+            output_dir / "cam",
+            classes=classes,
+            resize_size=small or options.data.val_resize_size,
+            crop_size=small or options.data.val_crop_size,
+            label=None if asked.cam_class is None else classes.index(asked.cam_class),
+            **normalisation,
+        )
+        report["cam"] = [str(picture) for picture in pictures]
+    target = asked.report or evaluation.unused_path(output_dir / "evaluation.json")
+    write_json(target, report)
+    say(f"result: {target}")

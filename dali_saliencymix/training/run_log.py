@@ -1,0 +1,368 @@
+"""What a run tells its user and leaves behind: lines, a progress bar, log, table, optional loggers, and a report."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import os
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from dali_saliencymix._json import finite
+from dali_saliencymix.measure.monitor import STARVING_SHARE
+from dali_saliencymix.measure.results import replace_file, write_json
+from dali_saliencymix.training.lockstep import Preempted
+
+LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
+    *("log.jsonl", "summary.csv", "tensorboard", "wandb_run_id.txt", "report.json"),
+)
+SCHEMA, VERSION = "dali-saliencymix/training", 1
+
+# The columns of the table, each a figure of `RunLog.write_epoch`.
+COLUMNS = (
+    "epoch",
+    *(f"train_{name}" for name in ("loss", "mixed_top1", "images", "seconds", "images_per_second")),
+    *("train_data_wait_share", "train_lr"),
+    *(f"val_{name}" for name in ("loss", "top1", "top5", "images", "seconds")),
+    *(f"val_ema_{name}" for name in ("loss", "top1", "top5")),
+    *("gpu_peak_mib", "time"),
+)
+
+
+def say(line: str, *, enabled: bool = True) -> None:
+    """Write a line to stdout, above any progress bar."""
+    if enabled:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(line: str, *, enabled: bool = True) -> None:
+    """Write a line to stderr, above any progress bar."""
+    if enabled:
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """Return a time as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Progress:
+    """A progress bar over `total` steps on a terminal; elsewhere one line each time something is shown."""
+
+    def __init__(self, description: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
+        self._description, self._total, self._step = description, total, done
+        self._lines = enabled and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=description,
+            unit="step",
+            disable=not enabled or self._lines,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._step += 1
+        self._bar.update()
+
+    def show(self, **values: str) -> None:
+        """Show figures beside the bar."""
+        if self._lines:
+            shown = "  ".join(f"{name} {value}" for name, value in values.items())
+            sys.stderr.write(f"{self._description} [{self._step}/{self._total}]  {shown}\n")
+        else:
+            self._bar.set_postfix(values, refresh=False)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+def write_event(log: Path, event: str, **values: Any) -> None:
+    """Append a JSON object as a line to a log. Numbers that are not finite are null: NaN is no JSON."""
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **finite(values)}, allow_nan=False) + "\n"
+    with open(log, "ab+") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":  # a full disk or a killed process left half a line
+                line = "\n" + line
+        stream.write(line.encode())
+
+
+class SummaryTable:
+    """A CSV file with a row for each whole epoch, replaced as a whole; rows after `epoch` are those of epochs to come.
+
+    Of a file that is there already, the rows up to `epoch` are kept.
+    """
+
+    def __init__(self, path: Path, *, epoch: int = 0) -> None:
+        self._path = path
+        self.rows: list[dict[str, str]] = []
+        if epoch and path.exists():
+            with open(path, newline="", encoding="utf-8") as stream:
+                rows = list(csv.DictReader(stream))
+            self.rows = [row for row in rows if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch]
+        self._write()
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """Add a row, in the place of one that may be there for its epoch."""
+        row = {name: "" if (value := finite(figures.get(name))) is None else str(value) for name in COLUMNS}
+        self.rows = [*(old for old in self.rows if old["epoch"] != row["epoch"]), row]
+        self._write()
+
+    def _write(self) -> None:
+        lines = [",".join(COLUMNS), *(",".join(row.get(name) or "" for name in COLUMNS) for row in self.rows)]
+        replace_file(self._path, "\n".join(lines) + "\n")
+
+    def figures(self) -> list[dict[str, float]]:
+        """Return the rows as numbers, without what is empty."""
+        return [{name: json.loads(text) for name, text in row.items() if name in COLUMNS and text} for row in self.rows]
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard. Those after `step`, of a run that this one resumes, are not shown any more."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            msg = "--tensorboard needs TensorBoard: pip install 'dali-saliencymix[tensorboard]'"
+            raise ImportError(msg) from error
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step and step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases, whose identity a file in the folder keeps: a resumed training continues it."""
+
+    def __init__(self, folder: Path, project: str, config: Mapping[str, Any], *, resumed: bool) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            msg = "--log-wandb needs Weights & Biases: pip install 'dali-saliencymix[wandb]'"
+            raise ImportError(msg) from error
+        kept = folder / WANDB_ID
+        identity = kept.read_text().strip() if resumed and kept.exists() else secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=project, id=identity, resume="allow", dir=str(folder), config=dict(finite(config))
+            )
+        except wandb.errors.Error as error:
+            msg = f"--log-wandb: Weights & Biases cannot begin a run: {' '.join(str(error).split())}"
+            raise ValueError(msg) from error
+        kept.write_text(identity + "\n")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class RunLog:
+    """Writes down what a run does; used in a ``with`` statement, whose end writes ``report.json``.
+
+    A file that cannot be written during the run does not end it: stderr says so each time, and the report counts the
+    records that are lost.
+
+    Parameters
+    ----------
+    folder : path or None
+        Output folder of the run. With None nothing is written, as in all processes but the main one.
+    facts : mapping
+        What log and report say of the run from its beginning: ``config`` and those of `report.run_facts`.
+    epoch, step : int
+        Epochs and, counted over all of them, steps done so far, by the checkpoint that is resumed.
+    resumed : bool
+        Whether this resumes a run of this folder.
+    tensorboard : bool
+        Whether to write for TensorBoard.
+    wandb_project : str, optional
+        Project of Weights & Biases to write to.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        facts: Mapping[str, Any],
+        *,
+        epoch: int = 0,
+        step: int = 0,
+        resumed: bool = False,
+        tensorboard: bool = False,
+        wandb_project: str | None = None,
+    ) -> None:
+        self._folder = folder
+        self._facts = facts
+        self._begun, self._epochs_before = time.monotonic(), epoch
+        self._seconds: dict[str, float] = dict.fromkeys(("training", "waiting", "validation"), 0.0)  # of this run
+        self._images = 0.0
+        self._last: dict[str, Any] | None = None
+        self.lost: Counter[str] = Counter()
+        self.status = "done"  # a run that ends before its last epoch has to set this to "stopped"
+        if folder is None:
+            return
+        if not resumed:
+            (folder / LOG).write_text("")
+        self._table = SummaryTable(folder / TABLE, epoch=epoch)
+        self._loggers: dict[str, _TensorBoard | _WeightsAndBiases] = {}
+        if tensorboard:
+            self._loggers["tensorboard"] = _TensorBoard(folder, step=step)
+        if wandb_project is not None:
+            self._loggers["wandb"] = _WeightsAndBiases(folder, wandb_project, facts.get("config", {}), resumed=resumed)
+        beginning = {**facts, **facts.get("environment", {})}  # what is looked up most stands at the top
+        beginning.pop("environment", None)
+        self.write_event("resume" if resumed else "start", epoch=epoch, total_steps=step, **beginning)
+
+    def write_event(self, event: str, **values: Any) -> None:
+        """Add a line to the log."""
+        if self._folder is not None:
+            self._try(LOG, functools.partial(write_event, self._folder / LOG, event, **values))
+
+    def write_step(self, total_steps: int, **figures: float) -> None:
+        """Write figures of the training at a step, counted over all epochs, to TensorBoard and Weights & Biases."""
+        if self._folder is not None:
+            self._to_loggers(total_steps, {f"train/step_{name}": value for name, value in figures.items()})
+
+    def write_epoch(
+        self,
+        epoch: int,
+        step: int,
+        total_steps: int,
+        *,
+        train: Mapping[str, float],
+        val: Mapping[str, float] | None = None,
+        val_ema: Mapping[str, float] | None = None,
+        **values: Any,
+    ) -> None:
+        """Write the figures of an epoch everywhere.
+
+        Parameters
+        ----------
+        epoch, step, total_steps : int
+            Whole epochs done; steps done of the next one, which is 0 unless the run ends within it, and then the table
+            gets no row; steps done over all epochs.
+        train, val, val_ema : mapping from str to float
+            Figures of the training, of the validation of the model, and of that of its moving average.
+        **values
+            Further figures: for the log, and for the table where it has a column of that name.
+        """
+        groups = {"train": train, "val": val, "val_ema": val_ema}
+        flat = {(group, name): value for group, given in groups.items() for name, value in (given or {}).items()}
+        row = {"epoch": epoch, "time": round(time.time(), 3), **{"_".join(key): flat[key] for key in flat}, **values}
+        self._last = {name: row[name] for name in COLUMNS if name in row} | {"step": step}
+        self._seconds["training"] += train["seconds"]
+        self._seconds["waiting"] += train["seconds"] * train["data_wait_share"]
+        self._seconds["validation"] += values.get("val_seconds", 0.0)
+        self._images += train["seconds"] * train["images_per_second"]
+        if self._folder is None:
+            return
+        self.write_event("epoch", epoch=epoch, step=step, total_steps=total_steps, **groups, **values)
+        if not step:
+            self._try(TABLE, functools.partial(self._table.write, row))
+        self._to_loggers(total_steps, {"epoch": epoch, **{"/".join(key): flat[key] for key in flat}})
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._folder is None:
+            return
+        words = None
+        if isinstance(error, KeyboardInterrupt):
+            self.status = "interrupted"
+        elif isinstance(error, Preempted):
+            self.status = "preempted"
+        elif error is not None:
+            self.status, words = "failed", _words_of(error)
+        for name, logger in self._loggers.items():
+            self._try(name, functools.partial(logger.close, failed=words is not None))
+        path = self._folder / REPORT
+        self._try(REPORT, lambda: write_json(path, self.report(words)))
+
+    def report(self, error: str | None = None) -> dict[str, Any]:
+        """Return what ``report.json`` holds; docs/outputs.md explains every entry."""
+        rows = self._table.figures()
+        done = self._last["epoch"] if self._last else self._epochs_before
+        seconds, training = self._seconds, self._seconds["training"]
+        share = seconds["waiting"] / training if training else None
+        of_rows = sum(row.get(name, 0.0) for row in rows for name in ("train_seconds", "val_seconds"))
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "status": self.status,
+            "error": error,
+            **self._facts,
+            "epochs_done": done,
+            "epochs_done_by_this_run": done - self._epochs_before,
+            "best": max((row for row in rows if "val_top1" in row), key=_judged, default=None),
+            "last": self._last,
+            "seconds": {
+                "this_run": round(time.monotonic() - self._begun, 3),
+                "training": round(training, 3),
+                "validation": round(seconds["validation"], 3),
+                "all_epochs": round(of_rows, 3),
+            },
+            "images_per_second": self._images / training if training else None,
+            "data_wait_share": share,
+            "bottleneck_hint": _hint(share),
+            "lost_records": dict(self.lost),
+        }
+
+    def _to_loggers(self, step: int, scalars: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in finite(scalars).items() if value is not None}
+        for name, logger in list(self._loggers.items()):
+            if not self._try(name, functools.partial(logger.write, step, numbers)):
+                del self._loggers[name]
+                warn(f"warning: {name} gets nothing more from this run")
+
+    def _try(self, name: str, write: Callable[[], object]) -> bool:
+        """Write, and say so if that fails: a full disk or a lost connection is no reason to end a training."""
+        try:
+            write()
+        except Exception as error:
+            self.lost[name] += 1
+            warn(f"warning: {name}: cannot be written, the training goes on without it: {_words_of(error)}")
+            return False
+        return True
+
+
+def _words_of(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _judged(row: Mapping[str, float]) -> float:
+    """Return the top-1 that decides on the best checkpoint: that of the moving average where there is one."""
+    return row.get("val_ema_top1", row["val_top1"])
+
+
+def _hint(data_wait_share: float | None) -> str | None:
+    if data_wait_share is None:
+        return None
+    waited = f"the training waited for its data for {data_wait_share:.0%} of its time"
+    if data_wait_share < STARVING_SHARE:
+        return f"{waited}: nothing to gain there"
+    return f"{waited}, as the host sees it; python -m dali_saliencymix bottleneck says what to do about it"
