@@ -29,8 +29,15 @@ from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training import checkpoints, distributed
 from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
-from dali_saliencymix.training.voc import CLASSES, TrainingOrder, VocImages, as_lists, training_target
-from dali_saliencymix.training.voc_ap import Detections, average_precision
+from dali_saliencymix.training.voc import (
+    CLASSES,
+    Detections,
+    VocImages,
+    as_lists,
+    average_precision,
+    training_order,
+    training_target,
+)
 
 ENTRIES = ("model", "optimizer", "iteration", "config", "random")
 # The options that decide what is trained: a run that goes on has to keep them.
@@ -201,7 +208,7 @@ class Transfer:
     def train(self, images: VocImages, log: Path) -> None:
         """Train to the last iteration."""
         args = self.args
-        order = TrainingOrder(
+        order = training_order(
             len(images), batch_size=args.batch_size, seed=args.seed, start=self.iteration, stop=args.iterations
         )
         # With a generator of its own, the loader draws nothing from the detector's.

@@ -20,7 +20,7 @@ from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.training import report as run_report
 from dali_saliencymix.training.lockstep import Preempted
-from dali_saliencymix.training.run_log import COLUMNS, RunLog, SummaryTable
+from dali_saliencymix.training.run_log import COLUMNS, RunLog, read_table
 from dali_saliencymix.training.samples import save_samples
 
 pytest_plugins = ["training_fixtures"]
@@ -236,8 +236,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_table_of_another_version_keeps_the_figures_that_both_know(tmp_path):
     (tmp_path / "summary.csv").write_text("epoch,val_top1,forgotten\n1,40.0,x\n2,50.0,y\n")
-    assert SummaryTable(tmp_path / "summary.csv", epoch=1).figures() == [{"epoch": 1, "val_top1": 40.0}]
-    assert table(tmp_path)[0]["val_top1"] == "40.0"
+    assert read_table(tmp_path / "summary.csv", 1) == [{"epoch": 1, "val_top1": 40.0}]
+    with RunLog(tmp_path, FACTS, epoch=1, resumed=True):
+        assert [(row["epoch"], row["val_top1"]) for row in table(tmp_path)] == [("1", "40.0")]
+    (tmp_path / "summary.csv").write_text("epoch,val_top1\n1,high\n")
+    with pytest.raises(ValueError, match=r"summary\.csv: not the table of a run"):
+        read_table(tmp_path / "summary.csv", 1)
 
 
 def test_pictures_show_the_pixels_before_the_normalisation(tmp_path):

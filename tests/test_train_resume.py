@@ -91,7 +91,8 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     ended = train_here(*options, "--restart-epoch", "--max-steps", "3")
     assert ended.status == 0
     assert (
-        "epoch 2 starts again with other data: batch_size was 8, is now 6; mix was saliencymix, is now none" in ended.err
+        "epoch 2 starts again with other data: batch_size was 8, is now 6; mix was saliencymix, is now none"
+        in ended.err
     )
     saved = load_checkpoint(half_run / LAST)
     assert (saved["epoch"], saved["step"], saved["restarts"]) == (1, 3, 1)

@@ -11,8 +11,15 @@ import pytest
 import torch
 from voc_fixtures import COLOURS, HEIGHT, SETS, WIDTH, write_annotation
 
-from dali_saliencymix.training.voc import CLASSES, Objects, TrainingOrder, VocImages, read_annotation
-from dali_saliencymix.training.voc_ap import Detections, average_precision
+from dali_saliencymix.training.voc import (
+    CLASSES,
+    Detections,
+    Objects,
+    VocImages,
+    average_precision,
+    read_annotation,
+    training_order,
+)
 
 pytest_plugins = ["voc_fixtures"]
 
@@ -89,7 +96,7 @@ def test_a_wrong_annotation_is_named(tmp_path, content, message):
 
 def test_each_pass_gives_every_image_once_in_another_order():
     def order(start, stop, seed=3):
-        return list(TrainingOrder(7, batch_size=3, seed=seed, start=start, stop=stop))
+        return list(training_order(7, batch_size=3, seed=seed, start=start, stop=stop))
 
     batches = order(0, 14)
     flat = [index for batch in batches for index in batch]

@@ -12,50 +12,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 
 from dali_saliencymix.datasets.damage import why_unusable
+from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.training.evaluation import unused_path
 
 
 class ActivationMaps(NamedTuple):
-    """Maps of one class for each image of a batch.
+    """Maps of one class for each image of a batch: the mean of a map and the bias of its class make the logit."""
 
-    Attributes
-    ----------
-    maps : tensor of shape (N, h, w), float32
-        Share of each position in the logit: their mean and the bias of the class make the logit. h and w are those of
-        the last feature map.
-    labels : tensor of shape (N,), int64
-        Which classes the maps are of.
-    probabilities : tensor of shape (N,), float32
-        What the network gives these classes.
-    """
-
-    maps: torch.Tensor
-    labels: torch.Tensor
-    probabilities: torch.Tensor
+    maps: torch.Tensor  # (N, h, w) float32, of the size of the last feature map
+    labels: torch.Tensor  # (N,) int64: which classes the maps are of
+    probabilities: torch.Tensor  # (N,) float32: what the network gives these classes
 
 
 @torch.no_grad()
 def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int | None = None) -> ActivationMaps:
-    """Return the map of a class for each image.
+    """Return the map of a class, by default of the predicted one, for each of the normalised images (N, C, H, W).
 
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A network in evaluation mode that ends in ``model.avgpool``, a mean over all positions, and ``model.fc``, a
-        linear layer, as torchvision's ResNets do.
-    images : tensor of shape (N, C, H, W), float32
-        Normalised images.
-    label : int, optional
-        The class; by default the one that the network takes the image for.
-
-    Raises
-    ------
-    ValueError
-        If the network ends in another way.
+    The network is in evaluation mode and has to end in ``model.avgpool``, a mean over all positions, and ``model.fc``,
+    a linear layer, as torchvision's ResNets do; otherwise this is a ValueError.
     """
     pooling, linear = (getattr(model, name, None) for name in ("avgpool", "fc"))
     if not isinstance(pooling, nn.Module) or not isinstance(linear, nn.Linear):
@@ -89,34 +66,10 @@ def save_activation_maps(
     std: Sequence[float],
     label: int | None = None,
 ) -> list[Path]:
-    """Write a picture for each image: what the network sees of it, and over it the map of a class.
+    """Write a picture for each file, what the network sees of it and over it the map of a class; return the paths.
 
-    Parameters
-    ----------
-    model, label
-        As for `class_activation_maps`; the network computes where its weights are.
-    files : sequence of path
-        Images to look at.
-    folder : Path
-        Where the pictures go, each called as its image, with a number where the name is taken.
-    classes : sequence of str
-        Names of the classes by label.
-    resize_size, crop_size : int
-        Short side of the images before the centre crop, and size of that, in pixels.
-    mean, std : sequence of float
-        What the network's images are normalised with, for pixels in [0, 1].
-
-    Returns
-    -------
-    list of Path
-        The pictures.
-
-    Raises
-    ------
-    ImportError
-        If Matplotlib is not installed.
-    ValueError
-        If a file cannot be decoded, or the network has no such maps.
+    A picture is called as its image, with a number where the name is taken. ImportError if Matplotlib is not installed,
+    ValueError if a file cannot be decoded or the network has no such maps.
     """
     try:
         from matplotlib.figure import Figure
@@ -152,12 +105,12 @@ def save_activation_maps(
 
 
 def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarray:
-    """Decode, turn by the EXIF orientation, resize the short side, crop the centre: (crop_size, crop_size, 3) uint8."""
+    """Return what a validation sees of an image, (crop_size, crop_size, 3) uint8."""
+    from dali_saliencymix.loaders.torch import FolderImages  # here: it imports torchvision, which takes seconds
+
     if why := why_unusable(file):
         msg = f"{file}: {why}"
         raise ValueError(msg)
-    from torchvision.transforms.v2.functional import center_crop, resize
-
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    return np.asarray(center_crop(resize(image, [resize_size]), [crop_size]))
+    folder = ImageFolder(Path(file).parent, [""], [str(file)], [0])
+    images, _ = FolderImages(folder, crop_size, resize_size=resize_size).read(np.zeros(1, np.int64), 0, 0)
+    return images[0]

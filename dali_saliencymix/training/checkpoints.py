@@ -107,12 +107,8 @@ def _numbered(folder: Path) -> list[tuple[tuple[int, int], Path]]:
 def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> dict[str, Any]:
     """Read a checkpoint, which has to hold `entries`, onto the CPU without running any code from it.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is no checkpoint of this project, is not whole, or holds more than tensors and plain values.
+    FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this project, is not whole, or
+    holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():

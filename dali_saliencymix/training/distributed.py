@@ -38,18 +38,12 @@ class OtherProcessError(RuntimeError):
 def start_processes(device: str = "auto") -> Processes:
     """Choose the device and join the process group, where ``torchrun`` has started this process.
 
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda"}
-        ``"auto"`` takes a GPU if there is one, and otherwise the CPU, which it says on stderr.
-
-    Raises
-    ------
-    ValueError
-        If a GPU is asked for and there is none for this process.
+    ``"auto"`` takes a GPU if there is one, and otherwise the CPU, which it says on stderr. ValueError if a GPU is asked
+    for and there is none for this process.
     """
     global _board, _control
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in given.items())
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = device
     if device == "auto":
@@ -73,9 +67,6 @@ def start_processes(device: str = "auto") -> Processes:
         _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         processes.use_group(_control)
     return Processes(rank, local_rank, world_size, chosen)
-
-
-_TORCHRUN = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def _die_with_parent() -> None:
@@ -102,19 +93,10 @@ def end(line: str, status: int) -> int:
 
 
 def fail(error: Exception, expected: tuple[type[Exception], ...], *, prog: str = "train.py") -> int:
-    """Write the line of an error to stderr and return the status 1; of several processes, end this one at once.
+    """Write the line of an error of `prog` to stderr and return the status 1; of several processes, end this at once.
 
-    What several processes have to say is written once, and nothing is written by those that only fail because another
-    one has failed.
-
-    Parameters
-    ----------
-    error : exception
-        What this process ends with.
-    expected : tuple of types
-        Errors whose text says it all. Others come with their traceback.
-    prog : str
-        How the program calls itself.
+    The text of `expected` errors says it all, others come with their traceback. What several processes have to say is
+    written once, and nothing is written by those that only fail because another one has failed.
     """
     lost = is_lost_connection(error)
     text = "another process of the run has ended without a word; was it killed?" if lost else str(error)

@@ -44,15 +44,7 @@ def correct_in_top(logits: torch.Tensor, labels: torch.Tensor, top: int) -> torc
 
 
 class Totals:
-    """Sums over an epoch, kept on the device in float64 until they are asked for.
-
-    Parameters
-    ----------
-    *names : str
-        What is summed.
-    device : torch.device
-        Where the sums are kept.
-    """
+    """Sums over an epoch of what `names` say, kept on the device in float64 until they are asked for."""
 
     def __init__(self, *names: str, device: torch.device) -> None:
         self._names = names

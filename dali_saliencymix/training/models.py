@@ -27,28 +27,11 @@ def model_names() -> list[str]:
 
 
 def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> nn.Module:
-    """Make a classifier with initial weights, drawn from PyTorch's generator.
+    """Make a classifier with initial weights, drawn from PyTorch's generator: images (N, 3, H, W) to logits (N, K).
 
-    Parameters
-    ----------
-    name : str
-        A ResNet of torchvision (those with ``resne`` in their names), ``"cifar_resnet18"``, ``"cifar_resnet50"`` or
-        ``"wrn_28_10"``.
-    num_classes : int
-        K, the length of the vector of logits.
-    dropout : float, optional
-        Of ``"wrn_28_10"``: probability in [0, 1) that a value between the convolutions of a block is dropped. By
-        default 0.3, with which the SaliencyMix paper trains it. The other models have no dropout.
-
-    Returns
-    -------
-    torch.nn.Module
-        Takes images (N, 3, H, W), returns logits (N, K).
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, or `dropout` is out of its range or given for a model that has none.
+    `name` is a ResNet of torchvision (those with ``resne`` in their names), ``"cifar_resnet18"``, ``"cifar_resnet50"``
+    or ``"wrn_28_10"``. `dropout` is that of ``"wrn_28_10"``, by default 0.3 as in the SaliencyMix paper; the others have
+    none. ValueError if the name is unknown, or `dropout` is out of range or given for a model without it.
     """
     from torchvision import models
 

@@ -103,34 +103,28 @@ def write_event(log: Path, event: str, **values: Any) -> None:
         stream.write(line.encode())
 
 
-class SummaryTable:
-    """A CSV file with a row for each whole epoch, replaced as a whole; rows after `epoch` are those of epochs to come.
+def read_table(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """Return the rows of a table up to an epoch as numbers, without what is empty: later ones will be done again."""
+    if not epoch or not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as stream:
+        texts = [{name: row[name] for name in COLUMNS if row.get(name)} for row in csv.DictReader(stream)]
+    try:
+        rows = [{name: json.loads(text) for name, text in row.items()} for row in texts]
+        return [row for row in rows if "epoch" in row and row["epoch"] <= epoch]
+    except (TypeError, ValueError) as error:
+        msg = f"{path}: not the table of a run: {error}"
+        raise ValueError(msg) from error
 
-    Of a file that is there already, the rows up to `epoch` are kept.
-    """
 
-    def __init__(self, path: Path, *, epoch: int = 0) -> None:
-        self._path = path
-        self.rows: list[dict[str, str]] = []
-        if epoch and path.exists():
-            with open(path, newline="", encoding="utf-8") as stream:
-                rows = list(csv.DictReader(stream))
-            self.rows = [row for row in rows if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch]
-        self._write()
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a CSV file with a row for each whole epoch, replacing it as a whole. What is not finite stays empty."""
 
-    def write(self, figures: Mapping[str, Any]) -> None:
-        """Add a row, in the place of one that may be there for its epoch."""
-        row = {name: "" if (value := finite(figures.get(name))) is None else str(value) for name in COLUMNS}
-        self.rows = [*(old for old in self.rows if old["epoch"] != row["epoch"]), row]
-        self._write()
+    def cell(value: Any) -> str:
+        return "" if finite(value) is None else str(value)
 
-    def _write(self) -> None:
-        lines = [",".join(COLUMNS), *(",".join(row.get(name) or "" for name in COLUMNS) for row in self.rows)]
-        replace_file(self._path, "\n".join(lines) + "\n")
-
-    def figures(self) -> list[dict[str, float]]:
-        """Return the rows as numbers, without what is empty."""
-        return [{name: json.loads(text) for name, text in row.items() if name in COLUMNS and text} for row in self.rows]
+    lines = [COLUMNS, *([cell(row.get(name)) for name in COLUMNS] for row in rows)]
+    replace_file(path, "".join(",".join(line) + "\n" for line in lines))
 
 
 class _TensorBoard:
@@ -225,7 +219,8 @@ class RunLog:
             return
         if not resumed:
             (folder / LOG).write_text("")
-        self._table = SummaryTable(folder / TABLE, epoch=epoch)
+        self._rows = read_table(folder / TABLE, epoch)
+        write_table(folder / TABLE, self._rows)
         self._loggers: dict[str, _TensorBoard | _WeightsAndBiases] = {}
         if tensorboard:
             self._loggers["tensorboard"] = _TensorBoard(folder, step=step)
@@ -280,7 +275,8 @@ class RunLog:
             return
         self.write_event("epoch", epoch=epoch, step=step, total_steps=total_steps, **groups, **values)
         if not step:
-            self._try(TABLE, functools.partial(self._table.write, row))
+            self._rows = [*(old for old in self._rows if old["epoch"] != epoch), row]
+            self._try(TABLE, functools.partial(write_table, self._folder / TABLE, self._rows))
         self._to_loggers(total_steps, {"epoch": epoch, **{"/".join(key): flat[key] for key in flat}})
 
     def __enter__(self) -> RunLog:
@@ -305,7 +301,7 @@ class RunLog:
 
     def report(self, error: str | None = None) -> dict[str, Any]:
         """Return what ``report.json`` holds; docs/outputs.md explains every entry."""
-        rows = self._table.figures()
+        rows = [{name: row[name] for name in COLUMNS if finite(row.get(name)) is not None} for row in self._rows]
         done = self._last["epoch"] if self._last else self._epochs_before
         seconds, training = self._seconds, self._seconds["training"]
         share = seconds["waiting"] / training if training else None

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-_MARGIN, _LINE, _LEAST_WIDTH = 4, 13, 150  # pixels
+_MARGIN, _LINE, _SMALLEST_WIDTH = 4, 13, 150  # pixels
 
 
 def save_samples(
@@ -24,38 +24,15 @@ def save_samples(
     std: Sequence[float],
     count: int = 16,
 ) -> None:
-    """Draw the first images of a training batch in a grid, each above its classes and their weights.
-
-    Parameters
-    ----------
-    path : path
-        Picture to write; the ending decides on its format.
-    images : Tensor of shape (N, 3, H, W), floating point
-        Normalised images, on any device.
-    labels, source_labels : Tensor of shape (N,), integer
-        Classes of receiver and source.
-    lam : Tensor of shape (N,), floating point
-        Weights of `labels`; 1 is an image that is not mixed.
-    classes : sequence of str
-        Names of the classes.
-    mean, std : sequence of float
-        Of the red, green and blue channel, 0 to 1: what the normalisation has subtracted and divided by.
-    count : int
-        How many images to draw, if there are so many.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    """
+    """Draw the first `count` normalised images of a training batch in a grid, each above its classes and weights."""
     pixels = images[:count].float().cpu()
     shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
     pixels = (255 * (pixels * scale + shift)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     height, width = pixels.shape[1:3]
     columns = math.ceil(len(pixels) ** 0.5)
     rows = -(-len(pixels) // columns)
-    # Small images are enlarged by a whole number, so that each of their pixels stays to be seen.
-    zoom = max(_LEAST_WIDTH // width, 1)
+    # Small images are enlarged by an integer, so that each of their pixels stays visible.
+    zoom = max(_SMALLEST_WIDTH // width, 1)
     cell_width, cell_height = width * zoom + _MARGIN, height * zoom + _MARGIN + 2 * _LINE
     sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)

@@ -12,16 +12,7 @@ from dali_saliencymix.training.options import ScheduleOptions
 
 
 def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> float:
-    """Return the learning rate at a point of training.
-
-    Parameters
-    ----------
-    epoch : float
-        Epochs done, with fraction, in [0, schedule.epochs).
-    schedule : ScheduleOptions
-        How the rate changes.
-    base : float
-        The rate after the warm-up.
+    """Return the learning rate after `epoch` epochs, with fraction; `base` is that after the warm-up.
 
     Examples
     --------
@@ -39,20 +30,10 @@ def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> fl
 
 
 class Phase(NamedTuple):
-    """Epochs whose training images are made in the same way.
+    """Epochs whose training images are made in the same way."""
 
-    Attributes
-    ----------
-    begin : int
-        The first of these epochs, counted from 0.
-    crop_size : int
-        Height and width of the images.
-    mixing : bool
-        Whether images are mixed.
-    """
-
-    begin: int
-    crop_size: int
+    begin: int  # the first of these epochs, counted from 0
+    crop_size: int  # height and width of the images
     mixing: bool
 
     def applied_to(self, options: DataOptions) -> DataOptions:
@@ -61,16 +42,7 @@ class Phase(NamedTuple):
 
 
 def phase_at(epoch: int, schedule: ScheduleOptions, *, crop_size: int) -> Phase:
-    """Return the phase that an epoch belongs to.
-
-    Parameters
-    ----------
-    epoch : int
-        Counted from 0.
-    schedule : ScheduleOptions
-        Which epochs differ.
-    crop_size : int
-        Size of the images until `schedule.progressive_size` names another one.
+    """Return the phase of an epoch; `crop_size` is that until `schedule.progressive_size` names another one.
 
     Examples
     --------

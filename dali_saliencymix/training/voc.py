@@ -1,7 +1,15 @@
-"""Pascal VOC for object detection: images with the boxes of their objects, in the order of a training or one by one."""
+"""Pascal VOC for object detection: images with their objects, the order of a training, and average precision.
+
+Average precision is as VOC defines it, in both of its forms. A detection is right if it overlaps (intersection over
+union of at least 0.5) with an object of its class that no detection of a higher score has taken; every further
+detection of the same object is wrong. Objects marked as difficult count for nothing: neither is one missed, nor is a
+detection of one right or wrong. COCO's measure, which libraries offer under the same name, differs in all of this: 101
+points of recall, another matching, no difficult objects.
+"""
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,47 +18,37 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torchvision.datasets import VOCDetection
+from torchvision.ops import box_iou
 
 # A detector's label of the first class is 1; 0 is the background.
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+MIN_OVERLAP = 0.5
 
 
 class Objects(NamedTuple):
-    """What is in an image.
+    """What is in an image. Boxes are half-open: the pixels numbered from 1 to 3 in a VOC file are from 0 to 3 here."""
 
-    Attributes
-    ----------
-    boxes : tensor of shape (M, 4), float32
-        (x0, y0, x1, y1) in pixels, half-open: the pixels numbered from 1 to 3 in a VOC file are from 0 to 3 here.
-    labels : tensor of shape (M,), int64
-        1 to 20, as `CLASSES`.
-    difficult : tensor of shape (M,), bool
-        Objects that VOC leaves out of the score.
-    """
+    boxes: torch.Tensor  # (M, 4) float32: x0, y0, x1, y1 in pixels
+    labels: torch.Tensor  # (M,) int64: 1 to 20, as CLASSES
+    difficult: torch.Tensor  # (M,) bool: objects that VOC leaves out of the score
 
-    boxes: torch.Tensor
-    labels: torch.Tensor
-    difficult: torch.Tensor
+
+class Detections(NamedTuple):
+    """What a detector found in an image."""
+
+    boxes: torch.Tensor  # (D, 4) float32, as those of Objects
+    labels: torch.Tensor  # (D,) int64
+    scores: torch.Tensor  # (D,) float32, of which only the order counts
 
 
 class VocImages(torch.utils.data.Dataset[tuple[torch.Tensor, Objects]]):
     """Images of one or more sets of VOC; an index is (number of the image, whether to mirror it).
 
-    Parameters
-    ----------
-    root : path
-        Folder that holds ``VOCdevkit/VOC2007`` and so on, as VOC's archives unpack.
-    sets : sequence of str
-        Year and name of each set, as ``"2007:trainval"``.
-
-    Raises
-    ------
-    ValueError
-        If a set is not there or is empty, or one of its files is missing or says what cannot be. All annotations are
-        read here.
+    `root` holds ``VOCdevkit/VOC2007`` and so on, as VOC's archives unpack; a set is named as ``"2007:trainval"``. All
+    annotations are read here. ValueError if a set is missing or empty, or one of its files is missing or invalid.
     """
 
     def __init__(self, root: Path, sets: Sequence[str]) -> None:
@@ -90,13 +88,7 @@ class VocImages(torch.utils.data.Dataset[tuple[torch.Tensor, Objects]]):
 
 
 def read_annotation(file: str) -> Objects:
-    """Read the objects of one image from its XML file.
-
-    Raises
-    ------
-    ValueError
-        If the file is not there or no such XML, or an object has an unknown class or an empty box.
-    """
+    """Read the objects of one image; ValueError if there is no such XML, or an unknown class or an empty box in it."""
     try:
         parsed = VOCDetection.parse_voc_xml(ET.parse(file).getroot())["annotation"]
         entries = [
@@ -124,44 +116,26 @@ def read_annotation(file: str) -> Objects:
     return Objects(boxes, labels, torch.tensor([difficult for *_, difficult in entries], dtype=torch.bool))
 
 
-class TrainingOrder:
-    """The images of the batches of a training, each image once in each pass, half of them mirrored at random.
+def training_order(
+    images: int, *, batch_size: int, seed: int, start: int, stop: int
+) -> Iterator[list[tuple[int, bool]]]:
+    """Yield indices of `VocImages` for the batches from `start` to `stop`.
 
-    Everything is drawn here and from the seed alone: batch i is the same wherever the training starts.
-
-    Parameters
-    ----------
-    images : int
-        How many there are.
-    batch_size : int
-        Images in a batch.
-    seed : int
-        Seed of order and mirroring.
-    start, stop : int
-        First batch, and the one that is not given any more.
+    Each image comes once in each pass, mirrored with a probability of 1/2. Everything is drawn here and from the seed
+    alone: batch i is the same wherever the training starts.
     """
-
-    def __init__(self, images: int, *, batch_size: int, seed: int, start: int, stop: int) -> None:
-        self._images, self._batch_size, self._seed = images, batch_size, seed
-        self._start, self._stop = start, stop
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        """Give the indices of each batch, for `VocImages`."""
-        drawn_for, order, mirrored = -1, [0], [0]
-        for batch in range(self._start, self._stop):
-            indices = []
-            for place in range(batch * self._batch_size, (batch + 1) * self._batch_size):
-                epoch, number = divmod(place, self._images)
-                if epoch != drawn_for:
-                    generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-                    order = torch.randperm(self._images, generator=generator).tolist()
-                    mirrored = torch.randint(2, (self._images,), generator=generator).tolist()
-                    drawn_for = epoch
-                indices.append((order[number], bool(mirrored[number])))
-            yield indices
+    drawn_for, order, mirrored = -1, [0], [0]
+    for batch in range(start, stop):
+        indices = []
+        for place in range(batch * batch_size, (batch + 1) * batch_size):
+            epoch, number = divmod(place, images)
+            if epoch != drawn_for:
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(images, generator=generator).tolist()
+                mirrored = torch.randint(2, (images,), generator=generator).tolist()
+                drawn_for = epoch
+            indices.append((order[number], bool(mirrored[number])))
+        yield indices
 
 
 def as_lists(batch: list[tuple[torch.Tensor, Objects]]) -> tuple[list[torch.Tensor], list[Objects]]:
@@ -173,3 +147,56 @@ def training_target(objects: Objects, device: torch.device) -> dict[str, Any]:
     """Return what a detector of torchvision is trained on: the objects that are not difficult."""
     kept = ~objects.difficult
     return {"boxes": objects.boxes[kept].to(device), "labels": objects.labels[kept].to(device)}
+
+
+class AveragePrecision(NamedTuple):
+    """Average precision of one class, in percent; NaN for a class without objects."""
+
+    eleven_point: float  # mean over the recalls 0, 0.1, ..., 1 of the best precision at that recall or a higher one
+    area: float  # area under the best precision at each recall or a higher one: VOC's since 2010
+    objects: int  # objects of the class that are not difficult
+
+
+def average_precision(detections: Sequence[Detections], objects: Sequence[Objects], label: int) -> AveragePrecision:
+    """Return the average precision of a class, from what was found and what there is in each image, on the CPU."""
+    count = sum(int(((each.labels == label) & ~each.difficult).sum()) for each in objects)
+    if not count:
+        return AveragePrecision(math.nan, math.nan, 0)
+    outcomes: list[tuple[float, bool]] = []
+    for found, there in zip(detections, objects, strict=True):
+        outcomes += _outcomes(found, there, label)
+    outcomes.sort(key=lambda outcome: -outcome[0])  # stable: equal scores stay in the order of the images
+
+    # Precision after each detection that adds to the recall, that is for recalls of 1, 2, ... of `count` objects.
+    precisions: list[float] = []
+    for rank, (_, right) in enumerate(outcomes, start=1):
+        if right:
+            precisions.append((len(precisions) + 1) / rank)
+    best = precisions[:]
+    for place in reversed(range(len(best) - 1)):
+        best[place] = max(best[place], best[place + 1])
+    # The first place whose recall, (place + 1) / count, reaches tenth / 10; in integers, which do not round.
+    places = [max(-(-tenth * count // 10) - 1, 0) for tenth in range(11)]
+    eleven_point = sum(best[place] for place in places if place < len(best)) / 11
+    return AveragePrecision(100 * eleven_point, 100 * sum(best) / count, count)
+
+
+def _outcomes(found: Detections, there: Objects, label: int) -> list[tuple[float, bool]]:
+    """Return score and rightness of the detections of a class in an image that count."""
+    mine = found.labels == label
+    scores, order = found.scores[mine].sort(descending=True, stable=True)
+    present = there.labels == label
+    boxes, difficult = there.boxes[present], there.difficult[present].tolist()
+    if not len(boxes):
+        return [(score, False) for score in scores.tolist()]
+    overlaps, nearest = box_iou(found.boxes[mine][order], boxes).max(dim=1)
+    outcomes = []
+    taken = set()
+    for score, overlap, number in zip(scores.tolist(), overlaps.tolist(), nearest.tolist(), strict=True):
+        enough = overlap >= MIN_OVERLAP
+        if enough and difficult[number]:
+            continue
+        outcomes.append((score, enough and number not in taken))
+        if enough:
+            taken.add(number)
+    return outcomes

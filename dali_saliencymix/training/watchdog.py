@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import platform
@@ -40,19 +41,10 @@ def _is_first() -> bool:
 
 
 class Watchdog:
-    """Ends the process with status 1 if no `beat` comes for too long.
+    """Ends the process with status 1 if no `beat` comes for `seconds`, or half as long again if it waits for no data.
 
-    It writes what the process was doing, the files that it was waiting for where that can be found out, and the
-    Python stack of every thread.
-
-    Parameters
-    ----------
-    seconds : float
-        Time to wait for data before the process is ended; for other things half as long again. 0 waits for ever.
-    rank : int
-        Number of this process in the run.
-    roots : sequence of path
-        Folders of the data, whose files are worth naming.
+    It writes what the process was doing, the files below `roots` that it was waiting for where that can be found out,
+    and the Python stack of every thread. With 0 it waits for ever.
     """
 
     def __init__(self, seconds: float, rank: int = 0, roots: Sequence[str | Path] = ()) -> None:
@@ -102,12 +94,8 @@ class Watchdog:
         if not _is_first() and doing == WAITING_FOR_OTHERS:
             return  # the one that is waited for is about to say why, and ends
         stalled, open_files = stalled_files(self._roots)
-        if stalled:
-            why = f"; no answer from {', '.join(stalled[:5])}"
-        elif open_files:
-            why = f"; open at this moment: {', '.join(open_files[:5])}"
-        else:
-            why = ""
+        said = ("no answer from", stalled) if stalled else ("open at this moment:", open_files)
+        why = f"; {said[0]} {', '.join(said[1][:5])}" if said[1] else ""
         after = f"no progress for {seconds:.0f} seconds (--stall-timeout {self._seconds:g})"
         sys.stderr.write(f"train.py: error: process {self._rank}: {after} while {doing}{why}\n")
         sys.stderr.flush()
@@ -133,11 +121,8 @@ def stalled_files(roots: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _read_a_little(path: str, answered: threading.Event) -> None:
-    try:
-        with open(path, "rb") as stream:
-            stream.read(1)
-    except OSError:  # an error is an answer
-        pass
+    with contextlib.suppress(OSError), open(path, "rb") as stream:  # an error is an answer
+        stream.read(1)
     answered.set()
 
 
@@ -150,13 +135,11 @@ def _files_in_system_calls() -> list[str]:
     arguments = _NAMES_A_FILE.get(platform.machine(), {})
     paths = []
     for task in _listed("/proc/self/task"):
-        try:
-            words = Path(f"/proc/self/task/{task}/syscall").read_text().split()
-            if words[0].isdecimal() and int(words[0]) in arguments:
-                address = int(words[1 + arguments[int(words[0])]], 16)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            number, *values = Path(f"/proc/self/task/{task}/syscall").read_text().split()
+            if number.isdecimal() and int(number) in arguments:
+                address = int(values[arguments[int(number)]], 16)
                 paths.append(os.path.abspath(os.fsdecode(_text_at(address))))
-        except (OSError, ValueError, IndexError):
-            continue
     return list(dict.fromkeys(paths))
 
 
@@ -174,20 +157,13 @@ def _open_files() -> list[str]:
     """Return the files that this process has open, and those that it has mapped into memory."""
     paths = []
     for number in _listed("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):
             paths.append(os.readlink(f"/proc/self/fd/{number}"))
-        except OSError:
-            continue
-    try:
+    with contextlib.suppress(OSError):
         maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        maps = []
-    paths += [line[line.index("/") :] for line in maps if "/" in line]
+        paths += [line[line.index("/") :] for line in maps if "/" in line]
     return list(dict.fromkeys(paths))
 
 
 def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+    return os.listdir(folder) if os.path.isdir(folder) else []
