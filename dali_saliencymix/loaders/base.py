@@ -1,6 +1,6 @@
 """What a data set and a loader are, whoever makes the batches.
 
-A training batch is ``(images, labels, source_labels, lam)``, one of validation ``(images, labels)``: see
+A training batch is ``(images, labels, source_labels, lam)``, a validation batch ``(images, labels)``: see
 `dali_saliencymix.loaders.dali.Loader`.
 """
 
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,17 +24,34 @@ class LoaderError(RuntimeError):
     """A batch could not be made. The text says why in one line, and names the file where it is known."""
 
 
-class Batches(Protocol):
-    """What all loaders are."""
+class Batches(ABC):
+    """The batches of one process.
+
+    Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
+    """
+
+    _length: int  # batches in a whole epoch
+    _step: int  # batches given in this epoch
 
     def __len__(self) -> int:
         """Return the number of batches in a whole epoch, the same for all processes."""
+        return self._length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Give the batches that are left of the epoch."""
+        while self._step < self._length:
+            batch = self._next_batch()
+            self._step += 1
+            yield batch
+        self._step = 0
 
+    def _next_batch(self) -> tuple[torch.Tensor, ...]:
+        """Return the batch at `_step`: for loaders that have no `__iter__` of their own."""
+        raise NotImplementedError
+
+    @abstractmethod
     def state(self) -> Any:
-        """Return plain values from which another loader of the same making goes on."""
+        """Return plain values that a loader of the same kind resumes from: taken between two batches, at the second."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Data(ABC):
     mean, std : tuple of float
         What images are normalised with, for pixels in 0..1.
     fingerprint : dict from str to str or int
-        What decides the batches of a training beside its options. A training that resumes has to find the same.
+        What decides the batches of a training beside its options. A resumed training has to find the same.
     """
 
     classes: list[str]
@@ -96,31 +113,26 @@ def chosen_backend(options: DataOptions) -> str:
     return "dali-gpu" if on_gpu else "dali-cpu"
 
 
-def check_share(options: DataOptions, processes: Processes, images: int, root: Path) -> None:
+def check_share(images: int, world_size: int, batch_size: int, root: Path, name: str = "--batch-size") -> None:
     """Require enough training images for one batch on each process."""
-    share = images // processes.world_size
-    if share < options.batch_size:
+    share = images // world_size
+    if share < batch_size:
         msg = (
-            f"--batch-size must be at most {share}, the share that each of {processes.world_size} processes has of the "
-            f"{images} images in {root}, got {options.batch_size}"
+            f"{name} must be at most {share}, the share that each of {world_size} processes has of the {images} images "
+            f"in {root}, got {batch_size}"
         )
         raise ValueError(msg)
 
 
-def fingerprint_of(options: DataOptions, train: int, val: int, train_digest: str) -> dict[str, str | int]:
-    """Return the fingerprint of a data set with so many images; `train_digest` is of the training images."""
+def fingerprint_of(options: DataOptions, train: int, val: int, *train_content: bytes) -> dict[str, str | int]:
+    """Return the fingerprint of a data set with so many images; `train_content` is what a digest is made of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in train_content:
+        digest.update(part)
     return {
         "dataset": options.dataset,
         "data_backend": chosen_backend(options),
         "train_images": train,
         "val_images": val,
-        "train_digest": train_digest,
+        "train_digest": digest.hexdigest() if train_content else "",
     }
-
-
-def digest(*parts: bytes) -> str:
-    """Return a digest of bytes, 32 hexadecimal digits."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()

@@ -7,7 +7,7 @@ accounts for. So the peaks are found before the padding and move with the crop.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,9 @@ from nvidia.dali.types import BatchInfo
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
-from dali_saliencymix.loaders.base import (
-    Batches,
-    Data,
-    LoaderError,
-    check_share,
-    chosen_backend,
-    digest,
-    fingerprint_of,
-)
-from dali_saliencymix.loaders.dali import LoaderState, device_arguments, process_on
-from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
+from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
+from dali_saliencymix.loaders.dali import LoaderState, as_documented, device_arguments, process_on
+from dali_saliencymix.loaders.imagenet import OUTPUTS, decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
@@ -89,43 +81,13 @@ def cifar_training_pipeline(
 
 
 @pipeline_def(enable_checkpointing=True)
-def cifar_array_pipeline(
-    source: Callable[[BatchInfo], tuple[NDArray[np.uint8], NDArray[np.int32]]],
-    *,
-    mix: MixOptions | None,
-    size: int = SIZE,
-    padding: int = 4,
-    hflip_prob: float = 0.5,
-    channels_last: bool = False,
-    process_on: str = "cpu",
-    device: str = "cpu",
+def _array_pipeline(
+    source: _Batches, options: DataOptions, process_on: str, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Do what `cifar_training_pipeline` does to images that are in memory already.
-
-    Parameters
-    ----------
-    source : callable
-        Gives images (N, size, size, 3) uint8 and labels (N, 1) int32 of the batch with a number. That number is all
-        that a checkpoint holds of it, so it must depend on nothing else.
-    mix, size, padding
-        As for `cifar_training_pipeline`.
-    hflip_prob : float
-        Probability that an image is mirrored.
-    channels_last : bool
-        Images come out as HWC, else as CHW.
-    process_on : {"cpu", "gpu"}
-        Where images are processed.
-    device : {"cpu", "gpu"}
-        Where they come out; "gpu" if `process_on` is.
-
-    Returns
-    -------
-    images, labels, source_labels, lam : DataNode
-        As from `cifar_training_pipeline`.
-    """
+    """Do what `cifar_training_pipeline` does to images that are in memory already."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
-    images = to_device(process_on, images)
-    return _augmented(images, label, mix, size, padding, hflip_prob, channels_last, device)
+    images, padding = to_device(process_on, images), options.crop_padding
+    return _augmented(images, label, options.mix, SIZE, padding, options.hflip_prob, options.channels_last, device)
 
 
 @do_not_convert
@@ -180,36 +142,18 @@ def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
     return math.clamp(peaks - corner, 0, size - 1)
 
 
-class CifarLoader:
-    """Training batches of images in memory, processed by DALI.
-
-    Every epoch has an order of its own; the end that fills no batch is left out. A batch is images (N, 3, 32, 32)
-    float32, labels and labels of the sources (N,) int64, and weights (N,) float32.
-
-    Parameters
-    ----------
-    cifar : CifarImages
-        The images.
-    options : DataOptions
-        What the batches are like. Give all processes the same ones.
-    processes : Processes
-        Which process this is, and where the tensors lie.
-    state : LoaderState, optional
-        To go on from; everything else has to be as it was for its loader.
-    """
+class _CifarLoader(Batches):
+    """Training batches of images in memory, processed by DALI; the end that fills no batch is left out."""
 
     def __init__(
-        self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None = None
+        self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None
     ) -> None:
         batch_size, rank, world_size = options.batch_size, processes.rank, processes.world_size
         self._length = len(cifar) // world_size // batch_size
-        pipeline = cifar_array_pipeline(
+        pipeline = _array_pipeline(
             _Batches(cifar, batch_size, self._length, options.seed, rank, world_size),
-            mix=options.mix,
-            padding=options.crop_padding,
-            hflip_prob=options.hflip_prob,
-            channels_last=options.channels_last,
-            process_on=process_on(options, processes),
+            options,
+            process_on(options, processes),
             batch_size=batch_size,
             num_threads=options.workers,
             seed=options.seed + rank,
@@ -217,35 +161,20 @@ class CifarLoader:
             **device_arguments(processes.device),
         )
         # The source never ends: epochs are counted here.
-        self._iterator = DALIGenericIterator([pipeline], list(_NAMES), prepare_first_batch=False)
-        self.bad_files: list[str] = []  # of no file: they are arrays by now
+        self._iterator = DALIGenericIterator([pipeline], list(OUTPUTS), prepare_first_batch=False)
         self._channels_last = options.channels_last
         self._step = state["step"] if state else 0
 
-    def __len__(self) -> int:
-        """Return the number of batches in a whole epoch: the same for all shards."""
-        return self._length
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches that are left of the epoch."""
-        while self._step < self._length:
-            try:
-                (batch,) = next(self._iterator)
-            except RuntimeError as error:
-                raise LoaderError(" ".join(str(error).split())) from error
-            self._step += 1
-            images, labels, source_labels, lam = (batch[name] for name in _NAMES)
-            images = images.permute(0, 3, 1, 2) if self._channels_last else images
-            yield images, labels.flatten().long(), source_labels.flatten().long(), lam
-        self._step = 0
+    def _next_batch(self) -> tuple[torch.Tensor, ...]:
+        try:
+            (batch,) = next(self._iterator)
+        except RuntimeError as error:
+            raise LoaderError(" ".join(str(error).split())) from error
+        return as_documented(batch, OUTPUTS, self._channels_last)
 
     def state(self) -> LoaderState:
-        """Return where the loader stands; taken between two batches, it leads to the second one."""
         (pipeline,) = self._iterator.checkpoints()
         return {"pipeline": pipeline, "step": self._step}
-
-
-_NAMES = ("images", "labels", "source_labels", "lam")
 
 
 @dataclass(frozen=True)
@@ -281,7 +210,7 @@ def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarD
         msg = f"{options.data}: holds other classes than those asked for, the first of which is {classes[0]!r}"
         raise ValueError(msg)
     counts = len(train), len(val)
-    fingerprint = fingerprint_of(options, *counts, digest(train.images.tobytes(), train.labels.tobytes()))
+    fingerprint = fingerprint_of(options, *counts, train.images.tobytes(), train.labels.tobytes())
     return CifarData(train.classes, *counts, Path(options.data), fingerprint, train, val)
 
 
@@ -302,7 +231,7 @@ class CifarData(Data):
         if options.color_jitter:
             msg = f"--color-jitter must be 0 with --dataset {options.dataset}, got {options.color_jitter}"
             raise ValueError(msg)
-        check_share(options, processes, len(self.train), self.root)
+        check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         mix, padding = options.mix, options.crop_padding
         before = mix is not None and _detects_before_padding(mix, padding)
         for name in ("source", "destination") if before else ():
@@ -315,7 +244,7 @@ class CifarData(Data):
         if chosen_backend(options) == "pytorch":
             images = PaddedImages(self.train, padding, mix.saliency if mix is not None and before else None)
             return torch_training_loader(self, images, options, processes, state)
-        return CifarLoader(self.train, options, processes, state)
+        return _CifarLoader(self.train, options, processes, state)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
         """Return the validation batches of this process: all together have every image exactly once."""

@@ -16,7 +16,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_saliencymix.datasets.damage import find_unusable, why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.loaders.base import LoaderError, chosen_backend
+from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 
@@ -35,7 +35,7 @@ class LoaderState(_Place, total=False):
     replaced: dict[int, int]
 
 
-class Loader:
+class Loader(Batches):
     """Batches of a pipeline as tuples of PyTorch tensors.
 
     Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one. The first
@@ -49,10 +49,9 @@ class Loader:
     Parameters
     ----------
     build : callable
-        ``(files, labels, checkpoint) -> pipeline``, with a reader named ``"reader"`` that pads its last batch, and the
-        labels as second output.
+        ``(files, labels, checkpoint) -> pipeline``, with a reader named ``"reader"`` that pads its last batch.
     names : sequence of str
-        Names of the pipeline's outputs; those that are called labels come out as int64.
+        Names of the pipeline's outputs, of which the second is ``"labels"``; those called labels come out as int64.
     folder : ImageFolder
         The files and their labels.
     drop_last : bool
@@ -104,12 +103,7 @@ class Loader:
         self._started_from: bytes | None = checkpoint
         self._gave_none = True
 
-    def __len__(self) -> int:
-        """Return the number of batches in a whole epoch: the same for all shards."""
-        return self._length
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches that are left of the epoch."""
         while True:
             try:
                 batch = self._next()
@@ -207,16 +201,19 @@ class Loader:
         raise LoaderError(msg)
 
     def _as_documented(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        tensors = []
-        for name in self._names:
-            if name == "images":
-                tensors.append(batch[name].permute(0, 3, 1, 2) if self._channels_last else batch[name])
-            else:
-                tensors.append(batch[name].flatten().long() if "labels" in name else batch[name])
+        tensors = as_documented(batch, self._names, self._channels_last)
         if self._replaced and not self._drop_last:
             of_good_files = batch["labels"].flatten() >= 0
-            tensors = [tensor[of_good_files] for tensor in tensors]
-        return tuple(tensors)
+            tensors = tuple(tensor[of_good_files] for tensor in tensors)
+        return tensors
+
+
+def as_documented(
+    batch: dict[str, torch.Tensor], names: Sequence[str], channels_last: bool
+) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of a pipeline as a batch: images (N, C, H, W), labels (N,) int64, weights (N,)."""
+    images, *others = (batch[name].flatten().long() if "labels" in name else batch[name] for name in names)
+    return images.permute(0, 3, 1, 2) if channels_last else images, *others
 
 
 def _iterate(pipeline: Pipeline, names: Sequence[str], drop_last: bool) -> DALIGenericIterator:
@@ -246,49 +243,6 @@ def _decodes(file: str) -> bool:
     return True
 
 
-def pipeline_builder(
-    pipeline: Callable[..., Pipeline],
-    *,
-    batch_size: int,
-    num_threads: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    prefetch: int = 2,
-    **options: Any,
-) -> Build:
-    """Return what makes a pipeline for one process: on its device, of its share of the files.
-
-    Parameters
-    ----------
-    pipeline : callable
-        Pipeline definition that takes files, labels, `device`, `shard_id` and `num_shards`.
-    batch_size, num_threads, device, rank, world_size, prefetch
-        As for `dali_saliencymix.loaders.imagenet.training_loader`.
-    **options
-        Of the definition, or of DALI's pipelines.
-
-    Raises
-    ------
-    ValueError
-        If `device` is a GPU and there is none.
-    """
-    arguments = {
-        "batch_size": batch_size,
-        "num_threads": num_threads,
-        "prefetch_queue_depth": prefetch,
-        "shard_id": rank,
-        "num_shards": world_size,
-        **device_arguments(device),
-        **options,
-    }
-
-    def build(files: Sequence[str], labels: Sequence[int], checkpoint: bytes | None) -> Pipeline:
-        return pipeline(files, labels, checkpoint=checkpoint, **arguments)
-
-    return build
-
-
 def device_arguments(device: torch.device) -> dict[str, Any]:
     """Return the arguments by which a pipeline definition and DALI know a device, or refuse a GPU that is not there."""
     if device.type != "cuda":
@@ -300,13 +254,7 @@ def device_arguments(device: torch.device) -> dict[str, Any]:
 
 
 def process_on(options: DataOptions, processes: Processes) -> str:
-    """Return where DALI works on the images, "cpu" or "gpu".
-
-    Raises
-    ------
-    ValueError
-        If that is a GPU in a run on the CPU.
-    """
+    """Return where DALI works on the images, "cpu" or "gpu"; refuse a GPU in a run on the CPU."""
     if chosen_backend(options) != "dali-gpu":
         return "cpu"
     if processes.device.type != "cuda":

@@ -9,7 +9,7 @@ Both pipelines turn images by their EXIF orientation, which torchvision's ``Imag
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.pipeline import DataNode, do_not_convert
+from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import gpu_route, route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, digest, fingerprint_of
-from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, pipeline_builder, process_on
+from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of
+from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, device_arguments, process_on
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
+
+OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; the first two of one for validation
 
 # The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
@@ -304,33 +306,33 @@ def training_loader(
     ValueError
         If there are not enough images for one batch on each process, or `seed` is negative.
     """
-    if len(folder) // world_size < batch_size:
-        msg = (
-            f"batch_size must be at most {len(folder) // world_size}, the share that each of {world_size} processes "
-            f"has of the {len(folder)} images in {folder.root}, got {batch_size}"
-        )
-        raise ValueError(msg)
+    check_share(len(folder), world_size, batch_size, folder.root, "batch_size")
     if seed < 0:
         msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
         raise ValueError(msg)
-    build = training_builder(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device=device,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        prefetch=prefetch,
-        **options,
-    )
-    names = ["images", "labels", "source_labels", "lam"]
+    options |= {"num_threads": num_threads, "device": device, "prefetch": prefetch}
+    build = training_builder(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, names, folder, drop_last=True, state=state, **common)
+    return Loader(build, OUTPUTS, folder, drop_last=True, state=state, **common)
 
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
     """Return what makes the pipeline of `training_loader`, which explains the options."""
-    return pipeline_builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
+    return _builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
+
+
+def _builder(
+    pipeline: Callable[..., Pipeline],
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    prefetch: int = 2,
+    **options: Any,
+) -> Build:
+    options |= {"shard_id": rank, "num_shards": world_size, "prefetch_queue_depth": prefetch}
+    options |= device_arguments(device)
+    return lambda files, labels, checkpoint: pipeline(files, labels, checkpoint=checkpoint, **options)
 
 
 def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
@@ -338,11 +340,7 @@ def training_arguments(options: DataOptions, processes: Processes) -> dict[str, 
     return {
         **_common_arguments(options, processes),
         "crop_size": options.train_crop_size,
-        "min_crop_area": options.min_crop_area,
-        "color_jitter": options.color_jitter,
-        "hflip_prob": options.hflip_prob,
-        "mix": options.mix,
-        "seed": options.seed,
+        **{name: getattr(options, name) for name in ("min_crop_area", "color_jitter", "hflip_prob", "mix", "seed")},
     }
 
 
@@ -358,13 +356,7 @@ def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, A
     }
 
 
-def validation_loader(
-    folder: ImageFolder,
-    *,
-    world_size: int = 1,
-    max_bad_batches: int = 0,
-    **options: Any,
-) -> Loader:
+def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batches: int = 0, **options: Any) -> Loader:
     """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
 
     Parameters
@@ -383,9 +375,9 @@ def validation_loader(
     if len(folder) < world_size:
         msg = f"{folder.root}: {len(folder)} images are too few for {world_size} processes"
         raise ValueError(msg)
-    build = pipeline_builder(validation_pipeline, world_size=world_size, **options)
+    build = _builder(validation_pipeline, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, ["images", "labels"], folder, drop_last=False, **common)
+    return Loader(build, OUTPUTS[:2], folder, drop_last=False, **common)
 
 
 def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:
@@ -408,7 +400,7 @@ def open_folder(options: DataOptions, classes: list[str] | None = None) -> Folde
     if options.val_list is not None:
         val = _those_of_list(val, options.val_list, "--val-list")
     counts = len(train), len(val)
-    fingerprint = fingerprint_of(options, *counts, _files_digest(train))
+    fingerprint = fingerprint_of(options, *counts, *_names_and_sizes(train))
     return FolderData(train.classes, *counts, train.root, fingerprint, train, val)
 
 
@@ -421,7 +413,7 @@ class FolderData(Data):
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
-        check_share(options, processes, len(self.train), self.root)
+        check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         if chosen_backend(options) == "pytorch":
             images = FolderImages(self.train, options.train_crop_size, options.min_crop_area, options.color_jitter)
             return torch_training_loader(self, images, options, processes, state)
@@ -461,11 +453,11 @@ def _relative_names(folder: ImageFolder) -> list[str]:
     return [file[start:] for file in folder.files]
 
 
-def _files_digest(folder: ImageFolder) -> str:
-    """Return a digest of the names of all files and the sizes of some of them, spread evenly."""
+def _names_and_sizes(folder: ImageFolder) -> tuple[bytes, bytes]:
+    """Return the names of all files and the sizes of some of them, spread evenly."""
     step = max(len(folder) // _FILES_LOOKED_AT, 1)
     sizes = [_size(file) for file in folder.files[::step]]
-    return digest("\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode())
+    return "\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode()
 
 
 def _size(file: str) -> str:

@@ -1,14 +1,13 @@
-"""Synthetic data: the same batch over and over, to see how fast a training goes when no loader holds it back."""
+"""Synthetic data: the same batch over and over, to see how fast a training is when no loader holds it back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dali_saliencymix.loaders.base import Data, fingerprint_of
+from dali_saliencymix.loaders.base import Batches, Data, fingerprint_of
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 
@@ -17,7 +16,7 @@ def open_synthetic(options: DataOptions, classes: list[str] | None = None) -> Sy
     """Return data of `options.synthetic_classes` classes, or of `classes`."""
     images = options.synthetic_steps * options.batch_size
     names = classes or [f"class {number}" for number in range(options.synthetic_classes)]
-    fingerprint = fingerprint_of(options, images, images, "")
+    fingerprint = fingerprint_of(options, images, images)
     return SyntheticData(names, images, images, Path("synthetic"), fingerprint, options.synthetic_steps)
 
 
@@ -31,15 +30,15 @@ class SyntheticData(Data):
 
     def train_loader(
         self, options: DataOptions, processes: Processes, *, state: dict[str, int] | None = None
-    ) -> SyntheticLoader:
+    ) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
         images, labels = self._batch(options, processes, options.train_crop_size)
         lam = torch.full((options.batch_size,), 1.0 if options.mix is None else 0.5, device=processes.device)
-        return SyntheticLoader((images, labels, labels.roll(1), lam), self.steps, state=state)
+        return _Constant((images, labels, labels.roll(1), lam), self.steps, state)
 
-    def val_loader(self, options: DataOptions, processes: Processes) -> SyntheticLoader:
+    def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
         """Return the validation batches of this process."""
-        return SyntheticLoader(self._batch(options, processes, options.val_crop_size), self.steps)
+        return _Constant(self._batch(options, processes, options.val_crop_size), self.steps)
 
     def _batch(self, options: DataOptions, processes: Processes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(options.seed)
@@ -49,35 +48,15 @@ class SyntheticData(Data):
         return images.to(processes.device, memory_format=memory_format), labels.to(processes.device)
 
 
-class SyntheticLoader:
-    """The same batch at every step of an epoch.
+class _Constant(Batches):
+    """The same batch at every step of an epoch."""
 
-    Parameters
-    ----------
-    batch : tuple of torch.Tensor
-        What every step gets.
-    steps : int
-        Batches in an epoch.
-    state : dict, optional
-        ``{"step": int}``, to go on from.
-    """
-
-    def __init__(self, batch: tuple[torch.Tensor, ...], steps: int, *, state: dict[str, int] | None = None) -> None:
-        self._batch = batch
-        self._steps = steps
+    def __init__(self, batch: tuple[torch.Tensor, ...], steps: int, state: dict[str, int] | None = None) -> None:
+        self._batch, self._length = batch, steps
         self._step = state["step"] if state else 0
 
-    def __len__(self) -> int:
-        """Return the number of batches in a whole epoch."""
-        return self._steps
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches that are left of the epoch."""
-        while self._step < self._steps:
-            self._step += 1
-            yield self._batch
-        self._step = 0
+    def _next_batch(self) -> tuple[torch.Tensor, ...]:
+        return self._batch
 
     def state(self) -> dict[str, int]:
-        """Return where the loader stands."""
         return {"step": self._step}

@@ -8,9 +8,9 @@ workers changes nothing, and where a loader stands is two numbers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from dali_saliencymix.datasets.cifar import CifarImages
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.draw import draw
-from dali_saliencymix.loaders.base import Data, LoaderError
+from dali_saliencymix.loaders.base import Batches, Data, LoaderError
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.mix import apply
@@ -55,32 +55,9 @@ def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return _generator(_ORDER, seed, epoch).permutation(count)
 
 
-class Source(Protocol):
-    """Where the images of a batch come from."""
-
-    @property
-    def labels(self) -> Sequence[int] | NDArray[np.int32]:
-        """The label of each image."""
-
-    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Return the images with these indices, and their most salient pixels (N, 2) where they have to be given."""
-
-
 @dataclass(frozen=True)
 class FolderImages:
-    """Files of a folder, each a random crop, or for validation the centre.
-
-    Attributes
-    ----------
-    folder : ImageFolder
-        The files.
-    crop_size : int
-        Height and width of what comes out.
-    min_crop_area, color_jitter : float
-        As for `dali_saliencymix.loaders.imagenet.training_pipeline`.
-    resize_size : int, optional
-        For validation: length of the short side, before the centre is cut out.
-    """
+    """Files of a folder, each a random crop, or for validation, with a `resize_size`, the centre."""
 
     folder: ImageFolder
     crop_size: int
@@ -125,14 +102,7 @@ def _decoded(file: str) -> Image.Image:
 class PaddedImages:
     """Small images in memory, each a random crop of the image with a border of zeros.
 
-    Attributes
-    ----------
-    cifar : CifarImages
-        The images.
-    padding : int
-        Width of the border.
-    saliency : str or callable, optional
-        Detector that looks for the most salient pixels before there is a border.
+    `saliency` is the detector that finds the most salient pixels before there is a border.
     """
 
     cifar: CifarImages
@@ -164,9 +134,12 @@ class PaddedImages:
         return images, peaks
 
 
+Source = FolderImages | PaddedImages
+
+
 @dataclass(frozen=True)
 class TrainingBatches:
-    """Batches by epoch and step: every image of the shard once an epoch, but for the end that fills no batch."""
+    """Batches by epoch and step: every image of the shard once an epoch, without the end that fills no batch."""
 
     source: Source
     batch_size: int
@@ -177,7 +150,6 @@ class TrainingBatches:
     world_size: int = 1
 
     def __len__(self) -> int:
-        """Return the batches of an epoch, the same for all shards."""
         return len(self.source.labels) // self.world_size // self.batch_size
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
@@ -189,9 +161,7 @@ class TrainingBatches:
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         """Return images (N, H, W, 3) uint8, labels, labels of the sources, and weights."""
         epoch, step = place
-        indices = self.indices(epoch, step)
-        images, peaks = self.source.read(indices, epoch, self.seed)
-        labels = np.array([self.source.labels[index] for index in indices], np.int64)
+        images, labels, peaks = _read(self.source, self.indices(epoch, step), epoch, self.seed)
         rng = _generator(_BATCH, self.seed, epoch, step, self.rank)
         source_labels, lam = labels, np.ones(len(labels), np.float32)
         if self.mix is not None:
@@ -214,7 +184,6 @@ class ValidationBatches:
     world_size: int = 1
 
     def __len__(self) -> int:
-        """Return the batches of an epoch, the same for all shards."""
         largest_shard = -(-len(self.source.labels) // self.world_size)
         return -(-largest_shard // self.batch_size)
 
@@ -222,42 +191,31 @@ class ValidationBatches:
         """Return images (N, H, W, 3) uint8 and labels."""
         _, step = place
         shard = np.arange(self.rank, len(self.source.labels), self.world_size)
-        indices = shard[step * self.batch_size : (step + 1) * self.batch_size]
-        images, _ = self.source.read(indices, 0, 0)
-        labels = np.array([self.source.labels[index] for index in indices], np.int64)
+        images, labels, _ = _read(self.source, shard[step * self.batch_size : (step + 1) * self.batch_size], 0, 0)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-class TorchLoader:
-    """Batches on a device, normalised, made in advance by worker processes.
+def _read(
+    source: Source, indices: NDArray[np.int64], epoch: int, seed: int
+) -> tuple[Images, NDArray[np.int64], NDArray[np.int64] | None]:
+    images, peaks = source.read(indices, epoch, seed)
+    return images, np.array([source.labels[index] for index in indices], np.int64), peaks
 
-    Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
 
-    Parameters
-    ----------
-    batches : TrainingBatches or ValidationBatches
-        Makes a batch of its epoch and step.
-    mean, std : sequence of float
-        Of the normalisation, for pixels in 0..1.
-    workers : int
-        Processes that make batches; with 0 this one does it when it is asked for one.
-    device : torch.device
-        Where the tensors lie.
-    channels_last : bool
-        Images are channels-last in memory, else contiguous.
-    state : TorchLoaderState, optional
-        To go on from; `batches` has to be like that of its loader.
+class TorchLoader(Batches):
+    """Batches on a device, normalised, made in advance by `workers` processes, or by this one where that is 0.
+
+    To resume from `state`, everything else has to be like it was for the loader that gave it.
     """
 
     def __init__(
         self,
         batches: TrainingBatches | ValidationBatches,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        workers: int,
+        data_set: Data,
+        options: DataOptions,
         device: torch.device,
-        channels_last: bool = False,
+        *,
+        workers: int,
         state: TorchLoaderState | None = None,
     ) -> None:
         self._length = len(batches)
@@ -271,17 +229,12 @@ class TorchLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
-        self.bad_files: list[str] = []  # none is left out: the first one is an error
         self._device = device
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-
-    def __len__(self) -> int:
-        """Return the number of batches in a whole epoch: the same for all shards."""
-        return self._length
+        self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        scaling = data_set.mean, data_set.std
+        self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in scaling)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches that are left of the epoch."""
         self._places[:] = [(self._epoch, step) for step in range(self._step, self._length)]
         for batch in self._loader:
             if isinstance(batch, LoaderError):
@@ -293,7 +246,7 @@ class TorchLoader:
         self._epoch, self._step = self._epoch + 1, 0
 
     def state(self) -> TorchLoaderState:
-        """Return where the loader stands; taken between two batches, it leads to the second one."""
+        """Return where the loader stands."""
         return {"epoch": self._epoch, "step": self._step}
 
 
@@ -303,7 +256,7 @@ def torch_training_loader(
     """Return the training batches of this process, from where `state` stands."""
     shard = options.seed, processes.rank, processes.world_size
     batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, *shard)
-    return _loader(data_set, batches, options, processes, workers=options.workers, state=state)
+    return TorchLoader(batches, data_set, options, processes.device, workers=options.workers, state=state)
 
 
 def torch_validation_loader(
@@ -314,18 +267,7 @@ def torch_validation_loader(
         msg = f"{len(source.labels)} validation images are too few for {processes.world_size} processes"
         raise ValueError(msg)
     batches = ValidationBatches(source, options.batch_size, processes.rank, processes.world_size)
-    return _loader(data_set, batches, options, processes, workers=workers)
-
-
-def _loader(
-    data_set: Data,
-    batches: TrainingBatches | ValidationBatches,
-    options: DataOptions,
-    processes: Processes,
-    **given: Any,
-) -> TorchLoader:
-    given |= {"mean": data_set.mean, "std": data_set.std, "channels_last": options.channels_last}
-    return TorchLoader(batches, device=processes.device, **given)
+    return TorchLoader(batches, data_set, options, processes.device, workers=workers)
 
 
 class _Attempts(data.Dataset[Any]):
