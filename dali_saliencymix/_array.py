@@ -37,19 +37,12 @@ def is_host(xp: Namespace) -> bool:
 
 
 class LentStream:
-    """A CUDA stream that belongs to another library, as ``cupy.cuda.Stream.from_external`` takes it.
-
-    Parameters
-    ----------
-    pointer : int
-        Its ``cudaStream_t``.
-    """
+    """A CUDA stream of another library, its ``cudaStream_t``, as ``cupy.cuda.Stream.from_external`` takes it."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Return the version of the protocol and the stream."""
+    def __cuda_stream__(self) -> tuple[int, int]:  # version of the protocol, stream
         return 0, self._pointer
 
 

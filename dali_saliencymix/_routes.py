@@ -59,13 +59,6 @@ def route_of(algorithm: str, xp: Namespace) -> str:
 
     ``"auto"`` takes Numba where it is installed, and on a GPU what `gpu_route` says. A step for which there is no
     kernel of that kind, or none for arguments such as these, takes array operations.
-
-    Raises
-    ------
-    ImportError
-        If a kernel is asked for on a CPU and Numba is not installed.
-    ValueError
-        If there is no such algorithm.
     """
     check_choice(algorithm, "algorithm", ALGORITHMS)
     if algorithm == "array":

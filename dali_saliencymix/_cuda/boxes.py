@@ -43,36 +43,11 @@ def boxes_at_peaks(
     box: str = "fit",
     centres: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return the boxes of a mixed batch, where their pixels come from, and the share that is left of each receiver.
+    """Return the boxes in the receivers, those in the sources, and the share (N,) float32 left of each receiver.
 
-    Parameters
-    ----------
-    peaks : ndarray of shape (N, 2), integer
-        The peak (y, x) of each image as a source.
-    source_index : ndarray of shape (N,), integer
-        Image `i` receives from image ``source_index[i]``. An index outside the batch counts around it.
-    lam : ndarray of shape (N,), floating
-        Share of each receiving image to keep, in [0, 1]. The box of any other value is empty or the whole image.
-    height, width : int
-        Size of the images.
-    box : {"fit", "clip"}
-        See `dali_saliencymix.boxes_at`.
-    centres : ndarray of shape (N, 2), integer, optional
-        Points (y, x) of the receivers around which the boxes go, moved inside; by default the source's place.
-
-    Returns
-    -------
-    boxes : ndarray of shape (N, 4), int32
-        In the receivers. An empty box is all 0.
-    source_boxes : ndarray of shape (N, 4), int32
-        In the sources, of the same sizes: `boxes` itself where there are no `centres`.
-    lam : ndarray of shape (N,), float32
-        1 - area / (H * W).
-
-    Notes
-    -----
-    The same bits as from ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then ``boxes_moved_to``, then
-    ``kept_fraction``.
+    The same bits as from ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then ``boxes_moved_to`` if
+    there are `centres`, then ``kept_fraction``. An empty box is all 0; without `centres` both boxes are one array. An
+    index outside the batch wraps around; the box of a `lam` outside [0, 1] is empty or the whole image.
     """
     xp = array_namespace(peaks)
     count = len(peaks)

@@ -63,13 +63,7 @@ def _compiled(file: str, name: str, device: int) -> Any:
 
 
 def find_kernel(xp: Namespace, file: str, name: str) -> Any:
-    """Return the kernel `name` of ``file.cu``, compiled for the current device: ``kernel(grid, block, arguments)``.
-
-    Raises
-    ------
-    TypeError
-        If `xp` is not CuPy.
-    """
+    """Return the kernel `name` of ``file.cu``, compiled for the current device: ``kernel(grid, block, arguments)``."""
     if is_host(xp):
         msg = "images and all other arrays must be CuPy arrays: a CUDA kernel was asked for, got NumPy arrays"
         raise TypeError(msg)
@@ -80,19 +74,9 @@ GIVEN = object()  # where an argument of a launch differs from call to call
 
 
 class Launch:
-    """A kernel with its grid and all arguments that do not differ from call to call.
+    """A kernel, ``"file:name"`` or ``"file"`` where both are the same, with its grid and its constant arguments.
 
-    Parameters
-    ----------
-    xp : module
-        CuPy.
-    kernel : str
-        ``"file:name"``, or ``"file"`` where both are the same.
-    blocks, threads : int
-        Blocks, and threads in each.
-    *arguments
-        Arguments of the kernel, with `GIVEN` for each one that comes with a call. A plain int is passed as a 32-bit
-        one.
+    `GIVEN` stands for each argument that comes with a call. A plain int is passed as a 32-bit one.
     """
 
     def __init__(self, xp: Namespace, kernel: str, blocks: int, threads: int, *arguments: Any) -> None:

@@ -24,23 +24,7 @@ _PASTE_THREADS, _PASTE_CHUNKS = 256, 4  # as in paste.cu
 
 
 def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None) -> Array:
-    """Return `images` with the pixels inside each box taken from the source: see `dali_saliencymix.paste_boxes`.
-
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), any dtype
-        The receiving images, and the sources.
-    source_index : ndarray of shape (N,), integer
-        Image `i` receives from ``images[source_index[i]]``. An index outside the batch counts around it.
-    boxes, source_boxes : ndarray of shape (N, 4), integer
-        (y0, x0, y1, x1), where the pixels go and where they are taken from: by default from the same place, which is
-        the faster one.
-
-    Returns
-    -------
-    ndarray of shape (N, H, W, C)
-        A new array of the dtype of `images`: the same as from the array function.
-    """
+    """Return what `dali_saliencymix.paste_boxes` returns; an index outside the batch wraps around."""
     xp = array_namespace(images)
     mixed = xp.empty(images.shape, images.dtype)
     if not mixed.size:
@@ -78,8 +62,8 @@ def paste_normalised(
 ) -> Array:
     """Return what `dali_saliencymix.paste_normalised` returns, to the bit, in one pass over the pixels.
 
-    `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then. An index outside the
-    batch counts around it.
+    `scaling` (2, C) float32 holds what is subtracted from each channel, and the factor. An index outside the batch
+    wraps around.
     """
     xp = array_namespace(images)
     if out is None:

@@ -14,20 +14,7 @@ from dali_saliencymix._tables import MAP_SIZE, tap_indices, tap_weights
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:
-    """Return the grey levels of `images` reduced to (N, height, width) int32.
-
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
-    height, width : int
-        Size of the result.
-
-    Returns
-    -------
-    ndarray of shape (N, height, width), int32
-        In 0..255, the same bits as from ``saliency.grey.small_luma``.
-    """
+    """Return the grey levels of `images` reduced to (N, height, width) int32, as ``saliency.grey.small_luma`` does."""
     xp = array_namespace(images)
     images, stride = with_image_stride(images, xp)
     grey = xp.empty((len(images), height, width), xp.int32)
@@ -51,17 +38,9 @@ def _taps(xp: Namespace, full: int, reduced: int) -> tuple[Array, Array]:
 
 
 def spectral_residual(images: Array) -> Array:
-    """Return the spectral residual saliency of `images`: see `dali_saliencymix.spectral_residual`.
+    """Return what `dali_saliencymix.spectral_residual` returns for images of at least 64x64.
 
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1, of at least 64x64.
-
-    Returns
-    -------
-    ndarray of shape (N, 64, 64), float32
-        The same maps as from the array function but for rounding, since the FFT adds in another order.
+    The maps differ from those of the array function by rounding, since the FFT adds in another order.
     """
     xp = array_namespace(images)
     maps = xp.empty((len(images), MAP_SIZE, MAP_SIZE), xp.float32)
@@ -71,22 +50,7 @@ def spectral_residual(images: Array) -> Array:
 
 
 def spectral_residual_peaks(images: Array, height: int, width: int, *, least: bool = False) -> Array:
-    """Return the peaks of the spectral residual saliency of `images`.
-
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1, of at least 64x64.
-    height, width : int
-        Size of the image that the peaks are meant for, most often H and W.
-    least : bool
-        If true, look for the minimum.
-
-    Returns
-    -------
-    ndarray of shape (N, 2), int32
-        ``saliency_peaks(spectral_residual(images), height, width, least=least)``.
-    """
+    """Return ``saliency_peaks(spectral_residual(images), height, width, least=least)``."""
     xp = array_namespace(images)
     peaks = xp.empty((len(images), 2), xp.int32)
     images, stride = with_image_stride(images, xp)
@@ -106,18 +70,10 @@ def _spectral_residual(
 
 
 def fine_grained(images: Array) -> Array:
-    """Return the fine-grained saliency of `images`: see `dali_saliencymix.fine_grained`.
+    """Return what `dali_saliencymix.fine_grained` returns.
 
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
-
-    Returns
-    -------
-    ndarray of shape (N, H, W), float32
-        The same bits as from the array function in host memory, whatever the size of the images: the integral image
-        is summed in a fixed order.
+    The bits are those of the array function in host memory, whatever the size of the images: the integral image is
+    summed in a fixed order.
     """
     xp = array_namespace(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
@@ -127,20 +83,7 @@ def fine_grained(images: Array) -> Array:
 
 
 def fine_grained_peaks(images: Array, *, least: bool = False) -> Array:
-    """Return the peaks of the fine-grained saliency of `images`.
-
-    Parameters
-    ----------
-    images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
-    least : bool
-        If true, look for the minimum.
-
-    Returns
-    -------
-    ndarray of shape (N, 2), int32
-        ``saliency_peaks(fine_grained(images), H, W, least=least)``.
-    """
+    """Return ``saliency_peaks(fine_grained(images), H, W, least=least)``."""
     xp = array_namespace(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
     peaks = xp.empty((len(on_off), 2), xp.int32)

@@ -19,11 +19,6 @@ def as_batch(samples: Sequence[Array]) -> Array:
     """Return samples of one shape as one array (N, ...), without copying where they lie at even distances.
 
     The result may be a view that does not keep the samples alive: hold on to them while it is in use.
-
-    Raises
-    ------
-    ValueError
-        If the samples differ in shape.
     """
     first = samples[0]
     shapes = {sample.shape for sample in samples}

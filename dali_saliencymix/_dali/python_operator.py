@@ -45,19 +45,10 @@ _MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
 
 @dataclass(frozen=True)
 class Stage:
-    """What an operator of this package is in a graph: the attribute `stage` of its nodes' ``source``.
+    """What an operator of this package is in a graph: the attribute `stage` of its nodes' ``source``, to measure it."""
 
-    It is for whoever measures a pipeline and for nothing else.
-
-    Attributes
-    ----------
-    name : str
-        What it does, but for the saliency.
-    leave_out_saliency : callable, optional
-        Lets the operator use a detector that costs nothing, for good; None where it looks for no saliency.
-    """
-
-    name: str
+    name: str  # what it does, without the saliency
+    # Makes the operator use a detector that costs nothing, for good; None where it has no detector.
     leave_out_saliency: Callable[[], None] | None = None
 
 
@@ -69,35 +60,11 @@ def python_operator(
     num_outputs: int = 1,
     layouts: Sequence[str] = (),
 ) -> Any:
-    """Put ``function(*batches) -> batches`` into the pipeline that is being defined.
+    """Put ``function(*batches) -> batches``, a tuple of `num_outputs`, into the pipeline that is being defined.
 
-    On a CPU `function` may use as many threads as the pipeline has. Those of the pipeline wait meanwhile: DALI runs no
-    two operators of the CPU at a time.
-
-    Parameters
-    ----------
-    function : callable
-        Takes an array (N, ...) for each input, NumPy or CuPy as the inputs are, and returns a tuple of such arrays.
-    *inputs : DataNode
-        All on one device.
-    name : str
-        What errors call the operator, where DALI lets it have a name.
-    stage : Stage
-        What it is in the graph.
-    num_outputs : int
-        Length of the tuple.
-    layouts : sequence of str
-        Layouts of the first outputs.
-
-    Returns
-    -------
-    DataNode or list of DataNode
-        On the device of the inputs.
-
-    Raises
-    ------
-    ImportError
-        If the inputs are on a GPU and CuPy is not installed.
+    Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
+    errors call the operator, where DALI lets it have a name. On a CPU `function` may use as many threads as the
+    pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
     if device == "gpu" and importlib.util.find_spec("cupy") is None:

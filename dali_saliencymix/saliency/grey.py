@@ -1,13 +1,18 @@
-"""Grey levels, in the integer arithmetic that OpenCV uses for 8-bit images.
+"""Grey levels, and images reduced to the size of a small map, in the integer arithmetic of OpenCV for 8-bit images.
 
-Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1; grey images are (N, H, W) int32 in 0..255.
+Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1; grey images are (N, H, W) int32 in 0..255. Integers make
+NumPy and CuPy agree bit for bit, and the detectors comparable with OpenCV's.
 """
 
 from __future__ import annotations
 
-from dali_saliencymix._array import Array, array_namespace
-from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT
-from dali_saliencymix.saliency.reduction import reduced
+from typing import TYPE_CHECKING
+
+from dali_saliencymix._array import Array, array_namespace, constant
+from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT, tap_indices, tap_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def luma(images: Array) -> Array:
@@ -22,3 +27,25 @@ def luma(images: Array) -> Array:
 def small_luma(images: Array, height: int, width: int) -> Array:
     """Return the grey levels of `images` reduced to (N, height, width) int32."""
     return reduced(images, height, width, luma)
+
+
+def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Array]) -> Array:
+    """Return ``levels(images)`` reduced to (..., height, width) int32.
+
+    `levels` takes images (N, H, W, C) uint8 to (..., H, W) int32 in 0..255, pixel by pixel. The reduction is bilinear
+    with aligned pixel centres, rounded to integers, as OpenCV's ``INTER_LINEAR_EXACT`` does on 8-bit images. Only the
+    pixels that count are read.
+    """
+    xp = array_namespace(images)
+    _, full_height, full_width, _ = images.shape
+    if (height, width) == (full_height, full_width):
+        return levels(images)
+    rows = constant(xp, tap_indices, full_height, height)
+    columns = constant(xp, tap_indices, full_width, width)
+    taps = levels(xp.take(xp.take(images, rows, axis=1), columns, axis=2))
+
+    weight = constant(xp, tap_weights, full_width, width)
+    taps = taps[..., :width] * (256 - weight) + taps[..., width:] * weight
+    weight = constant(xp, tap_weights, full_height, height)[:, None]
+    taps = taps[..., :height, :] * (256 - weight) + taps[..., height:, :] * weight
+    return (taps + (1 << 15)) >> 16

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant
-from dali_saliencymix.saliency.reduction import reduced
+from dali_saliencymix.saliency.grey import reduced
 
 # Red's and blue's share of X, Y and Z, each relative to that of white; green's is the rest. From the chromaticities of
 # Rec. 709, which are those of sRGB, with white D65.
@@ -34,8 +34,6 @@ def small_planes(images: Array, height: int, width: int) -> Array:
 def lab(planes: Array, dtype: str = "float32") -> Array:
     """Return the L*a*b* of sRGB `planes`, (N, C, H, W) integers in 0..255 -> (N, C, H, W) of `dtype`.
 
-    Notes
-    -----
     IEC 61966-2-1 (sRGB) and CIE 15 (L*a*b*), white D65.
     """
     xp = array_namespace(planes)
