@@ -158,8 +158,7 @@ def saliencymix(
         per_batch=per_batch,
         algorithm=algorithm,
     )
-    if peaks is not None:
-        check_with_peaks(options, saliency)
+    check_with_peaks(options, peaks, saliency)
     return mix_nodes(images, labels, options, peaks=peaks, normalise=_checked(normalise))
 
 
@@ -195,17 +194,8 @@ def cutmix(
 
     Notes
     -----
-    See `dali_saliencymix.cutmix` for the function on arrays that does the work.
-
-    Examples
-    --------
-    >>> from nvidia.dali import fn, pipeline_def
-    >>> from dali_saliencymix.fn import cutmix
-    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
-    ... def training_pipeline(file_root):
-    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
-    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
-    ...     return cutmix(images, labels, alpha=1.0, prob=0.5)
+    See `dali_saliencymix.cutmix` for the function on arrays that does the work. `saliencymix` shows an example of a
+    pipeline: this operator takes the same place.
     """
     options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
     return mix_nodes(images, labels, options, normalise=_checked(normalise))
@@ -234,17 +224,8 @@ def mixup(
 
     Notes
     -----
-    See `dali_saliencymix.mixup` for the function on arrays that does the work.
-
-    Examples
-    --------
-    >>> from nvidia.dali import fn, pipeline_def
-    >>> from dali_saliencymix.fn import mixup
-    >>> @pipeline_def(batch_size=32, num_threads=4, device_id=None)
-    ... def training_pipeline(file_root):
-    ...     jpegs, labels = fn.readers.file(file_root=file_root, random_shuffle=True)
-    ...     images = fn.resize(fn.decoders.image(jpegs), size=(224, 224))
-    ...     return mixup(images, labels, alpha=0.2)
+    See `dali_saliencymix.mixup` for the function on arrays that does the work. `saliencymix` shows an example of a
+    pipeline: this operator takes the same place.
     """
     options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
     return mix_nodes(images, labels, options)
@@ -324,8 +305,7 @@ def mix(
         per_batch=per_batch,
         algorithm=algorithm,
     )
-    if peaks is not None:
-        check_with_peaks(options, saliency)
+    check_with_peaks(options, peaks, saliency)
     return mix_nodes(images, labels, options, peaks=peaks, policy=True)
 
 

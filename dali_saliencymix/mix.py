@@ -140,8 +140,7 @@ def saliencymix(
         per_batch=per_batch,
         algorithm=algorithm,
     )
-    if peaks is not None:
-        check_with_peaks(options, saliency)
+    check_with_peaks(options, peaks, saliency)
     if (point is None) is (options.destination == "random"):
         rule = "be given with" if point is None else "be left out without"
         msg = f"point must {rule} destination='random', got destination={options.destination!r}"
@@ -297,8 +296,7 @@ def mix(
         per_batch=per_batch,
         algorithm=algorithm,
     )
-    if peaks is not None:
-        check_with_peaks(options, saliency)
+    check_with_peaks(options, peaks, saliency)
     return apply(options, images, source_index, lam, mode, point, peaks=peaks)
 
 
@@ -313,14 +311,9 @@ def apply(
     peaks: Array | None = None,
     paste: Paste | None = None,
 ) -> Mixed:
-    """Mix a batch as `options` say: what all mixing functions, DALI operators and loaders call.
+    """Mix a batch as `options` say, which have one mode where there is no `mode`: what all mixing goes through.
 
-    Parameters
-    ----------
-    options : MixOptions
-        How to mix. Without `mode` it has one mode.
-    images, source_index, lam, mode, point, peaks, paste
-        As for `mix` and `saliencymix`. A `point` that the mode has no use for is not looked at.
+    The arrays are those of `mix` and `saliencymix`. A `point` that the mode does not use is ignored.
     """
     xp = check_mixing(images, source_index, lam)
     count = len(images)

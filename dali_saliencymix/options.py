@@ -177,8 +177,10 @@ _DECLARED: dict[str, Field[Any]] = {declared.name: declared for declared in fiel
 PRESETS = {name: MixOptions(preset=name) for name in _PRESETS}
 
 
-def check_with_peaks(options: MixOptions, saliency: str | Detector | None) -> None:
-    """Require options that go with peaks that are known already; `saliency` is as it was given."""
+def check_with_peaks(options: MixOptions, peaks: Any, saliency: str | Detector | None = None) -> None:
+    """Require options that go with `peaks`, if there are any; `saliency` is as it was given."""
+    if peaks is None:
+        return
     if saliency is not None:
         msg = f"saliency must be left out where peaks are given, got {saliency!r}"
         raise ValueError(msg)

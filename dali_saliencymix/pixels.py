@@ -270,53 +270,45 @@ def paste_normalised(
     [[[[1.0, 2.0]]], [[[2.0, 3.0]]]]
     """
     xp = check_images(images)
-    dtype = _check_normalisation(images, mirror, mean, std, dtype, layout)
+    if mirror is not None:
+        kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
+        check_per_image(mirror, "mirror", xp, len(images), kind)
+    dtype = check_scaling(mean, std, dtype, layout)
+    check_channels(images.shape[3], mean, std)
     if out is not None:
         check_out(out, xp, normalised_shape(images.shape, layout), dtype)
     _check_pasting(images, source_index, boxes, source_boxes)
-    return paste_and_normalise(
-        images,
-        source_index,
-        boxes,
-        source_boxes=source_boxes,
-        mirror=mirror,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-        layout=layout,
-        route=route_of(algorithm, xp),
-        out=out,
-    )
+    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
+    patches = images, source_index, boxes, source_boxes, mirror
+    return paste_and_normalise(*patches, shift_and_scale, dtype, layout, route_of(algorithm, xp), out)
 
 
 def paste_and_normalise(
     images: Array,
     source_index: Array,
     boxes: Array,
-    *,
     source_boxes: Array | None,
     mirror: Array | None,
-    mean: Sequence[float],
-    std: Sequence[float],
+    shift_and_scale: Array,
     dtype: np.dtype[Any],
     layout: str,
     route: str,
     out: Array | None,
 ) -> Array:
-    """Return what `paste_normalised` returns, by a kernel of that route where there is one for `dtype`."""
+    """Return what `paste_normalised` returns, by a kernel of that route where there is one for `dtype`.
+
+    `shift_and_scale` is `scaling` of mean and std, of the library of the images.
+    """
     xp = array_namespace(images)
-    shape = normalised_shape(images.shape, layout)
-    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     if route == "cuda":
         from dali_saliencymix import _cuda
 
-        return _cuda.paste_normalised(
-            images, source_index, boxes, source_boxes, mirror, shift_and_scale, dtype, layout, out
-        )
+        patches = images, source_index, boxes, source_boxes, mirror
+        return _cuda.paste_normalised(*patches, shift_and_scale, dtype, layout, out)
     if route == "numba" and dtype == np.float32:
         from dali_saliencymix._numba import pixels
 
-        out = np.empty(shape, np.float32) if out is None else out
+        out = np.empty(normalised_shape(images.shape, layout), np.float32) if out is None else out
         origins = boxes if source_boxes is None else source_boxes
         pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
         return out
@@ -334,19 +326,6 @@ def normalised_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     """Return the shape of the result for images of shape (N, H, W, C)."""
     count, height, width, channels = shape
     return (count, channels, height, width) if layout == "CHW" else shape
-
-
-def _check_normalisation(
-    images: Array, mirror: Array | None, mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str
-) -> np.dtype[Any]:
-    """Require arguments of `paste_normalised` that fit the images; return `dtype` as an object of that class."""
-    count, _, _, channels = images.shape
-    if mirror is not None:
-        kind = "b" if getattr(mirror, "dtype", None) == np.bool_ else "iu"
-        check_per_image(mirror, "mirror", array_namespace(images), count, kind)
-    checked = check_scaling(mean, std, dtype, layout)
-    check_channels(channels, mean, std)
-    return checked
 
 
 def check_channels(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -446,7 +446,15 @@ def test_paste_normalised_writes_into_an_array_that_is_given(on_cpu, out):
     assert (made is target) is out
 
 
-def test_launches_that_are_kept_give_the_same(on_cpu):
+def test_launches_that_are_kept_give_the_same(on_cpu, monkeypatch):
+    made, make = {"fresh": [], "kept": []}, cuda_launch.Launch.__init__
+
+    def recorded(self, xp, kernel, *arguments):
+        if seed:
+            made["kept" if _routes.gpu_route.cached_launches else "fresh"].append(kernel)
+        make(self, xp, kernel, *arguments)
+
+    monkeypatch.setattr(cuda_launch.Launch, "__init__", recorded)
     # Shapes and options take turns, and come again with other pixels: nothing of one call may stay for the next.
     shapes = [(3, 70, 66, 3), (2, 70, 66, 3), (3, 66, 70, 1)]
     for seed in range(2):
@@ -460,10 +468,9 @@ def test_launches_that_are_kept_give_the_same(on_cpu):
                     kept = as_tuple(kernel_named(name)(*arguments, **options))
                 for ours, theirs in zip(kept, fresh, strict=True):
                     np.testing.assert_array_equal(ours, theirs, err_msg=label)
-    preparing = [vars(module)[name] for module in (cuda.boxes, cuda.pixels, cuda.saliency) for name in vars(module)]
-    kept = [function.cache_info() for function in preparing if hasattr(function, "cache_info")]
-    assert len(kept) >= 12
-    assert all(info.hits for info in kept)
+    assert len(set(made["fresh"])) >= 12
+    # How wide paste copies depends on where arrays lie, which differs from call to call.
+    assert all(kernel.startswith("paste:") for kernel in made["kept"])
 
 
 # --- The array twin of paste_normalised ---

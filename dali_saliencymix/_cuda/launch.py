@@ -106,7 +106,6 @@ def prepared(make: Callable[..., Launch]) -> Callable[..., Launch]:
     def launch(xp: Namespace, *key: Any) -> Launch:
         return kept(xp, device_of(xp), *key) if gpu_route.cached_launches else make(xp, *key)
 
-    launch.cache_info = kept.cache_info  # type: ignore[attr-defined]
     return launch
 
 

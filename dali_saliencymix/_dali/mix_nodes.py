@@ -17,6 +17,7 @@ from dali_saliencymix import pixels
 from dali_saliencymix._array import array_namespace, constant, is_host
 from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator, to_device
 from dali_saliencymix._routes import route_of
+from dali_saliencymix._tables import scaling
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MODES, MixOptions
 
@@ -154,20 +155,12 @@ class _Mixing:
             return pixels.paste(images, source_index, boxes, source_boxes=source_boxes, out=out)
         mean, std, _, dtype, layout = self._normalise
         pixels.check_channels(images.shape[3], mean, std)
-        shape = pixels.normalised_shape(images.shape, layout)
-        return pixels.paste_and_normalise(
-            images,
-            source_index,
-            boxes,
-            source_boxes=source_boxes,
-            mirror=None if mirror is None else mirror[:, 0] != 0,
-            mean=mean,
-            std=std,
-            dtype=np.dtype(dtype),
-            layout=layout,
-            route=route_of(self._options.algorithm, xp),
-            out=self._buffers.take(shape, dtype) if on_host else None,
-        )
+        out = self._buffers.take(pixels.normalised_shape(images.shape, layout), dtype) if on_host else None
+        mirrored = None if mirror is None else mirror[:, 0] != 0
+        shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
+        patches = images, source_index, boxes, source_boxes, mirrored
+        route = route_of(self._options.algorithm, xp)
+        return pixels.paste_and_normalise(*patches, shift_and_scale, np.dtype(dtype), layout, route, out)
 
     def stage(self) -> Stage:
         """Return what this is in a graph."""

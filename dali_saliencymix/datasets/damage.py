@@ -114,17 +114,9 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
 
 
 def why_unusable(file: str | Path) -> str | None:
-    """Return why a pipeline stumbles over an image file, in one line, or None if it decodes it.
+    """Return why a pipeline fails at an image file, such as ``"empty: zero bytes"``, or None if it decodes the file.
 
-    Parameters
-    ----------
-    file : path
-        A file, which is decoded in full; one that cannot be read is unusable.
-
-    Returns
-    -------
-    str or None
-        The finding of `EXCLUDED` and what was found in words, such as ``"empty: zero bytes"``.
+    The file is decoded in full; the text is the finding of `EXCLUDED` and what was found.
     """
     for kind, words in examine(file).findings.items():
         if kind in EXCLUDED:
@@ -133,19 +125,10 @@ def why_unusable(file: str | Path) -> str | None:
 
 
 def find_unusable(files: Sequence[str]) -> dict[str, str]:
-    """Find the files that a pipeline stumbles over, to name them after a decoder has failed without naming one.
+    """Return path and reason (`why_unusable`) of each file that a pipeline fails at, in the order of `files`.
 
-    The files are decoded in threads. On a terminal, a progress bar on stderr shows a search that takes long.
-
-    Parameters
-    ----------
-    files : sequence of str
-        Paths of image files.
-
-    Returns
-    -------
-    dict from str to str
-        Path and reason (`why_unusable`) of each unusable file, in the order of `files`.
+    For a decoder that has failed without naming a file. The files are decoded in threads. On a terminal, a progress bar
+    on stderr shows a search that takes long.
     """
     from tqdm import tqdm  # not in the extra preview, which examines single files
 

@@ -143,16 +143,8 @@ def examined_in_processes(
 ) -> Generator[tuple[int, Examined], None, None]:
     """Examine files in processes that may die or hang, and give each file's index and result, in any order.
 
-    Parameters
-    ----------
-    files : sequence of str
-        Paths.
-    task : callable
-        Examines one file; another process has to be able to import it.
-    workers : int
-        Number of processes.
-    timeout : float
-        Seconds for one file. Files are handed out in chunks; one that fails in whole is taken again file by file.
+    `task` examines one file, in `timeout` seconds; another process has to be able to import it. Files are handed out in
+    chunks; the files of a chunk that fails are taken again one by one.
     """
     pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
     try:

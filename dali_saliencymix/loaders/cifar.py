@@ -106,8 +106,8 @@ def _augmented(
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
     peaks = None
     if mix is not None and _detects_before_padding(mix, padding):
-        check_with_peaks(mix, None)
         peaks = _moved(saliency_peaks(images, saliency=mix.saliency), corner, size)
+        check_with_peaks(mix, peaks)
     images = fn.slice(
         images,
         corner,

@@ -119,7 +119,7 @@ def _blur(grey: Array) -> Array:
 
 def _neighbours(size: int) -> np.ndarray:
     """Index of the neighbour before and after each pixel, (2, size)."""
-    mirrored = np.pad(np.arange(size), 1, mode="reflect")
+    mirrored = with_margin(size, 1)
     return np.stack([mirrored[:-2], mirrored[2:]])
 
 

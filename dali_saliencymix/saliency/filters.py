@@ -46,16 +46,9 @@ def with_margin(size: int, reach: int) -> np.ndarray:
     return np.pad(np.arange(size), reach, mode="reflect")
 
 
-def filter_matrix(size: int, weights: np.ndarray) -> np.ndarray:
-    """Return the (size, size) float32 matrix that applies an odd number of `weights`."""
-    matrix = np.zeros((size, size))
-    reach = len(weights) // 2
-    mirrored = np.pad(np.arange(size), reach, mode="reflect")
-    for offset, weight in enumerate(weights):
+def gaussian_matrix(size: int, sigma: float, reach: int) -> np.ndarray:
+    """Return the (size, size) float32 matrix that applies a Gaussian cut off at `reach` pixels."""
+    matrix, mirrored = np.zeros((size, size)), with_margin(size, reach)
+    for offset, weight in enumerate(gaussian_weights(sigma, reach)):
         matrix[np.arange(size), mirrored[offset : offset + size]] += weight
     return matrix.astype(np.float32)
-
-
-def gaussian_matrix(size: int, sigma: float, reach: int) -> np.ndarray:
-    """Return the matrix that applies a Gaussian cut off at `reach` pixels."""
-    return filter_matrix(size, gaussian_weights(sigma, reach))
