@@ -1,6 +1,6 @@
 """Argument checks. Each error names the argument, the rule and what was given.
 
-Values that live on a GPU are not looked at: reading one would stall the stream that the batch is computed on. What a
+Values on a GPU are not checked: reading one would stall the stream that the batch is computed on. What a
 function does with them instead is said in its docstring.
 """
 

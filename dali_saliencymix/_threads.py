@@ -1,6 +1,6 @@
 """Several threads for a batch in host memory.
 
-NumPy and compiled kernels let go of the GIL while they compute, so plain threads are enough. A batch is cut into
+NumPy and compiled kernels release the GIL while they compute, so plain threads are enough. A batch is cut into
 chunks that fit a core's cache, which alone makes NumPy faster, and each thread takes its share of the chunks.
 """
 

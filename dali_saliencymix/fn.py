@@ -93,7 +93,7 @@ def saliencymix(
         Probability in [0, 1] that a sample is mixed; the paper's code has 1.0 for ImageNet and 0.5 for CIFAR.
     preset : {"default", "paper", "released-code"}
         What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
-        ``"paper"`` takes fine_grained instead; ``"released-code"`` has moreover ``box="clip"`` and ``per_batch=True``.
+        ``"paper"`` takes fine_grained instead; ``"released-code"`` also has ``box="clip"`` and ``per_batch=True``.
     saliency : str or callable, optional
         Name of a detector in `dali_saliencymix.DETECTORS`, or a function from images (N, H, W, C) uint8 to maps
         (N, h, w), NumPy or CuPy as the images are. On the CPU it is asked for the images that are needed only.
@@ -112,7 +112,7 @@ def saliencymix(
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
     normalise : Normalise, optional
-        If given, the mixed images come out mirrored and normalised, in the place of ``fn.crop_mirror_normalize``.
+        If given, the mixed images are also flipped and normalised, in place of ``fn.crop_mirror_normalize``.
 
     Returns
     -------

@@ -81,7 +81,7 @@ def saliencymix(
         Share of each receiving image to keep, in [0, 1]; 1 leaves it as it is.
     preset : {"default", "paper", "released-code"}
         What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
-        ``"paper"`` takes fine_grained instead; ``"released-code"`` has moreover ``box="clip"`` and ``per_batch=True``.
+        ``"paper"`` takes fine_grained instead; ``"released-code"`` also has ``box="clip"`` and ``per_batch=True``.
     saliency : str or callable, optional
         Name of a detector in `DETECTORS`, or a function from images (N, H, W, C) uint8 to maps (N, h, w), larger
         where more salient. On a CPU it is asked for the images that are needed only.

@@ -56,7 +56,7 @@ def paste_boxes(
         (y0, x0, y1, x1), half-open, inside the image.
     source_boxes : ndarray of shape (N, 4), integer, optional
         Where the pixels are taken from, boxes of the same sizes as `boxes`; by default from the same place. On a GPU
-        only their first corners are looked at.
+        only their first corners are used.
     out : ndarray of shape (N, H, W, C), optional
         Where the result goes, of the dtype of `images` and sharing no memory with it; by default a new array.
 

@@ -76,33 +76,30 @@ def draw_mixed(
             rows.insert(1, "saliency of receiver")
     figure, axes = _panels(rows, len(images))
     for column, partner in enumerate(params.source_index):
-        panels = dict(zip(rows, axes[:, column], strict=True))
-        mode = modes[column]
+        own, other = mixed.boxes[column], mixed.source_boxes[column]
         # In a batch with one box for all, the box belongs to the first sample and its source.
         receiver, giver = (0, params.source_index[0]) if options.per_batch else (column, partner)
-        edges = {"receiver": (mixed.boxes, "white"), "source": (mixed.source_boxes, "cyan")}
-        for name, pixels in (
-            ("receiver", images[column]),
-            ("source", images[partner]),
-            ("mixed", mixed.images[column]),
-        ):
-            _show_image(panels[name], pixels)
-            boxes, colour = edges.get(name, (mixed.boxes, "cyan"))
-            _show_box(panels[name], boxes[column], colour)
-        for name, index, which in (
-            ("saliency of source", giver, options.source),
-            ("saliency of receiver", receiver, options.destination),
-        ):
-            if name in panels:
-                if mode == "saliencymix":
-                    _show_map(panels[name], maps[index], images.shape[1:3], least=which == "non_salient")
-                    boxes, colour = edges[name.removeprefix("saliency of ")]
-                    _show_box(panels[name], boxes[column], colour)
-                else:
-                    panels[name].axis("off")
-        panels["receiver"].set_title(names[column], fontsize=8)
-        panels["source"].set_title(names[partner], fontsize=8)
-        panels["mixed"].set_title(f"{mode}, lam = {mixed.lam[column]:.2f}", fontsize=8)
+        pictures = {
+            "receiver": (images[column], names[column], own, "white"),
+            "source": (images[partner], names[partner], other, "cyan"),
+            "mixed": (mixed.images[column], f"{modes[column]}, lam = {mixed.lam[column]:.2f}", own, "cyan"),
+        }
+        of_maps = {
+            "saliency of receiver": (receiver, options.destination, own, "white"),
+            "saliency of source": (giver, options.source, other, "cyan"),
+        }
+        for name, axis in zip(rows, axes[:, column], strict=True):
+            if name in pictures:
+                pixels, title, box_drawn, colour = pictures[name]
+                _show_image(axis, pixels)
+                axis.set_title(title, fontsize=8)
+            elif modes[column] == "saliencymix":
+                index, which, box_drawn, colour = of_maps[name]
+                _show_map(axis, maps[index], images.shape[1:3], least=which == "non_salient")
+            else:
+                axis.axis("off")
+                continue
+            _show_box(axis, box_drawn, colour)
     return figure
 
 
@@ -180,11 +177,11 @@ def save_preview(
     size : int
         Height and width that random crops of the images are resized to, in pixels.
     min_crop_area : float
-        Least area of the random crop as a share of the image.
+        Smallest area of the random crop as a share of the image.
     seed : int
         Seed of all draws.
     compare : bool
-        If true, draw the maps of all detectors for the same images in the place of mixed samples.
+        If true, draw the maps of all detectors for the same images instead of mixed samples.
     modes : sequence of str
         Ways to mix, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
     alpha, prob

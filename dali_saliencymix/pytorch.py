@@ -1,4 +1,4 @@
-"""SaliencyMix after the loader: on batches of PyTorch tensors, whoever made them.
+"""SaliencyMix after the loader: on batches of PyTorch tensors from any loader.
 
 Batches are uint8, before they are normalised, on CPU or GPU. They reach the array functions through DLPack, without
 being copied, and what comes back is a new tensor of the same layout in memory.
@@ -65,7 +65,7 @@ class SaliencyMix:
 
     Notes
     -----
-    In the workers of a ``DataLoader`` each worker draws on its own: PyTorch seeds its global generator there anew in
+    In the workers of a ``DataLoader`` each worker draws on its own: PyTorch seeds its global generator there in
     every epoch, and a `seed` or `generator` given here is combined with the worker's seed, which comes from the
     loader's generator.
 

@@ -6,7 +6,7 @@
 DATA is a folder with one folder of images for each class.
 
 Model and optimizer go through ``accelerator.prepare``; the loader does not. Each process asks DALI for its own share of
-the files, and the tensors come out on its device. Prepared, each batch would be shared out a second time, and moved.
+the files, and the tensors are on its device already. A prepared loader would shard and move each batch again.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python pipelines/external_source.py DATA
 
-DATA is a folder with one folder of images for each class. Pillow opens the files, in the place of your own code.
+DATA is a folder with one folder of images for each class. Pillow opens the files, in place of your own code.
 
 The source is a function of the sample's index and keeps no state, so a checkpoint of the pipeline covers the source and
-the mixing: a restored pipeline goes on with the same batches.
+the mixing: a restored pipeline continues with the same batches.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class ShuffledImages:
         """Return one image (H, W, 3) uint8, of any size, and its label, of shape (1,)."""
         if info.idx_in_epoch >= len(self.folder):
             raise StopIteration
-        # Drawn anew for each sample, as nothing may be kept; for millions of images keep the last epoch's order.
+        # Drawn for each sample, since nothing may be kept; for millions of images keep the last epoch's order.
         order = np.random.default_rng([self.seed, info.epoch_idx]).permutation(len(self.folder))
         number = order[info.idx_in_epoch]
         with Image.open(self.folder.files[number]) as image:

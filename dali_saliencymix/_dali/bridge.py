@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def as_batch(samples: Sequence[Array]) -> Array:
-    """Return samples of one shape as one array (N, ...), without copying where they lie at even distances.
+    """Return samples of one shape as one array (N, ...), without a copy where they are evenly spaced in memory.
 
     The result may be a view that does not keep the samples alive: hold on to them while it is in use.
     """
@@ -60,8 +60,8 @@ def in_lasting_thread(stream: Any, xp: Namespace, function: Callable[..., Any], 
     """Return ``function(*args)``, called on a CuPy stream and the current device in a thread of its own.
 
     DALI calls from threads whose state in Python ends with each call, and with it what CuPy keeps for a thread: plans
-    of FFTs and the handle of cuBLAS. To make these anew takes time in every batch, and to end them waits for all work
-    on the GPU, that of the training too. A thread serves one stream, since a plan has memory that two must not share.
+    of FFTs and the handle of cuBLAS. To create these for every batch takes time, and to end them waits for all work on
+    the GPU, that of the training too. A thread serves one stream, since a plan has memory that two must not share.
     """
     device = xp.cuda.runtime.getDevice()
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Normalise(NamedTuple):
-    """What stands behind the mix in a training pipeline, for the mix to do it along: mirror and normalise.
+    """Flip and normalise in the same operator as the mix, instead of behind it.
 
     On a CPU with Numba installed one pass over the pixels does it all, which takes less time than
     ``fn.crop_mirror_normalize`` alone.
@@ -43,7 +43,7 @@ class Normalise(NamedTuple):
         Of each channel, in grey levels 0..255.
     mirror : DataNode, optional
         Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
-        nobody looks, all but 0 is 1.
+        it is not checked, anything but 0 is 1.
     dtype : {"float32", "float16"} or DALIDataType
         Of the images; DALI's own names are welcome, such as ``types.FLOAT``.
     layout : {"CHW", "HWC"}

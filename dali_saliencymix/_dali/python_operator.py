@@ -2,7 +2,7 @@
 
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
 apart with the GIL held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
-no JAX: it hands over a batch as it lies in memory, and takes what comes back without a copy. It is not documented, so
+no JAX: it passes a batch as it is in memory, and takes the result without a copy. It is not documented, so
 it serves only with the versions of DALI in which it was tried. Both give the same batches. It is the default on a CPU;
 on a GPU `_routes.gpu_route` decides.
 
@@ -119,7 +119,7 @@ def _whole_batch_function() -> Any:
 
 def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, ...]:
     arrays = [python_function_plugin.DLTensorToArray(tensor.__dlpack__(stream=None)) for tensor in tensors]
-    # NumPy hands over no array that must not be written to.
+    # NumPy exports no read-only array.
     return tuple(np.require(_dense(array), requirements="W").__dlpack__() for array in function(*arrays))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Kinds of findings that a training stumbles over, with their meaning.
+# Kinds of findings that stop a training, with their meaning.
 EXCLUDED = {
     "empty": "zero bytes",
     "unreadable": "the system does not give its bytes",
@@ -193,7 +193,7 @@ def _fault_of_content(data: bytes, image: Image.Image) -> tuple[str, str] | None
             return "corrupt", f"{warning}, which DALI's reader of headers does not skip"
     try:
         if image.format == "PNG":
-            Image.open(io.BytesIO(data)).verify()  # the check sums, which loading looks at in part
+            Image.open(io.BytesIO(data)).verify()  # all checksums; loading checks some of them
         image.load()
     except Exception as error:
         return _cannot_decode(error, warning)

@@ -54,7 +54,7 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     Parameters
     ----------
     root : path
-        Folder of class folders. Images may lie in folders within these; hidden files and other endings are passed over.
+        Folder of class folders. Images may be in folders within these; hidden files and other endings are ignored.
     classes : sequence of str, optional
         Names of the classes in label order, from another folder of the same data set. By default the names of the
         class folders, sorted.

@@ -68,7 +68,7 @@ def scan(
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> Scan:
-    """Decode every image below a folder and sort out the files that a training stumbles over.
+    """Decode every image below a folder and exclude the files that would stop a training.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a data set and a loader are, whoever makes the batches.
+"""The interface of data sets and loaders, for all backends.
 
 A training batch is ``(images, labels, source_labels, lam)``, a validation batch ``(images, labels)``: see
 `dali_saliencymix.loaders.dali.Loader`.
@@ -56,7 +56,7 @@ class Batches(ABC):
 
 @dataclass(frozen=True)
 class Data(ABC):
-    """A data set, and who makes batches of it.
+    """A data set, and the loaders of its batches.
 
     Attributes
     ----------

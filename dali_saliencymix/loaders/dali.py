@@ -40,11 +40,11 @@ class Loader(Batches):
 
     Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one. The first
     tensor of a batch is images (N, C, H, W), channels-last in memory where the pipeline gives HWC; the others are
-    (N,), labels int64 and weights float32. All lie where the pipeline's outputs lie.
+    (N,), labels int64 and weights float32. All are where the pipeline's outputs are.
 
-    A file that cannot be read or decoded is named on stderr and left out from then on: the pipeline is built again
-    from where it stood before the batch that failed, with the next file in its place. So the number of batches stays
-    what it was, on this shard and on all others, and the other images of the batch come as they would have come.
+    A file that cannot be read or decoded is named on stderr and left out from then on: the pipeline is rebuilt from its
+    checkpoint before the batch that failed, with the next file in its place. So the number of batches does not change,
+    on this shard and on all others, and the other images of the batch are what they would have been.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Loader(Batches):
     max_bad_batches : int
         Number of bad files, each of which makes a batch fail, that are left out before the next one is an error.
     state : LoaderState, optional
-        The state to go on from.
+        The state to resume from.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Loader(Batches):
         except RuntimeError as error:
             if state is None or isinstance(error, LoaderError):
                 raise
-            msg = f"the state to go on from is not one of this pipeline: {' '.join(str(error).split())}"
+            msg = f"the state to resume from is not one of this pipeline: {' '.join(str(error).split())}"
             raise LoaderError(msg) from error
 
     def _start(self, checkpoint: bytes | None) -> None:
@@ -165,7 +165,7 @@ class Loader(Batches):
         indices = self._coming_batch(checkpoint)
         found = find_unusable([files[index] for index in indices])
         if not found:
-            # What other decoders bear and DALI does not shows when DALI decodes the images one by one.
+            # A file that only DALI rejects shows when DALI decodes the images one by one.
             found = {files[index]: "cannot be decoded" for index in indices if not _decodes(files[index])}
         if not found:
             msg = f"one of {len(indices)} images cannot be decoded, and which one could not be found out"

@@ -14,8 +14,8 @@ def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
     options : DataOptions
         What the batches are like.
     classes : list of str, optional
-        Names of the classes in label order, where nothing is trained: the training images, which the names are of
-        otherwise, are not looked at and need not be there.
+        Names of the classes in label order, where nothing is trained: the training images, which the names come from
+        otherwise, are not read and need not exist.
 
     Returns
     -------

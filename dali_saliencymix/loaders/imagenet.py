@@ -1,7 +1,7 @@
 """Folders of images, as of ImageNet: files -> decoded, resized, mixed, normalised batches.
 
 The images of a training batch are mixed as uint8, after the resize and before the normalisation. What is random is
-drawn by DALI, so a pipeline with the same seed gives the same batches, and a restored checkpoint goes on with the same.
+drawn by DALI, so a pipeline with the same seed gives the same batches, and so does one that resumes from a checkpoint.
 
 Both pipelines turn images by their EXIF orientation, which torchvision's ``ImageFolder`` does not.
 """
@@ -65,9 +65,9 @@ def training_pipeline(
     files, labels : sequence
         Paths and labels of all images; each shard takes its share.
     crop_size : int
-        Height and width of the images that come out.
+        Height and width of the outputs.
     min_crop_area : float
-        Least area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
+        Smallest area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
     hflip_prob : float
         Probability that an image is mirrored.
     color_jitter : float
@@ -78,11 +78,11 @@ def training_pipeline(
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
-        Where they come out; "gpu" if `process_on` is.
+        Where the outputs are; "gpu" if `process_on` is.
     fp16 : bool
-        Images come out as float16, else as float32.
+        The output is float16, else float32.
     channels_last : bool
-        Images come out as HWC, else as CHW.
+        The output is HWC, else CHW.
     shard_id, num_shards : int
         Which share of the files is read. All shards together cover the files once an epoch.
     shuffle_seed : int
@@ -98,7 +98,7 @@ def training_pipeline(
     Notes
     -----
     The horizontal flip comes after the mixing: a patch is flipped with its image. The operator of saliencymix and
-    cutmix flips and normalises along where that is faster: on the CPU for float32, with Numba installed; on a GPU where
+    cutmix also flips and normalises where that is faster: on the CPU for float32, with Numba installed; on a GPU where
     `dali_saliencymix._routes.gpu_route` says so.
     """
     if not 0 < min_crop_area <= 1:
@@ -240,7 +240,7 @@ def mixed(
 
 
 def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
-    """Tell whether the operator that mixes should normalise, in the place of ``fn.crop_mirror_normalize``."""
+    """Tell whether the operator that mixes should normalise, in place of ``fn.crop_mirror_normalize``."""
     if mixed_on != device:  # bytes are the fewer to copy
         return False
     return gpu_route.normalise if device == "gpu" else route_of("auto", np) == "numba" and not fp16
@@ -297,7 +297,7 @@ def training_loader(
     max_bad_batches : int
         Number of bad files that are left out before the next one is an error.
     state : LoaderState, optional
-        To go on from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
+        To resume from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
     **options
         Of `training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
 
