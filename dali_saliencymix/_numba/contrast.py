@@ -97,8 +97,8 @@ def fine_grained(images: Array) -> Array:
 @_kernel
 def _fine_grained(images, maps):  # type: ignore[no-untyped-def]
     count, height, width = maps.shape
-    # Rows and columns of sums start at 0. On either side they are padded with their first and their last value: a window
-    # that sticks out of the image needs no case of its own.
+    # Rows and columns of sums start at 0. On either side they are padded with their first and their last value: then a
+    # window that sticks out of the image needs no case of its own.
     integral = np.zeros((height + 1, width + 1 + 2 * _MARGIN), np.float32)
     grey = np.empty((height, width), np.float32)
     on, off = np.empty((height, width), np.int32), np.empty((height, width), np.int32)

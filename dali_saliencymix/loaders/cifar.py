@@ -7,7 +7,7 @@ accounts for. So the peaks are found before the padding and move with the crop.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def cifar_training_pipeline(
 
 @pipeline_def(enable_checkpointing=True)
 def _array_pipeline(
-    source: _Batches, options: DataOptions, process_on: str, device: str
+    source: Callable[[BatchInfo], Any], options: DataOptions, process_on: str, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Do what `cifar_training_pipeline` does to images that are in memory already."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
@@ -149,9 +149,17 @@ class _CifarLoader(Batches):
         self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None
     ) -> None:
         batch_size, rank, world_size = options.batch_size, processes.rank, processes.world_size
-        self._length = len(cifar) // world_size // batch_size
+        self._length = steps = len(cifar) // world_size // batch_size
+
+        # By the number of a batch alone, so that DALI's checkpoint, which holds that number, says everything.
+        def source(info: BatchInfo) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+            epoch, step = divmod(info.iteration, steps)
+            shard = _order(len(cifar), options.seed, epoch)[rank::world_size]
+            indices = shard[step * batch_size : (step + 1) * batch_size]
+            return cifar.images[indices], cifar.labels[indices, None]
+
         pipeline = _array_pipeline(
-            _Batches(cifar, batch_size, self._length, options.seed, rank, world_size),
+            source,
             options,
             process_on(options, processes),
             batch_size=batch_size,
@@ -175,24 +183,6 @@ class _CifarLoader(Batches):
     def state(self) -> LoaderState:
         (pipeline,) = self._iterator.checkpoints()
         return {"pipeline": pipeline, "step": self._step}
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Makes batches by their number alone, so that DALI's checkpoint, which holds that number, says all of it."""
-
-    cifar: CifarImages
-    batch_size: int
-    steps: int
-    seed: int
-    rank: int
-    world_size: int
-
-    def __call__(self, info: BatchInfo) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        epoch, step = divmod(info.iteration, self.steps)
-        shard = _order(len(self.cifar), self.seed, epoch)[self.rank :: self.world_size]
-        indices = shard[step * self.batch_size : (step + 1) * self.batch_size]
-        return self.cifar.images[indices], self.cifar.labels[indices, None]
 
 
 @functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch

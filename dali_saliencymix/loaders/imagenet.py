@@ -123,12 +123,8 @@ def training_pipeline(
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
     mirror = fn.random.coin_flip(probability=hflip_prob)
     layout = "HWC" if channels_last else "CHW"
-    normalise = None
-    if (
-        mix is not None
-        and mix.mode in ("saliencymix", "cutmix")
-        and pays_in_the_mix(process_on or device, device, fp16)
-    ):
+    normalise, mode = None, mix.mode if mix is not None else None
+    if mode in ("saliencymix", "cutmix") and pays_in_the_mix(process_on or device, device, fp16):
         normalise = Normalise(*IMAGENET_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
