@@ -17,7 +17,8 @@ from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.options import PRESET_OPTIONS
 from dali_saliencymix.training.arguments import parse_arguments
 
-DETECTOR_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "detectors-cpu-2-cores.json"
+_FILE = Path(__file__).parents[1] / "benchmarks" / "results" / "detectors-cpu-2-cores.json"
+MEASURED = json.loads(_FILE.read_text())  # by benchmarks/bench_detectors.py
 
 
 def parts() -> dict[str, str]:
@@ -28,10 +29,10 @@ def parts() -> dict[str, str]:
         "detector_peaks": detector_peaks(),
         "detector_conditions": detector_conditions(),
         "help_package": help_of("python -m dali_saliencymix", package_main),
-        "help_sample_data": help_of("python -m dali_saliencymix", package_main, "sample-data"),
-        "help_scan": help_of("python -m dali_saliencymix", package_main, "scan"),
-        "help_bottleneck": help_of("python -m dali_saliencymix", package_main, "bottleneck"),
-        "help_preview": help_of("python -m dali_saliencymix", package_main, "preview"),
+        **{
+            f"help_{command.replace('-', '_')}": help_of("python -m dali_saliencymix", package_main, command)
+            for command in ("sample-data", "scan", "bottleneck", "preview")
+        },
         "help_train": help_of("train.py", parse_arguments),
         "help_transfer_voc": help_of("transfer_voc.py", transfer_voc.parse_arguments),
     }
@@ -48,11 +49,10 @@ def presets() -> str:
 
 def detector_costs() -> str:
     """Return what each detector costs as a table."""
-    results = detector_results()
-    batch = results["conditions"]["batch_size"]
+    batch = MEASURED["conditions"]["batch_size"]
     rows = []
     for name in DETECTORS:
-        cost = results["milliseconds_per_batch"]["numpy"][name]
+        cost = MEASURED["milliseconds_per_batch"]["numpy"][name]
         spread = f"{cost['median']:.0f} ({cost['min']:.0f} to {cost['max']:.0f})"
         rows.append([f"`{name}`", spread, f"{cost['median'] / batch:.2f}"])
     return table(["detector", f"ms for a batch of {batch}", "ms for an image"], rows)
@@ -60,15 +60,14 @@ def detector_costs() -> str:
 
 def detector_peaks() -> str:
     """Return where the peaks of each detector lie as a table."""
-    results = detector_results()
-    other = results["agreement_with_fine_grained"]
+    other = MEASURED["agreement_with_fine_grained"]
     kinds = ("border_ring", "central_quarter")
     columns = ["detector", "in the border ring", "in the central quarter", "within 1/8 of those of `fine_grained`"]
     rows = []
     for name in DETECTORS:
-        shares = [results["share_of_peaks"][name][kind] for kind in kinds]
+        shares = [MEASURED["share_of_peaks"][name][kind] for kind in kinds]
         rows.append([f"`{name}`", *map(percent, shares), percent(other[name]["within_an_eighth"])])
-    chance = [results["share_of_peaks"]["uniform"][kind] for kind in kinds]
+    chance = [MEASURED["share_of_peaks"]["uniform"][kind] for kind in kinds]
     by_chance = percent(other["peaks_of_other_images"]["within_an_eighth"])
     rows.append(["*peaks anywhere, or of another image*", *map(percent, chance), by_chance])
     return table(columns, rows)
@@ -76,18 +75,13 @@ def detector_peaks() -> str:
 
 def detector_conditions() -> str:
     """Return the conditions that the detectors were measured under as a sentence."""
-    conditions = detector_results()["conditions"]
+    conditions = MEASURED["conditions"]
     versions = conditions["versions"]
     return (
         f"{conditions['device']}; batches of {conditions['batch_size']} images of {conditions['size']}x"
         f"{conditions['size']}, median (least to largest) of {conditions['rounds']} rounds; peaks of "
         f"{conditions['images']} photographs; NumPy {versions['numpy']}. `{conditions['command']}`"
     )
-
-
-def detector_results() -> dict:
-    """Return the results of ``benchmarks/bench_detectors.py``."""
-    return json.loads(DETECTOR_RESULTS.read_text())
 
 
 def percent(share: float) -> str:
