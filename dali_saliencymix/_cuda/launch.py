@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -94,16 +94,19 @@ class Launch:
         find_kernel(*self._name)(self._grid, self._block, tuple(arguments))
 
 
-def prepared(make: Callable[..., Launch]) -> Callable[..., Launch]:
-    """Keep what ``make(xp, *key)`` returns, for each device and key, where `gpu_route` says so."""
+_Prepared = TypeVar("_Prepared")
+
+
+def prepared(make: Callable[..., _Prepared]) -> Callable[..., _Prepared]:
+    """Keep the launches that ``make(xp, *key)`` returns, for each device and key, where `gpu_route` says so."""
 
     @functools.lru_cache(maxsize=256)
-    def kept(xp: Namespace, device: int, *key: Any) -> Launch:
+    def kept(xp: Namespace, device: int, *key: Any) -> _Prepared:
         del device  # only part of the key
         return make(xp, *key)
 
     @functools.wraps(make)
-    def launch(xp: Namespace, *key: Any) -> Launch:
+    def launch(xp: Namespace, *key: Any) -> _Prepared:
         return kept(xp, device_of(xp), *key) if gpu_route.cached_launches else make(xp, *key)
 
     return launch

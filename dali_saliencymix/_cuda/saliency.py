@@ -100,49 +100,35 @@ def _turns(size: int) -> np.ndarray:
 def _sums_over_surrounds(images: Array, xp: Namespace) -> tuple[Array, Array]:
     """Return what is brighter and darker than the surrounds, (N, H, W) uint32, and the maxima of both, (N, 2) int32."""
     images, stride = with_image_stride(images, xp)
-    shape = images.shape
-    count, height, width, _ = shape
+    count, height, width, _ = images.shape
     grey = xp.empty((count, height, width), xp.uint8)
     integral = xp.empty((count, height + 1, width + 1), xp.float32)
     on_off = xp.empty((count, height, width), xp.uint32)
     maxima = xp.empty((count, 2), xp.int32)
-    _blurred_luma(xp, shape, stride)(images, grey)
-    _row_sums(xp, shape)(grey, integral)
-    _column_sums(xp, shape)(integral, maxima)
-    _surrounds(xp, shape)(grey, integral, on_off, maxima)
+    blurred_luma, row_sums, column_sums, surrounds = _steps(xp, images.shape, stride)
+    blurred_luma(images, grey)
+    row_sums(grey, integral)
+    column_sums(integral, maxima)
+    surrounds(grey, integral, on_off, maxima)
     return on_off, maxima
 
 
 @prepared
-def _blurred_luma(xp: Namespace, shape: tuple[int, int, int, int], stride: int) -> Launch:
+def _steps(xp: Namespace, shape: tuple[int, int, int, int], stride: int) -> tuple[Launch, Launch, Launch, Launch]:
     count, height, width, channels = shape
-    tiles = blocks_for(height, 32), blocks_for(width, 32)
-    arguments = (GIVEN, np.int64(stride), height, width, channels, *tiles, GIVEN)
-    return Launch(xp, "fine_grained:blurred_luma", count * tiles[0] * tiles[1], 256, *arguments)
-
-
-@prepared
-def _row_sums(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
-    count, height, width, _ = shape
-    rows = count * height
-    return Launch(xp, "fine_grained:row_sums", blocks_for(rows, 8), 256, GIVEN, height, width, np.int64(rows), GIVEN)
-
-
-@prepared
-def _column_sums(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
-    count, height, width, _ = shape
-    columns = count * (width + 1)
-    # Few threads to a block: there are few columns, and all multiprocessors should get some.
-    arguments = (height, width, np.int64(columns), GIVEN, GIVEN)
-    return Launch(xp, "fine_grained:column_sums", blocks_for(columns, 64), 64, *arguments)
-
-
-@prepared
-def _surrounds(xp: Namespace, shape: tuple[int, int, int, int]) -> Launch:
-    count, height, width, _ = shape
-    blocks = blocks_for(height * width, 256)
-    arguments = (GIVEN, GIVEN, height, width, blocks, GIVEN, GIVEN)
-    return Launch(xp, "fine_grained:surrounds", count * blocks, 256, *arguments)
+    tiles, blocks = (blocks_for(height, 32), blocks_for(width, 32)), blocks_for(height * width, 256)
+    rows, columns = count * height, count * (width + 1)
+    luma = (GIVEN, np.int64(stride), height, width, channels, *tiles, GIVEN)
+    along = (GIVEN, height, width, np.int64(rows), GIVEN)
+    down = (height, width, np.int64(columns), GIVEN, GIVEN)
+    around = (GIVEN, GIVEN, height, width, blocks, GIVEN, GIVEN)
+    return (
+        Launch(xp, "fine_grained:blurred_luma", count * tiles[0] * tiles[1], 256, *luma),
+        Launch(xp, "fine_grained:row_sums", blocks_for(rows, 8), 256, *along),
+        # Few threads to a block: there are few columns, and all multiprocessors should get some.
+        Launch(xp, "fine_grained:column_sums", blocks_for(columns, 64), 64, *down),
+        Launch(xp, "fine_grained:surrounds", count * blocks, 256, *around),
+    )
 
 
 @prepared
