@@ -10,56 +10,46 @@ folders; without it images are made.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def
 
-from benchmarks import data, machine, measure, opencv
+from benchmarks import data, machine, opencv, program
+from benchmarks.record import Record, figures_of
+from benchmarks.timing import Timed
 from dali_saliencymix import DETECTORS, saliency_peaks
 from dali_saliencymix.datasets.damage import find_unusable
+from dali_saliencymix.measure.figures import significant
 
 REFERENCE = "fine_grained"  # the paper's choice
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser_of_rounds(__doc__)
-    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
-    parser.add_argument(
-        "-b", "--batch-size", type=measure.positive, default=128, help="images in a batch that is timed"
-    )
-    parser.add_argument("--size", type=measure.positive, default=224, help="height and width of the images")
+    parser = program.parser(__doc__, *program.ROUNDS, "data", "batch_size", batch_size=128)
+    parser.add_argument("--size", type=program.positive, default=224, help="height and width of the images")
     most = "most images to take peaks of, picked evenly"
-    parser.add_argument("--images", type=_at_least_two, default=1000, help=most)
+    # Of a single image there are no peaks of other images to compare with.
+    parser.add_argument("--images", type=program.at_least_two, default=1000, help=most)
     options = parser.parse_args()
-    gpu = machine.wants_gpu(options)
 
     with data.images_of(options) as folder:
-        count = min(options.images, len(folder))
-        images = decoded([folder.files[i * len(folder) // count] for i in range(count)], options.size)
-    result: dict[str, Any] = {"benchmark": "detectors", "milliseconds_per_batch": {}, "not_measured": {}}
-    result |= peaks(images)
-    result["against_opencv"] = against_opencv(images, result["not_measured"])
-    result["conditions"] = machine.conditions(options, gpu=gpu) | {"images": count}
-    batch = images[np.arange(options.batch_size) % len(images)]
-    for library in ["numpy", "cupy"] if gpu else ["numpy"]:
-        result["milliseconds_per_batch"][library] = timed(batch, library, options, result["not_measured"])
-        measure.write(result, options.output)
-    measure.show(result)
+        options.images = min(options.images, len(folder))
+        chosen = [folder.files[i * len(folder) // options.images] for i in range(options.images)]
+        images = decoded(chosen, options.size)
+    record = Record("detectors", options)
+    record.add(peaks(images))
+    record.add({"against_opencv": against_opencv(images, record.not_measured)})
+    batch: Any = images[np.arange(options.batch_size) % len(images)]
+    measure_times(record, batch, "numpy")
+    if machine.wants_gpu(options):
+        import cupy
 
-
-def _at_least_two(text: str) -> int:
-    # Of a single image there are no peaks of other images to compare with.
-    if (number := measure.positive(text)) < 2:
-        msg = f"must be at least 2, got {text!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return number
+        measure_times(record, cupy.asarray(batch), "cupy")
+    record.end()
 
 
 def decoded(files: list[str], size: int) -> np.ndarray:
@@ -79,20 +69,14 @@ def decoded(files: list[str], size: int) -> np.ndarray:
     return np.concatenate(batches)[: len(files)]
 
 
-def timed(batch: Any, library: str, options: Any, not_measured: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Return the milliseconds that each detector takes for a batch."""
-    gpu = library == "cupy"
-    if gpu:
-        import cupy
-
-        batch = cupy.asarray(batch)
-    calls = {name: measure.Timed(functools.partial(find, batch), gpu=gpu) for name, find in DETECTORS.items()}
-    reasons: dict[str, str] = {}
-    (times,) = collections.deque(
-        measure.in_turns(calls, options.rounds, seconds=options.seconds, not_measured=reasons), maxlen=1
-    )
-    not_measured |= {f"{library} / {name}": reason for name, reason in reasons.items()}
-    return {name: measure.figure(values) for name, values in times.items()}
+def measure_times(record: Record, batch: Any, library: str) -> None:
+    """Measure the milliseconds that each detector takes for a batch of a library."""
+    calls = {
+        name: Timed(functools.partial(find, batch), gpu=library == "cupy")
+        for name, find in DETECTORS.items()
+        if record.ask_for(f"{library} / {name}", "milliseconds_per_batch", library, name)
+    }
+    record.measure(calls, lambda times: {"milliseconds_per_batch": {library: figures_of(times)}}, where=f"{library} / ")
 
 
 def peaks(images: np.ndarray) -> dict[str, Any]:
@@ -129,7 +113,7 @@ def against_opencv(images: np.ndarray, not_measured: dict[str, str]) -> dict[str
         own, other = (saliency_peaks(one, height, width) for one in (maps, theirs))
         found[name] = {
             "equal_maps": _share((ours == theirs).all(axis=(1, 2))),
-            "largest_difference": measure.significant(float(np.abs(ours - theirs).max()), 2),
+            "largest_difference": significant(float(np.abs(ours - theirs).max()), 2),
             "same_peak": _share([one.argmax() == two.argmax() for one, two in zip(ours, theirs, strict=True)]),
             "peak_of_mixing_within_a_pixel": _share(np.abs(own - other).max(axis=1) <= 1),
         }
@@ -150,17 +134,13 @@ def peak_positions(detector: Callable[[np.ndarray], np.ndarray], images: np.ndar
 def places(positions: np.ndarray) -> dict[str, float]:
     """Return the share of peaks in the outer 1/16 along each side, and in the central quarter of the area."""
     from_centre = np.abs(positions - 0.5).max(axis=1)
-    shares = {"border_ring": from_centre > 1 / 2 - 1 / 16, "central_quarter": from_centre < 1 / 4}
-    return {name: _share(share) for name, share in shares.items()}
+    return {"border_ring": _share(from_centre > 1 / 2 - 1 / 16), "central_quarter": _share(from_centre < 1 / 4)}
 
 
 def agreement(differences: np.ndarray) -> dict[str, float]:
     """Return the mean length of `differences` (N, 2) between peaks, and the share of those under 1/8 of the side."""
     distance = np.hypot(*differences.T)
-    return {
-        "mean_distance": round(float(distance.mean()), 3),
-        "within_an_eighth": _share(distance < 1 / 8),
-    }
+    return {"mean_distance": round(float(distance.mean()), 3), "within_an_eighth": _share(distance < 1 / 8)}
 
 
 def other_pairs(positions: np.ndarray) -> np.ndarray:
@@ -170,4 +150,4 @@ def other_pairs(positions: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

@@ -10,6 +10,8 @@ step is timed there as it is called, and as a CUDA graph, without the host. Of t
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import gc
 import inspect
@@ -21,10 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import dali_saliencymix as ds
-from benchmarks import machine, measure, opencv, peers
+from benchmarks import machine, opencv, peers, program
 from benchmarks.record import Record
+from benchmarks.timing import Graph, Timed, memory_bandwidth
 from dali_saliencymix import _cuda as cuda
 from dali_saliencymix._routes import on_gpu
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.figures import figure, significant
+from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.pixels import paste_normalised
 
 _NUM_CLASSES = 1000
@@ -42,37 +48,31 @@ class Variant(NamedTuple):
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser_of_rounds(__doc__)
-    parser.add_argument("--sizes", type=measure.positive, nargs="+", default=[224, 32], help="height and width")
+    parser = program.parser(__doc__, *program.ROUNDS, "detectors")
+    parser.add_argument("--sizes", type=program.positive, nargs="+", default=[224, 32], help="height and width")
     batches = "default: 256 128 32 512 1, without a GPU 128 1 8 32 512"
-    parser.add_argument("-b", "--batches", type=measure.positive, nargs="+", help=batches)
-    parser.add_argument("--detectors", nargs="+", choices=list(ds.DETECTORS), default=list(ds.DETECTORS))
-    parser.add_argument(
-        "--copy-megabytes", type=measure.positive, help="array for the bandwidth; 256 or, on a GPU, 2048"
-    )
+    parser.add_argument("-b", "--batches", type=program.positive, nargs="+", help=batches)
+    array = "array for the bandwidth; 256 or, on a GPU, 2048"
+    parser.add_argument("--copy-megabytes", type=program.positive, help=array)
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
     options.batches = options.batches or ([256, 128, 32, 512, 1] if gpu else [128, 1, 8, 32, 512])
     options.copy_megabytes = options.copy_megabytes or (2048 if gpu else 256)
 
-    record = Record("ops", machine.conditions(options, gpu=gpu), options)
-    rate_of_copy = measure.memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)
+    record = Record("ops", options)
+    rate_of_copy = memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)
     record.add({"copy_gigabytes_per_second": {"gpu" if gpu else "cpu": rate_of_copy}})
-    why_not = "it is measured without a GPU" if gpu else opencv.why_not()
-    processes = None
-    if why_not:
-        record.not_measured["opencv"] = why_not
-    else:
-        processes = opencv.Processes(machine.cores())
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = None
+        if why_not := "it is measured without a GPU" if gpu else opencv.why_not():
+            record.not_measured["opencv"] = why_not
+        else:
+            processes = stack.enter_context(contextlib.closing(opencv.Processes(cores())))
         for size, batch in itertools.product(options.sizes, options.batches):
             inputs = Inputs(size, batch)
             for detector in options.detectors:
                 measure_group(record, inputs, detector, options, gpu, processes, rate_of_copy["median"])
                 gc.collect()
-    finally:
-        if processes:
-            processes.close()
     record.end()
 
 
@@ -80,7 +80,7 @@ def measure_group(
     record: Record,
     inputs: Inputs,
     detector: str,
-    options: Any,
+    options: argparse.Namespace,
     gpu: bool,
     processes: opencv.Processes | None,
     rate_of_copy: float,
@@ -92,10 +92,10 @@ def measure_group(
     record.ask_for(f"{place} / {detector}", "milliseconds_per_batch", place, f"mix {detector}")
     if record.seconds_left() < 0:
         return
-    try:
+    variants: dict[str, Variant] = {}
+    with record.attempt(f"{place} / {detector}"):
         variants = package_variants(inputs, "cupy" if gpu else "numpy", detector, steps=steps)
-    except Exception as error:  # whatever it is: other detectors can be measured all the same
-        record.leave_out(f"{place} / {detector}", error)
+    if not variants:
         return
     if gpu and first and steps:  # array operations: compiling kernels for a CPU would take the GPU's time
         reference = f"mix {detector} | numpy"
@@ -103,37 +103,32 @@ def measure_group(
     if processes:
         variants |= opencv_variants(inputs, processes, detector)
     if steps:
-        try:
+        with record.attempt(f"{place} / mixes of other packages"):
             for name, call in peers.ops_variants(inputs.images, gpu=gpu).items():
                 variants[name] = Variant(call, 8 * inputs.images.size, gpu)  # float32 in, float32 out
-        except ImportError as error:
-            record.leave_out(f"{place} / mixes of other packages", error)
     variants = {
         name: variant
         for name, variant in variants.items()
         if record.ask_for(f"{place} / {name}", "milliseconds_per_batch", place, *name.split(" | "))
     }
-    if not variants:
-        return
-    record.begin_group()
-    reasons: dict[str, str] = {}
-    timed = {
-        name: functools.partial(milliseconds, variant, measure.Timed(variant.call, gpu=variant.on_gpu))
-        for name, variant in variants.items()
-    }
-    found: dict[str, Any] = {}
-    if gpu:
-        found["peak_memory_relative_to_batch"] = {place: peak_memory(variants, inputs)}
-    for values in measure.in_turns(timed, options.rounds, seconds=record.seconds_left(), not_measured=reasons):
+    if gpu and variants:
+        record.add({"peak_memory_relative_to_batch": {place: peak_memory(variants, inputs)}})
+
+    def result_of(values: dict[str, list[float]]) -> dict[str, Any]:
         of_place: dict[str, dict[str, Any]] = {}
         for name, times in values.items():
             step, _, implementation = name.partition(" | ")
             of_place.setdefault(step, {})[implementation] = with_share(times, variants[name], gpu, rate_of_copy)
-        record.add({**found, "milliseconds_per_batch": {place: of_place}})
-    record.not_measured |= {f"{place} / {name}": reason for name, reason in reasons.items()}
+        return {"milliseconds_per_batch": {place: of_place}}
+
+    timed = {
+        name: functools.partial(milliseconds, variant, Timed(variant.call, gpu=variant.on_gpu))
+        for name, variant in variants.items()
+    }
+    record.measure(timed, result_of, where=f"{place} / ")
 
 
-def milliseconds(variant: Variant, timed: measure.Timed) -> float:
+def milliseconds(variant: Variant, timed: Callable[[], float]) -> float:
     """Return the milliseconds of a variant."""
     with on_gpu(cached_launches=variant.cached_launches):
         return timed()
@@ -141,11 +136,11 @@ def milliseconds(variant: Variant, timed: measure.Timed) -> float:
 
 def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: float) -> dict[str, float]:
     """Return the figure of a variant, with its bytes and how its rate compares with that of a copy."""
-    figure = {**measure.figure(times), "bytes": variant.bytes_moved}
+    found = {**figure(times), "bytes": variant.bytes_moved}
     if variant.on_gpu is gpu:
-        rate = variant.bytes_moved / figure["median"] / 1e6
-        figure["share_of_copy_rate"] = measure.significant(rate / rate_of_copy, 3)
-    return figure
+        rate = variant.bytes_moved / found["median"] / 1e6
+        found["share_of_copy_rate"] = significant(rate / rate_of_copy, 3)
+    return found
 
 
 class Inputs:
@@ -179,7 +174,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
         if gpu:
             if "kernel" in implementation:
                 variants[f"{name}, cached launches"] = Variant(call, moved, gpu, cached_launches=True)
-            variants[f"{name}, graph"] = Variant(measure.Graph(call, copies), moved, gpu)
+            variants[f"{name}, graph"] = Variant(Graph(call, copies), moved, gpu)
 
     def add_all(
         step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Any = None
@@ -279,12 +274,12 @@ def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[
                 variant.call()
             cupy.cuda.get_current_stream().synchronize()
         except Exception as error:  # the timing says why, and goes on with the others
-            measure.say(f"not measured: {name}: {measure.one_line(error)}")
+            program.say(f"not measured: {name}: {one_line(error)}")
             continue
         taken = pool.total_bytes() / inputs.images.nbytes
-        found.setdefault(step, {})[implementation] = measure.significant(taken, 3)
+        found.setdefault(step, {})[implementation] = significant(taken, 3)
     return found
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

@@ -12,48 +12,53 @@ of the least number's rate per thread.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import dali_saliencymix as ds
-from benchmarks import data, loaders, machine, measure
+from benchmarks import data, loaders, machine, program
 from benchmarks.record import Record
+from benchmarks.timing import Timed
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.figures import figure
 from dali_saliencymix.options import MixOptions
 
 _TOLERANCE = 0.2
 _ON_ARRAYS = ("batch", "size", "detector_size")
 _OF_LOADERS = ("threads", "hw_decoder_load")
 
+Variants = dict[str, Callable[[], float]]  # named ``curve @ point``
+
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser_of_rounds(__doc__)
-    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders, for the loader")
+    common = ("data", "batch_size", "crop_size", "workers", "detectors")
+    parser = program.parser(
+        __doc__,
+        *(*program.ROUNDS, *common),
+        detectors=["spectral_residual", "fine_grained"],
+        batch_size=128,
+        crop_size=224,
+    )
+    parser.epilog = "-b, --crop-size and -j are for the axes that change something else"
     parser.add_argument("--axes", nargs="+", choices=[*_ON_ARRAYS, *_OF_LOADERS], default=[*_ON_ARRAYS, "threads"])
-    parser.add_argument(
-        "--detectors", nargs="+", choices=list(ds.DETECTORS), default=["spectral_residual", "fine_grained"]
-    )
-    whole, share = measure.positive, measure.share
-    parser.add_argument("--batch", nargs="+", type=whole, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512], metavar="N")
-    parser.add_argument("--size", nargs="+", type=whole, default=[32, 64, 96, 128, 160, 224, 320, 448], metavar="PX")
-    parser.add_argument(
-        "--every", nargs="+", type=whole, default=[1, 2, 3, 4, 7], metavar="STEP", help="detector sizes"
-    )
-    powers = [2**n for n in range(machine.cores().bit_length()) if 2**n <= machine.cores()]
-    parser.add_argument("--threads", nargs="+", type=whole, default=powers, metavar="N")
-    parser.add_argument("--hw-decoder-load", nargs="+", type=share, default=[0.0, 0.3, 0.65, 0.8, 0.95], metavar="X")
-    parser.add_argument("-b", "--batch-size", type=whole, default=128, help="where the batch is not what changes")
-    parser.add_argument("--crop-size", type=whole, default=224, help="where the size is not what changes")
-    parser.add_argument(
-        "-j", "--workers", type=whole, default=machine.cores(), help="where threads are not what changes"
-    )
+    powers = [2**n for n in range(cores().bit_length()) if 2**n <= cores()]
+    points: dict[str, tuple[Callable[[str], float], list[float], str]] = {
+        "batch": (program.positive, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "N"),
+        "size": (program.positive, [32, 64, 96, 128, 160, 224, 320, 448], "PX"),
+        "every": (program.positive, [1, 2, 3, 4, 7], "STEP"),
+        "threads": (program.positive, powers, "N"),
+        "hw-decoder-load": (program.share, [0.0, 0.3, 0.65, 0.8, 0.95], "X"),
+    }
+    for name, (kind, default, metavar) in points.items():
+        about = "pixels from one that a detector sees to the next" if name == "every" else "points of that axis"
+        parser.add_argument(f"--{name}", nargs="+", type=kind, default=default, metavar=metavar, help=about)
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
     if not gpu and "hw_decoder_load" in options.axes:
@@ -61,41 +66,38 @@ def main() -> None:
         raise ValueError(msg)
 
     with contextlib.ExitStack() as stack:
-        conditions, folder = machine.conditions(options, gpu=gpu), None
+        conditions, folder = {}, None
         if set(options.axes) & set(_OF_LOADERS):
             folder = stack.enter_context(data.images_of(options))
-            conditions |= data.described(folder)
-        record = Record("scale", conditions, options)
+            conditions = data.described(folder)
+        record = Record("scale", options, **conditions)
         for axis in options.axes:
             if record.ask_for(axis, "curves", axis) and record.seconds_left() > 0:
-                try:
+                with record.attempt(axis):
                     measure_curves(record, axis, folder, options, gpu)
-                except Exception as error:  # whatever it is: other axes can be measured all the same
-                    record.leave_out(axis, error)
                 gc.collect()  # pipelines are parts of cycles
     record.end()
 
 
-def measure_curves(record: Record, axis: str, folder: Any, options: Any, gpu: bool) -> None:
+def measure_curves(record: Record, axis: str, folder: Any, options: argparse.Namespace, gpu: bool) -> None:
     """Measure all points of an axis in turns."""
     on_arrays = axis in _ON_ARRAYS
-    variants = array_variants(axis, options, gpu) if on_arrays else loader_variants(axis, folder, options, gpu)
-    record.begin_group()
-    reasons: dict[str, str] = {}
-    # Half of what is left, so that the axes after it get something.
-    seconds = record.seconds_left() * (0.5 if axis != options.axes[-1] else 1)
-    for values in measure.in_turns(variants, options.rounds, seconds=seconds, not_measured=reasons):
+    variants = array_variants(axis, options, gpu) if on_arrays else loader_variants(axis, folder, options)
+
+    def result_of(values: dict[str, list[float]]) -> dict[str, Any]:
         curves: dict[str, dict[str, Any]] = {}
         for name, measured in values.items():
             curve, _, point = name.rpartition(" @ ")
-            curves.setdefault(curve, {})[point] = measure.figure(measured)
+            curves.setdefault(curve, {})[point] = figure(measured)
         found = {
             "unit": "ms" if on_arrays else "images/s",
             "points": curves,
             "linear": {name: linear(axis, of_curve) for name, of_curve in curves.items()},
         }
-        record.add({"curves": {axis: found}})
-    record.not_measured |= {f"{axis} / {name}": reason for name, reason in reasons.items()}
+        return {"curves": {axis: found}}
+
+    # Half of what is left, so that the axes after it get something.
+    record.measure(variants, result_of, share=0.5 if axis != options.axes[-1] else 1.0, where=f"{axis} / ")
 
 
 def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:
@@ -114,16 +116,15 @@ def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:
     return {"linear_from": min(x for x, _ in per_unit if not beyond or x > max(beyond))}
 
 
-def array_variants(axis: str, options: Any, gpu: bool) -> dict[str, Callable[[], float]]:
-    """Return the mix at each point of an axis, named ``curve @ point``."""
+def array_variants(axis: str, options: argparse.Namespace, gpu: bool) -> Variants:
+    """Return the mix at each point of an axis."""
     xp: Any = np
     if gpu:
         import cupy as xp
 
-    variants: dict[str, Callable[[], float]] = {}
+    variants: Variants = {}
     largest = {"batch": options.batch_size, "size": options.crop_size}
-    steps = options.every if axis == "detector_size" else [1]
-    for point in getattr(options, axis, steps):
+    for point in options.every if axis == "detector_size" else getattr(options, axis):
         shape = {**largest, axis: point}
         rng = np.random.default_rng(0)
         images = xp.asarray(rng.integers(0, 256, (shape["batch"], shape["size"], shape["size"], 3), np.uint8))
@@ -135,7 +136,7 @@ def array_variants(axis: str, options: Any, gpu: bool) -> dict[str, Callable[[],
                 detector = functools.partial(_every, ds.DETECTORS[name], point)
                 at = -(-options.crop_size // point)
             mix = functools.partial(ds.saliencymix, images, *draws, saliency=detector)
-            variants[f"{name} @ {at}"] = measure.Timed(mix, gpu=gpu)
+            variants[f"{name} @ {at}"] = Timed(mix, gpu=gpu)
     return variants
 
 
@@ -144,21 +145,15 @@ def _every(detector: Callable[..., Any], step: int, images: Any) -> Any:
     return detector(images[:, ::step, ::step].copy())
 
 
-def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str, Callable[[], float]]:
-    """Return the loader at each point of an axis, named ``curve @ point``; for threads with mixing and without."""
-    variants = {}
+def loader_variants(axis: str, folder: Any, options: argparse.Namespace) -> Variants:
+    """Return the loader at each point of an axis; for threads with mixing and without."""
+    mixes: dict[str, Any] = {"none": None}
+    if axis == "threads":
+        mixes |= {name: MixOptions(saliency=name) for name in options.detectors}
+    changed = "workers" if axis == "threads" else axis
+    variants: Variants = {}
     for point in getattr(options, axis):
-        setting = loaders.Setting(
-            data.repeated(folder, 20 * options.batch_size),
-            options.batch_size,
-            point if axis == "threads" else options.workers,
-            options.crop_size,
-            torch.device("cuda", 0) if gpu else torch.device("cpu"),
-            hw_decoder_load=point if axis == "hw_decoder_load" else 0.65,
-        )
-        mixes: dict[str, Any] = {"none": None}
-        if axis == "threads":
-            mixes |= {name: MixOptions(saliency=name) for name in options.detectors}
+        setting = loaders.setting_of(options, folder, **{"hw_decoder_load": 0.65, changed: point})
         for name, mix in mixes.items():
             stream = loaders.in_graph(setting, mix=mix)
             variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, setting, batches=4)
@@ -166,4 +161,4 @@ def loader_variants(axis: str, folder: Any, options: Any, gpu: bool) -> dict[str
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

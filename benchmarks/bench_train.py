@@ -12,41 +12,32 @@ difference to the loader that does not mix is the operator's. The calls of the o
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch.nn.functional import cross_entropy
 
-from benchmarks import data, gil, loaders, machine, measure
-from benchmarks.record import Record
-from dali_saliencymix import DETECTORS
+from benchmarks import data, gil, loaders, machine, program
+from benchmarks.record import Record, figures_of
+from dali_saliencymix.measure.figures import figure, ratios
 
 _CONSTANT, _UNMIXED = "constant batch", "none"
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = measure.parser_of_rounds(__doc__)
-    parser.add_argument("data", nargs="?", type=Path, metavar="DATA", help="folder of class folders")
-    parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
-    parser.add_argument("-b", "--batch-size", type=measure.positive, help="default: 256, without a GPU 32")
-    parser.add_argument("-j", "--workers", type=measure.positive, default=machine.cores(), help="DALI threads")
-    parser.add_argument("--crop-size", type=measure.positive, help="default: 224, without a GPU 64")
-    parser.add_argument(
-        "--steps", type=measure.positive, help="of a variant in each round; default: 20, without a GPU 8"
+    parser = program.parser(
+        __doc__, *program.ROUNDS, *loaders.OPTIONS, "detectors", detectors=["spectral_residual", "fine_grained"]
     )
-    detectors = ["spectral_residual", "fine_grained"]
-    parser.add_argument("--detectors", nargs="+", choices=list(DETECTORS), default=detectors)
-    parser.add_argument("--hw-decoder-load", type=measure.share, default=0.65, help="share for a GPU's JPEG engine")
+    parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
+    parser.add_argument("--steps", type=program.positive, help="of a variant in each round")
+    parser.epilog = "defaults: -b 256, --crop-size 224, --steps 20; without a GPU 32, 64 and 8"
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
-    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     defaults = ("resnet50", 256, 224, 20) if gpu else ("resnet18", 32, 64, 8)
     for name, default in zip(("arch", "batch_size", "crop_size", "steps"), defaults, strict=True):
         setattr(options, name, getattr(options, name) or default)
@@ -55,26 +46,13 @@ def main() -> None:
         raise ValueError(msg)
 
     with data.images_of(options) as folder:
-        conditions = machine.conditions(options, gpu=gpu) | data.described(folder)
-        conditions |= {"torch_threads": torch.get_num_threads()}
+        conditions = data.described(folder) | {"torch_threads": torch.get_num_threads()}
         conditions |= {"precision": "bfloat16 autocast", "memory_format": "channels_last"}
-        record = Record("train", conditions, options)
-        repeated = data.repeated(folder, 20 * options.batch_size)
-        setting = loaders.Setting(
-            repeated,
-            options.batch_size,
-            options.workers,
-            options.crop_size,
-            device,
-            hw_decoder_load=options.hw_decoder_load,
-        )
+        record = Record("train", options, **conditions)
+        setting = loaders.setting_of(options, folder)
         step = training_step(options.arch, setting)
-        for group in groups(options.detectors, gpu=gpu):
-            lacking = record.lacking("images_per_second", group)
-            if lacking and record.seconds_left() > 0:
-                names = list(dict.fromkeys([_UNMIXED, *lacking]))
-                measure_group(record, names, step, setting, options)
-                gc.collect()  # pipelines are parts of cycles
+        for names in record.groups("images_per_second", groups(options.detectors, gpu=gpu), _UNMIXED):
+            measure_group(record, names, step, setting, options.steps)
     record.end()
 
 
@@ -88,24 +66,23 @@ def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
 
 
 def measure_group(
-    record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, options: Any
+    record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, steps: int
 ) -> None:
     """Measure the training behind each of these loaders, then for how long each holds the GIL."""
     calls: dict[str, list[gil.Call]] = {}
-    streams: dict[str, loaders.Stream] = {}
     makers = loaders.makers()
-    for name in names:
-        try:
-            with gil.recorded_calls() as calls[name]:
-                streams[name] = makers[name](setting, channels_last=True)
-        except Exception as error:  # whatever it is: the others can be measured all the same
-            record.leave_out(name, error)
+
+    def make(name: str) -> loaders.Stream:
+        with gil.recorded_calls() as calls[name]:
+            return makers[name](setting, channels_last=True)
+
+    streams = record.made(names, make)
     if _UNMIXED not in streams:
         return
     loaders.say_memory(setting.device)
-    record.begin_group()
-    found = measure_training(record, streams, calls, step, setting, options)
-    measure_lock(record, found, streams, setting, options)
+    measure_training(record, streams, calls, step, setting, steps)
+    variants = {name: functools.partial(milliseconds_held, stream, setting, steps) for name, stream in streams.items()}
+    record.measure(variants, lock_held)
 
 
 def measure_training(
@@ -114,38 +91,45 @@ def measure_training(
     calls: dict[str, list[gil.Call]],
     step: Callable[..., None],
     setting: loaders.Setting,
-    options: Any,
-) -> dict[str, Any]:
-    """Train behind each stream in turns; return the rates, their ratios and the operator's calls."""
+    steps: int,
+) -> None:
+    """Train behind each stream in turns; record the rates, their ratios and the operator's calls."""
     batch = next(streams[_UNMIXED].batches)
     constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
     of_turns: dict[str, list[gil.Call]] = {name: [] for name in streams if name.startswith("saliencymix")}
-    variants = {
-        name: functools.partial(
-            rate_of_turn, stream, setting, options, step, calls.get(name, []), of_turns.get(name, [])
-        )
-        for name, stream in {_CONSTANT: constant, **streams}.items()
-    }
-    found: dict[str, Any] = {}
-    kept = {"seconds": 0.8 * record.seconds_left(), "not_measured": record.not_measured}
-    for rates in measure.in_turns(variants, options.rounds, **kept):
-        found["images_per_second"] = {name: measure.figure(values) for name, values in rates.items()}
-        found["relative_to_constant_batch"] = measure.ratios(rates, _CONSTANT)
+
+    def rate_of_turn(name: str, stream: loaders.Stream) -> float:
+        """Train for a turn; keep the median of the operator's calls in it."""
+        made = calls.get(name, [])
+        made.clear()
+        rate = loaders.images_per_second(stream, setting, steps, use=step)
+        if made and name in of_turns:
+            of_turns[name].append(gil.Call(*map(statistics.median, zip(*made, strict=True))))
+        return rate
+
+    def call_ms(turns: list[gil.Call], kind: str) -> dict[str, float]:
+        return figure([1000 * getattr(call, f"{kind}_seconds") for call in turns[1:]])  # the first one warms up
+
+    def result_of(rates: dict[str, list[float]]) -> dict[str, Any]:
         without_constant = {name: values for name, values in rates.items() if name != _CONSTANT}
-        found["relative_to_none"] = measure.ratios(without_constant, _UNMIXED)
-        found["operator_call_ms"] = {
-            name: {
-                "wall": measure.figure([1000 * call.wall_seconds for call in turns[1:]]),
-                "cpu": measure.figure([1000 * call.cpu_seconds for call in turns[1:]]),
-            }
-            for name, turns in of_turns.items()
-            if turns[1:]  # the first one warms up
+        return {
+            "images_per_second": figures_of(rates),
+            "relative_to_constant_batch": ratios(rates, _CONSTANT),
+            "relative_to_none": ratios(without_constant, _UNMIXED),
+            "operator_call_ms": {
+                name: {kind: call_ms(turns, kind) for kind in ("wall", "cpu")}
+                for name, turns in of_turns.items()
+                if turns[1:]
+            },
         }
-        record.add(found)
+
+    variants = {
+        name: functools.partial(rate_of_turn, name, stream) for name, stream in {_CONSTANT: constant, **streams}.items()
+    }
+    record.measure(variants, result_of, share=0.8)
     for name, turns in of_turns.items():
         if not turns:
             record.not_measured[f"operator_call_ms / {name}"] = "no call of it was seen"
-    return found
 
 
 def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
@@ -169,44 +153,6 @@ def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
     return step
 
 
-def rate_of_turn(
-    stream: loaders.Stream,
-    setting: loaders.Setting,
-    options: Any,
-    step: Callable[..., None],
-    made: list[gil.Call],
-    of_turns: list[gil.Call],
-) -> float:
-    """Train for a turn, and return its rate; the median of the calls that were `made` in it goes to `of_turns`."""
-    made.clear()
-    rate = loaders.images_per_second(stream, setting, options.steps, use=step)
-    if made:
-        of_turns.append(gil.Call(*map(statistics.median, zip(*made, strict=True))))
-    return rate
-
-
-def measure_lock(
-    record: Record,
-    found: dict[str, Any],
-    streams: dict[str, loaders.Stream],
-    setting: loaders.Setting,
-    options: Any,
-) -> None:
-    """Take batches from each loader in turns; add to `found` the time that each batch holds the GIL."""
-    variants = {
-        name: functools.partial(milliseconds_held, stream, setting, options.steps) for name, stream in streams.items()
-    }
-    kept = {"seconds": record.seconds_left(), "not_measured": record.not_measured}
-    for held in measure.in_turns(variants, options.rounds, **kept):
-        found["lock_held_ms_per_batch"] = {name: measure.figure(values) for name, values in held.items()}
-        found["lock_held_ms_per_batch_more_than_none"] = {
-            name: measure.figure([one - other for one, other in zip(values, held[_UNMIXED], strict=True)])
-            for name, values in held.items()
-            if name != _UNMIXED and _UNMIXED in held
-        }
-        record.add(found)
-
-
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
     """Return for how long each batch of a stream holds the GIL."""
     probe = gil.Probe()
@@ -214,5 +160,16 @@ def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches:
     return 1000 * probe.held_seconds / batches
 
 
+def lock_held(held: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the time that each batch holds the GIL, and by how much it is more than without mixing."""
+    unmixed = held.get(_UNMIXED, [])
+    more = {
+        name: [one - other for one, other in zip(values, unmixed, strict=True)]
+        for name, values in held.items()
+        if unmixed and name != _UNMIXED
+    }
+    return {"lock_held_ms_per_batch": figures_of(held), "lock_held_ms_per_batch_more_than_none": figures_of(more)}
+
+
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

@@ -14,13 +14,13 @@ file whose pages are not in memory; files are dropped from it as the tool does.
 
 from __future__ import annotations
 
-import argparse
+import collections
 import functools
 import io
+import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,7 +34,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 from PIL import Image
 
-from benchmarks import machine, measure
+from benchmarks import machine, program
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.measure import page_cache
@@ -60,40 +60,18 @@ def make_files(folder: str | Path, *, count: int = 32, size: int = 160) -> list[
     return files
 
 
-class ThrottledReader:
-    """Batches of encoded files and labels, read with a pause before each batch: storage that answers slowly."""
+class Reader:
+    """Batches of encoded files and labels from slow storage: each batch waits, or only for files not in memory."""
 
-    def __init__(self, files: list[str], seconds: float) -> None:
-        self._files, self._seconds, self._next = files, seconds, 0
-
-    def __call__(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the next batch."""
-        time.sleep(self._seconds)
-        self._next += 1
-        return read_batch(self._files, self._next - 1)
-
-
-class ColdReader:
-    """The same for a process that reads ahead, with pauses only for files that are not in memory."""
-
-    def __init__(self, files: list[str], seconds: float) -> None:
-        self._files, self._seconds = files, seconds
+    def __init__(self, files: list[str], seconds: float, *, cold: bool = False) -> None:
+        self._files, self._seconds, self._cold = files, seconds, cold
 
     def __call__(self, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the batch with this number."""
-        chosen = files_of_batch(self._files, number)
-        time.sleep(self._seconds * sum(1 - (page_cache.resident_share([file]) or 0) for file in chosen) / BATCH)
-        return read_batch(self._files, number)
-
-
-def files_of_batch(files: list[str], number: int) -> list[str]:
-    """Return the files of a batch, in order, from the beginning again after the last."""
-    return [files[(number * BATCH + i) % len(files)] for i in range(BATCH)]
-
-
-def read_batch(files: list[str], number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Read the files of a batch; return their bytes, and labels."""
-    return [np.fromfile(file, np.uint8) for file in files_of_batch(files, number)], [np.zeros(1, np.int32)] * BATCH
+        """Return the batch with this number, from the first file again after the last."""
+        chosen = [self._files[(number * BATCH + i) % len(self._files)] for i in range(BATCH)]
+        absent = sum(1 - (page_cache.resident_share([file]) or 0) for file in chosen) / BATCH if self._cold else 1
+        time.sleep(self._seconds * absent)
+        return [np.fromfile(file, np.uint8) for file in chosen], [np.zeros(1, np.int32)] * BATCH
 
 
 @do_not_convert
@@ -127,9 +105,9 @@ def pipeline(
 ) -> tuple[Any, ...]:
     """Read, decode, resize, mix, normalise, with pauses at these places."""
     if read > 0:
-        encoded, labels = fn.external_source(source=ThrottledReader(files, read), num_outputs=2)
+        encoded, labels = fn.external_source(source=Reader(files, read), num_outputs=2)
     elif fetch > 0:
-        encoded, labels = fn.external_source(source=ColdReader(files, fetch), num_outputs=2, parallel=True)
+        encoded, labels = fn.external_source(source=Reader(files, fetch, cold=True), num_outputs=2, parallel=True)
     else:
         encoded, labels = fn.readers.file(files=files, labels=[0] * len(files), random_shuffle=True, name="reader")
     images = fn.resize(fn.decoders.image(encoded), size=(size, size))
@@ -153,62 +131,23 @@ def step_of(seconds: float, *, held: bool = False) -> Callable[[Any], None]:
     return step
 
 
-class NoisyLoader:
-    """Batches about as fast as the step, give or take a lot: what a machine with other users looks like."""
+class PausedLoader:
+    """Fifty batches that come after a pause each."""
 
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+    def __init__(self, pause: Callable[[], float]) -> None:
+        self._pause = pause
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for _ in range(50):
-            time.sleep(0.01 * self._rng.lognormal(0, 1.2))
+            time.sleep(self._pause())
             yield np.zeros((BATCH, 3, 8, 8), np.float32)
 
 
-def noisy_step(seed: int) -> Callable[[Any], None]:
-    """Return a step that at times is ten times slower than at others."""
-    rng = np.random.default_rng(seed + 1000)
-    return lambda batch: time.sleep(0.09 * rng.lognormal(0, 1.2))
-
-
-def diagnosed(files: list[str], fault: str, seed: int = 0, seconds: float = 3.0) -> dict[str, Any]:
-    """Return the report of a fault."""
-    quick: dict[str, Any] = {"seconds": seconds, "what_ifs": False, "storage": False}
-    if fault == "noisy machine":
-        return bottleneck.diagnose(NoisyLoader(seed), noisy_step(seed), **quick)
-    options, seconds_of_step, held = {
-        "slow read": ({"read": SLOW, "mixed": False}, FAST, False),
-        "slow operator": ({"prep": SLOW, "mixed": False}, FAST, False),
-        "expensive detector": ({"detect": SLOW}, FAST, False),
-        "tiny model": ({"mixed": False, "size": 32}, FAST / 4, False),
-        "huge model": ({"mixed": False}, 6 * SLOW, False),
-        "common lock": ({"prep": SLOW, "held": True, "mixed": False}, SLOW, True),
-    }[fault]
-    if fault == "slow read":
-        quick |= {"storage": True, "files": files}
-    define = functools.partial(pipeline, files, **options)
-    return bottleneck.diagnose(define, step_of(seconds_of_step, held=held), **quick)
-
-
-EXPECTED = {
-    "slow read": "DISK-BOUND",
-    "slow operator": "CPU-PREP-BOUND",
-    "expensive detector": "MIX-BOUND",
-    "tiny model": "DECODE-BOUND",
-    "huge model": "COMPUTE-BOUND",
-    "common lock": "CONTENTION",
-    "slow rank": "STRAGGLER",
-    "noisy machine": "INCONCLUSIVE",
-}
-
-
-class RankLoader:
+class RankLoader(PausedLoader):
     """Batches that come slowly in the process of rank 1, if there is one."""
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for _ in range(50):
-            time.sleep(SLOW if os.environ.get("RANK") == "1" else FAST)
-            yield np.zeros((BATCH, 3, 8, 8), np.float32)
+    def __init__(self) -> None:
+        super().__init__(lambda: SLOW if os.environ.get("RANK") == "1" else FAST)
 
 
 def rank_step(batch: Any) -> None:
@@ -220,44 +159,78 @@ def rank_step(batch: Any) -> None:
         torch.distributed.barrier()
 
 
+# The verdict that is right for each fault.
+EXPECTED = {
+    "slow read": "DISK-BOUND",
+    "slow operator": "CPU-PREP-BOUND",
+    "expensive detector": "MIX-BOUND",
+    "tiny model": "DECODE-BOUND",
+    "huge model": "COMPUTE-BOUND",
+    "common lock": "CONTENTION",
+    "slow rank": "STRAGGLER",
+    "noisy machine": "INCONCLUSIVE",
+}
+# Options of the pipeline, seconds of a step; "held" is a lock that both need.
+_IN_A_PIPELINE: dict[str, tuple[dict[str, Any], float]] = {
+    "slow read": ({"read": SLOW, "mixed": False}, FAST),
+    "slow operator": ({"prep": SLOW, "mixed": False}, FAST),
+    "expensive detector": ({"detect": SLOW}, FAST),
+    "tiny model": ({"mixed": False, "size": 32}, FAST / 4),
+    "huge model": ({"mixed": False}, 6 * SLOW),
+    "common lock": ({"prep": SLOW, "held": True, "mixed": False}, SLOW),
+}
+
+
+def diagnosed(fault: str, folder: Path, run: int, seconds: float) -> dict[str, Any]:
+    """Return the report of a fault."""
+    if fault == "slow rank":
+        return diagnosed_ranks(folder / "ranks.json", seconds)
+    quick: dict[str, Any] = {"seconds": seconds, "what_ifs": False, "storage": False}
+    if fault == "noisy machine":  # loader and step about as fast, give or take a lot: a machine with other users
+        pauses, steps = (np.random.default_rng(seed) for seed in (run, run + 1000))
+        loader = PausedLoader(lambda: 0.01 * pauses.lognormal(0, 1.2))
+        return bottleneck.diagnose(loader, lambda batch: time.sleep(0.09 * steps.lognormal(0, 1.2)), **quick)
+    files = files_of(folder, 900 if fault == "tiny model" else 160)  # large where decoding shall cost the most
+    options, seconds_of_step = _IN_A_PIPELINE[fault]
+    if fault == "slow read":
+        quick |= {"storage": True, "files": files}
+    step = step_of(seconds_of_step, held=options.get("held", False))
+    return bottleneck.diagnose(functools.partial(pipeline, files, **options), step, **quick)
+
+
 def diagnosed_ranks(output: Path, seconds: float) -> dict[str, Any]:
     """Return the report of two processes of which one has a slow loader."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "dali_saliencymix", "bottleneck", "--loader", "benchmarks.bottleneck_faults:RankLoader"]
     command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", str(seconds), "--device", "cpu"]
     command += ["--no-what-ifs", "--no-storage", "-o", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1], env=environment)
+    program.python(*command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return bottleneck.load_report(output)
 
 
-def files_of(fault: str, folder: Path) -> list[str]:
-    """Return the files that a fault is tried on: large ones where decoding shall be the dearest part."""
-    size = 900 if fault == "tiny model" else 160
-    place = folder / str(size)
+def files_of(folder: Path, size: int, count: int = 32) -> list[str]:
+    """Return files of a size, made where they are not there yet."""
+    place = folder / f"{size}-{count}"
     if not place.exists():
         place.mkdir()
-        make_files(place, size=size)
+        make_files(place, size=size, count=count)
     return sorted(str(path) for path in place.iterdir())
 
 
-def prediction_grid(folder: Path, seconds: float) -> list[dict[str, Any]]:
+def prediction_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """Compare prediction and measurement for loaders and steps from fast to slow."""
-    rows = []
-    for loader, step in ((a, b) for a in (0.0, 0.02, SLOW) for b in (FAST, 0.02, SLOW)):
-        define = functools.partial(pipeline, files_of("", folder), prep=loader, mixed=False)
+    for loader, step in itertools.product((0.0, 0.02, SLOW), (FAST, 0.02, SLOW)):
+        define = functools.partial(pipeline, files_of(folder, 160), prep=loader, mixed=False)
         report = bottleneck.diagnose(define, step_of(step), seconds=seconds, what_ifs=False, storage=False)
         error = report["prediction"]["end_to_end_takes_longer_by"]
         total = report["stages_sum"]["ratio"]
-        rows.append({"loader_pause_s": loader, "step_s": step, "takes_longer_by": error, "stages_sum_ratio": total})
-    return rows
+        yield {"loader_pause_s": loader, "step_s": step, "takes_longer_by": error, "stages_sum_ratio": total}
 
 
-def storage_grid(folder: Path, seconds: float) -> list[dict[str, Any]]:
+def storage_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """Compare prediction and measurement where files come from storage, with loaders and steps from fast to slow."""
-    files = make_files(_made(folder / "storage"), count=96)
-    rows = []
-    for fetch, prep, step in ((a, b, c) for a in (0.02, 0.06) for b in (0.0, 0.04) for c in (FAST, 0.03)):
+    files = files_of(folder, 160, count=96)
+    for fetch, prep, step in itertools.product((0.02, 0.06), (0.0, 0.04), (FAST, 0.03)):
         define = functools.partial(pipeline, files, fetch=fetch, prep=prep, mixed=False)
         report = bottleneck.diagnose(
             define, step_of(step), seconds=seconds, what_ifs=False, storage=True, files=files, cache="cold"
@@ -268,13 +241,9 @@ def storage_grid(folder: Path, seconds: float) -> list[dict[str, Any]]:
             msg = f"{missing[0]} was not measured: {report['storage']}"
             raise RuntimeError(msg)
         predicted = max(rate["median"] for rate in rates.values())
-        passes = [pass_from_storage(define, files, step_of(step)) for _ in range(5)]
-        longer = sorted(taken / predicted - 1 for taken in passes)
-        figures = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
+        longer = [pass_from_storage(define, files, step_of(step)) / predicted - 1 for _ in range(5)]
         row = {"fetch_pause_s": fetch, "prep_pause_s": prep, "step_s": step, "predicted_ms": predicted}
-        rows.append({**row, "takes_longer_by": figures, "verdict": report["verdict"]["name"]})
-        sys.stderr.write(f"{rows[-1]}\n")
-    return rows
+        yield {**row, "takes_longer_by": spread(longer), "verdict": report["verdict"]["name"]}
 
 
 def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callable[[Any], None]) -> float:
@@ -292,58 +261,52 @@ def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callabl
     return 1000 * (time.perf_counter() - start) / count
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median and both ends of values."""
+    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
 
 
 def main() -> None:
     """Run all faults in turns, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=measure.positive, default=10, help="runs of each fault")
-    parser.add_argument("--seconds", type=measure.positive_number, default=3.0, help="time asked for each run")
+    parser = program.parser(__doc__, "output")
+    parser.add_argument("--runs", type=program.positive, default=10, help="runs of each fault")
+    parser.add_argument("--seconds", type=program.positive_number, default=3.0, help="time asked for each run")
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
-    parser.add_argument(
-        "-o", "--output", type=measure.output_file, metavar="JSON", help="file, written anew after each run"
-    )
-    args = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(args, gpu=False)}
-    table: dict[str, dict[str, int]] = {fault: {} for fault in args.faults}
-    whys: dict[str, list[str]] = {fault: [] for fault in args.faults}
+    options = parser.parse_args()
+    table: dict[str, collections.Counter[str]] = {fault: collections.Counter() for fault in options.faults}
+    whys: dict[str, list[str]] = {fault: [] for fault in options.faults}
+    result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(options)}
     result |= {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for run in range(args.runs):
-            for fault in args.faults:
-                if fault == "slow rank":
-                    report = diagnosed_ranks(folder / "ranks.json", args.seconds)
-                else:
-                    report = diagnosed(files_of(fault, folder), fault, run, args.seconds)
-                name = report["verdict"]["name"]
-                table[fault][name] = table[fault].get(name, 0) + 1
-                if name != EXPECTED[fault]:
-                    whys[fault].append(f"{name}: {report['verdict']['why']}")
-                taken = report["conditions"]["seconds_taken"]
-                sys.stderr.write(f"run {run + 1} {fault}: {name}, {taken} s\n")
-                measure.write(result, args.output)
-        grid = [] if args.no_grid else prediction_grid(folder, args.seconds)
-        cold = [] if args.no_grid else storage_grid(folder, 2 * args.seconds)
-    result |= {"grid": grid, "storage_grid": cold}
-    for name, rows in (("prediction_error", grid), ("storage_prediction_error", cold)):
-        longer = sorted(row["takes_longer_by"]["median"] for row in rows)
-        if longer:
-            result[name] = {"median": statistics.median(longer), "least": longer[0], "largest": longer[-1]}
-    lines = ["| fault | expected | right | INCONCLUSIVE | wrong |", "|---|---|---|---|---|"]
+        for run, fault in itertools.product(range(options.runs), options.faults):
+            report = diagnosed(fault, folder, run, options.seconds)
+            name = report["verdict"]["name"]
+            table[fault][name] += 1
+            if name != EXPECTED[fault]:
+                whys[fault].append(f"{name}: {report['verdict']['why']}")
+            program.say(f"run {run + 1} {fault}: {name}, {report['conditions']['seconds_taken']} s")
+            program.write(result, options.output)
+        grids = {} if options.no_grid else {"grid": prediction_grid, "storage_grid": storage_grid}
+        for grid, rows in grids.items():
+            result[grid] = []
+            for row in rows(folder, options.seconds * (2 if grid == "storage_grid" else 1)):
+                result[grid].append(row)
+                program.say(str(row))
+                program.write(result, options.output)
+            error = "storage_prediction_error" if grid == "storage_grid" else "prediction_error"
+            result[error] = spread([row["takes_longer_by"]["median"] for row in result[grid]])
+    program.write(result, options.output)
+    rows = []
     for fault, verdicts in table.items():
-        right = verdicts.get(EXPECTED[fault], 0)
-        undecided = 0 if EXPECTED[fault] == "INCONCLUSIVE" else verdicts.get("INCONCLUSIVE", 0)
-        wrong = sum(verdicts.values()) - right - undecided
-        lines.append(f"| {fault} | {EXPECTED[fault]} | {right} | {undecided} | {wrong} |")
+        right = verdicts[EXPECTED[fault]]
+        undecided = 0 if EXPECTED[fault] == "INCONCLUSIVE" else verdicts["INCONCLUSIVE"]
+        rows.append([fault, EXPECTED[fault], right, undecided, verdicts.total() - right - undecided])
     errors = {name: result.get(name) for name in ("prediction_error", "storage_prediction_error")}
-    sys.stdout.write("\n".join([*lines, "", json.dumps(errors)]) + "\n")
-    measure.write(result, args.output)
+    shown = program.markdown_table(["fault", "expected", "right", "INCONCLUSIVE", "wrong"], rows)
+    sys.stdout.write(f"{shown}\n\n{json.dumps(errors)}\n")
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import machine, measure
+from benchmarks import program
+from benchmarks.machine import DEAF_TO_INTERRUPTS
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
+from dali_saliencymix.measure.environment import cores
 
 _LONG_SIDE = 500
 _QUALITY = 96  # with it the files come out about as large as ImageNet's
@@ -33,11 +35,11 @@ _QUALITY = 96  # with it the files come out about as large as ImageNet's
 @contextlib.contextmanager
 def images_of(options: argparse.Namespace, *, least: int = 200) -> Iterator[ImageFolder]:
     """Give the images in ``options.data``, or where that is None at least as many made here, deleted afterwards."""
-    with contextlib.ExitStack() as stack:
-        folder = options.data
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            make_images(folder, least)
+    if options.data is not None:
+        yield list_image_folder(options.data)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), least)
         yield list_image_folder(folder)
 
 
@@ -63,7 +65,7 @@ def make_images(folder: Path, count: int, source: Path | None = None) -> None:
     """Write `count` JPEG files into class folders, from the images in `source` where it is given."""
     listed = list_image_folder(source) if source else None
     make = functools.partial(_make_image, folder=folder, listed=listed)
-    with concurrent.futures.ProcessPoolExecutor(machine.cores(), **machine.DEAF_TO_INTERRUPTS) as pool:
+    with concurrent.futures.ProcessPoolExecutor(cores(), **DEAF_TO_INTERRUPTS) as pool:
         for _ in pool.map(make, range(count), chunksize=16):
             pass
 
@@ -84,11 +86,8 @@ def _like(rng: np.random.Generator, file: Path) -> Image.Image:
     """Return a photograph cut at its borders by up to 4 %, mirrored at random, and of ImageNet's size."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
-    left, top = rng.uniform(0, 0.02, 2)
-    right, bottom = rng.uniform(0.98, 1, 2)
-    image = image.crop(
-        (int(left * image.width), int(top * image.height), int(right * image.width), int(bottom * image.height))
-    )
+    borders = (*rng.uniform(0, 0.02, 2), *rng.uniform(0.98, 1, 2))  # left, top, right, bottom
+    image = image.crop([int(share * side) for share, side in zip(borders, 2 * image.size, strict=True)])
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if max(image.size) > _LONG_SIDE:
@@ -114,17 +113,17 @@ def _mosaic(rng: np.random.Generator, number: int) -> Image.Image:
 
 def main() -> None:
     """Make images."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write class folders into")
-    parser.add_argument("--images", type=measure.positive, default=4000, help="number of files (default: %(default)s)")
+    parser.add_argument("--images", type=program.positive, default=4000, help="number of files (default: %(default)s)")
     parser.add_argument("--from", dest="source", type=Path, metavar="DATA", help="photographs to make them from")
     options = parser.parse_args()
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         msg = f"FOLDER must be empty or not there yet, got {options.folder}"
         raise ValueError(msg)
     make_images(options.folder, options.images, options.source)
-    measure.say(", ".join(f"{name} {value}" for name, value in described(list_image_folder(options.folder)).items()))
+    program.say(", ".join(f"{name} {value}" for name, value in described(list_image_folder(options.folder)).items()))
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

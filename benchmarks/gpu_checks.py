@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import gc
+import itertools
 import json
 import math
 import re
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import bench_ops, machine, measure
+from benchmarks import bench_ops, machine, program
 from dali_saliencymix._routes import GpuRoute, on_gpu
-from dali_saliencymix.datasets.image_folder import list_image_folder
+from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders.dali import Loader
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.imagenet import training_loader
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.results import one_line, read_json, shortened
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.checkpoints import find_checkpoint, load_checkpoint
 from dali_saliencymix.training.models import make_model
@@ -92,34 +95,33 @@ Result = dict[str, Any]
 
 def main() -> None:
     """Check, and write what came out after each part."""
-    parser = measure.parser(__doc__)
+    parser = program.parser(__doc__, "output", "device", "batch_size", "crop_size", batch_size=256, crop_size=224)
     parser.add_argument("data", type=Path, metavar="DATA", help="photographs, in class folders of train/ and val/")
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help="some of all")
-    every = list(_TRAININGS)
-    parser.add_argument("--trainings", nargs="+", choices=every, default=every, metavar="NAME", help="some of them")
+    for name, every in (("--checks", list(CHECKS)), ("--trainings", list(_TRAININGS))):
+        parser.add_argument(name, nargs="+", choices=every, default=every, metavar="NAME", help="some of all")
     parser.add_argument("-a", "--arch", default="resnet50", help="network of the trainings (default: %(default)s)")
-    parser.add_argument("-b", "--batch-size", type=measure.positive, default=256, help="default: %(default)s")
-    parser.add_argument("--crop-size", type=measure.positive, default=224, help="default: %(default)s")
-    parser.add_argument("--steps", type=measure.positive, default=60, help="of each training (default: %(default)s)")
-    parser.add_argument("--batches", type=measure.positive, default=500, help="while memory is watched (default: 500)")
-    parser.add_argument("--programs", type=measure.positive, default=20, help="that have to end (default: 20)")
+    counts = {"steps": (60, "of each training"), "batches": (500, "while memory is watched")}
+    counts["programs"] = (20, "that have to end")
+    for name, (default, about) in counts.items():
+        text = f"{about} (default: {default})"
+        parser.add_argument(f"--{name}", type=program.positive, default=default, help=text)
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the trainings print")
     options = parser.parse_args()
-    conditions = machine.conditions(options, gpu=machine.wants_gpu(options))
+    conditions = machine.conditions(options)
     parts, bad = earlier_parts(options.output), []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.checks:
-            measure.say(f"---- {name}")
+            program.say(f"---- {name}")
             start = time.monotonic()
             try:
                 found = CHECKS[name](options, Path(folder))
             except Exception as error:  # whatever it is: the other parts can be checked all the same
-                found = {"wrong": [measure.one_line(error)]}
+                found = {"wrong": [one_line(error)]}
             seconds = round(time.monotonic() - start)
             parts.append({"check": name, "conditions": conditions, "seconds": seconds, **found})
             bad += [f"{name}: {wrong}" for wrong in found["wrong"]]
-            measure.write({"benchmark": "gpu_checks", "parts": parts}, options.output)
-            measure.say(json.dumps(found, indent=1))
+            program.write({"benchmark": "gpu_checks", "parts": parts}, options.output)
+            program.say(json.dumps(found, indent=1))
             gc.collect()
     if bad:
         raise RuntimeError("; ".join(bad))
@@ -129,7 +131,7 @@ def earlier_parts(output: Path | None) -> list[Result]:
     """Return the parts of a result that is there already."""
     if output is None or not output.exists():
         return []
-    earlier = json.loads(output.read_text())
+    earlier = read_json(output)
     if earlier.get("benchmark") != "gpu_checks":
         msg = f"-o must name a result of gpu_checks or a new file, got {output}"
         raise ValueError(msg)
@@ -139,13 +141,13 @@ def earlier_parts(output: Path | None) -> list[Result]:
 # ---- trainings -------------------------------------------------------------------------------------------------------
 
 
-def command(options: argparse.Namespace, output: Path, *more: str | int) -> list[str]:
-    """Return the command line of a training."""
+def command(options: argparse.Namespace, output: Path, *more: object) -> list[str]:
+    """Return the arguments of Python that start a training."""
     size, device = options.crop_size, device_of(options).type
-    line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, machine.cores()))
+    line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, cores()))
     line += ("--device", device, "--data-backend", "dali-gpu" if device == "cuda" else "dali-cpu")
     line += ("--train-crop-size", size, "--val-resize-size", resize_size(options), "--val-crop-size", size)
-    return [sys.executable, *map(str, (*line, "--output-dir", output, *more))]
+    return [*map(str, (*line, "--output-dir", output, *more))]
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -158,33 +160,28 @@ def resize_size(options: argparse.Namespace) -> int:
     return options.crop_size * 8 // 7
 
 
-def ended(line: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with what it prints."""
-    return subprocess.run(line, cwd=measure.ROOT, capture_output=True, text=True, check=False, **options)
-
-
-def trained(options: argparse.Namespace, output: Path, *more: str | int, steps: int | None = None) -> Result:
+def trained(options: argparse.Namespace, output: Path, *more: object, steps: int | None = None) -> Result:
     """Train for some steps; return the mean loss of each epoch, and what was said beside progress."""
     line = command(options, output, *_TRAINED, "--max-steps", steps or options.steps, *more)
-    done = ended(line)
+    done = program.python(*line)
     if options.logs:
         options.logs.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"\W+", "-", output.name)
         (options.logs / f"{name}.txt").write_text(f"{line}\n{done.stdout}\n{done.stderr}")
-    found: Result = {"exit_status": done.returncode, "said": said(done.stderr)}
-    log = output / "log.jsonl"
-    lines = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-    of_epochs = [line for line in lines if line["event"] == "epoch"]
-    found["steps"] = of_epochs[-1]["total_steps"] if of_epochs else 0
-    found["losses"] = [line["train"]["loss"] for line in of_epochs]
-    found["gpu_peak_mib"] = max((line.get("gpu_peak_mib", 0) for line in of_epochs), default=0)
-    return found
+    epochs = program.logged(output, "epoch")
+    return {
+        "exit_status": done.returncode,
+        "said": said(done.stderr),
+        "steps": epochs[-1]["total_steps"] if epochs else 0,
+        "losses": [epoch["train"]["loss"] for epoch in epochs],
+        "gpu_peak_mib": max((epoch.get("gpu_peak_mib", 0) for epoch in epochs), default=0),
+    }
 
 
 def said(text: str) -> list[str]:
     """Return the lines that a training has written to stderr, but for its progress."""
     lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
-    return [measure.shortened(line) for line in lines if line and not _PROGRESS.match(line)]
+    return [shortened(line) for line in lines if line and not _PROGRESS.match(line)]
 
 
 def wrong_with(name: str, found: Result, steps: int) -> list[str]:
@@ -219,20 +216,18 @@ def check_killed(options: argparse.Namespace, folder: Path) -> Result:
         found = {"unbroken": unbroken.result(), "killed_after": killed_at, "resumed": resumed}
     wrong = [text for name in ("unbroken", "resumed") for text in wrong_with(name, found[name], options.steps)]
     if not wrong:
-        ours, theirs = (
-            load_checkpoint(folder / name / "checkpoint_last.pt")["model"] for name in ("unbroken", "killed")
-        )
-        pairs = [(ours[name].double(), theirs[name].double()) for name in ours]
-        found["largest_difference_of_weights"] = max((one - other).abs().max().item() for one, other in pairs)
-        if found["largest_difference_of_weights"]:
-            wrong.append(f"weights differ by up to {found['largest_difference_of_weights']:.3g}")
+        saved = [load_checkpoint(folder / name / "checkpoint_last.pt")["model"] for name in ("unbroken", "killed")]
+        pairs = [[weights[name].double() for weights in saved] for name in saved[0]]
+        largest = found["largest_difference_of_weights"] = max((a - b).abs().max().item() for a, b in pairs)
+        wrong += [f"weights differ by up to {largest:.3g}"] if largest else []
     return {**found, "wrong": wrong}
 
 
 def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
     """Kill a training once it has written a second checkpoint; return the step that it resumes from."""
     line = command(options, output, *_TRAINED, *more)
-    training = subprocess.Popen(line, cwd=measure.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    training = subprocess.Popen([sys.executable, *line], cwd=program.ROOT, **quiet)
     try:
         while len(list(output.glob("checkpoint_e*.pt"))) < 2:
             if training.poll() is not None:
@@ -242,7 +237,7 @@ def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
     finally:
         training.send_signal(signal.SIGKILL)
         training.wait()
-    newest = find_checkpoint("auto", output, measure.say)
+    newest = find_checkpoint("auto", output, program.say)
     saved = load_checkpoint(newest, ("epoch", "step"))
     images = len(list_image_folder(options.data / "train"))
     return saved["epoch"] * (images // options.batch_size) + saved["step"]
@@ -257,50 +252,47 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
     if wrong := wrong_with("training", training, options.steps):
         return {"training": training, "wrong": wrong}
     checkpoint = folder / "validated" / "checkpoint_last.pt"
-    found: Result = {}
     device = device_of(options)
     backends = BACKENDS if device.type == "cuda" else BACKENDS[1:]
     with concurrent.futures.ThreadPoolExecutor(len(backends)) as pool:
-        for backend, (status, text, val) in zip(
-            backends, pool.map(lambda backend: evaluated(options, checkpoint, backend), backends), strict=True
-        ):
-            found[backend] = {"top1": val.get("top1"), "images": val.get("images"), "said": text}
-            if status:
-                wrong.append(f"{backend}: exit status {status}: {' | '.join(text[-3:])}")
+        ended = pool.map(lambda backend: evaluated(options, checkpoint, backend), backends)
+        found: dict[str, Result] = dict(zip(backends, ended, strict=True))
+    for backend, part in found.items():
+        if status := part.pop("exit_status"):
+            wrong.append(f"{backend}: exit status {status}: {' | '.join(part['said'][-3:])}")
     saved = load_checkpoint(checkpoint, ("model", "classes"))
     model = make_model(options.arch, len(saved["classes"])).to(device).eval()
     model.load_state_dict(saved["model"])
-    first, *others = [(backend, *answers(options, model, backend)) for backend in backends]
-    for backend, images, logits, labels in others:
-        if not torch.equal(labels, first[3]):
+    first_images, first_logits, first_labels = answers(options, model, backends[0])
+    for backend in backends[1:]:
+        images, logits, labels = answers(options, model, backend)
+        if not torch.equal(labels, first_labels):
             wrong.append(f"{backend}: other labels, or in another order")
             continue
-        found[backend] |= {
-            f"compared_with_{first[0]}": {
-                "largest_difference_of_logits": (logits - first[2]).abs().max().item(),
-                "standard_deviation_of_logits": first[2].std().item(),
-                "other_answers": int((logits.argmax(1) != first[2].argmax(1)).sum()),
-                # Of normalised pixels, one standard deviation of ImageNet is 57 grey levels.
-                "mean_difference_of_pixels": (images - first[1]).abs().mean().item(),
-                "largest_mean_difference_of_an_image": (images - first[1]).abs().mean(dim=(1, 2, 3)).max().item(),
-            }
+        pixels = (images - first_images).abs()
+        found[backend][f"compared_with_{backends[0]}"] = {
+            "largest_difference_of_logits": (logits - first_logits).abs().max().item(),
+            "standard_deviation_of_logits": first_logits.std().item(),
+            "other_answers": int((logits.argmax(1) != first_logits.argmax(1)).sum()),
+            # Of normalised pixels, one standard deviation of ImageNet is 57 grey levels.
+            "mean_difference_of_pixels": pixels.mean().item(),
+            "largest_mean_difference_of_an_image": pixels.mean(dim=(1, 2, 3)).max().item(),
         }
     return {"training": training, "backends": found, "wrong": wrong}
 
 
-def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> tuple[int, list[str], dict[str, float]]:
-    """Validate a checkpoint; return the exit status, what was said, and the figures."""
+def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> Result:
+    """Validate a checkpoint; return the figures, what was said, and the exit status."""
     report = checkpoint.parent / f"{backend}.json"
     more = ("--evaluate", "--resume", checkpoint, "--data-backend", backend, "--report", report)
-    done = ended(command(options, checkpoint.parent / backend, *more))
-    val = json.loads(report.read_text())["val"] if report.exists() else {}
-    return done.returncode, said(done.stderr), val
+    done = program.python(*command(options, checkpoint.parent / backend, *more))
+    val = read_json(report)["val"] if report.exists() else {}
+    figures = {name: val.get(name) for name in ("top1", "images")}
+    return {**figures, "said": said(done.stderr), "exit_status": done.returncode}
 
 
 @torch.no_grad()
-def answers(
-    options: argparse.Namespace, model: torch.nn.Module, backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answers(options: argparse.Namespace, model: torch.nn.Module, backend: str) -> tuple[torch.Tensor, ...]:
     """Return the pixels, logits and labels of all validation images, in host memory."""
     device = device_of(options)
     wanted = DataOptions(
@@ -324,11 +316,11 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     """Watch memory over many batches, of one image much larger than the others, and of the mix itself."""
     listed = list_image_folder(options.data / "train")
     found: Result = {"over_batches": {}}
-    wrong = []
+    wrong: list[str] = []
     routes = {"as it is": GpuRoute(), "whole batches, kernels, normalising": GpuRoute(True, True, True, True)}
     for name, route in routes.items():
         with on_gpu(**vars(route)):
-            readings = watched(loader_of(options, listed), options.batches)
+            readings = watched(loader_of(options, listed, options.batch_size), options.batches)
         found["over_batches"][name] = readings
         wrong += [f"{name}: {what}" for what in growth(readings)]
         gc.collect()
@@ -340,35 +332,27 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     return {**found, "wrong": wrong}
 
 
-def loader_of(options: argparse.Namespace, listed: Any, batch_size: int | None = None) -> Any:
+def loader_of(options: argparse.Namespace, listed: ImageFolder, batch_size: int) -> Loader:
     """Return the loader of a training."""
+    size, device = options.crop_size, device_of(options)
     return training_loader(
-        listed,
-        batch_size=batch_size or options.batch_size,
-        num_threads=machine.cores(),
-        device=device_of(options),
-        crop_size=options.crop_size,
-        mix=MixOptions(),
+        listed, batch_size=batch_size, num_threads=cores(), device=device, crop_size=size, mix=MixOptions()
     )
 
 
-def watched(loader: Any, batches: int) -> list[dict[str, float]]:
-    """Return what is in use every now and then while batches are taken: MB of the GPU and resident MB."""
+def watched(loader: Iterable[Any], batches: int) -> list[dict[str, float]]:
+    """Return what is in use every now and then while batches are taken, epoch after epoch."""
     readings, every = [], max(batches // 10, 1)
-    taken = 0
-    while taken < batches:
-        for _ in loader:
-            taken += 1
-            if taken % every == 0:
-                readings.append({"batches": taken, **in_use()})
-            if taken == batches:
-                break
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    for taken, _ in enumerate(itertools.islice(endless, batches), start=1):
+        if taken % every == 0:
+            readings.append({"batches": taken, **in_use()})
     return readings
 
 
 def in_use() -> dict[str, float]:
     """Return the MB in use of the GPU, by all processes, and those resident of this process."""
-    found = {"resident_mb": round(machine.resident_mb("self"), 1)}
+    found = {"resident_mb": machine.resident_mb()}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
@@ -394,7 +378,7 @@ def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
     listed = list_image_folder(folder / "train")
     small.resize((9000, 9000)).save(listed.files[5], "JPEG")
     before = in_use()
-    loader = loader_of(options, listed, batch_size=min(64, len(listed)))
+    loader = loader_of(options, listed, min(64, len(listed)))
     images = [batch[0] for _ in range(3) for batch in loader]
     whole = all(bool(batch.isfinite().all()) for batch in images)
     return {"before": before, "afterwards": in_use(), "batches": len(images), "pixels_are_numbers": whole}
@@ -418,9 +402,8 @@ def check_ends(options: argparse.Namespace, folder: Path) -> Result:
     make_sample_data(folder / "sample", train=8, val=1)
     code = TAKES_A_BATCH if device_of(options).type == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
     names = [list(code)[number % len(code)] for number in range(options.programs)]
-    end = functools.partial(took_a_batch, folder=folder / "sample" / "train")
-    with concurrent.futures.ThreadPoolExecutor(max(machine.cores() // 2, 1)) as pool:
-        found = list(pool.map(lambda name: end(code[name]), names))
+    with concurrent.futures.ThreadPoolExecutor(max(cores() // 2, 1)) as pool:
+        found = list(pool.map(lambda name: took_a_batch(code[name], folder / "sample" / "train"), names))
     wrong = [f"{name}: {text}" for name, (status, text, _) in zip(names, found, strict=True) if status != 0]
     longest = max(seconds for _, _, seconds in found)
     return {"programs": len(names), "ended_well": len(names) - len(wrong), "longest_seconds": longest, "wrong": wrong}
@@ -434,10 +417,10 @@ def took_a_batch(code: str, folder: Path) -> tuple[int | None, str, float]:
     """Return the exit status of a program, None if it hangs, what it said last, and the seconds that it took."""
     start = time.monotonic()
     try:
-        done = ended([sys.executable, "-c", code, str(folder)], timeout=90)
+        done = program.python("-c", code, folder, timeout=90)
     except subprocess.TimeoutExpired:
         return None, "it did not end", 90.0
-    return done.returncode, measure.shortened(done.stderr), round(time.monotonic() - start, 1)
+    return done.returncode, shortened(done.stderr), round(time.monotonic() - start, 1)
 
 
 CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
@@ -450,4 +433,4 @@ CHECKS: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

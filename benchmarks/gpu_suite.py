@@ -17,12 +17,9 @@ summary.md, and a JSON file for each benchmark and device.
 
 from __future__ import annotations
 
-import argparse
-import ast
-import functools
-import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +30,9 @@ import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from benchmarks import machine, measure, outcomes, sanitize, smoke
+from benchmarks import machine, outcomes, program, sanitize, smoke
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.results import read_json, write_json
 
 _GRACE = 12  # seconds that a stage may take longer than it was told, to end the round and to write
 
@@ -43,6 +42,8 @@ _LAST_TESTS = ("accelerate", "gpu_training")
 
 _OUTCOMES = "tests.jsonl"
 _STAGES = ("smoke", "tests", "sanitize", "ops", "images", "pipeline", "train", "scale")
+
+Run = dict[str, Any]  # date, device, commit, and how each stage ended
 
 
 class Stage(NamedTuple):
@@ -55,44 +56,46 @@ class Stage(NamedTuple):
     fine: tuple[int, ...] = (0,)
 
 
+# Of each benchmark the seconds that it gets, and its options: all that is measured, and small.
+_BENCHMARKS = {
+    "ops": (80, "--rounds 7", "--rounds 1 --sizes 32 -b 4 --detectors fine_grained"),
+    "pipeline": (
+        150,
+        "DATA -j CORES -b 128 --rounds 7 --batches 16",
+        "DATA -j 1 -b 8 --rounds 1 --crop-size 32 --batches 1"
+        " --variants none 'none, again' torch 'saliencymix fine_grained' 'after: cutmix'",
+    ),
+    "train": (
+        150,
+        "DATA -j CORES -b 256 --rounds 5 --steps 10",
+        "DATA -j 1 -b 8 --rounds 1 --crop-size 32 -a resnet18 --steps 1 --detectors fine_grained",
+    ),
+    "scale": (
+        60,
+        "DATA -j CORES --rounds 5 --axes hw_decoder_load threads batch size detector_size",
+        "DATA -j 1 -b 8 --rounds 1 --crop-size 32 --axes threads batch --batch 1 2",
+    ),
+}
+
+
 def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool) -> list[Stage]:
     """Return the stages in order; `dry` makes all small, for a machine without a GPU."""
-
-    def benchmark(name: str, seconds: float, *options: str | float | Path) -> Stage:
+    words = {"DATA": str(data), "CORES": str(cores())}
+    benchmarks = {}
+    for name, (seconds, full, small) in _BENCHMARKS.items():
+        options = [words.get(word, word) for word in shlex.split(small if dry else full)]
         file = out / f"{name}-{_slug(device)}.json"
-        line = ["-m", f"benchmarks.bench_{name}", *options, "--continue", "-o", file]
-        return Stage(name, seconds, [*map(str, line)], file)
-
+        line = ["-m", f"benchmarks.bench_{name}", *options, "--continue", "-o", str(file)]
+        benchmarks[name] = Stage(name, 120 if dry else seconds, line, file)
     images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
-    checks = [
-        Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
-        Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test is left to run
-        Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
-    ]
-    photographs = Stage("images", 40, [*images, *(["--from", str(source)] if source else [])])
-    if dry:
-        small = ("--rounds", 1, "--crop-size", 32)
-        loader = (data, *small, "-j", 1, "-b", 8)
-        training = ("-a", "resnet18", "--steps", 1, "--detectors", "fine_grained")
-        variants = ("--variants", "none", "none, again", "torch", "saliencymix fine_grained", "after: cutmix")
-        return [
-            *checks[:2],  # the sanitizer is for GPUs
-            benchmark("ops", 120, "--rounds", 1, "--sizes", 32, "-b", 4, "--detectors", "fine_grained"),
-            photographs,
-            benchmark("pipeline", 120, *loader, "--batches", 1, *variants),
-            benchmark("train", 120, *loader, *training),
-            benchmark("scale", 120, *loader, "--axes", "threads", "batch", "--batch", 1, 2),
-        ]
-    loader = (data, "-j", machine.cores())
-    axes = ("hw_decoder_load", "threads", "batch", "size", "detector_size")
-    return [
-        *checks,
-        benchmark("ops", 80, "--rounds", 7),
-        photographs,
-        benchmark("pipeline", 150, *loader, "-b", 128, "--rounds", 7, "--batches", 16),
-        benchmark("train", 150, *loader, "-b", 256, "--rounds", 5, "--steps", 10),
-        benchmark("scale", 60, *loader, "--rounds", 5, "--axes", *axes),
-    ]
+    made = {
+        "smoke": Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
+        "tests": Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test is left to run
+        "sanitize": Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
+        "images": Stage("images", 40, [*images, *(["--from", str(source)] if source else [])]),
+        **benchmarks,
+    }
+    return [made[name] for name in _STAGES if not (dry and name == "sanitize")]  # that one is for GPUs
 
 
 def _slug(text: str) -> str:
@@ -100,86 +103,26 @@ def _slug(text: str) -> str:
 
 
 def test_command(out: Path) -> list[str]:
-    """Return the command that runs the GPU tests that have not passed yet, those left out that lack a package.
+    """Return the command that runs the GPU tests that have not passed yet.
 
     Plugins are not loaded on their own account, since a host has others than the ones the tests know; the options of
     pyproject.toml that need a plugin are overridden. Warnings are shown and fail no test: the versions are not ours.
     """
     line = [*smoke.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
-    line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES)]
-    if machine.installed("pytest_timeout"):
-        line += ["-p", "pytest_timeout", "--timeout=90"]
+    line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *smoke.timeout(90)]
     if machine.installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
-        line += ["-p", "xdist", "-n", str(min(12, machine.cores()))]
-    lacking = files_with_missing_imports()
-    return [*line, *(name for name in test_files() if name not in lacking)]
+        line += ["-p", "xdist", "-n", str(min(12, cores()))]
+    return [*line, *test_files()]
 
 
 def test_files() -> list[str]:
     """Return the test files that hold tests for a GPU, in the order of their importance."""
-    found = {}
-    for path in sorted((measure.ROOT / "tests").glob("test_*.py")):
-        if "mark.gpu" in path.read_text() or _uses_the_fixture_of_libraries(path):
-            found[path.stem.removeprefix("test_")] = f"tests/{path.name}"
-    named = {*_FIRST_TESTS, *_LAST_TESTS}
-    order = [*_FIRST_TESTS, *(name for name in found if name not in named), *_LAST_TESTS]
-    return [found[name] for name in order if name in found]
-
-
-def _uses_the_fixture_of_libraries(path: Path) -> bool:
-    """Tell whether a test asks for `xp` of tests/conftest.py, which is CuPy on a GPU."""
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-    return any(argument.arg in ("xp", "put", "fetch") for function in functions for argument in function.args.args)
-
-
-def files_with_missing_imports() -> dict[str, str]:
-    """Return the test files that cannot be imported for want of a package, with its name."""
-    found = {}
-    for path in sorted((measure.ROOT / "tests").glob("test_*.py")):
-        if name := missing_import(path):
-            found[f"tests/{path.name}"] = name
-    return found
-
-
-def missing_import(path: Path) -> str | None:
-    """Return a package that importing a file of this repository would miss."""
-    seen, left = set(), [path]
-    while left:
-        file = left.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        for name in imports(file):
-            files = first_party_files(name, measure.ROOT)
-            package = name.partition(".")[0]
-            if files is None and not machine.installed(package):
-                return package
-            left += files or []
-    return None
-
-
-@functools.cache
-def imports(file: Path) -> list[str]:
-    """Return the names that a file imports whoever imports it: not inside of functions, or where it can do without."""
-    names = []
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
-
-
-@functools.cache
-def first_party_files(name: str, root: Path) -> list[Path] | None:
-    """Return the files of the repository in `root` that importing a module runs; None if it is not of it."""
-    parts = name.split(".")
-    for folder in (root, root / "tests"):
-        if (folder / parts[0]).is_dir() or (folder / f"{parts[0]}.py").is_file():
-            places = [folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
-            files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
-            return [file for file in files if file.is_file()]
-    return None
+    # They are marked, or ask for a fixture of tests/conftest.py that is CuPy on a GPU.
+    for_gpu = re.compile(r"mark\.gpu|^ *def \w+\([^)]*\b(xp|put|fetch)\b", re.MULTILINE)
+    paths = sorted((program.ROOT / "tests").glob("test_*.py"))
+    found = [path.stem.removeprefix("test_") for path in paths if for_gpu.search(path.read_text())]
+    others = [name for name in found if name not in _FIRST_TESTS + _LAST_TESTS]
+    return [f"tests/test_{name}.py" for name in (*_FIRST_TESTS, *others, *_LAST_TESTS) if name in found]
 
 
 def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
@@ -188,13 +131,13 @@ def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(measure.ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(program.ROOT), os.environ.get("PYTHONPATH")])),
     }
     tee(log, f"\n==== {stage.name}: {' '.join(command)}\n")
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *command],
-        cwd=measure.ROOT,
+        cwd=program.ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -242,15 +185,14 @@ def tee(log: IO[str], text: str) -> None:
 
 def only_packages_are_missing(out: Path) -> bool:
     """Tell whether all that went wrong with the tests is that packages are not there."""
-    bad = [found["why"] for found in outcomes.read(out / _OUTCOMES).values() if found["outcome"] == "failed"]
-    missing = [re.search(r"No module named '(\w+)", why) for why in bad]
-    return bool(bad) and all(match and not machine.installed(match[1]) for match in missing)
+    _, failed, lacking = outcomes.counted(out / _OUTCOMES)
+    return bool(lacking) and not failed
 
 
-def is_done(stage: Stage, runs: list[dict[str, Any]], this_run: dict[str, Any]) -> bool:
+def is_done(stage: Stage, runs: list[Run], this_run: Run) -> bool:
     """Tell whether a stage has nothing left to do."""
     if stage.result:
-        return stage.result.exists() and bool(json.loads(stage.result.read_text()).get("complete"))
+        return stage.result.exists() and bool(read_json(stage.result).get("complete"))
     if stage.name == "images":  # they are deleted with each run
         return False
     # A smoke test is for a machine, whatever another one has shown.
@@ -259,53 +201,47 @@ def is_done(stage: Stage, runs: list[dict[str, Any]], this_run: dict[str, Any]) 
 
 
 def tests_summary(out: Path) -> str:
-    """Return the number of tests by outcome over all runs, and the names of those that failed."""
-    counts, bad = outcomes.counted(out / _OUTCOMES)
-    return "\n".join(
-        [f"tests: {', '.join(f'{count} {name}' for name, count in counts.items())}", *[f"  {test}" for test in bad]]
-    )
+    """Return the number of tests by outcome over all runs, and the names of those that failed or could not run."""
+    counts, failed, lacking = outcomes.counted(out / _OUTCOMES)
+    lines = [f"tests: {', '.join(f'{count} {name}' for name, count in counts.items())}"]
+    lines += [f"  {test}" for test in failed]
+    return "\n".join([*lines, *(f"not run: {test}: {name} is not installed" for test, name in lacking.items())])
 
 
-def tests_result(out: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def tests_result(out: Path, runs: list[Run]) -> dict[str, Any]:
     """Return the number of tests by outcome, and in which runs they were."""
-    counts, bad = outcomes.counted(out / _OUTCOMES)
+    counts, failed, _ = outcomes.counted(out / _OUTCOMES)
     of_tests = [run for run in runs if "tests" in run["stages"]]
     shown = [{name: run[name] for name in run if name not in ("stages", "machine")} for run in of_tests]
-    return {"benchmark": "tests", "counts": counts, "failed": bad, "runs": shown}
+    return {"benchmark": "tests", "counts": counts, "failed": failed, "runs": shown}
 
 
-def summary(out: Path, runs: list[dict[str, Any]]) -> str:
+def summary(out: Path, runs: list[Run]) -> str:
     """Return how the stages of all runs ended, and the figures of all results, as text."""
     lines = ["# Summary"]
     for run in runs:
         lines += ["", f"{run['date']}, {run['device']}, commit {run['commit']}:"]
         lines += [f"- {name}: {found['ended']}, {found['seconds']} s" for name, found in run["stages"].items()]
     lines += ["", tests_summary(out)]
-    lines += [f"not run: {path}: {name} is not installed" for path, name in files_with_missing_imports().items()]
     for path in sorted(out.glob("*.json")):
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if "conditions" not in result:
             continue
         lines += ["", f"## {path.name}: {result['conditions']['device']}"]
         if result["benchmark"] == "sanitize":
             lines += ["", sanitize.table(result)]
-        for name, figure in measure.figures(result):
-            low, high = figure["q1"], figure["q3"]
-            share = f", {figure['share_of_copy_rate']:.1%} of a copy" if "share_of_copy_rate" in figure else ""
-            shown = f"{figure['median']:g} ({low:g} to {high:g}), {figure['rounds']} rounds{share}"
-            lines.append(f"{' / '.join(name)}: {shown}")
-        lines += [f"not measured: {name}: {reason}" for name, reason in result.get("not_measured", {}).items()]
+        lines += program.lines_of(result)
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run all stages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("--data", type=Path, metavar="DATA", help="photographs in class folders to make images from")
     parser.add_argument("--minutes", type=float, default=9, help="time for all (default: %(default)s)")
     only = f"some of {', '.join(_STAGES)}; default: all. Images are made where they are used"
-    parser.add_argument("--stages", nargs="+", choices=_STAGES, metavar="NAME", help=only)
+    parser.add_argument("--stages", nargs="+", choices=_STAGES, default=_STAGES, metavar="NAME", help=only)
     earlier = "run only what is missing of what an earlier run left in EARLIER, or in OUT"
     parser.add_argument("--continue", nargs="?", const="", dest="earlier", metavar="EARLIER", help=earlier)
     parser.add_argument("--dry", action="store_true", help="everything small, and on the CPU where there is no GPU")
@@ -320,21 +256,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end = time.monotonic() + 60 * options.minutes - _GRACE
     out = options.out.absolute()
-    runs = earlier_runs(out, options.earlier)
-    run = this_run()
+    runs, run = earlier_runs(out, options.earlier), this_run()
     with tempfile.TemporaryDirectory() as folder, open(out / "suite.log", "a", encoding="utf-8") as log:
-        data = Path(folder, "images")
         source = options.data.absolute() if options.data else None
-        wanted = [
-            stage
-            for stage in stages(out, data, source, device=run["device"], dry=options.dry)
-            if (not options.stages or stage.name in [*options.stages, "images"]) and not is_done(stage, runs, run)
-        ]
-        if not {"pipeline", "train", "scale"} & {stage.name for stage in wanted}:
-            wanted = [stage for stage in wanted if stage.name != "images"]
+        every = stages(out, Path(folder, "images"), source, device=run["device"], dry=options.dry)
+        left_to_do = {stage.name for stage in every if stage.name in options.stages and not is_done(stage, runs, run)}
+        uses_images = {"pipeline", "train", "scale"} & left_to_do
+        left_to_do = left_to_do | {"images"} if uses_images else left_to_do - {"images"}
+        wanted = [stage for stage in every if stage.name in left_to_do]
         if wanted:
             runs.append(run)
-            measure.write({"runs": runs}, out / "suite.json")
+            write_json(out / "suite.json", {"runs": runs})
         for stage in wanted:
             left = end - time.monotonic()
             if left < 2 * _GRACE:
@@ -344,42 +276,39 @@ def main() -> None:
             if stage.name == "tests" and not ended["well"] and only_packages_are_missing(out):
                 ended |= {"ended": "ended, but for tests that lack a package", "well": True}
             run["stages"][stage.name] = ended
-            measure.write({"runs": runs}, out / "suite.json")
+            write_json(out / "suite.json", {"runs": runs})
             if stage.name == "tests":
-                measure.write(tests_result(out, runs), out / f"tests-{_slug(run['device'])}.json")
+                write_json(out / f"tests-{_slug(run['device'])}.json", tests_result(out, runs))
             (out / "summary.md").write_text(summary(out, runs))
             if stage.name == "smoke" and not ended["well"]:
                 break
         tee(log, "\n" + summary(out, runs))
     if failed := [f"{name}: {found['ended']}" for name, found in run["stages"].items() if not found["well"]]:
-        msg = "; ".join(failed)
-        raise RuntimeError(msg)
+        raise RuntimeError("; ".join(failed))
 
 
-def earlier_runs(out: Path, earlier: str | None) -> list[dict[str, Any]]:
+def earlier_runs(out: Path, earlier: str | None) -> list[Run]:
     """Return the runs to continue, none unless `earlier` is given, and bring their files to `out`."""
     source = Path(earlier).absolute() if earlier else out
-    if earlier is None:
-        if (out / "suite.json").exists():
-            msg = f"OUT must hold no earlier run, or --continue be given, got {out}"
-            raise ValueError(msg)
-    elif not (source / "suite.json").is_file():
+    there = (source / "suite.json").is_file()
+    if earlier is None and there:
+        msg = f"OUT must hold no earlier run, or --continue be given, got {out}"
+        raise ValueError(msg)
+    if earlier is not None and not there:
         msg = f"--continue must name a folder with the suite.json of an earlier run, got {source}"
         raise ValueError(msg)
     out.mkdir(parents=True, exist_ok=True)
-    if earlier is None:
-        return []
     if source != out:
         for path in source.iterdir():
             shutil.copyfile(path, out / path.name)
-    return json.loads((out / "suite.json").read_text())["runs"]
+    return read_json(out / "suite.json")["runs"] if there else []
 
 
-def this_run() -> dict[str, Any]:
+def this_run() -> Run:
     """Return what is known of this run before it begins."""
-    conditions = machine.identity(gpu=machine.has_gpu())
-    return {**conditions, "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "stages": {}}
+    known = machine.identity(machine.surroundings(gpu=machine.has_gpu()))
+    return {**known, "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "stages": {}}
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

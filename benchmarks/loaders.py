@@ -32,6 +32,7 @@ image and interpolates its colours, DALI the window that is kept, without interp
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import itertools
@@ -51,7 +52,8 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
 from torch.utils import data
 
-from benchmarks import measure, opencv
+from benchmarks import machine, opencv, program
+from benchmarks.data import repeated
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import on_gpu
@@ -82,6 +84,16 @@ class Setting:
     device: torch.device
     num_classes: int = 1000
     hw_decoder_load: float = 0.65
+
+
+OPTIONS = ("data", "batch_size", "workers", "crop_size", "hw_decoder_load")  # of programs that measure loaders
+
+
+def setting_of(options: argparse.Namespace, folder: ImageFolder, **changes: Any) -> Setting:
+    """Return the setting that `OPTIONS` ask for, but for `changes`, with images for 20 batches at least."""
+    asked: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS[1:]}
+    device = torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
+    return Setting(**{"folder": repeated(folder, 20 * options.batch_size), "device": device, **asked, **changes})
 
 
 @dataclass(frozen=True)
@@ -133,37 +145,34 @@ def say_memory(device: torch.device) -> None:
     """Say on stderr how much of a GPU's memory is in use."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        measure.say(f"GPU memory in use: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB")
+        program.say(f"GPU memory in use: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB")
 
 
 def makers() -> dict[str, Maker]:
     """Return all ways by name."""
+    of = functools.partial
     made: dict[str, Maker] = {
-        "torch": functools.partial(torch_loader, collate=data.default_collate),
-        "torch: cutmix": functools.partial(torch_loader, collate=_cutmix_collate),
-        "torch: opencv": functools.partial(torch_loader, collate=_opencv_collate, eight_bit=True),
+        "torch": of(torch_loader, collate=data.default_collate),
+        "torch: cutmix": of(torch_loader, collate=_cutmix_collate),
+        "torch: opencv": of(torch_loader, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
         "none, again": in_graph,
-        **{name: functools.partial(in_graph, hw_decoder_load=share) for name, share in DECODER_LOADS.items()},
-        "cutmix": functools.partial(in_graph, mix=_CUTMIX),
-        "cutmix, apart": functools.partial(in_graph, mix=_CUTMIX, apart=True),
-        "mixup": functools.partial(in_graph, mix=MixOptions(modes={"mixup": 1.0})),
+        **{name: of(in_graph, hw_decoder_load=share) for name, share in DECODER_LOADS.items()},
+        "cutmix": of(in_graph, mix=_CUTMIX),
+        "cutmix, apart": of(in_graph, mix=_CUTMIX, apart=True),
+        "mixup": of(in_graph, mix=MixOptions(modes={"mixup": 1.0})),
     }
     for name in DETECTORS:
-        mix = MixOptions(saliency=name)
-        made[f"saliencymix {name}"] = functools.partial(in_graph, mix=mix)
-        made[f"saliencymix {name}, apart"] = functools.partial(in_graph, mix=mix, apart=True)
+        made[f"saliencymix {name}"] = of(in_graph, mix=MixOptions(saliency=name))
+        made[f"saliencymix {name}, apart"] = of(in_graph, mix=MixOptions(saliency=name), apart=True)
         for operator, algorithm, normalise in itertools.product(_OPERATORS, _ALGORITHMS, (False, True)):
-            made[route_name(name, operator, algorithm, normalise=normalise)] = functools.partial(
-                in_graph,
-                mix=MixOptions(saliency=name, algorithm=algorithm),
-                route={"whole_batches": operator == "whole batches", "normalise": normalise},
-            )
-    made["after: cutmix"] = functools.partial(_after, mix=transforms.CutMix)
-    made["after: mixup"] = functools.partial(_after, mix=transforms.MixUp)
+            mix = MixOptions(saliency=name, algorithm=algorithm)
+            route = {"whole_batches": operator == "whole batches", "normalise": normalise}
+            made[route_name(name, operator, algorithm, normalise=normalise)] = of(in_graph, mix=mix, route=route)
+    made["after: cutmix"] = of(_after, mix=transforms.CutMix)
+    made["after: mixup"] = of(_after, mix=transforms.MixUp)
     for name in _COMPARED:
-        mix = functools.partial(SaliencyMix, saliency=name)
-        made[f"after: saliencymix {name}"] = functools.partial(_after_on_8_bits, mix=mix)
+        made[f"after: saliencymix {name}"] = of(_after_on_8_bits, mix=of(SaliencyMix, saliency=name))
     return made
 
 
@@ -180,21 +189,14 @@ def routes(detector: str) -> list[str]:
 
 def groups(*, gpu: bool) -> list[list[str]]:
     """Return the names of the ways that are compared when nothing else is asked for, those that matter most first."""
-    torch_s = [name for name in makers() if name.startswith("torch")]
-    after = [name for name in makers() if name.startswith("after")]
+    of_torch, after = ([name for name in makers() if name.startswith(kind)] for kind in ("torch", "after"))
     detectors = [f"saliencymix {name}" for name in DETECTORS]
     if not gpu:
         apart = [f"saliencymix {name}, apart" for name in _COMPARED]
-        return [[*torch_s, "none", "none, again", "cutmix", "cutmix, apart", "mixup", *detectors, *apart, *after]]
+        return [[*of_torch, "none", "none, again", "cutmix", "cutmix, apart", "mixup", *detectors, *apart, *after]]
     others = [f"saliencymix {name}" for name in DETECTORS if name not in _COMPARED]
-    return [
-        ["none", "none, again", *routes("spectral_residual")],
-        ["cutmix", "mixup", *routes("fine_grained")],
-        list(DECODER_LOADS),
-        after,
-        torch_s,
-        others,
-    ]
+    first = ["none", "none, again", *routes("spectral_residual")]
+    return [first, ["cutmix", "mixup", *routes("fine_grained")], list(DECODER_LOADS), after, of_torch, others]
 
 
 # ---- DALI ------------------------------------------------------------------------------------------------------------
@@ -240,17 +242,10 @@ def after_loader(setting: Setting, mix: Callable[..., Any]) -> Stream:
 
 
 def _after_on_8_bits(setting: Setting, mix: Callable[..., Any]) -> Stream:
-    pipeline = _eight_bit_pipeline(
-        setting.folder,
-        setting.crop_size,
-        "gpu" if setting.device.type == "cuda" else "cpu",
-        setting.hw_decoder_load,
-        batch_size=setting.batch_size,
-        num_threads=setting.workers,
-        device_id=0 if setting.device.type == "cuda" else None,
-        prefetch_queue_depth=PREFETCH,
-        seed=0,
-    )
+    device, device_id = ("gpu", 0) if setting.device.type == "cuda" else ("cpu", None)
+    common = {"batch_size": setting.batch_size, "num_threads": setting.workers, "prefetch_queue_depth": PREFETCH}
+    asked = (setting.folder, setting.crop_size, device, setting.hw_decoder_load)
+    pipeline = _eight_bit_pipeline(*asked, device_id=device_id, seed=0, **common)
     batches = DALIGenericIterator([pipeline], ["images", "labels"], reader_name="reader", auto_reset=True)
     mixer = mix(num_classes=setting.num_classes)
 
@@ -275,42 +270,49 @@ def _eight_bit_pipeline(folder: ImageFolder, crop_size: int, device: str, hw_dec
 
 # ---- torch's loader --------------------------------------------------------------------------------------------------
 
+TO_FLOAT = [
+    transforms.ToDtype(torch.float32, scale=True),
+    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
+]
 
-class _Photos(data.Dataset):
-    """Images of a folder with torchvision's transforms, as tensors: normalised, or of 8 bits."""
 
-    def __init__(self, folder: ImageFolder, crop_size: int, *, eight_bit: bool) -> None:
-        self._folder = folder
-        last = (
-            []
-            if eight_bit
-            else [transforms.ToDtype(torch.float32, scale=True), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-        )
-        self._transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(crop_size),
-                transforms.RandomHorizontalFlip(),
-                transforms.PILToTensor(),
-                *last,
-            ]
-        )
+def crop_and_mirror(crop_size: int) -> list[Callable[[Any], Any]]:
+    """Return torchvision's transforms that draw, with their defaults."""
+    return [transforms.RandomResizedCrop(crop_size), transforms.RandomHorizontalFlip()]
+
+
+class Files(data.Dataset):
+    """What a function makes of each file of a folder, with the label."""
+
+    def __init__(self, folder: ImageFolder, read: Callable[[str], torch.Tensor]) -> None:
+        self._folder, self._read = folder, read
 
     def __len__(self) -> int:
         return len(self._folder)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        with Image.open(self._folder.files[index]) as image:
-            return self._transform(image.convert("RGB")), self._folder.labels[index]
+        return self._read(self._folder.files[index]), self._folder.labels[index]
+
+
+def _decoded_by_pil(file: str, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    with Image.open(file) as image:
+        return transform(image.convert("RGB"))
 
 
 def torch_loader(
-    setting: Setting, collate: Callable[..., Any], *, photos: data.Dataset | None = None, eight_bit: bool = False
+    setting: Setting,
+    collate: Callable[..., Any],
+    *,
+    read: Callable[[str], torch.Tensor] | None = None,
+    eight_bit: bool = False,
 ) -> Stream:
-    """Return the stream of a torch DataLoader over `photos`, by default those of the setting decoded by PIL."""
+    """Return the stream of a torch DataLoader over what `read` makes of files, by default PIL and torchvision."""
     if collate is _opencv_collate and (why_not := opencv.why_not()):
         raise ImportError(why_not)
-    photos = photos or _Photos(setting.folder, setting.crop_size, eight_bit=eight_bit)
-    batches = worker_batches(photos, setting, collate_fn=collate, pin_memory=setting.device.type == "cuda")
+    steps = [*crop_and_mirror(setting.crop_size), transforms.PILToTensor(), *([] if eight_bit else TO_FLOAT)]
+    read = read or functools.partial(_decoded_by_pil, transform=transforms.Compose(steps))
+    pinned = setting.device.type == "cuda"
+    batches = worker_batches(Files(setting.folder, read), setting, collate_fn=collate, pin_memory=pinned)
     batches_there = ([part.to(setting.device, non_blocking=True) for part in batch] for batch in batches)
     return Stream(batches_there, PREFETCH * setting.workers, at_a_time=setting.workers)
 
@@ -338,9 +340,8 @@ def check_shared_memory(setting: Setting) -> None:
     batch = 4 * 3 * setting.batch_size * setting.crop_size**2
     needed = batch * (PREFETCH + 1) * setting.workers
     if free < needed:
-        msg = (
-            f"/dev/shm must have {needed >> 20} MiB for the batches of {setting.workers} workers, got {free >> 20} MiB"
-        )
+        msg = f"/dev/shm must have {needed >> 20} MiB for the batches of {setting.workers} workers"
+        msg += f", got {free >> 20} MiB"
         raise MemoryError(msg)
 
 

@@ -8,9 +8,7 @@ import datetime
 import functools
 import importlib.util
 import os
-import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
-from dali_saliencymix._versions import versions
+from benchmarks import program
+from dali_saliencymix.measure.environment import cores, environment, resident_mib
 
-# Beside those that the package itself works with.
+# Beside those that the package itself works with; the second line is what benchmarks/peers.py measures.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
-_PACKAGES += ("timm", "kornia", "mixup", "spdl", "torchcodec")  # what benchmarks/peers.py measures
+_PACKAGES += ("timm", "kornia", "mixup", "spdl", "torchcodec")
 
 # Options that say what is measured for how long and where it goes, not how.
 _NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on", "logs", "checks")
@@ -52,6 +50,15 @@ def has_gpu() -> bool:
         return False
 
 
+def wants_gpu(options: argparse.Namespace) -> bool:
+    """Return whether to measure on a GPU."""
+    device = getattr(options, "device", "cpu")
+    if device == "gpu" and not has_gpu():
+        msg = "--device must be cpu where CuPy sees no GPU, got gpu"
+        raise ValueError(msg)
+    return device != "cpu" and has_gpu()
+
+
 @functools.cache
 def installed(name: str) -> bool:
     """Tell whether a module can be imported."""
@@ -61,23 +68,13 @@ def installed(name: str) -> bool:
         return False
 
 
-def wants_gpu(options: argparse.Namespace) -> bool:
-    """Return whether to measure on a GPU."""
-    if options.device == "gpu" and not has_gpu():
-        msg = "--device must be cpu where CuPy sees no GPU, got gpu"
-        raise ValueError(msg)
-    return options.device != "cpu" and has_gpu()
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def resident_mb(pid: int | str) -> float:
-    """Return the resident memory of a process in MB; ``"self"`` is this one."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+def resident_mb(pid: int | str = "self") -> float:
+    """Return the resident memory of a process in MB, the unit of the results."""
+    found = resident_mib(pid)
+    if found is None:
+        msg = f"the resident memory of process {pid} cannot be read"
+        raise RuntimeError(msg)
+    return round(found * 2**20 / 1e6, 1)
 
 
 def cores_given(processes: int, seconds: float = 0.4) -> float:
@@ -92,35 +89,34 @@ def cores_given(processes: int, seconds: float = 0.4) -> float:
     return round(counted(processes) / counted(1), 2)
 
 
-def conditions(options: argparse.Namespace, *, gpu: bool) -> dict[str, Any]:
-    """Return what a result depends on: machine, versions, options, command and commit."""
-    machine: dict[str, Any] = {"cpu": _cpu_model(), "cores": cores(), "cores_given_to_two_processes": cores_given(2)}
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result depends on: options, machine, versions, command and commit."""
+    found = surroundings(gpu=wants_gpu(options))
+    machine = {name: found[name] for name in ("cpu", "cores", "system", "load_average")}
+    given = machine["cores_given_to_two_processes"] = cores_given(2)
     if cores() > 2:
         machine[f"cores_given_to_{cores()}_processes"] = cores_given(cores())
-    if machine["cores_given_to_two_processes"] < 1.7:
-        measure.say(
-            f"two busy processes do {machine['cores_given_to_two_processes']} times the work of one: a noisy machine"
-        )
+    if given < 1.7:
+        program.say(f"two busy processes do {given} times the work of one: a noisy machine")
     return {
         **{name: value for name, value in vars(options).items() if name not in _NOT_A_CONDITION},
-        **identity(gpu=gpu),
-        "versions": versions(*_PACKAGES),
+        **identity(found),
+        "versions": found["versions"],
         "machine": machine,
         "command": command(options),
     }
 
 
-def identity(*, gpu: bool) -> dict[str, Any]:
+def surroundings(*, gpu: bool) -> dict[str, Any]:
+    """Return what the measuring core knows of this machine."""
+    return environment("cuda:0" if gpu else "cpu", *_PACKAGES)
+
+
+def identity(found: dict[str, Any]) -> dict[str, Any]:
     """Return date, device and commit."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": f"CPU, {cores()} threads",
-        "cuda": None,
-        **(_gpu() if gpu else {}),
-        # A copy that git knows nothing of, or the wrong thing, is told its commit.
-        "commit": os.environ.get("COMMIT")
-        or _output(["git", "-C", str(measure.ROOT), "describe", "--always", "--dirty"]),
-    }
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    of_device = {name: found[name] for name in ("device", "cuda", "driver")}
+    return {"date": date, **of_device, "commit": found["git_commit"]}
 
 
 def command(options: argparse.Namespace) -> str:
@@ -136,29 +132,3 @@ def command(options: argparse.Namespace) -> str:
             shown.append("DATA" if Path(word) == getattr(options, "data", None) else word)
     threads = os.environ.get("OMP_NUM_THREADS")
     return (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(shown)
-
-
-def _gpu() -> dict[str, Any]:
-    import cupy
-
-    runtime = cupy.cuda.runtime
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    version = runtime.runtimeGetVersion()
-    return {
-        "device": runtime.getDeviceProperties(0)["name"].decode(),
-        "cuda": f"{version // 1000}.{version % 1000 // 10}",
-        "driver": _output(query),
-    }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _output(line: list[str]) -> str | None:
-    """Return what a program prints, if it is there and succeeds."""
-    if shutil.which(line[0]) is None:
-        return None
-    ended = subprocess.run(line, capture_output=True, text=True, check=False)
-    return ended.stdout.strip() if ended.returncode == 0 else None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine
+from benchmarks.machine import DEAF_TO_INTERRUPTS
 
 DETECTORS = {"fine_grained": "FineGrained", "spectral_residual": "SpectralResidual"}
 
@@ -60,9 +60,8 @@ class Processes:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), **machine.DEAF_TO_INTERRUPTS
-        )
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = concurrent.futures.ProcessPoolExecutor(count, spawn, **DEAF_TO_INTERRUPTS)
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:

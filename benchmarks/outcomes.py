@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import collections
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import installed
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -56,18 +59,20 @@ class _Recorder:
 
 def read(path: Path) -> dict[str, dict[str, str]]:
     """Return the last outcome of each test: ``{"outcome": "passed" | "failed" | "skipped", "why": text}``."""
-    if not path.exists():
-        return {}
-    found = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        found[line.pop("test")] = line
-    return found
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {line.pop("test"): line for line in map(json.loads, lines)}
 
 
-def counted(path: Path) -> tuple[dict[str, int], list[str]]:
-    """Return the number of tests by their last outcome, and the names of those that failed."""
-    found = read(path)
-    counts = collections.Counter(outcome["outcome"] for outcome in found.values())
-    bad = [test for test, outcome in found.items() if outcome["outcome"] == "failed"]
-    return {name: counts[name] for name in ("passed", "failed", "skipped")}, bad
+def counted(path: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
+    """Return the tests by outcome: their numbers, the names of those that failed, and of those that lack a package.
+
+    A file that imports a package that is not installed counts as one test.
+    """
+    bad = {test: found["why"] for test, found in read(path).items() if found["outcome"] == "failed"}
+    missing = {test: re.search(r"No module named '(\w+)", why) for test, why in bad.items()}
+    lacking = {test: found[1] for test, found in missing.items() if found and not installed(found[1])}
+    counts = collections.Counter(found["outcome"] for found in read(path).values())
+    numbers = {"passed": counts["passed"], "failed": len(bad) - len(lacking), "skipped": counts["skipped"]}
+    if lacking:
+        numbers["without a package"] = len(lacking)
+    return numbers, [test for test in bad if test not in lacking], lacking

@@ -44,14 +44,8 @@ import torchvision.transforms.v2 as transforms
 from torch.nn.functional import one_hot
 from torch.utils import data
 
-from benchmarks import loaders, measure
-from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
-
-_TO_FLOAT = [
-    transforms.ToDtype(torch.float32, scale=True),
-    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
-]
+from benchmarks import loaders
+from dali_saliencymix.measure.results import one_line
 
 
 def makers() -> dict[str, loaders.Maker]:
@@ -75,18 +69,8 @@ def makers() -> dict[str, loaders.Maker]:
 def ops_variants(images: np.ndarray, *, gpu: bool) -> dict[str, Callable[[], Any]]:
     """Return calls that mix a batch in memory, named ``step | implementation`` as in `benchmarks.bench_ops`.
 
-    Parameters
-    ----------
-    images : ndarray of uint8, (N, H, W, 3)
-        The batch. What is mixed is made of it beforehand: float32 (N, 3, H, W), normalised. So the least that a call
-        moves is eight bytes for each of its values.
-    gpu : bool
-        Whether the tensors lie on the GPU.
-
-    Raises
-    ------
-    ImportError
-        If the package mixup is not installed.
+    What is mixed is made of `images` (N, H, W, 3) uint8 beforehand: float32 (N, 3, H, W), normalised. So the least that
+    a call moves is eight bytes for each of its values. Without the package mixup this is an ImportError.
     """
     device = torch.device("cuda" if gpu else "cpu")
     batch = loaders.normalised(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
@@ -105,7 +89,7 @@ def _module(name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             msg = f"{package} is not installed"
         else:
-            msg = f"{package} does not load: {measure.one_line(_first_cause(error))}"
+            msg = f"{package} does not load: {one_line(_first_cause(error))}"
         raise ImportError(msg) from error
 
 
@@ -128,32 +112,12 @@ def _decoders(package: str) -> Any:
     return decoders
 
 
-class _Decoded(data.Dataset):
-    """Images of a folder as normalised tensors, decoded by a package's own decoder."""
-
-    def __init__(self, folder: ImageFolder, crop_size: int, package: str) -> None:
-        self._folder, self._package = folder, package
-        self._transform = transforms.Compose([*_crop_and_mirror(crop_size), *_TO_FLOAT])
-
-    def __len__(self) -> int:
-        return len(self._folder)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = _decoders(self._package).decode_image(self._folder.files[index], mode="RGB")
-        return self._transform(image), self._folder.labels[index]
+def _decoded(file: str, package: str, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return transform(_decoders(package).decode_image(file, mode="RGB"))
 
 
-class _Encoded(data.Dataset):
-    """Files of a folder as tensors of bytes."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self._folder = folder
-
-    def __len__(self) -> int:
-        return len(self._folder)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(np.fromfile(self._folder.files[index], np.uint8)), self._folder.labels[index]
+def _encoded(file: str) -> torch.Tensor:
+    return torch.from_numpy(np.fromfile(file, np.uint8))
 
 
 def _one_tensor(samples: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
@@ -162,14 +126,11 @@ def _one_tensor(samples: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tens
     return torch.cat(files), [len(file) for file in files], torch.tensor(labels)
 
 
-def _crop_and_mirror(crop_size: int) -> list[Callable[[Any], Any]]:
-    return [transforms.RandomResizedCrop(crop_size), transforms.RandomHorizontalFlip()]
-
-
 def _decoded_in_workers(setting: loaders.Setting, package: str) -> loaders.Stream:
     _decoders(package)
-    photos = _Decoded(setting.folder, setting.crop_size, package)
-    return loaders.torch_loader(setting, data.default_collate, photos=photos)
+    transform = transforms.Compose([*loaders.crop_and_mirror(setting.crop_size), *loaders.TO_FLOAT])
+    read = functools.partial(_decoded, package=package, transform=transform)
+    return loaders.torch_loader(setting, data.default_collate, read=read)
 
 
 def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
@@ -181,16 +142,13 @@ def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
 
 
 def _decoded_in_this_process(setting: loaders.Setting, decode: Callable[..., Any]) -> loaders.Stream:
-    batches = loaders.worker_batches(_Encoded(setting.folder), setting, collate_fn=_one_tensor)
-    crop_and_mirror = transforms.Compose(_crop_and_mirror(setting.crop_size))
+    batches = loaders.worker_batches(loaders.Files(setting.folder, _encoded), setting, collate_fn=_one_tensor)
+    cut = transforms.Compose(loaders.crop_and_mirror(setting.crop_size))
 
     def decoded() -> Iterator[tuple[torch.Tensor, ...]]:
         for encoded, lengths, labels in batches:
             images = decode(list(encoded.split(lengths)), mode="RGB", device=setting.device)
-            yield (
-                loaders.normalised(torch.stack([crop_and_mirror(image) for image in images])),
-                labels.to(setting.device),
-            )
+            yield loaders.normalised(torch.stack([cut(image) for image in images])), labels.to(setting.device)
 
     return loaders.Stream(decoded(), loaders.PREFETCH * setting.workers, at_a_time=setting.workers)
 

@@ -3,34 +3,36 @@
 Each group is measured beside a reference, so that a figure can come twice. Of two figures with one name the one of more
 rounds stays, the first one where they have equally many. A run that continues another one adds to ``"parts"`` its
 conditions, which are device, date, versions, command and commit, and the names of the figures that it measured.
+A variant that cannot be measured does not end the others: it is listed with the reason under ``"not_measured"``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from benchmarks import measure
-
-LEAST_ROUNDS = 5  # with fewer a figure is one that is missing, or as many as are asked for
+from benchmarks import machine, program
+from dali_saliencymix.measure.figures import LEAST_ROUNDS, figure, figures, is_figure
+from dali_saliencymix.measure.results import one_line, read_json
+from dali_saliencymix.measure.rounds import in_turns
 
 # What may differ between two parts of a result.
-_OF_A_PART = {
-    "date",
-    "command",
-    "commit",
-    "machine",
-    "versions",
-    "cuda",
-    "driver",
-    "rounds",
-    "variants",
-    "not_measured",
-}
+_OF_A_PART = {"date", "command", "commit", "machine", "versions", "cuda", "driver"}
+_OF_A_PART |= {"rounds", "variants", "not_measured"}
+
+Values = Mapping[str, Sequence[float]]
+_Made = TypeVar("_Made")
+
+
+def figures_of(values: Values) -> dict[str, dict[str, float]]:
+    """Return the figure of each variant."""
+    return {name: figure(of_rounds) for name, of_rounds in values.items()}
 
 
 class Record:
@@ -40,19 +42,17 @@ class Record:
     ----------
     benchmark : str
         Name of the benchmark.
-    conditions : dict
-        What the result depends on: see `benchmarks.machine.conditions`.
     options : argparse.Namespace
-        Of `benchmarks.measure.parser_of_rounds`.
+        With those of `benchmarks.program.ROUNDS`.
+    **conditions
+        What the result depends on beside `benchmarks.machine.conditions`.
 
     Attributes
     ----------
     result : dict
         What has been measured by now.
     not_measured : dict
-        Reasons by the name of what was not measured; variants that fail are to be added.
-    unavailable : set of str
-        Names of variants that lack a package: measuring again would not help.
+        Reasons by the name of what was not measured.
 
     Raises
     ------
@@ -60,106 +60,143 @@ class Record:
         If the result to continue is of another benchmark, device or options.
     """
 
-    def __init__(self, benchmark: str, conditions: dict[str, Any], options: argparse.Namespace) -> None:
-        self._output = options.output
-        self._least = min(options.rounds, LEAST_ROUNDS)
+    def __init__(self, benchmark: str, options: argparse.Namespace, **conditions: Any) -> None:
+        self._output, self._rounds = options.output, options.rounds
         self._end = time.monotonic() + options.seconds
-        self._conditions = conditions
+        self._conditions = machine.conditions(options) | conditions
         self._earlier: list[dict[str, Any]] = []
         self._measured: set[tuple[str, ...]] = set()
         self._asked: dict[str, tuple[str, ...]] = {}
+        self._unavailable: set[str] = set()  # what lacks a package: measuring again would not help
         self._ended = False  # before, groups may be left that nobody has asked for yet
         self.not_measured: dict[str, str] = {}
-        self.unavailable: set[str] = set()
-        self.result: dict[str, Any] = {"benchmark": benchmark, "conditions": conditions}
+        self.result: dict[str, Any] = {"benchmark": benchmark, "conditions": self._conditions}
         if options.go_on and self._output is not None and self._output.exists():
-            self._continue(json.loads(self._output.read_text()))
-        self._before = self.result
+            self._continue(read_json(self._output))
 
     def _continue(self, earlier: dict[str, Any]) -> None:
-        if earlier["benchmark"] != self.result["benchmark"]:
-            msg = f"--continue: {self._output} is a result of {earlier['benchmark']}, not {self.result['benchmark']}"
+        if earlier.get("benchmark") != self.result["benchmark"]:
+            msg = f"--continue: {self._output} is a result of {earlier.get('benchmark')}"
+            msg += f", not {self.result['benchmark']}"
             raise ValueError(msg)
-        # As they come out of a file: lists in the place of tuples.
-        now = json.loads(json.dumps(self._conditions))
+        now = json.loads(json.dumps(self._conditions))  # with lists in the place of tuples, as in a file
         for name in {**earlier["conditions"], **now}:
-            values = [found.get(name) for found in (earlier["conditions"], now)]
-            if name not in _OF_A_PART and values[0] != values[1]:
-                msg = f"--continue: {self._output} was measured with {name} {values[0]!r}, this run has {values[1]!r}"
+            was, is_now = (found.get(name) for found in (earlier["conditions"], now))
+            if name not in _OF_A_PART and was != is_now:
+                msg = f"--continue: {self._output} was measured with {name} {was!r}, this run has {is_now!r}"
                 raise ValueError(msg)
-        everything = [" / ".join(path) for path, _ in measure.figures(earlier)]
+        everything = [" / ".join(path) for path, _ in figures(earlier)]
         self._earlier = earlier.pop("parts", [{"conditions": earlier["conditions"], "measured": everything}])
         for name in ("not_measured", "complete"):
             earlier.pop(name, None)
         self.result = earlier
 
-    def lacks(self, *path: str) -> bool:
-        """Tell whether a figure, or every figure of a part of the result, is missing, or one has too few rounds."""
+    def _lacks(self, path: tuple[str, ...]) -> bool:
+        """Tell whether every figure of a part of the result is missing, or one has too few rounds."""
         found: Any = self.result
         for name in path:
             found = found.get(name, {})
-        rounds = [figure["rounds"] for _, figure in measure.figures(found)]
-        return not rounds or min(rounds) < self._least
-
-    def lacking(self, section: str, names: Iterable[str]) -> list[str]:
-        """Return which variants have no figure yet in a section of the result; all of them have to have one."""
-        return [name for name in names if self.ask_for(name, section, name)]
+        rounds = [one["rounds"] for _, one in figures(found)]
+        return not rounds or min(rounds) < min(self._rounds, LEAST_ROUNDS)
 
     def ask_for(self, name: str, *path: str) -> bool:
         """Say that a variant has to have a figure; tell whether it lacks it."""
         self._asked[name] = path
-        return self.lacks(*path)
+        return self._lacks(path)
 
     def seconds_left(self) -> float:
         """Return the time that is left to measure in; what begins later is not measured."""
         return self._end - time.monotonic()
 
-    def begin_group(self) -> None:
-        """Begin a group of variants."""
-        self._before = self.result
+    def groups(self, section: str, groups: Iterable[Sequence[str]], reference: str) -> Iterator[list[str]]:
+        """Give the names to measure of each group that lacks a figure in a section, with the reference first."""
+        for group in groups:
+            lacking = [name for name in group if self.ask_for(name, section, name)]
+            if lacking and self.seconds_left() > 0:
+                yield list(dict.fromkeys([reference, *lacking]))
+                gc.collect()  # pipelines are parts of cycles
+
+    @contextlib.contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Do what may be impossible here: then the name is listed with the reason, and all else is measured."""
+        try:
+            yield
+        except Exception as error:
+            self.leave_out(name, error)
+
+    def made(self, names: Iterable[str], make: Callable[[str], _Made]) -> dict[str, _Made]:
+        """Make variants; those that cannot be made are listed with the reason."""
+        found = {}
+        for name in names:
+            with self.attempt(name):
+                found[name] = make(name)
+        return found
+
+    def measure(
+        self,
+        variants: Mapping[str, Callable[[], float]],
+        result_of: Callable[[dict[str, list[float]]], Mapping[str, Any]],
+        *,
+        share: float = 1.0,
+        where: str = "",
+    ) -> None:
+        """Measure variants in turns for a share of the time that is left, and add the result after each round."""
+        if not variants:
+            return
+        before, seconds = self.result, share * self.seconds_left()
+
+        def failed(name: str, error: Exception) -> None:
+            self.leave_out(where + name, error)
+
+        turns = in_turns(variants, self._rounds, seconds=seconds, failed=failed)
+        for values in program.progress(turns, total=self._rounds, unit="round", leave=False):
+            self._put(before, result_of(values))
 
     def add(self, found: Mapping[str, Any]) -> None:
-        """Put what the group has given by now in the place of what it gave before, and write."""
-        self.result = _merged(self._before, found)
-        theirs = dict(measure.figures(found))
-        self._measured |= {path for path, figure in measure.figures(self.result) if theirs.get(path) is figure}
-        self.write()
+        """Add a part of the result, and write."""
+        self._put(self.result, found)
+
+    def _put(self, before: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Put what a group has given by now in the place of what it gave before."""
+        self.result = _merged(before, found)
+        theirs = dict(figures(found))
+        self._measured |= {path for path, one in figures(self.result) if theirs.get(path) is one}
+        self._write()
 
     def leave_out(self, name: str, error: Exception) -> None:
-        """Say that a variant cannot be measured."""
+        """Say that a variant cannot be measured, and why; free what it held."""
         if isinstance(error, ImportError):
-            self.unavailable.add(name)
-        measure.leave_out(name, error, self.not_measured)
-
-    def write(self) -> None:
-        """Write the result, and what it lacks."""
-        measure.write(self._whole(), self._output)
+            self._unavailable.add(name)
+        self.not_measured[name] = one_line(error)
+        program.say(f"not measured: {name}: {self.not_measured[name]}")
+        error.__traceback__ = None  # it holds on to the variant's pipelines
+        gc.collect()
 
     def end(self) -> None:
         """Write the result, and show it."""
         for name, path in self._asked.items():
-            if self.lacks(*path) and self.seconds_left() < 0:
+            if self._lacks(path) and self.seconds_left() < 0:
                 self.not_measured.setdefault(name, "no time was left for it, or for all of its rounds")
         self._ended = True
-        self.write()
-        measure.show(self._whole())
+        program.show(self._write())
 
-    def _whole(self) -> dict[str, Any]:
-        missing = [name for name, path in self._asked.items() if self.lacks(*path) and name not in self.unavailable]
+    def _write(self) -> dict[str, Any]:
+        """Write the whole result, with what it lacks, and return it."""
+        missing = [name for name, path in self._asked.items() if self._lacks(path) and name not in self._unavailable]
         whole = {**self.result, "not_measured": self.not_measured, "complete": self._ended and not missing}
         if self._earlier:
             now = {" / ".join(path) for path in self._measured}
-            earlier = [
-                {**part, "measured": [name for name in part["measured"] if name not in now]} for part in self._earlier
-            ]
+            kept = [[name for name in part["measured"] if name not in now] for part in self._earlier]
+            earlier = [{**part, "measured": names} for part, names in zip(self._earlier, kept, strict=True)]
             whole["parts"] = [*earlier, {"conditions": self._conditions, "measured": sorted(now)}]
+        program.write(whole, self._output)
         return whole
 
 
 def _merged(old: Any, new: Any) -> Any:
     """Return two results as one: see the module's description."""
-    if measure.is_figure(old) and measure.is_figure(new):
+    if is_figure(old) and is_figure(new):
         return new if new.get("rounds", math.inf) > old.get("rounds", 0) else old
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and not measure.is_figure(new):
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and not is_figure(new):
         return {**old, **{name: _merged(old[name], part) if name in old else part for name, part in new.items()}}
     return new

@@ -11,26 +11,27 @@ A page asks with a comment, and whatever stands between it and the next ``<!-- e
     <!-- conditions: NAME.json -->                  a sentence: device, versions, sizes, rounds, command
     <!-- plot: pipeline NAME.json -->               also: scale
 
-NAME.json is a file in benchmarks/results. A cell is the median and, in brackets, the middle half of the rounds.
+NAME.json is a file in benchmarks/results. A cell is a median and, in brackets, a range; below the table stands which.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import program
+from benchmarks.program import markdown_table
+from dali_saliencymix.measure.figures import bounds, figures
+from dali_saliencymix.measure.results import read_json
 
-PAGES = (measure.ROOT / "README.md", measure.ROOT / "benchmarks" / "README.md")
-PLOTS = measure.ROOT / "docs" / "plots"
+PAGES = (program.ROOT / "README.md", program.ROOT / "benchmarks" / "README.md")
+PLOTS = program.ROOT / "docs" / "plots"
 
 _END = "<!-- end of result -->"
 _MARK = "<!-- (table|conditions|plot):"
@@ -46,7 +47,7 @@ def pipeline_table(result: dict[str, Any]) -> str:
     for name, rate in result["images_per_second"].items():
         ratio = result["relative_to_none"].get(name)
         rows.append([f"`{name}`", cell(rate), cell(ratio)])
-    return table(["loader", "images/s", "relative to `none`"], rows)
+    return figure_table(result, ["loader", "images/s", "relative to `none`"], rows)
 
 
 def train_table(result: dict[str, Any]) -> str:
@@ -59,7 +60,7 @@ def train_table(result: dict[str, Any]) -> str:
         call = result.get("operator_call_ms", {}).get(name, {}).get("wall")
         lock = result.get("lock_held_ms_per_batch", {}).get(name)
         rows.append([f"`{name}`", cell(rate), *map(cell, parts), cell(call), cell(lock)])
-    return table(head, rows)
+    return figure_table(result, head, rows)
 
 
 def ops_table(result: dict[str, Any], place: str) -> str:
@@ -74,7 +75,7 @@ def ops_table(result: dict[str, Any], place: str) -> str:
         ours = [found[name] for name in ("gpu kernel", "cupy", "cpu kernel", "numpy") if name in found]
         share = f"{ours[0]['share_of_copy_rate']:.1%}" if ours else ""
         rows.append([step, *(cell(found.get(name)) for name in columns), share])
-    return table(["step, ms for a batch", *columns, "share of the copy rate"], rows)
+    return figure_table(result, ["step, ms for a batch", *columns, "share of the copy rate"], rows)
 
 
 def scale_table(result: dict[str, Any]) -> str:
@@ -86,7 +87,14 @@ def scale_table(result: dict[str, Any]) -> str:
             ends = [f"{cell(points[point])} at {point}" for point in (at[0], at[-1])]
             where = [f"{kind.replace('_', ' ')} {x:g}" for kind, x in found["linear"][name].items()]
             rows.append([axis.replace("_", " "), f"`{name}`", found["unit"], *ends, ", ".join(where)])
-    return table(["what grows", "detector", "unit", "least", "most", "linear"], rows)
+    return figure_table(result, ["what grows", "detector", "unit", "least", "most", "linear"], rows)
+
+
+def figure_table(result: Mapping[str, Any], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of figures, and below it what their ranges are: results of older versions have quartiles."""
+    kinds = {next((kind for kind in _RANGES if kind in found), "min") for _, found in figures(result)}
+    ranges = " or ".join(_RANGES[kind] for kind in _RANGES if kind in kinds)
+    return f"{markdown_table(head, rows)}\n\nMedians; in brackets {ranges}."
 
 
 def opencv_table(result: dict[str, Any]) -> str:
@@ -96,7 +104,7 @@ def opencv_table(result: dict[str, Any]) -> str:
     for name, found in result["against_opencv"].items():
         shares = [f"{found[part]:.1%}" for part in ("equal_maps", "same_peak", "peak_of_mixing_within_a_pixel")]
         rows.append([f"`{name}`", shares[0], number(found["largest_difference"]), *shares[1:]])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
@@ -113,7 +121,7 @@ def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
     for check, rows_of in _ROWS.items():
         if check in last:
             rows += rows_of(last[check])
-    return table(["check", "outcome"], rows)
+    return markdown_table(["check", "outcome"], rows)
 
 
 def _training_row(name: str, run: dict[str, Any]) -> list[str]:
@@ -133,16 +141,13 @@ def _validation_rows(found: dict[str, Any]) -> list[list[str]]:
     rows = []
     for backend, answers in found["backends"].items():
         text = f"top-1 {number(answers['top1'])} % of {answers['images']} photographs"
-        for name, compared in answers.items():
-            if not name.startswith("compared_with_"):
-                continue
-            logits, spread = compared["largest_difference_of_logits"], compared["standard_deviation_of_logits"]
-            pixels = _GREY_LEVELS * compared["mean_difference_of_pixels"]
-            text += (
-                f"; compared with `{name.removeprefix('compared_with_')}`: {compared['other_answers']} other answers"
-            )
+        for name in [name for name in answers if name.startswith("compared_with_")]:
+            other = answers[name]
+            logits, spread = other["largest_difference_of_logits"], other["standard_deviation_of_logits"]
+            pixels = number(_GREY_LEVELS * other["mean_difference_of_pixels"])
+            text += f"; compared with `{name.removeprefix('compared_with_')}`: {other['other_answers']} other answers"
             text += f", logits differ by up to {number(logits)}, {number(logits / spread)} standard deviations"
-            text += f", pixels by {number(pixels)} grey levels on average"
+            text += f", pixels by {pixels} grey levels on average"
         rows.append([f"validation by `{backend}`", text])
     return rows
 
@@ -165,6 +170,11 @@ def _ends_rows(found: dict[str, Any]) -> list[list[str]]:
     return [["programs that end by themselves with a pipeline alive", f"{found['ended_well']} of {found['programs']}"]]
 
 
+_RANGES = {
+    "low": "the range that holds the median at 90 %, of fewer than five rounds their whole range",
+    "q1": "the middle half of the rounds",
+    "min": "the whole range of the rounds",
+}
 _GREY_LEVELS = 57  # of a standard deviation of ImageNet's pixels
 _MEMORY = {"GPU": "gpu_mb", "resident": "resident_mb"}
 _ROWS = {"killed": _killed_rows, "validation": _validation_rows, "memory": _memory_rows, "ends": _ends_rows}
@@ -185,8 +195,6 @@ def conditions_text(result: dict[str, Any]) -> str:
     if result.get("benchmark") == "gpu_checks":
         return _checks_conditions(result["parts"])
     found = result["conditions"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    rounds = [figure["rounds"] for _, figure in measure.figures(result) if "rounds" in figure]
     parts = [found["device"], *([found["date"]] if "date" in found else [])]
     if found.get("cuda"):
         parts += [f"CUDA {found['cuda']}", f"{found['machine']['cores']} cores"]
@@ -197,21 +205,28 @@ def conditions_text(result: dict[str, Any]) -> str:
     if "images" in found:
         size = f" of {found['mean_size']} pixels and {found['mean_kilobytes']} kB" if "mean_size" in found else ""
         parts.append(f"{found['images']} images{size}")
-    least, most = (min(rounds), max(rounds)) if rounds else (found["rounds"], found["rounds"])
-    parts.append(f"{most} rounds" if least == most else f"{least} to {most} rounds")
-    machine = found.get("machine", {})
-    if "cores_given_to_two_processes" in machine:
-        parts.append(f"two busy processes got {machine['cores_given_to_two_processes']} cores")
+    rounds = [one["rounds"] for _, one in figures(result) if "rounds" in one] or [found["rounds"]]
+    parts.append(" to ".join(map(str, sorted({min(rounds), max(rounds)}))) + " rounds")
+    if given := found.get("machine", {}).get("cores_given_to_two_processes"):
+        parts.append(f"two busy processes got {given} cores")
     missing = "".join(f" Not measured: {name} ({why})." for name, why in result.get("not_measured", {}).items())
-    return f"{', '.join(parts)}. {versions}. `{found['command']}`{_runs(result)}{missing}"
+    return f"{', '.join(parts)}. {_versions(found)}. `{found['command']}`{_runs(result)}{missing}"
+
+
+def _versions(conditions: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+
+
+def _commit(conditions: dict[str, Any]) -> str:
+    """Return a commit, short, with the sign that files differ from it."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}", r"\1", str(conditions["commit"]))
 
 
 def _checks_conditions(parts: list[dict[str, Any]]) -> str:
-    shown = [f"`{part['conditions']['command']}` at {part['conditions']['commit']}" for part in parts]
+    shown = [f"`{part['conditions']['command']}` at {_commit(part['conditions'])}" for part in parts]
     found = parts[-1]["conditions"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     machine = f"{found['device']}, driver {found['driver']}, CUDA {found['cuda']}, {found['machine']['cores']} cores"
-    return f"{machine}, {found['date']}. {versions}. {'; '.join(dict.fromkeys(shown))}."
+    return f"{machine}, {found['date']}. {_versions(found)}. {'; '.join(dict.fromkeys(shown))}."
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -219,7 +234,7 @@ def _runs(result: dict[str, Any]) -> str:
     shown = []
     for part in result.get("parts", []):
         conditions = part["conditions"]
-        on = f"{conditions['device']} on {conditions['date']}, commit {conditions['commit']}"
+        on = f"{conditions['device']} on {conditions['date']}, commit {_commit(conditions)}"
         shown.append(f"{len(part['measured'])} figures on {on}")
     return f" Measured in {len(shown)} runs: {'; '.join(shown)}." if shown else ""
 
@@ -228,18 +243,13 @@ def cell(figure: dict[str, float] | None) -> str:
     """Return a figure as the text of a cell."""
     if figure is None:
         return ""
-    low, high = figure.get("q1", figure["min"]), figure.get("q3", figure["max"])
+    low, high = bounds(figure)
     return f"{number(figure['median'])} ({number(low)} to {number(high)})"
 
 
 def number(value: float) -> str:
     """Return a number with about three digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -252,10 +262,8 @@ def pipeline_plot(result: dict[str, Any]) -> Any:
     rates = result["images_per_second"]
     figure = Figure(figsize=(7, 0.6 + 0.28 * len(rates)), layout="constrained")
     axes = figure.subplots()
-    medians = [rate["median"] for rate in rates.values()]
-    low = [rate["median"] - rate.get("q1", rate["min"]) for rate in rates.values()]
-    high = [rate.get("q3", rate["max"]) - rate["median"] for rate in rates.values()]
-    axes.barh(list(rates), medians, xerr=[low, high], color="tab:blue", ecolor="black", capsize=2)
+    medians, errors = with_errors(rates.values())
+    axes.barh(list(rates), medians, xerr=errors, color="tab:blue", ecolor="black", capsize=2)
     axes.invert_yaxis()
     axes.set_xlabel("images/s")
     return figure
@@ -270,11 +278,8 @@ def scale_plot(result: dict[str, Any]) -> Any:
     for axes, (axis, found) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name, points in found["points"].items():
             at = sorted(points, key=float)
-            values = [points[point] for point in at]
-            medians = [value["median"] for value in values]
-            low = [value["median"] - value["q1"] for value in values]
-            high = [value["q3"] - value["median"] for value in values]
-            axes.errorbar([float(point) for point in at], medians, yerr=[low, high], marker="o", ms=3, label=name)
+            medians, errors = with_errors(points[point] for point in at)
+            axes.errorbar([float(point) for point in at], medians, yerr=errors, marker="o", ms=3, label=name)
         if axis != "hw_decoder_load":
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -282,6 +287,13 @@ def scale_plot(result: dict[str, Any]) -> Any:
         axes.grid(visible=True, alpha=0.3)
     axes.legend()
     return figure
+
+
+def with_errors(found: Iterable[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Return the medians of figures, and how far their ranges go to either side."""
+    medians, ranges = zip(*((one["median"], bounds(one)) for one in found), strict=True)
+    sides = [[abs(end[side] - median) for median, end in zip(medians, ranges, strict=True)] for side in (0, 1)]
+    return list(medians), sides
 
 
 PLOT_KINDS = {"pipeline": pipeline_plot, "scale": scale_plot}
@@ -292,7 +304,7 @@ def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
 
     Matplotlib's versions draw alike, not the same: a plot carries the hash of its result, and that is compared.
     """
-    result = measure.RESULTS / file
+    result = program.RESULTS / file
     path = PLOTS / f"{kind}-{result.stem}.svg"
     mark = f"<!-- made of {file}, sha256 {hashlib.sha256(result.read_bytes()).hexdigest()} -->\n"
     if path.exists() and path.read_text().endswith(mark):
@@ -330,7 +342,7 @@ def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
             else:
                 path, current = plot_of(words[0], words[1], draw=draw)
                 if not current:
-                    stale.append(str(path.relative_to(measure.ROOT)))
+                    stale.append(str(path.relative_to(program.ROOT)))
                 made = f"![{words[0]}: {Path(words[1]).stem}]({os.path.relpath(path, page.parent)})"
         except (IndexError, KeyError, TypeError) as error:  # words that are missing, or a result of another kind
             msg = f"{page.name}: {begin.strip()} must name a result of its kind: {error!r}"
@@ -347,12 +359,12 @@ def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
 
 def read(file: str) -> dict[str, Any]:
     """Return the result in a file of benchmarks/results."""
-    return json.loads((measure.RESULTS / file).read_text())
+    return read_json(program.RESULTS / file)
 
 
 def main() -> None:
     """Render, or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
     parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: both READMEs")
     options = parser.parse_args()
@@ -371,4 +383,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

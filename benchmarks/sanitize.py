@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, measure
+from benchmarks import machine, program
 from dali_saliencymix import _cuda as cuda
 from dali_saliencymix._tables import MAP_SIZE, scaling
+from dali_saliencymix.measure.results import shortened
 from dali_saliencymix.pixels import DTYPES, LAYOUTS
 
 # An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.
@@ -70,7 +71,7 @@ def findings(text: str) -> dict[str, Any]:
     for heading, after in itertools.pairwise([*_HEADING.finditer(text), None]):
         finding = text[heading.start() : after.start() if after else None]
         kernel = _KERNEL.search(finding)
-        kinds[f"{kernel[1] if kernel else 'no kernel'}: {measure.shortened(heading[1])}"] += 1
+        kinds[f"{kernel[1] if kernel else 'no kernel'}: {shortened(heading[1])}"] += 1
     summary = _SUMMARY.search(text)
     return {"errors": int(summary[1] or summary[2]) if summary else None, "kinds": dict(kinds.most_common(20))}
 
@@ -79,7 +80,7 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
     """Run the program under a tool of compute-sanitizer."""
     line = [sanitizer, "--tool", tool, *TOOLS[tool], "--print-limit", "1000"]
     command = [*line, sys.executable, "-m", "benchmarks.sanitize", "--kernels"]
-    ended = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=program.ROOT, capture_output=True, text=True, check=False)
     sys.stdout.write(ended.stdout + ended.stderr)
     found = findings(ended.stdout + ended.stderr)
     if ended.returncode and found["errors"] == 0:
@@ -89,7 +90,7 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the tools and write the result."""
-    parser = measure.parser(__doc__)
+    parser = program.parser(__doc__, "output", "device")
     parser.add_argument("--kernels", action="store_true", help="launch the kernels only, on a GPU")
     options = parser.parse_args()
     if not machine.has_gpu():
@@ -107,10 +108,10 @@ def main() -> None:
         msg = "compute-sanitizer is not installed"
         raise ImportError(msg)
     tools: dict[str, Any] = {}
-    result = {"benchmark": "sanitize", "conditions": machine.conditions(options, gpu=True), "tools": tools}
+    result = {"benchmark": "sanitize", "conditions": machine.conditions(options), "tools": tools}
     for tool in TOOLS:
         tools[tool] = run_tool(sanitizer, tool)
-        measure.write(result, options.output)
+        program.write(result, options.output)
     sys.stdout.write(table(result) + "\n")
     if bad := [tool for tool, found in tools.items() if found["errors"] != 0]:
         msg = f"{', '.join(bad)}: errors were found, or the program did not end"
@@ -119,13 +120,12 @@ def main() -> None:
 
 def table(result: dict[str, Any]) -> str:
     """Return the findings as a Markdown table."""
-    rows = ["| tool | errors | finding | times |", "| --- | --- | --- | --- |"]
+    rows = []
     for tool, found in result["tools"].items():
         errors = "did not end" if found["errors"] is None else found["errors"]
-        for kind, times in (found["kinds"] or {"none": ""}).items():
-            rows.append(f"| {tool} | {errors} | {kind} | {times} |")
-    return "\n".join(rows)
+        rows += [[tool, errors, kind, times] for kind, times in (found["kinds"] or {"none": ""}).items()]
+    return program.markdown_table(["tool", "errors", "finding", "times"], rows)
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

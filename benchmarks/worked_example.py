@@ -2,13 +2,12 @@
 
     python -m benchmarks.worked_example photos --from DATA    # 96 large photographs
 
-The page has the commands that measure. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a
+The page has the commands that program. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a
 random part of it; `fast` decodes that part. `step` waits, as the host of an accelerator does.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import program
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.fn import saliencymix
 
@@ -28,20 +27,23 @@ SECONDS = 0.09  # of a step
 @pipeline_def(device_id=None, seed=1)
 def slow() -> tuple[Any, ...]:
     """Decode photographs whole, then crop."""
-    encoded, labels = fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
-    images = fn.random_resized_crop(fn.decoders.image(encoded), size=(224, 224))
-    return finished(images, labels)
+    encoded, labels = read()
+    return mixed(fn.random_resized_crop(fn.decoders.image(encoded), size=(224, 224)), labels)
 
 
 @pipeline_def(device_id=None, seed=1)
 def fast() -> tuple[Any, ...]:
     """Decode what is kept."""
-    encoded, labels = fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
-    images = fn.resize(fn.decoders.image_random_crop(encoded), size=(224, 224))
-    return finished(images, labels)
+    encoded, labels = read()
+    return mixed(fn.resize(fn.decoders.image_random_crop(encoded), size=(224, 224)), labels)
 
 
-def finished(images: Any, labels: Any) -> tuple[Any, ...]:
+def read() -> Any:
+    """Read files and labels."""
+    return fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
+
+
+def mixed(images: Any, labels: Any) -> tuple[Any, ...]:
     """Mix and normalise."""
     images, labels, source_labels, lam = saliencymix(images, labels)
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mirror=fn.random.coin_flip())
@@ -55,10 +57,10 @@ def step(batch: Any) -> None:
 
 def main() -> None:
     """Make large photographs of small ones."""
-    parser = argparse.ArgumentParser(description="Make large photographs, of those in a folder of class folders.")
+    parser = program.parser("Make large photographs, of those in a folder of class folders.")
     parser.add_argument("folder", type=Path, help="folder to write into")
     parser.add_argument("--from", type=Path, required=True, dest="source", help="folder of class folders")
-    parser.add_argument("--count", type=measure.positive, default=96)
+    parser.add_argument("--count", type=program.positive, default=96)
     args = parser.parse_args()
     files = list_image_folder(args.source).files
     for file in map(Path, files[: args.count]):
@@ -71,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    measure.run(main)
+    program.run(main)

@@ -25,16 +25,20 @@ from benchmarks import (
     compare,
     loaders,
     machine,
-    measure,
     opencv,
     peers,
+    program,
+    record,
     render,
 )
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.figures import figure, figures
+from dali_saliencymix.measure.results import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = {"date", "device", "cuda", "versions", "machine", "rounds", "command", "commit"}
-FIGURE = {"median", "q1", "q3", "min", "max", "rounds"}
+FIGURE = {"median", "low", "high", "min", "max", "rounds"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def data(tmp_path_factory):
     return folder / "train"
 
 
-def program(*words):
+def run_program(*words):
     """Run a module of the benchmarks as a program, on one thread and without a GPU."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     line = [sys.executable, "-m", *map(str, words)]
@@ -61,7 +65,7 @@ def main_of(monkeypatch):
 
     def run(name, *options):
         monkeypatch.setattr(sys, "argv", [name, *map(str, options)])
-        measure.run(importlib.import_module(f"benchmarks.{name}").main)
+        program.run(importlib.import_module(f"benchmarks.{name}").main)
 
     yield run
     torch.set_num_threads(threads)
@@ -86,12 +90,12 @@ def checked(name, output, shown):
     assert result["conditions"].keys() >= CONDITIONS
     assert result["conditions"]["device"].startswith("CPU")
     assert str(output) not in result["conditions"]["command"]
-    found = dict(measure.figures(result))
+    found = dict(figures(result))
     assert found
-    for path, figure in found.items():
-        assert figure.keys() >= FIGURE
-        assert figure["min"] <= figure["q1"] <= figure["median"] <= figure["q3"] <= figure["max"]
-        assert " / ".join(path) in shown
+    for path, one in found.items():
+        assert one.keys() >= FIGURE
+        assert one["min"] <= one["low"] <= one["median"] <= one["high"] <= one["max"]
+        assert f"{' / '.join(path)}: " in shown
     return result
 
 
@@ -112,7 +116,7 @@ def test_ops(run_small):
     assert result["complete"]
     reasons = {name: why for name, why in result["not_measured"].items() if "other packages" not in name}
     if opencv.why_not() is None:
-        assert f"opencv, {machine.cores()} processes" in steps["saliency fine_grained"]
+        assert f"opencv, {cores()} processes" in steps["saliency fine_grained"]
         assert reasons == {}
     else:
         assert reasons == {"opencv": opencv.why_not()}
@@ -123,7 +127,7 @@ def test_pipeline_as_a_program(data, tmp_path):
     names = ("torch", "torch: opencv", "none", "saliencymix fine_grained", "after: cutmix")
     names += ("after: saliencymix fine_grained",)
     output = tmp_path / "x.json"
-    ended = program("benchmarks.bench_pipeline", data, *small, "-o", output, "--variants", *names)
+    ended = run_program("benchmarks.bench_pipeline", data, *small, "-o", output, "--variants", *names)
     assert ended.returncode == 0, ended.stderr
     result = checked("pipeline", output, ended.stdout)
     assert set(names) == result["images_per_second"].keys() | result["not_measured"].keys()
@@ -172,7 +176,7 @@ def test_a_loader_that_cannot_be_made_is_listed_and_its_group_goes_on(data, run_
     small = ("-b", 4, "-j", 1, "--crop-size", 16, "--batches", 1)
     result = run_small("bench_pipeline", data, *small, "--variants", "mixup", "cutmix")
     assert result["images_per_second"].keys() == {"none", "cutmix"}
-    assert result["not_measured"] == {"mixup": "no room for it"}
+    assert result["not_measured"] == {"mixup": "MemoryError: no room for it"}
     assert not result["complete"]
 
 
@@ -195,9 +199,9 @@ def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, mon
         return loaders.Stream(batches(), stream.ahead)
 
     complete_between = []
-    write = measure.write
+    write = program.write
     monkeypatch.setattr(
-        measure, "write", lambda result, to: (complete_between.append(result["complete"]), write(result, to))
+        program, "write", lambda result, to: (complete_between.append(result["complete"]), write(result, to))
     )
     makers = {name: functools.partial(recorded, name, make) for name, make in loaders.makers().items()}
     monkeypatch.setattr(loaders, "makers", lambda: makers)
@@ -267,12 +271,12 @@ def test_a_file_that_is_no_image_is_named(main_of, tmp_path, name):
 
 def test_a_result_without_a_figure_is_an_error():
     with pytest.raises(RuntimeError, match="nothing could be measured"):
-        measure.show({"images_per_second": {}, "not_measured": {"none": "no memory"}})
+        program.show({"images_per_second": {}, "not_measured": {"none": "no memory"}})
 
 
 @pytest.mark.parametrize("source", [True, False], ids=["from photographs", "of samples"])
 def test_images_are_made(data, tmp_path, source):
-    ended = program("benchmarks.data", tmp_path, "--images", 9, *(["--from", data] if source else []))
+    ended = run_program("benchmarks.data", tmp_path, "--images", 9, *(["--from", data] if source else []))
     assert ended.stderr.startswith("images 9, mean_size ")
     assert len(list(tmp_path.glob("*/*.jpg"))) == 9
 
@@ -311,7 +315,7 @@ def test_a_wrong_option_is_refused_before_anything_is_measured(main_of, capsys, 
         (("smoke",), "error: there must be a GPU that CuPy sees, or --dry"),
         (("sanitize",), "error: there must be a GPU that CuPy sees"),
         (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not there yet, got {ROOT}/benchmarks"),
-        (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: is no result of a benchmark"),
+        (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: not a JSON file"),
         (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
     ],
 )
@@ -323,10 +327,10 @@ def test_an_error_is_one_line(main_of, words, text):
 
 
 def test_a_program_ends_with_status_1_and_no_traceback():
-    ended = program("benchmarks.compare", "Makefile", "Makefile")
+    ended = run_program("benchmarks.compare", "Makefile", "Makefile")
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("error: Makefile: is no result of a benchmark")
+    assert ended.stderr.startswith("error: Makefile: not a JSON file")
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------
@@ -383,50 +387,25 @@ def test_a_command_names_no_folder_of_the_machine(monkeypatch, output):
     assert "/home" not in machine.command(options)
 
 
-# ---- measure ---------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_variants_take_turns_and_the_first_round_does_not_count():
-    seen = []
-    variants = {name: lambda name=name: seen.append(name) or len(seen) for name in "abc"}
-    *_, values = measure.in_turns(variants, 6)
-    rounds = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
-    assert len(rounds) == 7
-    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
-    assert len(set(rounds)) == 6
-    assert {len(found) for found in values.values()} == {6}
-    assert min(min(found) for found in values.values()) == 4
-    firsts = [order[0] for order in rounds[1:]]
-    assert sorted(firsts) == [*"aabbcc"]
-
-
-def test_a_variant_that_fails_is_listed_and_the_others_go_on(capsys):
+def test_a_variant_that_fails_is_listed_and_the_others_go_on(main_of, capsys):
     calls = iter([1.0, 2.0])
-    reasons = {}
+    options = program.parser("x", *program.ROUNDS).parse_args(["--rounds", "4"])
+    made = record.Record("x", options)
     variants = {"good": lambda: 1.0, "bad": lambda: next(calls)}
-    *_, values = measure.in_turns(variants, 4, not_measured=reasons)
-    assert values == {"good": [1.0] * 4}
-    assert reasons == {"bad": "StopIteration"}
-    assert "not measured: bad: StopIteration" in capsys.readouterr().err
+    made.measure(variants, lambda values: {"ms": record.figures_of(values)}, where="place / ")
+    assert made.result["ms"]["good"]["rounds"] == 4
+    assert made.not_measured == {"place / bad": "StopIteration"}
+    assert "not measured: place / bad: StopIteration" in capsys.readouterr().err
 
 
-def test_without_time_one_round_is_measured_all_the_same():
-    (values,) = measure.in_turns({"a": lambda: 1.0}, 9, seconds=0)
-    assert values == {"a": [1.0]}
-
-
-def test_figures_and_ratios():
-    assert measure.figure([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3, "q1": 2, "q3": 4, "min": 1, "max": 5, "rounds": 5}
-    assert measure.figure([0.123456])["median"] == 0.123
-    found = measure.ratios({"a": [1.0, 4.0, 9.0], "b": [2.0, 2.0, 3.0]}, "b")
-    assert (found["a"]["median"], found["a"]["max"], found["b"]["median"]) == (2, 3, 1)
-
-
-def test_a_result_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
-    for value in (1, 2):
-        measure.write({"value": value}, tmp_path / "made" / "x.json")
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["x.json"]
-    assert json.loads((tmp_path / "made" / "x.json").read_text()) == {"value": 2}
+def test_of_two_figures_with_one_name_that_of_more_rounds_stays(main_of):
+    made = record.Record("x", program.parser("x", *program.ROUNDS).parse_args([]))
+    for rounds, value in ((3, 1.0), (5, 2.0), (5, 3.0), (4, 4.0)):
+        made.add({"ms": {"a": figure([value] * rounds)}})
+    assert made.result["ms"]["a"]["median"] == 2
 
 
 @pytest.mark.parametrize(
@@ -446,42 +425,38 @@ def test_where_a_curve_is_linear(axis, medians, expected):
 # ---- compare ---------------------------------------------------------------------------------------------------------
 
 
-def result_of(median, half_width=1.0, rounds=9, **conditions):
-    figure = {"median": median, "q1": median - half_width, "q3": median + half_width, "min": 0, "max": 99}
-    return {"images_per_second": {"none": {**figure, "rounds": rounds}}, "conditions": conditions}
+def result_of(median, half_width=1.0, rounds=9, names=("low", "high"), **conditions):
+    bounds = dict(zip(names, (median - half_width, median + half_width), strict=True))
+    found = {"median": median, **bounds, "min": 0, "max": 99, "rounds": rounds}
+    return {"images_per_second": {"none": found}, "conditions": conditions}
 
 
+@pytest.mark.parametrize("names", [("low", "high"), ("q1", "q3")], ids=["intervals", "quartiles"])
 @pytest.mark.parametrize(
-    ("after", "verdict"),
+    ("changes", "verdict"),
     [
-        (result_of(13), "MORE"),
-        (result_of(7), "LESS"),
-        (result_of(11.5), "within the spread"),
-        (result_of(13, half_width=3), "within the spread"),
-        (result_of(13, rounds=4), "too few rounds to tell"),
+        ({"median": 13}, "MORE"),
+        ({"median": 7}, "LESS"),
+        ({"median": 11.5}, "within the noise"),
+        ({"median": 13, "half_width": 3}, "within the noise"),
+        ({"median": 13, "rounds": 4}, "too few rounds to tell"),
     ],
 )
-def test_a_change_counts_if_it_is_more_than_the_spread(after, verdict):
-    (line,) = compare.compared(result_of(10), after)
+def test_a_change_counts_if_it_is_more_than_noise(names, changes, verdict):
+    (line,) = compare.compared(result_of(10, names=names), result_of(**changes))
     assert line.startswith("images_per_second / none")
     assert line.endswith(verdict)
 
 
 def test_conditions_that_differ_are_said_first():
-    before, after = (result_of(10, versions={"numpy": numpy}, device="CPU") for numpy in ("1", "2"))
-    assert compare.compared(before, after)[0] == "numpy: '1' -> '2'"
+    before, after = (result_of(10, versions={"numpy": numpy}, device="CPU", date=numpy) for numpy in ("1", "2"))
+    assert compare.compared(before, after)[0] == "versions.numpy: '1' -> '2'"
+    assert len(compare.compared(before, after)) == 2
 
 
 def test_results_of_two_benchmarks_are_refused():
     with pytest.raises(ValueError, match="of one benchmark, got 'pipeline' and 'train'"):
         compare.compared(*(result_of(1) | {"benchmark": name} for name in ("pipeline", "train")))
-
-
-@pytest.mark.parametrize("content", [b"[1]", b"\xff\xfe", b"{"])
-def test_what_is_no_result_is_named(tmp_path, content):
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.json: is no result of a benchmark"):
-        compare.read(tmp_path / "x.json")
 
 
 def test_results_without_a_figure_in_common_are_refused():
@@ -495,12 +470,12 @@ def test_results_without_a_figure_in_common_are_refused():
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder of results and a page, in the place of the real ones."""
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(render, "PLOTS", tmp_path / "docs" / "plots")
     result = result_of(1234.5, device="CPU, 2 threads", versions={"numpy": "2"}, command="python x", rounds=9)
-    result["relative_to_none"] = {"none": measure.figure([1.0])}
-    measure.write(result, tmp_path / "results" / "a.json")
+    result["relative_to_none"] = {"none": figure([1.0])}
+    write_json(tmp_path / "results" / "a.json", result)
     return tmp_path
 
 
@@ -522,11 +497,20 @@ def test_what_stands_between_the_marks_is_replaced(results, monkeypatch, capsys)
         "old\n",
         "| loader | images/s | relative to `none` |\n"
         "| --- | --- | --- |\n"
-        "| `none` | 1,234 (1,234 to 1,236) | 1 (1 to 1) |\n",
+        "| `none` | 1,234 (1,234 to 1,236) | 1 (1 to 1) |\n"
+        "\n"
+        "Medians; in brackets the range that holds the median at 90 %, of fewer than five rounds their whole range.\n",
     )
     assert "brought up to date" in capsys.readouterr().out
     assert rendered_page(monkeypatch, results, None, "--check") == page
     assert capsys.readouterr().out == ""
+
+
+def test_a_table_says_what_the_ranges_of_an_older_result_are(results, monkeypatch):
+    result = result_of(10, names=("q1", "q3")) | {"relative_to_none": {}}
+    write_json(results / "results" / "a.json", result)
+    text = rendered_page(monkeypatch, results, TABLE)
+    assert "| `none` | 10 (9 to 11) |  |\n\nMedians; in brackets the middle half of the rounds.\n" in text
 
 
 def test_check_fails_where_a_page_is_old_and_changes_nothing(results, monkeypatch):
@@ -541,12 +525,12 @@ def test_conditions_are_a_sentence(results, monkeypatch):
 
 
 def test_conditions_name_the_device_and_the_date_of_each_part(results, monkeypatch):
-    result = json.loads((results / "results" / "a.json").read_text())
+    result = read_json(results / "results" / "a.json")
     result["parts"] = [
         {"conditions": {"device": "a GPU", "date": f"2026-01-0{day}", "commit": "abc"}, "measured": ["x"] * day}
         for day in (1, 2)
     ]
-    measure.write(result, results / "results" / "a.json")
+    write_json(results / "results" / "a.json", result)
     page = rendered_page(monkeypatch, results, "<!-- conditions: a.json -->\n<!-- end of result -->\n")
     expected = "1 figures on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
     assert page.splitlines()[1].endswith(f"`python x` Measured in 2 runs: {expected}")
@@ -559,7 +543,7 @@ def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
     assert "![pipeline: a](docs/plots/pipeline-a.svg)" in page
     assert "</svg>" in (results / "docs/plots/pipeline-a.svg").read_text()
     rendered_page(monkeypatch, results, None, "--check")
-    measure.write(result_of(2), results / "results" / "a.json")
+    write_json(results / "results" / "a.json", result_of(2))
     with pytest.raises(ValueError, match=r"not up to date: docs/plots/pipeline-a\.svg"):
         rendered_page(monkeypatch, results, None, "--check")
 
@@ -573,7 +557,7 @@ def test_an_unknown_kind_is_refused(results, monkeypatch, what):
 @pytest.mark.parametrize("what", ["table: train", "table: train a.json", "table: ops a.json", "plot: scale a.json"])
 def test_a_result_that_is_missing_or_of_another_kind_is_named(results, monkeypatch, what):
     if what == "table: train a.json":
-        measure.write({"benchmark": "ops"}, results / "results" / "a.json")
+        write_json(results / "results" / "a.json", {"benchmark": "ops"})
     with pytest.raises(ValueError, match=rf"page\.md: <!-- {what} --> must name a result of its kind"):
         rendered_page(monkeypatch, results, f"<!-- {what} -->\n<!-- end of result -->\n")
 

@@ -42,10 +42,10 @@ def test_a_check_that_raises_is_wrong_and_written_down(run, tmp_path):
         msg = "no GPU\nleft"
         raise OSError(msg)
 
-    with pytest.raises(RuntimeError, match=r"^ends: no GPU left$"):
+    with pytest.raises(RuntimeError, match=r"^ends: OSError: no GPU left$"):
         run(tmp_path, "-o", tmp_path / "new.json", check=fail)
     (part,) = json.loads((tmp_path / "new.json").read_text())["parts"]
-    assert part["wrong"] == ["no GPU left"]
+    assert part["wrong"] == ["OSError: no GPU left"]
 
 
 def test_the_result_of_another_benchmark_is_refused(run, tmp_path):
@@ -110,7 +110,7 @@ def test_memory_that_grows_after_a_third_of_the_batches(last, wrong):
 
 
 def test_the_last_training_of_a_name_and_the_last_check_are_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.measure.RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.program.RESULTS", tmp_path)
     checks = [
         {"check": "trainings", "runs": {"none": training(), "fp16": training(exit_status=1, steps=0, losses=[])}},
         {"check": "trainings", "runs": {"fp16": training(losses=[6.0])}},

@@ -14,45 +14,13 @@ from pathlib import Path
 import pytest
 from training_fixtures import python_path
 
-from benchmarks import gpu_suite, machine, measure, sanitize, smoke
+from benchmarks import gpu_suite, machine, sanitize, smoke
+from dali_saliencymix.measure.results import write_json
 
 ROOT = Path(__file__).parents[1]
 
 
 # ---- tests on a GPU host ---------------------------------------------------------------------------------------------
-
-
-def test_files_that_need_what_is_missing_are_found(tmp_path, monkeypatch):
-    files = {
-        "tests/test_a.py": "import json\nfrom nowhere.at_all import x\n",
-        "tests/test_b.py": "import json\n\ndef test():\n    import nowhere\n",
-        "tests/test_c.py": "import beside\n",
-        "tests/test_d.py": "from package import inner\n",
-        "tests/test_e.py": "import package\n",
-        "tests/beside.py": "import package.inner.deep\n",
-        "package/__init__.py": "",
-        "package/inner/__init__.py": "",
-        "package/inner/deep.py": "from package import __version__\nimport elsewhere.far\n",
-    }
-    files["package/inner/__init__.py"] = "try:\n    import optional\nexcept ImportError:\n    pass\nimport missing\n"
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    found = gpu_suite.files_with_missing_imports()
-    assert found.keys() == {"tests/test_a.py", "tests/test_c.py", "tests/test_d.py"}
-    assert (found["tests/test_a.py"], found["tests/test_d.py"]) == ("nowhere", "missing")
-    assert found["tests/test_c.py"] in {"missing", "elsewhere"}
-
-
-def test_a_test_file_that_lacks_a_package_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "installed", lambda name: name not in ("pebble", "hypothesis"))
-    found = gpu_suite.files_with_missing_imports()
-    assert found["tests/test_scan.py"] == "pebble"
-    assert found["tests/test_boxes.py"] == "hypothesis"
-    command = gpu_suite.test_command(tmp_path)
-    assert "tests/test_boxes.py" not in command
-    assert "tests/test_gpu.py" in command
 
 
 def test_what_matters_most_is_tested_first_and_trainings_last():
@@ -107,7 +75,8 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
         ("test_x.py::test_w", "failed"),
     }
     assert gpu_suite.tests_summary(tmp_path) == (
-        "tests: 3 passed, 2 failed, 2 skipped\n  tests/test_v.py\n  tests/test_x.py::test_w"
+        "tests: 3 passed, 1 failed, 2 skipped, 1 without a package\n  tests/test_x.py::test_w\n"
+        "not run: tests/test_v.py: nowhere is not installed"
     )
 
 
@@ -214,7 +183,7 @@ def test_what_ended_well_is_not_run_again(suite, tmp_path):
     suite.failing.clear()
     assert suite(second, "--continue", first) == (["tests", "images", "pipeline"], None)
     assert suite(second, "--continue") == (["images", "pipeline"], None)  # without a result it is not done
-    measure.write({"benchmark": "pipeline", "complete": True}, second / "pipeline.json")
+    write_json(second / "pipeline.json", {"benchmark": "pipeline", "complete": True})
     assert suite(second, "--continue") == ([], None)
     runs = json.loads((second / "suite.json").read_text())["runs"]
     assert [list(run["stages"]) for run in runs] == [
@@ -222,7 +191,7 @@ def test_what_ended_well_is_not_run_again(suite, tmp_path):
         ["tests", "images", "pipeline"],
         ["images", "pipeline"],
     ]
-    assert {run["device"] for run in runs} == {f"CPU, {machine.cores()} threads"}
+    assert all(run["device"].startswith("CPU, ") for run in runs)
     assert "--continue must name a folder with the suite.json" in suite(tmp_path / "x", "--continue", tmp_path)[1]
 
 
@@ -230,7 +199,7 @@ def test_another_machine_has_to_pass_the_smoke_stage_again(suite, tmp_path):
     suite(tmp_path / "out")
     state = json.loads((tmp_path / "out" / "suite.json").read_text())
     state["runs"][0]["machine"] = "another one"
-    measure.write(state, tmp_path / "out" / "suite.json")
+    write_json(tmp_path / "out" / "suite.json", state)
     assert suite(tmp_path / "out", "--continue")[0] == ["smoke", "images", "pipeline"]
 
 
@@ -257,17 +226,10 @@ def test_the_summary_names_what_failed(tmp_path):
     (tmp_path / "tests.jsonl").write_text(OUTCOMES)
     figure = {"median": 5, "q1": 4, "q3": 6, "min": 1, "max": 9, "rounds": 9, "share_of_copy_rate": 0.5}
     conditions = {"device": "a GPU"}
-    measure.write(
-        {
-            "benchmark": "ops",
-            "images_per_second": {"none": figure},
-            "conditions": conditions,
-            "not_measured": {"opencv": "cv2 is not installed"},
-        },
-        tmp_path / "x.json",
-    )
+    result = {"benchmark": "ops", "images_per_second": {"none": figure}, "conditions": conditions}
+    write_json(tmp_path / "x.json", {**result, "not_measured": {"opencv": "cv2 is not installed"}})
     found = {"memcheck": {"errors": 1, "kinds": {"paste_4: Invalid read": 1}}, "racecheck": {"errors": 0, "kinds": {}}}
-    measure.write({"benchmark": "sanitize", "conditions": conditions, "tools": found}, tmp_path / "sanitize.json")
+    write_json(tmp_path / "sanitize.json", {"benchmark": "sanitize", "conditions": conditions, "tools": found})
     stage = {"tests": {"ended": "failed with status 1", "well": False, "seconds": 7}}
     text = gpu_suite.summary(tmp_path, [{"date": "2026-01-02", "device": "a GPU", "commit": "abc", "stages": stage}])
     for line in (

@@ -23,7 +23,7 @@ from nvidia.dali import fn, pipeline_def
 from torch.utils import dlpack
 
 import dali_saliencymix.fn as dsfn
-from benchmarks import bench_ops, measure
+from benchmarks import bench_ops, timing
 from dali_saliencymix import (
     DETECTORS,
     MODES,
@@ -674,6 +674,6 @@ def test_what_the_benchmark_of_operations_times_on_a_gpu(cupy, launches, monkeyp
             setting_up.setattr(cupy, "asarray", lambda array: on_device(array))
             variants = bench_ops.package_variants(bench_ops.Inputs(70, 3), "cupy", detector, steps=True)
         for variant in variants.values():
-            if not isinstance(variant.call, measure.Graph):  # the stand-in captures nothing
+            if not isinstance(variant.call, timing.Graph):  # the stand-in captures nothing
                 bench_ops.milliseconds(variant, variant.call)
     assert {"spectral_residual", "contrast_peaks", "paste_normalised_float32_CHW"} <= set(launches)

@@ -148,8 +148,8 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch, setting, package)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("raise OSError('no\\n libx.so')", "torchcodec does not load: no libx.so"),
-        ("import nowhere", "torchcodec does not load: No module named 'nowhere'"),
+        ("raise OSError('no\\n libx.so')", "torchcodec does not load: OSError: no libx.so"),
+        ("import nowhere", "torchcodec does not load: ModuleNotFoundError: No module named 'nowhere'"),
         ("", "this torchcodec decodes videos only: images need torchcodec 0.16"),
     ],
 )

@@ -55,10 +55,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def resident_mib(pid: int | str = "self") -> int | None:
+def resident_mib(pid: int | str = "self") -> float | None:
     """Return the resident memory of a process in MiB; None where Linux's /proc is not."""
     found = _first_match(f"/proc/{pid}/status", r"VmRSS:\s*(\d+) kB")
-    return int(found) // 1024 if found else None
+    return round(int(found) / 1024, 1) if found else None
 
 
 def git_commit() -> str | None:

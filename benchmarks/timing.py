@@ -1,0 +1,98 @@
+"""The time of a call on arrays, on a CPU and on a GPU, and how fast memory is copied."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dali_saliencymix.measure.figures import figure
+
+
+class Timed:
+    """Milliseconds of a call on arrays, repeated as often as it takes for a few milliseconds.
+
+    On a GPU the time is that between two CUDA events on the current stream, with work enqueued in between and nothing
+    waited for; the first call of the object, which compiles and allocates, is not timed. If `call` is a `Graph` the
+    time is that of one of the calls in it.
+    """
+
+    def __init__(self, call: Callable[[], object], *, gpu: bool, least_ms: float = 5.0) -> None:
+        self._call, self._gpu, self._least_ms = call, gpu, least_ms
+        self._repeats = 0
+        self._calls = call.calls if isinstance(call, Graph) else 1
+
+    def __call__(self) -> float:
+        """Return the milliseconds of one call."""
+        if self._repeats:
+            return self._measured(self._repeats)
+        self._call()
+        once = self._measured(1)
+        self._repeats = min(1000, math.ceil(self._least_ms / max(once, 1e-3)))
+        return once
+
+    def _measured(self, repeats: int) -> float:
+        if not self._gpu:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                self._call()
+            return (time.perf_counter() - start) * 1000 / repeats
+        import cupy
+
+        first, last = cupy.cuda.Event(), cupy.cuda.Event()
+        cupy.cuda.get_current_stream().synchronize()
+        first.record()
+        for _ in range(repeats):
+            self._call()
+        last.record()
+        last.synchronize()
+        return cupy.cuda.get_elapsed_time(first, last) / (repeats * self._calls)
+
+
+class Graph:
+    """So many calls on CuPy arrays, captured as a CUDA graph: the work of the GPU without that of the host.
+
+    `call` enqueues work on the current stream and waits for nothing. It is captured when the graph is first called.
+    """
+
+    def __init__(self, call: Callable[[], object], calls: int) -> None:
+        self._call, self.calls = call, calls
+        self._graph: Any = None
+
+    def __call__(self) -> None:
+        """Replay the graph on the current stream."""
+        if self._graph is None:
+            self._capture()
+        self._graph.launch()
+
+    def _capture(self) -> None:
+        import cupy
+
+        self._pool = cupy.cuda.MemoryPool()  # what the graph writes to must not become anybody else's memory
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.Device().synchronize()  # the inputs were made on another stream
+        with cupy.cuda.using_allocator(self._pool.malloc), stream:
+            self._call()
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                for _ in range(self.calls):
+                    self._call()
+            finally:
+                graph = stream.end_capture()
+        self._graph = graph
+
+
+def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str, float]:
+    """Return the gigabytes per second that copying a large array moves, those read and those written added."""
+    if gpu:
+        import cupy as xp
+    else:
+        xp = np
+    source = xp.ones(megabytes * 2**20 // 8, xp.float64)
+    target = xp.zeros_like(source)
+    timed = Timed(lambda: xp.copyto(target, source), gpu=gpu, least_ms=20)
+    return figure([2 * source.nbytes / timed() / 1e6 for _ in range(rounds)])
