@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import EPOCHS, TRAINING, VALIDATION
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, torchrun
+from programs import torchrun
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import start_processes

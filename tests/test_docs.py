@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from training_fixtures import python_path
+from programs import python_path
 
 import dali_saliencymix
 from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels

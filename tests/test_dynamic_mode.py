@@ -9,7 +9,7 @@ import pytest
 import torch
 from batches import assert_equal_batches
 from nvidia.dali.experimental.dynamic import _capture
-from training_fixtures import run_program
+from programs import run_program
 
 from dali_saliencymix import saliencymix
 from dali_saliencymix.datasets.image_folder import list_image_folder

@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log, torchrun
+from programs import torchrun
+from training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.datasets.sample_data import CLASSES
 from dali_saliencymix.training.checkpoints import BEST, LAST

@@ -14,16 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import (
-    CLASS_COUNT,
-    REPOSITORY,
-    TINY,
-    TRAIN_PER_CLASS,
-    VAL_PER_CLASS,
-    read_log,
-    run_program,
-    torchrun,
-)
+from programs import REPOSITORY, run_program, torchrun
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED

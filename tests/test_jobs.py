@@ -29,7 +29,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 from PIL import Image
-from training_fixtures import REPOSITORY, run_program
+from programs import REPOSITORY, run_program
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.image_folder import list_image_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from training_fixtures import torchrun
+from programs import torchrun
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.lockstep import Lockstep, Preempted

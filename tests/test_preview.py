@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
-from training_fixtures import run_program
+from programs import run_program
 
 from dali_saliencymix import DETECTORS, boxes_at, draw_mix_params, mix, saliency_peaks, spectral_residual
 from dali_saliencymix.__main__ import main

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from cifar_files import write_cifar
-from training_fixtures import REPOSITORY, read_log
+from programs import REPOSITORY
+from training_fixtures import read_log
 
 from dali_saliencymix.training.arguments import parse_arguments
 

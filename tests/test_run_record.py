@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, run_program
+from programs import run_program
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import replace_file

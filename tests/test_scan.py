@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from programs import REPOSITORY
 from scan_tasks import die_on_bad, hang_on_bad
-from training_fixtures import REPOSITORY
 
 from dali_saliencymix.__main__ import main
 from dali_saliencymix.datasets.image_folder import list_image_folder

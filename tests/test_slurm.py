@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from training_fixtures import REPOSITORY, TINY, python_path, read_log
+from programs import REPOSITORY, python_path
+from training_fixtures import TINY, read_log
 
 from dali_saliencymix.training.checkpoints import load_checkpoint
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log, torchrun
+from programs import torchrun
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
 from dali_saliencymix.bottleneck import Monitor, command

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, run_program
+from programs import run_program
+from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS
 
 from dali_saliencymix.datasets.sample_data import CLASSES
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 import torchvision
+from programs import run_program
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
-from training_fixtures import Ended, run_program
+from training_fixtures import Ended
 from voc_fixtures import SETS, make_voc
 
 import transfer_voc

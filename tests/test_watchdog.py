@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from training_fixtures import run_program
+from programs import run_program
 
 from dali_saliencymix.training.watchdog import Watchdog, stalled_files
 

@@ -7,7 +7,6 @@ import comes before pytest can rewrite the assertions in here, so it is told not
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from programs import run_program, torchrun  # noqa: F401 (tests import `torchrun` from here, too)
 
-REPOSITORY = Path(__file__).parent.parent
 TRAIN_PER_CLASS, VAL_PER_CLASS, CLASS_COUNT = 6, 3, 8
 TINY = (
     *("--device", "cpu", "-a", "resnet18", "--epochs", "2", "--lr", "0.01", "-b", "8", "-j", "1", "-p", "4"),
@@ -39,28 +38,6 @@ class Ended:
         assert len(errors) == 1, self.err
         assert "Traceback" not in self.err
         return errors[0]
-
-
-def python_path() -> str:
-    """Return a PYTHONPATH with the repository, and what is on it already: packages may lie there."""
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-
-
-def run_program(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments from the root of the repository, on one thread and without a GPU."""
-    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONWARNINGS")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path()}
-    line = [sys.executable, *map(str, command)]
-    ended = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
-    if check:
-        assert ended.returncode == 0, ended.stderr
-    return ended
-
-
-def torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes of this machine."""
-    return run_program("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, check=check)
 
 
 def read_log(output_dir: Path) -> list[dict]:
