@@ -6,6 +6,7 @@ What a test says about starting itself runs in a fresh interpreter, with `subpro
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -126,15 +127,16 @@ def _finished(
     for _, end in ends:
         os.close(end)
     try:
-        status = _wait(server, pids)
+        status, said = _wait(server, pids)
     finally:
         for pid in pids:
             if server.status(pid, 0) is None:
-                os.kill(pid, signal.SIGKILL)
+                _kill(pid, signal.SIGKILL)
     for reader in readers:
         reader.join(60)
         assert not reader.is_alive(), f"a process that {arguments} has started runs on"
-    ended = subprocess.CompletedProcess(arguments, status, *(text for (text,) in outputs))
+    (out,), (err,) = outputs
+    ended = subprocess.CompletedProcess(arguments, status, out, err + said)
     if check:
         assert ended.returncode == 0, ended.stderr
     return ended
@@ -145,16 +147,27 @@ def _read(end: int, to: list[str]) -> None:
         to.append(stream.read())
 
 
-def _wait(server: Server, pids: list[int]) -> int:
-    """Return the status of a program; of several, end all where one fails, and return 0 or 1, as torchrun does."""
-    deadline, stopping = time.monotonic() + PATIENCE, False
+def _kill(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended by now
+        os.kill(pid, number)
+
+
+def _wait(server: Server, pids: list[int]) -> tuple[int, str]:
+    """Return the status of a program, and nothing; of several, what torchrun ends with and says, which ends them all.
+
+    torchrun ends the processes that are left where one fails, and names that one's status on stderr.
+    """
+    deadline, failed = time.monotonic() + PATIENCE, None
     while None in (statuses := [server.status(pid, 0.02) for pid in pids]):
         if time.monotonic() > deadline:
             msg = f"processes {pids} run on, of which have ended: {statuses}"
             raise TimeoutError(msg)
-        if any(statuses) and not stopping:
-            deadline, stopping = time.monotonic() + 30.0, True
+        if any(statuses) and failed is None:
+            deadline, failed = time.monotonic() + 30.0, next(filter(None, statuses))
             for pid, status in zip(pids, statuses, strict=True):
                 if status is None:
-                    os.kill(pid, signal.SIGTERM)
-    return statuses[0] if len(pids) == 1 else int(any(statuses))
+                    _kill(pid, signal.SIGTERM)
+    if len(pids) == 1:
+        return statuses[0], ""
+    failed = failed or next(filter(None, statuses), 0)
+    return (1, f"exitcode  : {failed}\n") if failed else (0, "")

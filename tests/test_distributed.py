@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import EPOCHS, TRAINING, VALIDATION
-from programs import torchrun
+from programs import real_torchrun, torchrun
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
@@ -59,7 +59,7 @@ def full_run(odd_data, tmp_path_factory):
     """The output folder and the ended process of two epochs in two processes."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "copied.py").write_text(COPIED)
-    return folder / "run", torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
+    return folder / "run", real_torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
 
 
 def flat(batches: list[list[int]]) -> list[int]:
