@@ -975,7 +975,7 @@ def test_a_webdataset_is_measured_from_memory_and_from_storage(files, tmp_path):
 def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     import torch
 
-    from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.bottleneck.training import TrainingStep
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.arguments import parse_arguments
 
@@ -1016,7 +1016,7 @@ def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
 
     import torch
 
-    from dali_saliencymix.bottleneck.steps import TrainingStep
+    from dali_saliencymix.bottleneck.training import TrainingStep
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.arguments import parse_arguments
 

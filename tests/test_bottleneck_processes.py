@@ -14,7 +14,7 @@ import os, sys
 import torch
 import train
 from dali_saliencymix import __main__ as package
-from dali_saliencymix.bottleneck import command, steps
+from dali_saliencymix.bottleneck import training
 from dali_saliencymix.bottleneck.sources import loader_source
 
 def at_call(number, error):
@@ -43,8 +43,8 @@ if __name__ == "__main__":
     case, *arguments = sys.argv[1:]
     if case == "command":
         sys.exit(package.main(arguments))
-    steps.TrainingStep = Step
-    command.training_source = lambda *_, **__: loader_source([torch.zeros(4, 3, 32, 32)] * 20)
+    training.TrainingStep = Step
+    training.training_source = lambda *_, **__: loader_source([torch.zeros(4, 3, 32, 32)] * 20)
     sys.argv = ["train.py", *arguments]
     sys.exit(train.main())
 """

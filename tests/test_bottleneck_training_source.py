@@ -9,7 +9,7 @@ from cifar_files import write_cifar
 
 from dali_saliencymix.__main__ import main
 from dali_saliencymix.bottleneck import BottleneckError, command, stages, whatifs
-from dali_saliencymix.bottleneck.training_source import training_source
+from dali_saliencymix.bottleneck.training import training_source
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.cifar import CifarData
 from dali_saliencymix.loaders.data import open_data

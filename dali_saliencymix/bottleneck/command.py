@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
-from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, made_by, pipeline_source
-from dali_saliencymix.bottleneck.training_source import training_source
+from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.stages import files_in
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.results import one_line
-from dali_saliencymix.measure.windows import MeasurementError
+from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,20 +75,23 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
     parser = _parser(prog)
     own, rest = parser.parse_known_args(arguments)
-    training = _training_options(rest, prog)
+    try:
+        from dali_saliencymix.training import distributed
+        from dali_saliencymix.training.arguments import parse_arguments
+    except ImportError as error:
+        sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
+        return 1
+    training = parse_arguments(rest, prog=prog, validates=False)  # DATA is one of its options
     has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
         parser.error("give one of DATA, --pipeline and --loader")
-    if own.fail_above_stall is not None and own.no_step:
-        parser.error("--fail-above-stall needs a training step: leave out --no-step")
-    if own.fail_above_stall is not None and math.isnan(own.fail_above_stall):
-        parser.error("--fail-above-stall must be a number of percent, got nan")
+    if own.fail_above_stall is not None and (own.no_step or math.isnan(own.fail_above_stall)):
+        needs = "needs a training step: leave out --no-step" if own.no_step else "must be a number of percent, got nan"
+        parser.error(f"--fail-above-stall {needs}")
     if own.rounds < LEAST_ROUNDS or own.images < 1 or not own.seconds > 0:
         parser.error(f"--rounds must be at least {LEAST_ROUNDS}, --images at least 1, --seconds positive")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
-
-    from dali_saliencymix.training import distributed
 
     try:
         if not own.step and not own.no_step:
@@ -146,27 +148,18 @@ def run_compare(before: Path, after: Path, prog: str) -> int:
     return 0
 
 
-def _training_options(rest: list[str], prog: str) -> TrainingOptions:
-    """Read what is left with the options of ``train.py``, of which DATA is one."""
-    try:
-        from dali_saliencymix.training.arguments import parse_arguments
-
-        return parse_arguments(rest, prog=prog, validates=False)
-    except ImportError as error:
-        sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
-        raise SystemExit(1) from error
-
-
 def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
     def notify(line: str) -> None:
         if processes.is_main:
             sys.stderr.write(f"{line}\n")
 
+    from dali_saliencymix.bottleneck import training as of_train_py
+
     given_batch = training.data.batch_size if _is_given(rest, "-b", "--batch-size") else None
     files = _listed(own.files)
     source: Source
     if not own.pipeline and not own.loader:
-        source = training_source(training, processes, images=own.images)
+        source = of_train_py.training_source(training, processes, images=own.images)
     elif own.pipeline:
         threads = training.data.workers if _is_given(rest, "-j", "--workers") else None
         settings: dict[str, Any] = {"batch_size": given_batch, "num_threads": threads}
@@ -178,10 +171,8 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
     if own.step:
         step = step_of(load_function(own.step, "--step"))
     elif not own.no_step:
-        from dali_saliencymix.bottleneck.steps import TrainingStep
-
         classes = max(int(source.conditions.get("classes", 1000)), 2)
-        step = TrainingStep(training.model, training.optimizer, processes, num_classes=classes)
+        step = of_train_py.TrainingStep(training.model, training.optimizer, processes, num_classes=classes)
     for line in source.conditions.get("notes", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch
@@ -207,7 +198,8 @@ def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(value.default is value.empty and value.kind not in optional for value in parameters):
         return function
-    step = made_by(function, "the training step")
+    with in_one_line("the training step cannot be made"):
+        step = function()
     if not callable(step):
         msg = (
             f"--step must be step(batch), or a function without arguments that returns it, got a {type(step).__name__}"
@@ -222,18 +214,12 @@ def _is_given(rest: list[str], short: str, long: str) -> bool:
 
 
 def _listed(paths: list[Path] | None) -> list[str] | None:
-    if paths is None:
-        return None
-    found = []
-    for path in paths:
-        if path.is_dir():
-            found += [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        elif path.exists():
-            found.append(str(path))
-        else:
+    for path in paths or ():
+        if not path.exists():
             msg = f"--files: {path}: no such file or folder"
             raise MeasurementError(msg)
-    return sorted(found)
+    found = sorted(file for path in paths or () for file in (files_in(path) if path.is_dir() else [str(path)]))
+    return None if paths is None else found
 
 
 def _show(report: Report, own: argparse.Namespace) -> int:

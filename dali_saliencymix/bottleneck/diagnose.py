@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 from dali_saliencymix.bottleneck.report import Report, build_report
@@ -67,7 +67,9 @@ def measure_source(
         msg = f"seconds must be positive, got {seconds!r}"
         raise ValueError(msg)
     start = time.perf_counter()
-    synchronise = _synchronise(device)
+    synchronise: Callable[[], None] = lambda: None  # noqa: E731
+    if device == "cuda":
+        from torch.cuda import synchronize as synchronise
     notify("loader, step and stages, in turns")
     cuts, stages_note = _cuts(source)
     batches = Batches(source.open({}), nominal=source.conditions.get("batch_size"), ahead=source.ahead)
@@ -90,7 +92,7 @@ def measure_source(
         stored = measure_storage(
             source,
             images=images,
-            loader_ms=statistics.median(found.ms["loader"]),
+            loader_ms=median(found.ms["loader"]),
             read_cut=cuts[0].make if cuts and cuts[0].category == "read" else None,
             seconds=0.15 * seconds,
             synchronise=synchronise,
@@ -108,16 +110,10 @@ def measure_source(
     until = {cut.name: by_round(gathered, f"cut {number}") or () for number, cut in enumerate(cuts)}
     figures = _figures(gathered, cuts, until, stored, reads_cold=reads_cold, device=device)
     threads, called = _threads(source)
-    what_ifs += predicted_rows(
-        step=_rate(figures.step_ms, images),
-        loader=_rate(figures.loader_ms, images),
-        end=_rate(figures.end_ms, images),
-        cold=_rate(figures.cold_ms, images),
-        reads_cold=reads_cold,
-        threads=threads,
-        world=len(gathered),
-        threads_are=called,
-    )
+    times = {name: getattr(figures, f"{name}_ms") for name in ("step", "loader", "end", "cold")}
+    rates = {name: 1000 * images / median(ms) if ms else None for name, ms in times.items()}
+    world = len(gathered)
+    what_ifs += predicted_rows(**rates, reads_cold=reads_cold, threads=threads, world=world, threads_are=called)
     notes = [*source.conditions.get("notes", ()), *_oversubscribed(threads, called)]
     return build_report(
         figures,
@@ -134,7 +130,7 @@ def measure_source(
             **({"notes": notes} if notes else {}),
             "settings": source.settings,
             "images_per_batch": images,
-            "processes": len(gathered),
+            "processes": world,
             "device": device,
             "cache": cache,
             "data_set_bytes": source.dataset_bytes,
@@ -151,14 +147,11 @@ def measure_source(
 def _cuts(source: Source) -> tuple[list[Cut], str | None]:
     """Return the cuts of a source, the same number on all processes, or why there are none."""
     define, cuts, why = source.define, [], None
-    if define is None:
-        why = "an iterable cannot be cut into stages: it is measured as a whole"
-    else:
-        try:
-            cuts = cut_pipeline(lambda: define({}))
-        except MeasurementError as error:
-            why = f"{error}: the pipeline is measured as a whole"
-    why = first_reason(why)
+    try:
+        cuts = cut_pipeline(lambda: define({})) if define else []
+    except MeasurementError as error:
+        why = f"{error}: the pipeline is measured as a whole"
+    why = first_reason(why if define else "an iterable cannot be cut into stages: it is measured as a whole")
     return ([], why) if why else (cuts, None)
 
 
@@ -173,18 +166,14 @@ def _subjects(batches: Batches, step: Step | None, cuts: list[Cut]) -> dict[str,
         if alone and len(gather(None)) > 1:
             subjects["own step"] = Subject(step=alone, constant=constant, update=update)
     batches.first = None
-    cut_subjects: dict[str, Subject] = {}
-    works = True
-    for number, cut in enumerate(cuts):
-        try:
-            shorter = Batches(PipelineBatches(cut.make(), raw=True), nominal=batches.nominal, ahead=batches.ahead)
-        except MeasurementError:
-            works = False
-            break
-        shorter.first = None
-        cut_subjects[f"cut {number}"] = Subject(shorter)
-    if agree(works, all):
-        subjects |= cut_subjects
+    shorter: list[Batches] = []
+    with contextlib.suppress(MeasurementError):
+        for cut in cuts:
+            made = PipelineBatches(cut.make(), raw=True)
+            shorter.append(Batches(made, nominal=batches.nominal, ahead=batches.ahead))
+            shorter[-1].first = None
+    if agree(len(shorter) == len(cuts), all):
+        subjects |= {f"cut {number}": Subject(cut_batches) for number, cut_batches in enumerate(shorter)}
     subjects["loader"] = Subject(batches)
     if step is not None:
         subjects["end to end"] = Subject(batches, step, update=update)
@@ -205,10 +194,8 @@ def _figures(
     assert loader is not None
     stages = []
     before: Series = (0.0,) * len(loader)
-    for name, category, whole in (
-        *((c.name, c.category, until[c.name]) for c in cuts),
-        ("iterator", "iterator", loader),
-    ):
+    for name, category in (*((cut.name, cut.category) for cut in cuts), ("iterator", "iterator")):
+        whole = until.get(name, loader)
         stages.append(Stage(name, category, tuple(b - a for a, b in zip(before, whole, strict=True))))
         before = whole
     own = "own step" if "own step" in gathered[0] else "step"
@@ -219,25 +206,13 @@ def _figures(
         end_ms=by_round(gathered, "end to end"),
         waits=by_round(gathered, "waits"),
         stages=tuple(stages) if cuts else None,
-        cold_ms=stored.from_storage(statistics.median(loader)),
-        reading_ms=stored.reading(statistics.median(stages[0].ms)),
+        cold_ms=stored.from_storage(median(loader)),
+        reading_ms=stored.reading(median(stages[0].ms)),
         storage_measured=stored.not_measured is None,
         reads_cold=reads_cold,
         device=device,
         ranks=ranks if len(ranks) > 1 else (),
     )
-
-
-def _rate(ms: Series | None, images: int) -> float | None:
-    return 1000 * images / statistics.median(ms) if ms else None
-
-
-def _synchronise(device: str) -> Callable[[], None]:
-    if device != "cuda":
-        return lambda: None
-    import torch
-
-    return torch.cuda.synchronize
 
 
 def _threads(source: Source) -> tuple[int | None, str]:

@@ -36,9 +36,10 @@ def report_text(report: Report) -> str:
     if report["ranks"]:
         names = _measured_of(report, "step", "loader")
         lines += ["", f"{'process':<26}" + "".join(f"{name + ' images/s':>18}" for name in names)]
-        lines += [
-            f"{each['rank']:<26}" + "".join(f"{_rate_of(each[name]):>18}" for name in names) for each in report["ranks"]
-        ]
+        for each in report["ranks"]:
+            rates = [each[name]["images_per_second"] for name in names]
+            shown = [_number(rate["median"]) if rate else "not measured" for rate in rates]
+            lines.append(f"{each['rank']:<26}" + "".join(f"{rate:>18}" for rate in shown))
     host = conditions["host"]
     step = "".join(f"{name} " for name in _measured_of(report, "step"))
     where = host["device"] if host["cuda"] else f"CPU with {host['cores']} cores"
@@ -139,11 +140,6 @@ def _what_if_lines(report: Report) -> list[str]:
     return lines
 
 
-def _rate_of(figure: dict[str, Any]) -> str:
-    speed = figure["images_per_second"]
-    return "not measured" if speed is None else _number(speed["median"])
-
-
 def _median_and_range(spread: dict[str, float]) -> str:
     between = f"({_number(spread['low'])} to {_number(spread['high'])})"
     return f"{_number(spread['median']):>10} {between:>19}"
@@ -159,6 +155,7 @@ def _percent(share: float) -> str:
 
 def comparison_text(found: dict[str, Any]) -> str:
     """Return a comparison for the screen."""
+    sure = {None: "  not measured in both", True: "  more than noise", False: "  within the noise"}
     was, now = found["verdicts"]
     lines = [f"{was} -> {now}" if was != now else f"{was}, as before", ""]
     if found["conditions"]:
@@ -177,17 +174,12 @@ def comparison_text(found: dict[str, Any]) -> str:
                 f"{'-':>12}" if row[end] is None else f"{row[end]['median']:>12,.1f}" for end in ("before", "after")
             )
             change = "" if row[kind] is None else form.format(row[kind])
-            lines.append(f"{name.replace('_', ' '):<24}{ends}{change}{_sure(row)}")
+            lines.append(f"{name.replace('_', ' '):<24}{ends}{change}{sure[row['more_than_noise']]}")
     stall = found["stall"]
     if stall["difference"] is not None:
         before, after = (100 * stall[key]["median"] for key in ("before", "after"))
-        lines += ["", f"stall {before:.0f} % -> {after:.0f} %{_sure(stall)}"]
+        lines += ["", f"stall {before:.0f} % -> {after:.0f} %{sure[stall['more_than_noise']]}"]
     return "\n".join(lines)
-
-
-def _sure(row: dict[str, Any]) -> str:
-    words = {None: "not measured in both", True: "more than noise", False: "within the noise"}
-    return f"  {words[row['more_than_noise']]}"
 
 
 # The page.

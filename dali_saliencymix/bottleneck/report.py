@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._json import finite
@@ -56,7 +56,7 @@ def build_report(
         "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "verdict": {"name": verdict.name, "why": verdict.why, "next": verdict.next_step},
-        "stall": None if stall is None else {**_spread(stall), "band": band(stall.median)},
+        "stall": None if stall is None else {**_spread(stall), "band": _band(stall.median)},
         "utilisation": None if stall is None else 1 - stall.median,
         # None where the range of the stall contains the limit.
         "passes": None if stall is None or stall.low <= PASS_STALL <= stall.high else stall.high < PASS_STALL,
@@ -89,14 +89,7 @@ def build_report(
     return finite(json.loads(json.dumps(report, default=_without_type)))
 
 
-def band(stall: float) -> str:
-    """Return the word for a stall.
-
-    Examples
-    --------
-    >>> band(0.05), band(0.15), band(0.4)
-    ('ok', 'warning', 'critical')
-    """
+def _band(stall: float) -> str:
     return "ok" if stall < PASS_STALL else "warning" if stall < CRITICAL_STALL else "critical"
 
 
@@ -120,12 +113,12 @@ def _figure(ms: Series | None, images: int, why: str | None = None) -> dict[str,
 
 def _storage_rate(figures: Figures, stored: StorageRates, images: int) -> dict[str, Any]:
     """Return the rate of storage: reading alone, or what a loader takes more with files that are not in memory."""
-    if stored.not_measured:
-        return {**_figure(None, images, stored.not_measured), "method": None}
     if figures.reading_ms:
         return {**_figure(figures.reading_ms, images), "method": "reading alone, files not in memory"}
-    if interval(stored.cold_ms).low <= interval(stored.warm_ms).high:
+    why = stored.not_measured
+    if not why and interval(stored.cold_ms).low <= interval(stored.warm_ms).high:
         why = "files from storage were not slower than files in memory, beyond the spread"
+    if why:
         return {**_figure(None, images, why), "method": None}
     extra = tuple(cold - warm for cold, warm in zip(stored.cold_ms, stored.warm_ms, strict=True))
     return {**_figure(extra, images), "method": "loader with files not in memory, less the same in memory"}
@@ -155,7 +148,7 @@ def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
 def _stages(figures: Figures, until: Mapping[str, Series], images: int) -> list[dict[str, Any]] | None:
     if figures.stages is None or figures.loader_ms is None:
         return None
-    step = statistics.median(figures.step_ms) if figures.step_ms else None
+    step = median(figures.step_ms) if figures.step_ms else None
     rows = []
     for stage in figures.stages:
         added = interval(stage.ms)
@@ -180,8 +173,8 @@ def _stages_sum(figures: Figures) -> dict[str, Any] | None:
     """Return what the stages that stand out of the noise sum up to, against the loader as a whole."""
     if figures.stages is None or figures.loader_ms is None:
         return None
-    total = sum(max(statistics.median(stage.ms), 0.0) for stage in figures.stages)
-    whole = statistics.median(figures.loader_ms)
+    total = sum(max(median(stage.ms), 0.0) for stage in figures.stages)
+    whole = median(figures.loader_ms)
     return {"sum_ms": total, "loader_ms": whole, "ratio": total / whole}
 
 
@@ -240,12 +233,10 @@ def compare(before: Report, after: Report) -> dict[str, Any]:
         if name in after["rates"]
     }
     old, new = ({row["name"]: row["added_ms"] for row in report["stages"] or ()} for report in (before, after))
+    conditions = differing(before["conditions"], after["conditions"], _NO_CONDITIONS)
     return {
         "verdicts": [before["verdict"]["name"], after["verdict"]["name"]],
-        "conditions": {
-            name: list(values)
-            for name, values in differing(before["conditions"], after["conditions"], _NO_CONDITIONS).items()
-        },
+        "conditions": {name: list(values) for name, values in conditions.items()},
         "rates": rates,
         "stages": {name: _changed(old.get(name), new.get(name), "difference") for name in {**old, **new}},
         "stall": _changed(before["stall"], after["stall"], "difference"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dali_saliencymix.measure.results import one_line
-from dali_saliencymix.measure.windows import MeasurementError
+from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 Settings = Mapping[str, Any]
 
@@ -37,37 +39,21 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
     if not colon or not module_name or not function_name:
         msg = f"{option} must be module:function, got {name!r}"
         raise MeasurementError(msg)
-    try:
+    with in_one_line(f"{option}: {module_name} does not import"):
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        msg = f"{option}: {module_name} does not import: {one_line(error)}"
-        raise MeasurementError(msg) from error
-    for part in function_name.split("."):
-        if not hasattr(found, part):
-            msg = f"{option}: module {module_name!r} has no {function_name!r}"
-            raise MeasurementError(msg)
-        found = getattr(found, part)
+    with in_one_line(f"{option}: module {module_name!r} has no {function_name!r}"):
+        found = operator.attrgetter(function_name)(found)
     if not callable(found):
         msg = f"{option}: {name} must be a function, got a {type(found).__name__}"
         raise MeasurementError(msg)
     return found
 
 
-def made_by(function: Callable[..., Any], what: str) -> Any:
-    """Call a user's function without arguments; what it raises becomes one line."""
-    try:
-        return function()
-    except MeasurementError:
-        raise
-    except Exception as error:
-        msg = f"{what} cannot be made: {one_line(error)}"
-        raise MeasurementError(msg) from error
-
-
 def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str] | None = None) -> Source:
     """Return a source for any iterable of batches, or for a function or class that makes one."""
     is_function = isinstance(loader, type) or (callable(loader) and not hasattr(loader, "__iter__"))
-    made = made_by(loader, "the loader") if is_function else loader
+    with in_one_line("the loader cannot be made"):
+        made = loader() if is_function else loader
     if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
         msg = f"the loader must be an iterable of batches, got a {type(made).__name__}"
         raise MeasurementError(msg)
@@ -79,10 +65,8 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
         conditions["num_workers"] = workers
     if batch_size:
         conditions["batch_size"] = batch_size
-    return Source(
-        f"loader {name}", {}, lambda settings: made, files=files, dataset_bytes=bytes_of(files), ahead=ahead,
-        conditions=conditions,
-    )  # fmt: skip
+    about: dict[str, Any] = {"files": files, "dataset_bytes": bytes_of(files), "conditions": conditions}
+    return Source(f"loader {name}", {}, lambda settings: made, ahead=ahead, **about)
 
 
 def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: list[str] | None = None) -> Source:
@@ -100,7 +84,12 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         name = getattr(define, "__qualname__", "the function")
         msg = f"{name} takes no {refused[0]}, so it cannot be set: leave the option out, or add the argument"
         raise MeasurementError(msg)
-    first = made_by(lambda: define(**given), "the pipeline")
+
+    def defined(changed: Settings) -> Any:
+        with in_one_line("the pipeline cannot be made"):
+            return define(**{**given, **changed})
+
+    first = defined({})
     if not hasattr(first, "run") or not hasattr(first, "set_outputs"):
         msg = f"the pipeline's function must return a DALI pipeline, got a {type(first).__name__}"
         raise MeasurementError(msg)
@@ -113,21 +102,13 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     ahead = first.prefetch_queue_depth
     ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
 
-    def opened(changed: Settings) -> Iterable[Any]:
-        return PipelineBatches(made_by(lambda: define(**{**given, **changed}), "the pipeline"))
-
-    def defined(changed: Settings) -> Any:
-        return define(**{**given, **changed})
-
     if files is None:
-        try:
+        with contextlib.suppress(MeasurementError):
             files = reader_files(lambda: defined({}))
-        except MeasurementError:
-            files = None
     return Source(
         f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),
         {**changeable, **{name: value for name, value in given.items() if name not in found}},
-        opened,
+        lambda changed: PipelineBatches(defined(changed)),
         defined,
         files,
         bytes_of(files),
@@ -138,17 +119,14 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
 
 def _accepted(function: Callable[..., Any]) -> set[str] | None:
     """Return the settings that a function takes; None if it takes all."""
-    settings = {"batch_size", "num_threads", "prefetch_queue_depth", "device_id"}
     parameters = inspect.signature(function).parameters
     named = {name for name, value in parameters.items() if value.kind is not value.VAR_KEYWORD}
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     if getattr(inner, "_is_pipeline_def", False):
-        return settings | named
-    if any(value.kind is value.VAR_KEYWORD for value in parameters.values()):
-        return None
-    return named
+        return named | {"batch_size", "num_threads", "prefetch_queue_depth", "device_id"}
+    return None if len(named) < len(parameters) else named
 
 
 class PipelineBatches:
@@ -157,23 +135,18 @@ class PipelineBatches:
     def __init__(self, pipeline: Any, *, raw: bool = False) -> None:
         self._pipeline = pipeline
         self._raw = raw
-        try:
+        with in_one_line("the pipeline cannot be built", explained):
             pipeline.build()
-        except Exception as error:
-            msg = f"the pipeline cannot be built: {explained(error)}"
-            raise MeasurementError(msg) from error
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches until the pipeline says that an epoch is over, which only external sources do."""
         while True:
             try:
-                outputs = self._pipeline.run()
+                with in_one_line("the pipeline failed", explained):
+                    outputs = self._pipeline.run()
             except StopIteration:
                 self._pipeline.reset()
                 return
-            except RuntimeError as error:
-                msg = f"the pipeline failed: {explained(error)}"
-                raise MeasurementError(msg) from error
             yield tuple(outputs) if self._raw else tuple(_as_tensor(output) for output in outputs)
 
 

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dali_saliencymix.measure.results import one_line
-from dali_saliencymix.measure.windows import MeasurementError
+from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 MOST_STAGES = 9
 
@@ -27,7 +26,7 @@ _SMALL = (
     *("Constant", "Cast", "Stack", "Cat", "Reshape", "Squeeze", "ExpandDims", "Reinterpret", "Copy", "MakeContiguous"),
     *("random__", "Beta", "CoinFlip", "Uniform", "Normal", "Choice", "BatchPermutation", "PermuteBatch"),
     *("PeekImageShape", "RandomCropGenerator", "Shapes", "GetProperty", "Arithmetic", "OneHot", "reductions__"),
-    *("_conditional__", "Lookup", "TensorSubscript", "Subscript", "transforms__"),
+    *("conditional__", "Lookup", "TensorSubscript", "Subscript", "transforms__"),
 )
 
 
@@ -47,11 +46,11 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     last one is the whole pipeline. A mixing operator of this package makes two cuts: pasting, with a saliency detector
     that costs nothing, and then the saliency itself. A `MeasurementError` says why a pipeline cannot be cut.
     """
-    operators = _operators(_graph_outputs(_defined(define)))
+    operators = _operators(_graph_outputs(define))
     ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before
     for number, operator in enumerate(operators, start=1):
         schema = _schema(operator)
-        if _is_small(schema):
+        if schema.lstrip("_").startswith(_SMALL):
             continue
         ends.append((*_described(operator, schema), number))
         if len(ends) > 1 and ends[-1][:2] == ends[-2][:2] == ("read", "read"):
@@ -64,7 +63,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     cuts = []
     for name, category, count in ends:
         if name == "saliency":  # an operator of this package that looks for it
-            pasting = next(stage.name for stage in map(_stage, operators) if stage and stage.leave_out_saliency)
+            pasting = _searching(operators)[0].name
             cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
     # The whole pipeline is itself, with all that is not on the way of the images.
@@ -74,12 +73,8 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
 
 def reader_files(define: Callable[[], Any]) -> list[str] | None:
     """Return the files that the readers of a pipeline read, as far as their arguments say so; None if they do not."""
-    files: list[str] = []
-    for operator in _operators(_graph_outputs(_defined(define))):
-        if _schema(operator).startswith("readers__"):
-            arguments = getattr(operator._op, "_init_args", {})
-            files += _listed(arguments)
-    return sorted(set(files)) or None
+    readers = [op for op in _operators(_graph_outputs(define)) if _schema(op).startswith("readers__")]
+    return sorted({file for op in readers for file in _listed(getattr(op._op, "_init_args", {}))}) or None
 
 
 def _listed(arguments: dict[str, Any]) -> list[str]:
@@ -93,34 +88,29 @@ def _listed(arguments: dict[str, Any]) -> list[str]:
         with open(arguments["file_list"], encoding="utf-8") as lines:
             return [os.path.join(root, line.rsplit(None, 1)[0]) for line in lines if line.strip()]
     if arguments.get("file_root"):
-        found = os.walk(arguments["file_root"])
-        return [os.path.join(folder, name) for folder, _, names in found for name in names]
+        return files_in(arguments["file_root"])
     return []
 
 
-def _defined(define: Callable[[], Any]) -> Any:
-    try:
-        return define()
-    except MeasurementError:
-        raise
-    except Exception as error:
-        msg = f"the pipeline cannot be defined: {one_line(error)}"
-        raise MeasurementError(msg) from error
+def files_in(root: str | os.PathLike[str]) -> list[str]:
+    """Return all files in a folder and in the folders in it."""
+    return [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
 
 
-def _graph_outputs(pipeline: Any) -> list[Any]:
-    """Return the output nodes of a pipeline that is not built."""
+def _graph_outputs(define: Callable[[], Any]) -> list[Any]:
+    """Return the output nodes of a new pipeline."""
+    with in_one_line("the pipeline cannot be defined"):
+        return _outputs_of(define())
+
+
+def _outputs_of(pipeline: Any) -> list[Any]:
     if getattr(pipeline, "_built", False):
         msg = "the pipeline is built already; return it unbuilt, from a function that makes a new one each time"
         raise MeasurementError(msg)
     outputs = getattr(pipeline, "_graph_out", None)
     if not outputs:
-        try:
-            with pipeline:
-                outputs = pipeline.define_graph()
-        except Exception as error:
-            msg = f"the pipeline's graph cannot be seen: {one_line(error)}"
-            raise MeasurementError(msg) from error
+        with in_one_line("the pipeline's graph cannot be seen"), pipeline:
+            outputs = pipeline.define_graph()
     nodes = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     return [node for node in nodes if getattr(node, "source", None) is not None]
 
@@ -148,23 +138,24 @@ def _operators(outputs: Sequence[Any]) -> list[Any]:
     return first + [operator for operator in operators if not any(operator is reader for reader in first)]
 
 
+def _searching(operators: list[Any]) -> list[Any]:
+    """Return the stages of operators of this package that look for saliency."""
+    stages = (getattr(operator, "stage", None) for operator in operators)
+    return [stage for stage in stages if stage and stage.leave_out_saliency]
+
+
 def _schema(operator: Any) -> str:
-    name = getattr(operator._op, "schema_name", None) or type(operator._op).__name__
-    return str(name)
+    return str(getattr(operator._op, "schema_name", None) or type(operator._op).__name__)
 
 
 def _reads(operator: Any) -> bool:
     return _schema(operator).lower().startswith(("readers__", "externalsource"))
 
 
-def _is_small(schema: str) -> bool:
-    return any(schema.lstrip("_").startswith(small.lstrip("_")) for small in _SMALL)
-
-
 def _described(operator: Any, schema: str) -> tuple[str, str]:
     """Return name and category of an operator that works on images."""
     lower = schema.lower()
-    if stage := _stage(operator):
+    if stage := getattr(operator, "stage", None):  # of an operator of this package
         return "saliency" if stage.leave_out_saliency else stage.name, "mix"
     if _reads(operator):
         return "read", "read"
@@ -177,11 +168,6 @@ def _described(operator: Any, schema: str) -> tuple[str, str]:
     if "pythonfunction" in lower or "jaxfunction" in lower:
         return _described_python(operator), "prep"
     return schema, "prep"
-
-
-def _stage(operator: Any) -> Any:
-    """Return the `dali_saliencymix._dali.python_operator.Stage` of an operator of this package, None of others."""
-    return getattr(operator, "stage", None)
 
 
 def _described_python(operator: Any) -> str:
@@ -206,25 +192,21 @@ def _fewer(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
 
 
 def _with_unique_names(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    seen: dict[str, int] = {}
-    unique = []
-    for name, category, count in ends:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append((name if seen[name] == 1 else f"{name} {seen[name]}", category, count))
-    return unique
+    names = [name for name, _, _ in ends]
+    same = [names[: number + 1].count(name) for number, name in enumerate(names)]
+    return [(f"{end[0]} {n}" if n > 1 else end[0], *end[1:]) for n, end in zip(same, ends, strict=True)]
 
 
 def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = True) -> Any:
     """Return a new pipeline of the first `count` operators."""
-    pipeline = _defined(define)
-    outputs = _graph_outputs(pipeline)
+    with in_one_line("the pipeline cannot be defined"):
+        pipeline = define()
+    outputs = _outputs_of(pipeline)
     operators = _operators(outputs)
-    for stage in map(_stage, operators):
-        if stage and stage.leave_out_saliency and not with_saliency:
-            stage.leave_out_saliency()
+    for stage in () if with_saliency else _searching(operators):
+        stage.leave_out_saliency()
     kept = {id(operator) for operator in operators[:count]}
     used = [node for operator in operators[count:] for node in _inputs(operator)] + outputs
-    frontier = {node.name: node for node in used if id(node.source) in kept}
     pipeline._sinks = []  # such as debugging outputs, which would bring back what was cut off
-    pipeline.set_outputs(*frontier.values())
+    pipeline.set_outputs(*{node.name: node for node in used if id(node.source) in kept}.values())
     return pipeline

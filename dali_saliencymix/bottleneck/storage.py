@@ -41,16 +41,13 @@ class StorageRates:
         """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
         # A loader that begins may have to start processes first: both kinds of passes have that, and windows do not.
         pairs = zip(self.cold_ms, self.warm_ms, strict=True) if self.warm_ms else ()
-        return _at_least(loader_ms, [loader_ms + cold - warm for cold, warm in pairs] or self.cold_ms)
+        cold_ms = [loader_ms + cold - warm for cold, warm in pairs] or self.cold_ms
+        # Storage does not make a loader faster; what looks so is noise.
+        return tuple(max(loader_ms, ms) for ms in cold_ms) or None
 
     def reading(self, read_ms: float) -> tuple[float, ...] | None:
         """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
-        return _at_least(read_ms, self.read_cold_ms)
-
-
-def _at_least(warm_window: float, cold: list[float]) -> tuple[float, ...] | None:
-    # Storage does not make a loader faster; what looks so is noise.
-    return tuple(max(warm_window, ms) for ms in cold) or None
+        return tuple(max(read_ms, ms) for ms in self.read_cold_ms) or None
 
 
 def measure_storage(

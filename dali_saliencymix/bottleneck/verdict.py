@@ -8,9 +8,9 @@ deciding gap contains the limit, the verdict is INCONCLUSIVE and names the gap.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS, Interval, interval
 
@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one of several processes measured: as in `Figures`."""
+    """What one of several processes has measured, as in `Figures`."""
 
     step_ms: Series | None
     loader_ms: Series | None
@@ -198,7 +198,7 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
         faster = interval([g / p for p, g in zip(loader, step, strict=True)])
         if figures.waits and interval(figures.waits).high < PASS_STALL and faster.low > 1:
             why = (
-                f"The step waits for its batches for {_percent(_median(figures.waits))} of the time, and the loader "
+                f"The step waits for its batches for {_percent(median(figures.waits))} of the time, and the loader "
                 f"alone is {faster.median:.1f} times as fast: it keeps up. Whether the two slow each other down is "
                 f"within the spread (stall {_range(stall)})."
             )
@@ -216,10 +216,10 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
     # Not within the rounds alone: where all figures jump about, some series of rounds looks like a clash by chance.
     apart_at_most = max(interval(loader).high, interval(step).high)
     if more.high < 0 and interval(clash).low > 0 and interval(end).low > apart_at_most:
-        apart = max(_median(loader), _median(step))
+        apart = max(median(loader), median(step))
         why = (
             f"Together a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
-            f"{_ms(step)}: they hold each other up by {_ms(max(_median(end) - apart, 0))}."
+            f"{_ms(step)}: they hold each other up by {_ms(max(median(end) - apart, 0))}."
         )
         return _verdict("CONTENTION", why, stall)
     if more.low <= 0:
@@ -277,7 +277,7 @@ def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Ser
         for category in CATEGORIES
         if (series := [stage.ms for stage in figures.stages if stage.category == category])
     }
-    first, *others = sorted(costs, key=lambda category: -_median(costs[category]))
+    first, *others = sorted(costs, key=lambda category: -median(costs[category]))
     for other in others:
         if interval([a - b for a, b in zip(costs[first], costs[other], strict=True)]).low <= 0:
             why = (
@@ -287,7 +287,7 @@ def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Ser
             return _verdict("INCONCLUSIVE", why, stall)
     if interval(costs[first]).low <= 0:
         return _verdict("INCONCLUSIVE", f"{slow}, but the cost of each of its stages is below the noise.", stall)
-    share = _median([a / b for a, b in zip(costs[first], loader, strict=True)])
+    share = median([a / b for a, b in zip(costs[first], loader, strict=True)])
     named = " and ".join(stage.name for stage in figures.stages if stage.category == first)
     why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {named}."
     name = _CATEGORY_VERDICTS.get(first, "LOADER-BOUND")
@@ -305,14 +305,14 @@ def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
         own.append([max(pair) for pair in zip(rank.step_ms, rank.loader_ms, strict=True)])
     if len(own) < 2:
         return None
-    slowest = max(range(len(own)), key=lambda rank: _median(own[rank]))
+    slowest = max(range(len(own)), key=lambda rank: median(own[rank]))
     # The middle of the others in the same round; with two processes that is the other one.
-    others = [statistics.median(times) for times in zip(*(own[:slowest] + own[slowest + 1 :]), strict=True)]
+    others = [median(times) for times in zip(*(own[:slowest] + own[slowest + 1 :]), strict=True)]
     lag = interval([1 - other / mine for other, mine in zip(others, own[slowest], strict=True)])
     if lag.low < PASS_STALL or lag.count < LEAST_ROUNDS:
         return None
     rank = figures.ranks[slowest]
-    what = "loader" if _median(rank.loader_ms or ()) >= _median(rank.step_ms or ()) else "step"
+    what = "loader" if median(rank.loader_ms or ()) >= median(rank.step_ms or ()) else "step"
     why = (
         f"Process {slowest} of {len(own)} needs {_ms(own[slowest])} a batch for its own {what}, the others "
         f"{_ms(others)}: all of them go at its pace."
@@ -325,7 +325,7 @@ def _check(figures: Figures) -> None:
     for number, rank in enumerate(figures.ranks):
         together |= {f"ranks[{number}].step_ms": rank.step_ms, f"ranks[{number}].loader_ms": rank.loader_ms}
     for name, series in {**together, "cold_ms": figures.cold_ms, "reading_ms": figures.reading_ms}.items():
-        if series is not None and not all(value > 0 for value in series):
+        if not all(value > 0 for value in series or ()):
             msg = f"{name} must be positive times, got {series}"
             raise ValueError(msg)
     together |= {f"stages[{stage.name!r}].ms": stage.ms for stage in figures.stages or ()}
@@ -343,10 +343,6 @@ def _check(figures: Figures) -> None:
         raise ValueError(msg)
 
 
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -357,7 +353,7 @@ def _range(stall: Interval) -> str:
 
 def _ms(value: float | Sequence[float]) -> str:
     """Return a time, or the median of several, in words."""
-    value = value if isinstance(value, (int, float)) else _median(value)
+    value = value if isinstance(value, (int, float)) else median(value)
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 

@@ -30,6 +30,23 @@ class MeasurementError(ValueError):
     """Something cannot be measured. The text says what and why in one line."""
 
 
+class in_one_line:  # noqa: N801: it reads as a statement
+    """A context in which an error becomes a `MeasurementError`, one line that begins with `what`."""
+
+    def __init__(self, what: str, explain: Callable[[Exception], str] = one_line) -> None:
+        self._what, self._explain = what, explain
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (MeasurementError, StopIteration)):
+            return
+        if not is_lost_connection(error):  # else it is the other process that has failed, and says why
+            msg = f"{self._what}: {self._explain(error)}"
+            raise MeasurementError(msg) from error
+
+
 # What is measured.
 
 
@@ -64,21 +81,17 @@ class Batches:
         """Return the next batch, of the next epoch where this one has ended."""
         while True:
             try:
-                if self._iterator is None:
-                    self._iterator = iter(self._loader)
-                    self.epochs += 1
-                batch = next(self._iterator)
+                with in_one_line("the loader failed"):
+                    if self._iterator is None:
+                        self._iterator = iter(self._loader)
+                        self.epochs += 1
+                    batch = next(self._iterator)
             except StopIteration:
                 if not self._given:
                     msg = "the loader gives no batches" if self.epochs == 1 else _ended(self.epochs)
                     raise MeasurementError(msg) from None
                 self.epoch_length, self._given, self._iterator = self._given, 0, None
                 continue
-            except MeasurementError:
-                raise
-            except Exception as error:
-                msg = f"the loader failed: {one_line(error)}"
-                raise MeasurementError(msg) from error
             self._given += 1
             return batch
 
@@ -186,19 +199,9 @@ class Subject:
         arrived = time.perf_counter()
         size = self.batches.size(batch) if self.batches else 1.0
         if self.step:
-            take_step(self.step, copied(batch, tensors=False))  # a step may take apart what comes again
+            with in_one_line("the training step failed"):
+                self.step(copied(batch, tensors=False))  # a step may take apart what comes again
         return 1000 * (arrived - start), 1000 * (time.perf_counter() - start), size
-
-
-def take_step(step: Step, batch: Any) -> None:
-    """Run a step; what it raises becomes one line."""
-    try:
-        step(batch)
-    except Exception as error:
-        if is_lost_connection(error):  # it is the other process that has failed, and says why
-            raise
-        msg = f"the training step failed: {one_line(error)}"
-        raise MeasurementError(msg) from error
 
 
 # How it is measured.

@@ -30,7 +30,7 @@ def make_model(name: str, num_classes: int, *, dropout: float | None = None) -> 
     """Make a classifier with initial weights, drawn from PyTorch's generator: images (N, 3, H, W) to logits (N, K).
 
     `name` is a ResNet of torchvision (those with ``resne`` in their names), ``"cifar_resnet18"``, ``"cifar_resnet50"``
-    or ``"wrn_28_10"``. `dropout` is that of ``"wrn_28_10"``, by default 0.3 as in the SaliencyMix paper; the others have
+    or ``"wrn_28_10"``. `dropout` is that of ``"wrn_28_10"``, by default 0.3 as in the SaliencyMix paper; others have
     none. ValueError if the name is unknown, or `dropout` is out of range or given for a model without it.
     """
     from torchvision import models

@@ -112,7 +112,7 @@ def gpu_memory(device: torch.device) -> Figures:
     return {"gpu_peak_mib": round(peak / 2**20, 1), "gpu_used_mib": round((total - free) / 2**20, 1)}
 
 
-def resources_in_use() -> dict[str, int]:
+def resources_in_use() -> dict[str, float]:
     """Return what shows a leak: resident memory in MiB and number of open files; {} where Linux's /proc is not."""
     resident = resident_mib()
     if resident is None:

@@ -1,0 +1,177 @@
+"""The loader and the step of ``train.py`` for the bottleneck tool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
+from dali_saliencymix.loaders.base import chosen_backend
+from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.imagenet import FolderData, training_arguments, training_builder, training_loader
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.windows import MeasurementError, in_one_line
+from dali_saliencymix.training.models import all_reduce, as_trained, model_on
+from dali_saliencymix.training.optimisation import Updater, train_on
+from dali_saliencymix.training.options import ModelOptions, OptimizerOptions, ScheduleOptions, TrainingOptions
+from dali_saliencymix.training.schedule import Phase, phase_at
+
+
+def training_source(training: TrainingOptions, processes: Processes, *, images: int) -> Source:
+    """Return a source for the training batches of ``train.py`` with these options.
+
+    Folders of images that DALI reads are cut into stages; other backends and CIFAR are measured as a whole. Of a folder
+    at most `images` are read for each process, spread evenly over it.
+    """
+    phase, instead = measured_phase(training.schedule, training.data.train_crop_size)
+    options = phase.applied_to(training.data)
+    data, backend = open_data(options), chosen_backend(options)
+    conditions = {
+        "data": str(data.root),
+        "images_in_data_set": data.train_images,
+        "classes": len(data.classes),
+        "options": dict(sorted(training.config.items())),
+    }
+    files = size = None
+    if isinstance(data, FolderData):
+        whole = options.batch_size * processes.world_size
+        if data.train_images < whole:
+            instead.append(
+                f"the {data.train_images} images are too few for a step, and train.py refuses them: they are repeated"
+            )
+        chosen = _spread_indices(len(data.train), whole, images * processes.world_size)
+        data = replace(data, train=data.train.take(chosen))
+        files = sorted(set(data.train.files))
+        conditions["images_read"] = len(files)
+        size = bytes_of(files)
+        size = size and size / len(files) * data.train_images
+    if instead:
+        conditions["notes"] = instead
+    about: dict[str, Any] = {"files": files, "dataset_bytes": size, "conditions": conditions}
+    mix = f"mix {'none' if options.mix is None else options.mix.mode}"
+    if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
+        arguments, folder = training_arguments(options, processes), data.train
+        settings: dict[str, Any] = {name: arguments[name] for name in ("batch_size", "num_threads")}
+        settings["prefetch_queue_depth"] = 2
+        if arguments["process_on"] == "gpu":
+            settings["hw_decoder_load"] = 0.65
+        arguments |= settings
+
+        def opened(changed: Settings) -> Iterable[Any]:
+            return training_loader(folder, max_bad_batches=options.max_bad_batches, **{**arguments, **changed})
+
+        def defined(changed: Settings) -> Any:
+            return training_builder(**{**arguments, **changed})(folder.files, folder.labels, None)
+
+        return Source(f"training pipeline, {mix}", settings, opened, defined, **about)
+
+    workers = {"pytorch": "workers", "synthetic": None}.get(backend, "num_threads")  # what -j sets
+
+    def opened_whole(changed: Settings) -> Iterable[Any]:
+        changed = {"workers" if name == workers else name: value for name, value in changed.items()}
+        return data.train_loader(replace(options, **changed), processes)
+
+    settings = {"batch_size": options.batch_size, **({workers: options.workers} if workers else {})}
+    ahead = 2 * options.workers if backend == "pytorch" else 2
+    name = f"training loader, {options.dataset} by {backend}, {mix}"
+    return Source(name, settings, opened_whole, ahead=ahead, **about)
+
+
+def measured_phase(schedule: ScheduleOptions, crop_size: int) -> tuple[Phase, list[str]]:
+    """Return the epochs whose batches stand for a training, and what to say of the others where there are others.
+
+    They are those with the largest images, and of these the ones that are mixed.
+    """
+    begun: dict[Phase, list[int]] = {}
+    for epoch in range(schedule.epochs):
+        begun.setdefault(phase_at(epoch, schedule, crop_size=crop_size), []).append(epoch + 1)
+    chosen = max(begun, key=lambda phase: (phase.crop_size, phase.mixing))
+    if len(begun) == 1:
+        return chosen, []
+
+    def described(phase: Phase) -> str:
+        mixing = "" if not schedule.mix_off_epochs else ", mixed" if phase.mixing else ", not mixed"
+        return f"{begun[phase][0]} to {begun[phase][-1]} ({phase.crop_size}x{phase.crop_size} pixels{mixing})"
+
+    others = ", ".join(described(phase) for phase in begun if phase != chosen)
+    return chosen, [f"the batches are those of epochs {described(chosen)}; not measured: epochs {others}"]
+
+
+def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
+    """Return indices of files, in number a multiple of `whole`; repeated only where there are fewer files than that."""
+    if length < whole:
+        return [index % length for index in range(4 * whole)]
+    count = max(min(length, wanted) // whole, 1) * whole
+    return [index * length // count for index in range(count)]
+
+
+class TrainingStep:
+    """The training step of a network of ``train.py``, on batches from anywhere.
+
+    A batch from elsewhere is brought to the device, which then is part of the step. The learning rate is 0: the weights
+    stay as they are, so that thousands of steps on one batch end in no overflow, while all that a step computes is
+    computed. ``batches_per_update`` is that of ``--accumulation-steps``.
+    """
+
+    def __init__(
+        self, options: ModelOptions, optimizer: OptimizerOptions, processes: Processes, *, num_classes: int
+    ) -> None:
+        self._options, self._device = options, processes.device
+        self._label_smoothing = optimizer.label_smoothing
+        with in_one_line("arch", str):
+            model = model_on(processes.device, options, num_classes)
+        self._updater = Updater(model, optimizer, scale_loss=options.scales_loss)
+        self._updater.set_learning_rate(0.0)
+        self.batches_per_update = optimizer.accumulation_steps
+        self._batches = 0
+        self.network = as_trained(model, options, distributed=processes.world_size > 1)
+
+    def __call__(self, batch: Any) -> None:
+        """Train on a batch: its first four-dimensional floating tensor, with its labels where they are ours."""
+        tensors = _tensors(batch)
+        images = next((part for part in tensors if part.ndim == 4 and part.is_floating_point()), None)
+        if images is None:
+            got = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}" for part in tensors)
+            msg = (
+                "the built-in step needs a batch with images as a floating tensor (N, C, H, W), got "
+                f"{got or type(batch).__name__}; give your own with --step module:function"
+            )
+            raise MeasurementError(msg)
+        if images.shape[1] != 3 and images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
+        images = images.to(self._device, non_blocking=True)
+        if not self._options.amp:
+            images = images.float()
+        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
+            targets = [part.to(self._device, non_blocking=True) for part in tensors[1:]]
+        else:  # which label is right makes no difference to the time
+            labels = torch.zeros(len(images), dtype=torch.long, device=self._device)
+            targets = [labels, labels, torch.ones(len(images), device=self._device)]
+        self._batches += 1
+        train_on(
+            self.network,
+            self._updater,
+            (images, *targets),
+            self._options,
+            label_smoothing=self._label_smoothing,
+            batches=self.batches_per_update,
+            is_last=self._batches % self.batches_per_update == 0,
+        )
+
+    def alone(self, batch: Any) -> None:
+        """Train on a batch without the other processes: what this one needs for itself."""
+        with all_reduce(self.network, wanted=False):
+            self(batch)
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return [tensor for part in batch for tensor in _tensors(part)]
+    return []
