@@ -82,9 +82,7 @@ def measure_storage(
     count = agree(min(max(fits, 2), max(len(files) // images // world, 1), 100), min)
     found = StorageRates(batches=count)
 
-    def whole() -> Iterable[Any]:
-        return source.open({})
-
+    whole = partial(source.open, {})
     kinds: list[tuple[list[float], Callable[[], Iterable[Any]], bool]] = [(found.cold_ms, whole, True)]
     if read_cut:
         kinds.append((found.read_cold_ms, lambda: PipelineBatches(read_cut(), raw=True), True))
