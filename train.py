@@ -201,7 +201,6 @@ class Trainer:
         epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
         steps, begun = len(loader), self.step
         self.network.train()
-        monitor.start()
         progress = Progress(f"epoch {self.epoch + 1}/{epochs}", steps, done=begun, enabled=self.processes.is_main)
         lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.

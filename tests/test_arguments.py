@@ -6,10 +6,10 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
-from dali_saliencymix.training.resume import DATA_OPTIONS
 
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import parse_arguments, save_config
+from dali_saliencymix.training.checkpoints import DATA_OPTIONS
 
 # Option and value as given, name and value that come out.
 OPTIONS = [

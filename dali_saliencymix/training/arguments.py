@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,10 +24,15 @@ from dali_saliencymix.training.options import (
     TrainingOptions,
 )
 
-Group = TypeVar("Group")
-
-_GROUPS = (DataOptions, ModelOptions, OptimizerOptions, ScheduleOptions, RunOptions, EvaluationOptions)
-_DECLARED: list[Field[Any]] = [declared for group in _GROUPS for declared in fields(group) if declared.metadata]
+_GROUPS: dict[str, Any] = {  # the fields of TrainingOptions
+    "data": DataOptions,
+    "model": ModelOptions,
+    "optimizer": OptimizerOptions,
+    "schedule": ScheduleOptions,
+    "run": RunOptions,
+    "evaluation": EvaluationOptions,
+}
+_DECLARED: list[Field[Any]] = [each for group in _GROUPS.values() for each in fields(group) if each.metadata]
 _TITLES = (
     *("data", "mixing", "model and optimiser", "speed and precision", "run", "checkpoints and faults"),
     *("displays and files", "with --evaluate", "short runs"),
@@ -326,23 +331,13 @@ def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:
     """Return the options in their groups."""
     if args.train_crop_size is None:
         args.train_crop_size = DataOptions.train_crop_size if args.dataset == "folder" else CIFAR_SIZE
-    return TrainingOptions(
-        data=_group(DataOptions, args, mix=_mix_options(parser, args)),
-        model=_group(ModelOptions, args),
-        optimizer=_group(OptimizerOptions, args),
-        schedule=_group(ScheduleOptions, args),
-        run=_group(RunOptions, args),
-        evaluation=_group(EvaluationOptions, args),
-        config={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-    )
-
-
-def _group(group: type[Group], args: argparse.Namespace, **given: Any) -> Group:
-    names = [declared.name for declared in fields(group) if declared.name not in given]  # type: ignore[arg-type]
-    values = {name: getattr(args, name) for name in names}
-    return group(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}, **given
-    )
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    values["mix"] = _mix_options(parser, args)
+    groups = {
+        name: group(**{each.name: values[each.name] for each in fields(group)}) for name, group in _GROUPS.items()
+    }
+    return TrainingOptions(**groups, config=config)
 
 
 def _mix_options(parser: _Parser, args: argparse.Namespace) -> MixOptions | None:

@@ -84,9 +84,9 @@ class Lockstep:
         OtherProcessError
             If the loader of another process has failed, or has come to its end before this one's, or after it.
         """
-        iterator = iter(loader)
         if monitor is not None:
             monitor.start()
+        iterator = iter(loader)
         while True:
             self._watchdog.beat(WAITING_FOR_DATA)
             batch, error = None, None
