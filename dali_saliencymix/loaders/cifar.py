@@ -24,8 +24,8 @@ from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
-from dali_saliencymix.loaders.dali import LoaderState, as_documented, device_arguments, process_on
-from dali_saliencymix.loaders.imagenet import OUTPUTS, decode_window, mixed, read_files
+from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, device_arguments, process_on
+from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
@@ -178,7 +178,7 @@ class _CifarLoader(Batches):
             (batch,) = next(self._iterator)
         except RuntimeError as error:
             raise LoaderError(" ".join(str(error).split())) from error
-        return as_documented(batch, OUTPUTS, self._channels_last)
+        return as_documented(batch, self._channels_last)
 
     def state(self) -> LoaderState:
         (pipeline,) = self._iterator.checkpoints()

@@ -20,7 +20,10 @@ from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 
-# Makes the pipeline that reads these files with these labels, from its own beginning or from a checkpoint.
+OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; the first two of one for validation
+
+# Makes the pipeline that reads these files with these labels, from its beginning or from a checkpoint. Its reader has
+# the name "reader" and pads its last batch.
 Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
 
 
@@ -46,43 +49,24 @@ class Loader(Batches):
     checkpoint before the batch that failed, with the next file in its place. So the number of batches does not change,
     on this shard and on all others, and the other images of the batch are what they would have been.
 
-    Parameters
-    ----------
-    build : callable
-        ``(files, labels, checkpoint) -> pipeline``, with a reader named ``"reader"`` that pads its last batch.
-    names : sequence of str
-        Names of the pipeline's outputs, of which the second is ``"labels"``; those called labels come out as int64.
-    folder : ImageFolder
-        The files and their labels.
-    drop_last : bool
-        If true, every batch is full, no image comes twice in an epoch, and all shards give the same number of batches;
-        up to one batch of images of each shard is left out. Otherwise every image comes exactly once, and the last
-        batch of a shard may be short, or even empty; of a bad file no image comes at all.
-    channels_last : bool
-        Whether the pipeline gives images as HWC.
-    max_bad_batches : int
-        Number of bad files, each of which makes a batch fail, that are left out before the next one is an error.
-    state : LoaderState, optional
-        The state to resume from.
+    `dali_saliencymix.loaders.imagenet.training_loader` makes one with `drop_last`: every batch is full, no image comes
+    twice in an epoch, and up to one batch of images of each shard is left out. That of `validation_loader` gives every
+    image exactly once: the last batch of a shard may be short, or even empty, and of a bad file no image comes at all.
     """
 
     def __init__(
         self,
         build: Build,
-        names: Sequence[str],
         folder: ImageFolder,
         *,
         drop_last: bool,
-        channels_last: bool = False,
-        max_bad_batches: int = 0,
+        channels_last: bool,
+        max_bad_batches: int,
         state: LoaderState | None = None,
     ) -> None:
-        self._build = build
-        self._names = names
-        self._folder = folder
-        self._drop_last = drop_last
-        self._channels_last = channels_last
-        self._max_bad_batches = max_bad_batches
+        self._build, self._folder = build, folder
+        self._drop_last, self._channels_last = drop_last, channels_last
+        self._max_bad_batches = max_bad_batches  # each bad file makes a batch fail
         self._step = state["step"] if state else 0
         self._replaced = dict(state.get("replaced", {})) if state else {}
         try:
@@ -96,7 +80,7 @@ class Loader(Batches):
     def _start(self, checkpoint: bytes | None) -> None:
         files, labels = self._in_place()
         pipeline = self._build(files, labels, checkpoint)
-        self._iterator = _iterate(pipeline, self._names, self._drop_last)
+        self._iterator = _iterate(pipeline, self._drop_last)
         meta = pipeline.reader_meta("reader")
         smallest_shard = meta["epoch_size"] // meta["number_of_shards"]
         self._length = smallest_shard // pipeline.max_batch_size if self._drop_last else len(self._iterator)
@@ -177,7 +161,7 @@ class Loader(Batches):
         # The same pipeline over one readable image and with numbers as labels makes that batch without failing.
         count = len(self._folder)
         readable = self._folder.files[self._stand_in(-1)]
-        iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._names, self._drop_last)
+        iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._drop_last)
         labels = next(iterator)[0]["labels"].flatten().tolist()
         del iterator
         gc.collect()
@@ -201,27 +185,26 @@ class Loader(Batches):
         raise LoaderError(msg)
 
     def _as_documented(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        tensors = as_documented(batch, self._names, self._channels_last)
+        tensors = as_documented(batch, self._channels_last)
         if self._replaced and not self._drop_last:
             of_good_files = batch["labels"].flatten() >= 0
             tensors = tuple(tensor[of_good_files] for tensor in tensors)
         return tensors
 
 
-def as_documented(
-    batch: dict[str, torch.Tensor], names: Sequence[str], channels_last: bool
-) -> tuple[torch.Tensor, ...]:
+def as_documented(batch: dict[str, torch.Tensor], channels_last: bool) -> tuple[torch.Tensor, ...]:
     """Return the outputs of a pipeline as a batch: images (N, C, H, W), labels (N,) int64, weights (N,)."""
-    images, *others = (batch[name].flatten().long() if "labels" in name else batch[name] for name in names)
+    outputs = {name: batch[name] for name in OUTPUTS if name in batch}
+    images, *others = (output.flatten().long() if "labels" in name else output for name, output in outputs.items())
     return images.permute(0, 3, 1, 2) if channels_last else images, *others
 
 
-def _iterate(pipeline: Pipeline, names: Sequence[str], drop_last: bool) -> DALIGenericIterator:
+def _iterate(pipeline: Pipeline, drop_last: bool) -> DALIGenericIterator:
     # DALI's own policy for dropping leaves the padded end of a larger shard in the reader, from where it gets into
     # the next epoch: shards overlap then. Reading all of the padded epoch and passing over its end is exact.
     return DALIGenericIterator(
         [pipeline],
-        list(names),
+        list(OUTPUTS if drop_last else OUTPUTS[:2]),
         reader_name="reader",
         last_batch_policy=LastBatchPolicy.FILL if drop_last else LastBatchPolicy.PARTIAL,
         auto_reset=True,

@@ -31,8 +31,6 @@ from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, 
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
 
-OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; the first two of one for validation
-
 # The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
 
@@ -309,7 +307,7 @@ def training_loader(
     options |= {"num_threads": num_threads, "device": device, "prefetch": prefetch}
     build = training_builder(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, OUTPUTS, folder, drop_last=True, state=state, **common)
+    return Loader(build, folder, drop_last=True, state=state, **common)
 
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
@@ -373,7 +371,7 @@ def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batch
         raise ValueError(msg)
     build = _builder(validation_pipeline, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, OUTPUTS[:2], folder, drop_last=False, **common)
+    return Loader(build, folder, drop_last=False, **common)
 
 
 def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:
