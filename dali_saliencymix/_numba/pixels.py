@@ -76,17 +76,8 @@ def paste_normalised(
         scaling = np.tile(scaling, width)  # of each number in a row
 
     def paste(chunk: slice) -> None:
-        _paste_normalised(
-            images,
-            chunk.start,
-            source_index[chunk],
-            boxes[chunk],
-            source_boxes[chunk],
-            mirrored[chunk],
-            channels,
-            scaling,
-            out[chunk],
-        )
+        patches = source_index[chunk], boxes[chunk], source_boxes[chunk], mirrored[chunk]
+        _paste_normalised(images, chunk.start, *patches, channels, scaling, out[chunk])
 
     for_each_chunk(paste, count, _CHUNK)
 
