@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="picture to write")
     preview.add_argument("-n", "--count", type=int, default=8, help="number of samples")
     preview.add_argument("--size", type=int, default=224, help="size of the images in pixels")
-    preview.add_argument("--min-crop-area", type=float, default=0.08, help="least area of the random crop, of 1")
+    preview.add_argument(
+        "--min-crop-area", type=float, default=0.08, help="smallest area of the random crop, as a share of the image"
+    )
     preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
     preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
     for option in ("alpha", "prob", "preset", *PRESET_OPTIONS):

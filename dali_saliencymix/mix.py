@@ -406,7 +406,7 @@ def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: 
         rows: Any = slice(1)
     elif not is_host(xp) or wanted.all():
         rows = slice(count)
-    else:  # on a CPU the maps that nobody needs are worth leaving out
+    else:  # on a CPU it pays to leave out maps that are not needed
         rows = np.flatnonzero(wanted)
         if not len(rows):
             return np.zeros((count, 4), np.int32), None

@@ -162,7 +162,7 @@ class SaliencyMix:
         if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
             msg = f"labels must be of integer dtype, got {labels.dtype}"
             raise TypeError(msg)
-        # Beside other workers a worker has one core, as PyTorch sees it too.
+        # Beside other workers a worker has one core; PyTorch does the same.
         with limited_to(0 if data.get_worker_info() is None else 1), _on_torch_s_stream(images):
             # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
             batch = _to_array(images.permute(0, 2, 3, 1))

@@ -149,7 +149,7 @@ def _limited(num_threads: int, function: Callable[..., Batches], *arrays: Array)
 
 
 class Buffers:
-    """Arrays in host memory that are used again once nobody holds them.
+    """Arrays in host memory that are reused once nothing refers to them.
 
     DALI holds a batch for as long as it or its user needs it. A new array of that size costs as much as filling it: the
     kernel has to clear its pages first.

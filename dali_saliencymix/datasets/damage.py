@@ -25,7 +25,7 @@ EXCLUDED = {
     "unsupported": "an image in a format that DALI does not decode",
     "truncated": "ends before its image does",
     "corrupt": "damaged so much that it cannot be decoded",
-    "too_small": "a side is shorter than the least size asked for",
+    "too_small": "a side is shorter than the smallest size asked for",
     "too_large": "claims so many pixels that decoding it would take all memory",
     "crashed": "the process that decoded it died",
     "timed_out": "reading or decoding it did not end in time",
@@ -87,7 +87,7 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
     file : path
         A file. One that cannot be read is a finding, not an error.
     min_size : int
-        Least width and height in pixels.
+        Smallest width and height in pixels.
 
     Returns
     -------

@@ -176,7 +176,7 @@ def examined_in_processes(
 def _interrupts_for_later() -> Iterator[None]:
     """Keep Ctrl-C away from the pool's threads and processes that start here: a terminal sends it to all of them.
 
-    They inherit what is blocked. The main process gets it afterwards and ends them in good order; a worker that is
+    They inherit what is blocked. The main process gets it afterwards and ends them; a worker that is
     still starting would die of it with a traceback of its own.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

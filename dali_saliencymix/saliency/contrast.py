@@ -51,7 +51,7 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
     -----
     Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual saliency
     mechanism", Image and Vision Computing 28, 2010. Equal to OpenCV's ``StaticSaliencyFineGrained`` on an 8-bit
-    image, bit for bit. That takes OpenCV's roundings, those of its float32 sums included, which are felt where an
+    image, bit for bit. That takes OpenCV's roundings, those of its float32 sums included, which matter where an
     image's grey levels sum to more than 2**23. On a GPU images whose grey levels sum to more than 2**24 (none of
     up to 256x256 does) may differ in a few pixels: there the integral image is not summed in one fixed order.
 
