@@ -55,8 +55,7 @@ def measure_group(
         name: functools.partial(loaders.images_per_second, stream, setting, batches) for name, stream in streams.items()
     }
     record.measure(
-        variants,
-        lambda rates: {"images_per_second": figures_of(rates), "relative_to_none": ratios(rates, _REFERENCE)},
+        variants, lambda rates: {"images_per_second": figures_of(rates), "relative_to_none": ratios(rates, _REFERENCE)}
     )
 
 

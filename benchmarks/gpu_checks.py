@@ -328,7 +328,10 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     if not found["one_large_image"]["pixels_are_numbers"]:
         wrong.append("one large image: pixels that are no numbers")
     if device_of(options).type == "cuda":
-        found["peak_relative_to_batch"] = peaks(options)
+        inputs, taken = bench_ops.Inputs(options.crop_size, options.batch_size), {}
+        for detector in ("spectral_residual", "fine_grained"):
+            taken |= bench_ops.peak_memory(bench_ops.package_variants(inputs, "cupy", detector, steps=False), inputs)
+        found["peak_relative_to_batch"] = taken
     return {**found, "wrong": wrong}
 
 
@@ -382,16 +385,6 @@ def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
     images = [batch[0] for _ in range(3) for batch in loader]
     whole = all(bool(batch.isfinite().all()) for batch in images)
     return {"before": before, "afterwards": in_use(), "batches": len(images), "pixels_are_numbers": whole}
-
-
-def peaks(options: argparse.Namespace) -> Result:
-    """Return the GPU memory that the mix of a batch takes, relative to the bytes of the batch."""
-    inputs = bench_ops.Inputs(options.crop_size, options.batch_size)
-    found: Result = {}
-    for detector in ("spectral_residual", "fine_grained"):
-        variants = bench_ops.package_variants(inputs, "cupy", detector, steps=False)
-        found |= bench_ops.peak_memory(variants, inputs)
-    return found
 
 
 # ---- programs that end -----------------------------------------------------------------------------------------------

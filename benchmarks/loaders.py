@@ -169,10 +169,10 @@ def makers() -> dict[str, Maker]:
             mix = MixOptions(saliency=name, algorithm=algorithm)
             route = {"whole_batches": operator == "whole batches", "normalise": normalise}
             made[route_name(name, operator, algorithm, normalise=normalise)] = of(in_graph, mix=mix, route=route)
-    made["after: cutmix"] = of(_after, mix=transforms.CutMix)
-    made["after: mixup"] = of(_after, mix=transforms.MixUp)
+    for name, transform in (("cutmix", transforms.CutMix), ("mixup", transforms.MixUp)):
+        made[f"after: {name}"] = of(after_loader, mix=of(_mixer, transform))
     for name in _COMPARED:
-        made[f"after: saliencymix {name}"] = of(_after_on_8_bits, mix=of(SaliencyMix, saliency=name))
+        made[f"after: saliencymix {name}"] = of(_after_on_8_bits, mix=of(_mixer, of(SaliencyMix, saliency=name)))
     return made
 
 
@@ -231,23 +231,24 @@ def in_graph(
     return Stream(_endless(loader), PREFETCH + 1)
 
 
-def _after(setting: Setting, mix: Callable[..., Any]) -> Stream:
-    return after_loader(setting, mix(num_classes=setting.num_classes))
+def _mixer(transform: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
+    return transform(num_classes=setting.num_classes)
 
 
-def after_loader(setting: Setting, mix: Callable[..., Any]) -> Stream:
-    """Return the stream of the training pipeline with ``mix(images, labels)`` of its normalised batches behind it."""
+def after_loader(setting: Setting, mix: Callable[[Setting], Callable[..., Any]]) -> Stream:
+    """Return the stream of the training pipeline with ``mix(setting)`` of its normalised batches behind it."""
+    mixer = mix(setting)
     stream = in_graph(setting)
-    return Stream((mix(images, labels) for images, labels, *_ in stream.batches), stream.ahead)
+    return Stream((mixer(images, labels) for images, labels, *_ in stream.batches), stream.ahead)
 
 
-def _after_on_8_bits(setting: Setting, mix: Callable[..., Any]) -> Stream:
+def _after_on_8_bits(setting: Setting, mix: Callable[[Setting], Callable[..., Any]]) -> Stream:
     device, device_id = ("gpu", 0) if setting.device.type == "cuda" else ("cpu", None)
     common = {"batch_size": setting.batch_size, "num_threads": setting.workers, "prefetch_queue_depth": PREFETCH}
     asked = (setting.folder, setting.crop_size, device, setting.hw_decoder_load)
     pipeline = _eight_bit_pipeline(*asked, device_id=device_id, seed=0, **common)
     batches = DALIGenericIterator([pipeline], ["images", "labels"], reader_name="reader", auto_reset=True)
-    mixer = mix(num_classes=setting.num_classes)
+    mixer = mix(setting)
 
     def mixed() -> Iterator[tuple[torch.Tensor, ...]]:
         for (batch,) in _endless(batches):

@@ -60,9 +60,9 @@ def makers() -> dict[str, loaders.Maker]:
         "torch: torchvision.io, GPU": functools.partial(_decoded_on_gpu, package="torchvision"),
         "torch: torchcodec, GPU": functools.partial(_decoded_on_gpu, package="torchcodec"),
         "spdl": _spdl,
-        "after: timm cutmix": functools.partial(_after, mix=_timm_cutmix),
-        "after: kornia cutmix": functools.partial(_after, mix=_kornia_cutmix),
-        "after: mixup saliencymix": functools.partial(_after, mix=_mixup_saliencymix),
+        "after: timm cutmix": functools.partial(loaders.after_loader, mix=_timm_cutmix),
+        "after: kornia cutmix": functools.partial(loaders.after_loader, mix=_kornia_cutmix),
+        "after: mixup saliencymix": functools.partial(loaders.after_loader, mix=_mixup_saliencymix),
     }
 
 
@@ -212,10 +212,6 @@ def _random_crop(width: int, height: int) -> tuple[int, int, int, int]:
 # ---- mixes after DALI ------------------------------------------------------------------------------------------------
 
 _Mix = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
-
-
-def _after(setting: loaders.Setting, mix: Callable[[loaders.Setting], _Mix]) -> loaders.Stream:
-    return loaders.after_loader(setting, mix(setting))
 
 
 def _timm_cutmix(setting: loaders.Setting) -> _Mix:

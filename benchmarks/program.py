@@ -78,15 +78,21 @@ _LACKING = "measure only what the file of -o lacks, on the same device and with 
 _THREADS = "DALI threads, or worker processes of torch (default: %(default)s, all cores)"
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "output": (("-o", "--output"), {"type": output_file, "metavar": "JSON", "help": "file, written after each round"}),
-    "device": (("--device",), {"choices": ["auto", "cpu", "gpu"], "default": "auto", "help": "default: a GPU if any"}),
+    "device": (
+        ("--device",),
+        {"choices": ["auto", "cpu", "gpu"], "default": "auto", "help": "default: a GPU if there is one"},
+    ),
     "rounds": (("--rounds",), {"type": positive, "default": 9, "help": "rounds that count (default: %(default)s)"}),
     "seconds": (("--seconds",), {"type": positive_number, "default": math.inf, "help": _TIME}),
     "go_on": (("--continue",), {"dest": "go_on", "action": "store_true", "help": _LACKING}),
     "data": (("data",), {"nargs": "?", "type": Path, "metavar": "DATA", "help": "folder of class folders"}),
-    "batch_size": (("-b", "--batch-size"), {"type": positive, "help": "images in a batch (default: %(default)s)"}),
+    "batch_size": (("-b", "--batch-size"), {"type": positive, "help": "images in a batch"}),
     "workers": (("-j", "--workers"), {"type": positive, "default": cores(), "help": _THREADS}),
-    "crop_size": (("--crop-size",), {"type": positive, "help": "height and width (default: %(default)s)"}),
-    "hw_decoder_load": (("--hw-decoder-load",), {"type": share, "default": 0.65, "help": "share for a GPU's decoder"}),
+    "crop_size": (("--crop-size",), {"type": positive, "help": "height and width"}),
+    "hw_decoder_load": (
+        ("--hw-decoder-load",),
+        {"type": share, "default": 0.65, "help": "images for a GPU's JPEG engine"},
+    ),
     "detectors": (("--detectors",), {"nargs": "+", "choices": list(DETECTORS), "default": list(DETECTORS)}),
 }
 ROUNDS = ("output", "device", "rounds", "seconds", "go_on")  # of a program whose variants take turns
@@ -97,8 +103,10 @@ def parser(description: str, *names: str, **defaults: Any) -> argparse.ArgumentP
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     for name in names:
         flags, options = _OPTIONS[name]
-        made.add_argument(*flags, **options)
-    made.set_defaults(**defaults)
+        action = made.add_argument(*flags, **options)
+        if name in defaults:
+            action.default = defaults[name]
+            action.help = f"{action.help or ''} (default: {action.default})".strip()
     return made
 
 

@@ -16,6 +16,7 @@ NAME.json is a file in benchmarks/results. A cell is a median and, in brackets, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -41,26 +42,26 @@ _MARKED = re.compile(rf"({_MARK} (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def pipeline_table(result: dict[str, Any]) -> str:
-    """Return images/s of each loader, and its ratio to the one that does not mix."""
+def variants_table(result: dict[str, Any], first: str, columns: dict[str, tuple[str, ...]]) -> str:
+    """Return what was measured of each loader: by the heads of the columns the parts of the result, and within them."""
     rows = []
-    for name, rate in result["images_per_second"].items():
-        ratio = result["relative_to_none"].get(name)
-        rows.append([f"`{name}`", cell(rate), cell(ratio)])
-    return figure_table(result, ["loader", "images/s", "relative to `none`"], rows)
+    for name in result["images_per_second"]:
+        row = [f"`{name}`"]
+        for part, *within in columns.values():
+            found = result.get(part, {}).get(name)
+            row.append(cell(functools.reduce(dict.get, within, found) if found else None))
+        rows.append(row)
+    return figure_table(result, [first, *columns], rows)
 
 
-def train_table(result: dict[str, Any]) -> str:
-    """Return the rates of training, and for the operator the time of its calls and of the GIL."""
-    head = ["training behind", "images/s", "relative to a constant batch", "relative to `none`"]
-    head += ["operator's call, ms", "lock held by a batch, ms"]
-    rows = []
-    for name, rate in result["images_per_second"].items():
-        parts = [result.get(part, {}).get(name) for part in ("relative_to_constant_batch", "relative_to_none")]
-        call = result.get("operator_call_ms", {}).get(name, {}).get("wall")
-        lock = result.get("lock_held_ms_per_batch", {}).get(name)
-        rows.append([f"`{name}`", cell(rate), *map(cell, parts), cell(call), cell(lock)])
-    return figure_table(result, head, rows)
+_PIPELINE_COLUMNS = {"images/s": ("images_per_second",), "relative to `none`": ("relative_to_none",)}
+_TRAIN_COLUMNS = {
+    "images/s": ("images_per_second",),
+    "relative to a constant batch": ("relative_to_constant_batch",),
+    "relative to `none`": ("relative_to_none",),
+    "operator's call, ms": ("operator_call_ms", "wall"),
+    "lock held by a batch, ms": ("lock_held_ms_per_batch",),
+}
 
 
 def ops_table(result: dict[str, Any], place: str) -> str:
@@ -183,8 +184,8 @@ _ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
 TABLES = {
     "checks": checks_table,
     "opencv": opencv_table,
-    "pipeline": pipeline_table,
-    "train": train_table,
+    "pipeline": functools.partial(variants_table, first="loader", columns=_PIPELINE_COLUMNS),
+    "train": functools.partial(variants_table, first="training behind", columns=_TRAIN_COLUMNS),
     "ops": ops_table,
     "scale": scale_table,
 }
