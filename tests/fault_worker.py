@@ -15,6 +15,8 @@ import shutil
 import signal
 import sys
 
+import tiny_model  # noqa: F401
+
 import train
 
 

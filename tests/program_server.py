@@ -20,14 +20,20 @@ import types
 
 def preload() -> None:
     """Import what programs of the tests need; none of it starts a thread, which a forked process would lack."""
-    import numba  # noqa: F401
+    import numpy as np
     import nvidia.dali.plugin.pytorch  # noqa: F401
+    import tiny_model  # noqa: F401
     import torch.distributed
     import torchvision  # noqa: F401
 
     import train  # noqa: F401
+    from dali_saliencymix import _threads, saliencymix
 
     torch.set_num_threads(1)
+    with _threads.limited_to(1):  # Numba loads its compiled kernels
+        for images in (np.zeros((8, 32, 32, 3), np.uint8), np.zeros((8, 48, 48, 3), np.uint8)):
+            for saliency in ("fine_grained", "spectral_residual"):
+                saliencymix(images, np.arange(8), np.zeros(8, np.float32), saliency=saliency)
     assert len(os.listdir("/proc/self/task")) == 1, "a module has started a thread"
     gc.collect()
     gc.freeze()
@@ -74,13 +80,13 @@ def run(arguments: list[str]) -> None:
         sys.argv[:], sys.path[0] = rest, os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         return
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
     if kind == "-c":
         source, path, sys.argv[:], sys.path[0] = rest[0], "<string>", ["-c", *rest[1:]], ""
     else:
         with open(kind, "rb") as stream:
             source, path, sys.argv[:], sys.path[0] = stream.read(), kind, arguments, os.path.dirname(kind)
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    main.__file__ = path
+        main.__file__ = path
     exec(compile(source, path, "exec"), vars(main))
 
 

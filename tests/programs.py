@@ -22,8 +22,8 @@ PATIENCE = 240.0  # seconds for a program
 
 
 def python_path() -> str:
-    """Return a PYTHONPATH with the repository, and what is on it already: packages may lie there."""
-    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    """Return a PYTHONPATH with the repository and its tests, and what is on it already: packages may lie there."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]))
 
 
 def environment_of_program() -> dict[str, str]:
@@ -46,9 +46,9 @@ class Server:
         self._statuses: dict[int, int] = {}
         atexit.register(self._close)
 
-    def start(self, arguments: list[str], environment: dict[str, str], out: int, err: int) -> int:
+    def start(self, arguments: list[str], environment: dict[str, str], folder: Path, out: int, err: int) -> int:
         """Fork a program that writes to these files; return the number of its process."""
-        request = {"arguments": arguments, "environment": environment, "folder": str(REPOSITORY)}
+        request = {"arguments": arguments, "environment": environment, "folder": str(folder)}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out, err])
         while not (started := self._receive(60.0).get("started")):
             pass
@@ -81,9 +81,11 @@ class Server:
 server: Server | None = None
 
 
-def run_program(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments from the root of the repository, on one thread and without a GPU."""
-    return _finished(command, [environment_of_program()], check)
+def run_program(
+    *command: str | Path, check: bool = True, folder: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, in a folder, on one thread and without a GPU."""
+    return _finished(command, [environment_of_program()], check, folder)
 
 
 def torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -110,7 +112,7 @@ def real_torchrun(*command: str | Path, check: bool = True) -> subprocess.Comple
 
 
 def _finished(
-    command: tuple[str | Path, ...], environments: list[dict[str, str]], check: bool
+    command: tuple[str | Path, ...], environments: list[dict[str, str]], check: bool, folder: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
     """Fork a program in each environment; return what they have written once they and their children have ended."""
     global server
@@ -123,7 +125,7 @@ def _finished(
     ]
     for reader in readers:
         reader.start()
-    pids = [server.start(arguments, environment, *(end for _, end in ends)) for environment in environments]
+    pids = [server.start(arguments, environment, folder, *(end for _, end in ends)) for environment in environments]
     for _, end in ends:
         os.close(end)
     try:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from programs import run_program
 
 from benchmarks import (
     bench_pipeline,
@@ -46,13 +46,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     make_sample_data(folder, train=2, val=1)
     return folder / "train"
-
-
-def run_program(*words):
-    """Run a module of the benchmarks as a program, on one thread and without a GPU."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
@@ -127,7 +120,7 @@ def test_pipeline_as_a_program(data, tmp_path):
     names = ("torch", "torch: opencv", "none", "saliencymix fine_grained", "after: cutmix")
     names += ("after: saliencymix fine_grained",)
     output = tmp_path / "x.json"
-    ended = run_program("benchmarks.bench_pipeline", data, *small, "-o", output, "--variants", *names)
+    ended = run_program("-m", "benchmarks.bench_pipeline", data, *map(str, small), "-o", output, "--variants", *names)
     assert ended.returncode == 0, ended.stderr
     result = checked("pipeline", output, ended.stdout)
     assert set(names) == result["images_per_second"].keys() | result["not_measured"].keys()
@@ -276,7 +269,7 @@ def test_a_result_without_a_figure_is_an_error():
 
 @pytest.mark.parametrize("source", [True, False], ids=["from photographs", "of samples"])
 def test_images_are_made(data, tmp_path, source):
-    ended = run_program("benchmarks.data", tmp_path, "--images", 9, *(["--from", data] if source else []))
+    ended = run_program("-m", "benchmarks.data", tmp_path, "--images", "9", *(["--from", data] if source else []))
     assert ended.stderr.startswith("images 9, mean_size ")
     assert len(list(tmp_path.glob("*/*.jpg"))) == 9
 
@@ -327,7 +320,7 @@ def test_an_error_is_one_line(main_of, words, text):
 
 
 def test_a_program_ends_with_status_1_and_no_traceback():
-    ended = run_program("benchmarks.compare", "Makefile", "Makefile")
+    ended = run_program("-m", "benchmarks.compare", "Makefile", "Makefile", check=False)
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: Makefile: not a JSON file")

@@ -26,7 +26,7 @@ VAL_IMAGES = VAL_PER_CLASS * CLASS_COUNT - 1
 # Runs train.py and keeps what a run that is killed in the second epoch leaves behind.
 COPIED = """
 import shutil, sys
-import train
+import tiny_model, train
 from dali_saliencymix.training import checkpoints
 save = checkpoints.save_progress
 def save_and_copy(checkpoint, output_dir, *, epoch, step, **options):

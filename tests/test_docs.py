@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import os
 import pkgutil
 import re
 import subprocess
@@ -23,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from programs import python_path
+from programs import run_program
 
 import dali_saliencymix
 from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
@@ -196,17 +195,7 @@ def test_code_runs(workers, data):
         "    linecache.cache[page] = len(code), None, code.splitlines(True), page\n"
         "    exec(compile(code, page, 'exec'), {'__name__': page}); gc.collect()"
     )
-    environment = {**os.environ, "PYTHONPATH": python_path()}
-    process = subprocess.run(
-        [sys.executable, "-c", runner],
-        cwd=data,
-        env=environment,
-        timeout=200,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    run_program("-c", runner, folder=data)
 
 
 def test_all_guides_have_code_that_runs():

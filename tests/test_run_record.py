@@ -307,7 +307,7 @@ def test_weights_and_biases_continues_its_run_with_the_training(data_folder, tmp
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = (*TINY, "-a", "resnet18", "--output-dir", tmp_path, "--log-wandb", "--epochs", "2", "--resume", "auto")
+    options = (*TINY, "--output-dir", tmp_path, "--log-wandb", "--epochs", "2", "--resume", "auto")
     for more in (("--max-steps", "6"), ()):
         run_program("train.py", data_folder, *options, *more)
     identity = (tmp_path / "wandb_run_id.txt").read_text().strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from programs import REPOSITORY
+from programs import REPOSITORY, run_program
 from scan_tasks import die_on_bad, hang_on_bad
 
 from dali_saliencymix.__main__ import main
@@ -50,9 +50,7 @@ def data(tmp_path_factory) -> Path:
 def scanned(data, tmp_path_factory):
     """The output folder of a scan of `data` by the command, and the ended process."""
     output = tmp_path_factory.mktemp("output") / "made" / "scan"
-    command = [sys.executable, "-m", "dali_saliencymix", "scan", data, "-o", output]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
-    return output, ended
+    return output, run_program("-m", "dali_saliencymix", "scan", data, "-o", output, check=False)
 
 
 def report_of(output: Path) -> dict:

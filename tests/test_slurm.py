@@ -64,7 +64,8 @@ def job(tmp_path, data_folder):
     def start(*more):
         (tmp_path / "tasks").unlink(missing_ok=True)
         with open(tmp_path / "log", "a") as log:
-            command = ["bash", str(SCRIPT), str(data_folder), *TINY, "--output-dir", str(tmp_path / "out"), *more]
+            command = ["bash", str(SCRIPT), str(data_folder), *TINY, "-a", "resnet18", *more]
+            command += ["--output-dir", str(tmp_path / "out")]
             process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
         started.append(process)
         return process

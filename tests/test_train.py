@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torchvision
 from programs import torchrun
+from tiny_model import tiny_resnet
 from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
@@ -56,7 +56,7 @@ def test_a_run_on_the_cpu_says_so_and_shows_how_it_goes(full_run):
     output_dir, ended = full_run
     assert "no CUDA GPU found: everything runs on the CPU" in ended.stderr.splitlines()
     assert "warning" not in ended.stderr.lower()
-    assert f"resnet18, fp32, contiguous  |  global batch 8 (8 a process, 1 process), {STEPS} steps" in ended.stdout
+    assert f"tiny_resnet, fp32, contiguous  |  global batch 8 (8 a process, 1 process), {STEPS} steps" in ended.stdout
     assert "mix saliencymix, alpha 1, prob 1\n" in ended.stdout
     assert f"8 classes, {TRAIN_IMAGES} images, {VAL_IMAGES} for validation" in ended.stdout
     assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
@@ -71,7 +71,7 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
     start, *epochs = read_log(full_run[0])
     assert start["event"] == "start"
     config = start["config"]
-    expected = {"arch": "resnet18", "batch_size": 8, "lr": 0.01, "seed": 0, "mix": "saliencymix", "box": None}
+    expected = {"arch": "tiny_resnet", "batch_size": 8, "lr": 0.01, "seed": 0, "mix": "saliencymix", "box": None}
     expected |= {"world_size": 1, "train_dir": str(data_folder / "train"), "preset": "default"}
     assert expected.items() <= config.items()
     assert {"python", "torch", "torchvision", "numpy"} < set(start["versions"])
@@ -94,7 +94,7 @@ def test_checkpoints_hold_plain_weights_that_torchvision_loads(full_run):
     best = max(epochs, key=lambda line: line["val"]["top1"])["epoch"]
     for name, epoch in ((LAST, 2), (BEST, best)):
         checkpoint = torch.load(output_dir / name, weights_only=True)
-        model = torchvision.models.resnet18(num_classes=CLASS_COUNT)
+        model = tiny_resnet(num_classes=CLASS_COUNT)
         model.load_state_dict(checkpoint["model"], strict=True)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         assert checkpoint["epoch"] == epoch
@@ -104,7 +104,7 @@ def test_checkpoints_hold_plain_weights_that_torchvision_loads(full_run):
 
 def test_torchvisions_model_with_the_saved_weights_has_the_logged_figures(full_run, data_folder):
     output_dir, _ = full_run
-    model = torchvision.models.resnet18(num_classes=CLASS_COUNT).eval()
+    model = tiny_resnet(num_classes=CLASS_COUNT).eval()
     model.load_state_dict(torch.load(output_dir / LAST, weights_only=True)["model"])
     options = {"batch_size": VAL_IMAGES, "num_threads": 1, "resize_size": 32, "crop_size": 32}
     ((images, labels),) = validation_loader(
@@ -238,7 +238,7 @@ def test_profile_loader_measures_the_run_as_it_would_be_and_trains_nothing(
     assert "report: made up" in ended.out
     assert json.loads((tmp_path / "run" / "loader_report.json").read_text()) == {"verdict": "made up"}
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["loader_report.json"]
-    assert measured == [(8, "resnet18", "cpu")]
+    assert measured == [(8, "tiny_resnet", "cpu")]
 
 
 def test_options_reach_the_optimizer_and_the_learning_rate(data_folder):
@@ -366,7 +366,7 @@ def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, 
     assert last["val_ema"] != last["val"]
     assert last["best_top1"] == max(line["val_ema"]["top1"] for line in epochs)
     saved = load_checkpoint(output_dir / LAST)
-    model = torchvision.models.resnet18(num_classes=24)
+    model = tiny_resnet(num_classes=24)
     model.load_state_dict(saved["model_ema"], strict=True)
     assert any(not torch.equal(saved["model"][name], saved["model_ema"][name]) for name in saved["model"])
     report = tmp_path / "report.json"
@@ -447,9 +447,7 @@ def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(data_folder,
     ended = train_here(data_folder, *TINY, *options)
     assert ended.status == 0, ended.err
     assert compiled
-    torchvision.models.resnet18(num_classes=CLASS_COUNT).load_state_dict(
-        load_checkpoint(tmp_path / "run" / LAST)["model"], strict=True
-    )
+    tiny_resnet(num_classes=CLASS_COUNT).load_state_dict(load_checkpoint(tmp_path / "run" / LAST)["model"], strict=True)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

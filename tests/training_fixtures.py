@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny_model  # noqa: F401 (the network of `TINY`)
 from programs import run_program, torchrun  # noqa: F401 (tests import `torchrun` from here, too)
 
 TRAIN_PER_CLASS, VAL_PER_CLASS, CLASS_COUNT = 6, 3, 8
 TINY = (
-    *("--device", "cpu", "-a", "resnet18", "--epochs", "2", "--lr", "0.01", "-b", "8", "-j", "1", "-p", "4"),
+    *("--device", "cpu", "-a", "tiny_resnet", "--epochs", "2", "--lr", "0.01", "-b", "8", "-j", "1", "-p", "4"),
     *("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32"),
 )
 
