@@ -1053,7 +1053,7 @@ def lines_of(capfd) -> tuple[str, str]:
 
 def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thread):
     output, page = tmp_path / "r.json", tmp_path / "r.html"
-    command = ["bottleneck", "-a", "resnet18", "-b", "8", "-j", "1", "--train-crop-size", "32", "--device", "cpu"]
+    command = ["bottleneck", "-a", "tiny_resnet", "-b", "8", "-j", "1", "--train-crop-size", "32", "--device", "cpu"]
     command += ["--mix", "saliencymix", "--saliency", "fine_grained", str(data_folder), "--seconds", "3"]
     command += ["--rounds", "5", "-o", str(output), "--html", str(page), "--fail-above-stall", "100"]
     assert main(command) == 0
@@ -1064,7 +1064,7 @@ def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thr
     conditions = found["conditions"]
     assert conditions["images_per_batch"] == 8
     assert conditions["options"]["saliency"] == "fine_grained"
-    assert conditions["options"]["arch"] == conditions["step"] == "resnet18"
+    assert conditions["options"]["arch"] == conditions["step"] == "tiny_resnet"
     assert conditions["settings"] == {"batch_size": 8, "num_threads": 1, "prefetch_queue_depth": 2}
     assert conditions["images_read"] == conditions["images_in_data_set"] == 48
     assert "<svg" in page.read_text()
@@ -1074,7 +1074,7 @@ def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thr
 
 def test_two_processes_train_the_built_in_step_together(data_folder, tmp_path):
     output = tmp_path / "r.json"
-    command = ["-m", "dali_saliencymix", "bottleneck", data_folder, "-a", "resnet18", "-b", "4", "-j", "1"]
+    command = ["-m", "dali_saliencymix", "bottleneck", data_folder, "-a", "tiny_resnet", "-b", "4", "-j", "1"]
     command += ["--train-crop-size", "32", "--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-what-ifs"]
     ended = torchrun(*command, "--no-storage", "-o", output)
     found = load_report(output)

@@ -92,7 +92,7 @@ def worker(tmp_path):
 def test_a_loader_that_fails_on_one_process_ends_the_others_in_their_step(worker):
     """The other process waits for gradients by then, and has nothing to say of its own."""
     prog = "python -m dali_saliencymix bottleneck"
-    command = ("command", "bottleneck", "--loader", f"{worker.stem}:Loader", "-a", "resnet18", "--device", "cpu")
+    command = ("command", "bottleneck", "--loader", f"{worker.stem}:Loader", "-a", "tiny_resnet", "--device", "cpu")
     ended = torchrun(worker, *command, "--seconds", "1", "--rounds", "5", check=False)
     assert ended.returncode == 1
     said = "error: process 1: the loader failed: OSError: the disk is gone"
