@@ -1,5 +1,6 @@
 # make demo    train on data made here, and draw mixed samples
 # make test    lint, type check, tests
+# make check   the same without the slow tests, in about a minute
 # make docs    the documentation, docs/_build/html/index.html
 # make bench   all measurements of a machine, into benchmarks/results/*-$(NAME).json
 # make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
@@ -23,7 +24,10 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 data := $(if $(DATA),"$(DATA)")
 
-.PHONY: help environment demo test lint docs bench gpu-suite clean
+# Where Python writes no bytecode, each process of the tests compiles all that it imports, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help environment demo test check lint kernels docs bench gpu-suite clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -50,8 +54,15 @@ lint: $(installed)
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
-test: lint
+# Numba's kernels are compiled once, and not by each process of the tests at the same time.
+kernels: $(installed)
+	$(python) tests/program_server.py
+
+test: lint kernels
 	$(python) -m pytest -n $(JOBS) --dist worksteal
+
+check: lint kernels
+	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html

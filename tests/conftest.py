@@ -49,6 +49,12 @@ gc.disable()
 _ended = itertools.count(1)
 
 
+def pytest_collection_finish() -> None:
+    # What the imports have left stays, and need not be looked at again: that takes most of a second each time.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
     if nextitem is None or next(_ended) % 25 == 0:
         gc.collect()

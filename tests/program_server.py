@@ -2,7 +2,7 @@
 
 Importing PyTorch, torchvision, DALI and Numba takes longer than what these programs do. A forked program is a process
 of its own, with arguments, environment, folder, standard streams, signals and exit status as if Python had started it.
-`programs.py` starts this file and sends the requests.
+`programs.py` starts this file and sends the requests. Without an argument it only has Numba compile the kernels.
 """
 
 from __future__ import annotations
@@ -17,26 +17,36 @@ import socket
 import sys
 import types
 
+import numpy as np
+
 
 def preload() -> None:
     """Import what programs of the tests need; none of it starts a thread, which a forked process would lack."""
-    import numpy as np
     import nvidia.dali.plugin.pytorch  # noqa: F401
     import tiny_model  # noqa: F401
     import torch.distributed
     import torchvision  # noqa: F401
 
     import train  # noqa: F401
-    from dali_saliencymix import _threads, saliencymix
 
     torch.set_num_threads(1)
-    with _threads.limited_to(1):  # Numba loads its compiled kernels
-        for images in (np.zeros((8, 32, 32, 3), np.uint8), np.zeros((8, 48, 48, 3), np.uint8)):
-            for saliency in ("fine_grained", "spectral_residual"):
-                saliencymix(images, np.arange(8), np.zeros(8, np.float32), saliency=saliency)
+    load_kernels()
     assert len(os.listdir("/proc/self/task")) == 1, "a module has started a thread"
     gc.collect()
     gc.freeze()
+
+
+def load_kernels() -> None:
+    """Have Numba load its kernels, or compile them where that was never done."""
+    from dali_saliencymix import _threads, paste_normalised, saliencymix
+
+    indices, lam, boxes = np.arange(8), np.zeros(8, np.float32), np.zeros((8, 4), np.int32)
+    with _threads.limited_to(1):
+        for size in (32, 48):  # with a map of that size, and with one for which there is no kernel
+            images = np.zeros((8, size, size, 3), np.uint8)
+            for saliency in ("fine_grained", "spectral_residual"):
+                saliencymix(images, indices, lam, saliency=saliency)
+        paste_normalised(images, indices, boxes, mean=[0] * 3, std=[1] * 3)
 
 
 def serve(requests: socket.socket) -> tuple[dict, list[int]]:
@@ -71,6 +81,7 @@ def become(request: dict, streams: list[int]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    np.random.seed()  # noqa: NPY002 (NumPy's own generator, as a fresh interpreter seeds it)
 
 
 def run(arguments: list[str]) -> None:
@@ -91,6 +102,9 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        load_kernels()
+        sys.exit()
     connection = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has asked for the programs
     preload()

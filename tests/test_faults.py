@@ -170,7 +170,7 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder,
     """On a file system that has room for one checkpoint and not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
     try:
