@@ -231,7 +231,7 @@ def test_a_stalled_disk_under_one_of_two_processes_ends_both_and_names_the_file(
     file = own_data / "train" / "red_square" / "00003.jpg"
     file.unlink()
     os.mkfifo(file)  # opening it waits for a writer, as a file on a dead network disk waits for its server
-    ended = launch(torchrun, tmp_path, "none", own_data, *TWO, "--stall-timeout", "10")
+    ended = launch(torchrun, tmp_path, "none", own_data, *TWO, "--stall-timeout", "5")
     assert ended.returncode == 1
     (error,) = errors_in(ended.stderr)
     assert "no progress for " in error

@@ -148,7 +148,7 @@ def test_too_small_depends_on_the_option(data):
 def test_a_file_that_kills_or_holds_its_process_is_named_and_all_others_are_examined(task, kind):
     files = [f"file{number}" for number in range(36)]
     files[33] = "bad"
-    results = dict(examined_in_processes(files, task, workers=2, timeout=5))
+    results = dict(examined_in_processes(files, task, workers=2, timeout=3))
     assert sorted(results) == list(range(36))
     assert list(results.pop(33).findings) == [kind]
     assert all(found.findings == {"words": files[number]} for number, found in results.items())
@@ -158,10 +158,10 @@ def test_a_file_that_never_ends_is_given_up(data, tmp_path):
     """A pipe with nobody at its other end: reading it waits for ever."""
     make_sample_data(tmp_path / "data", train=1, val=1)
     os.mkfifo(tmp_path / "data" / "val" / "red_square" / "pipe.jpg")
-    result = scan(tmp_path / "data", timeout=4)
+    result = scan(tmp_path / "data", timeout=3)
     (finding,) = result.report["parts"]["val"]["findings"]
     assert (finding["file"], finding["kind"]) == ("red_square/pipe.jpg", "timed_out")
-    assert finding["words"] == "not done after 4 seconds"
+    assert finding["words"] == "not done after 3 seconds"
     assert len(result.lists["val"]) == 8
 
 

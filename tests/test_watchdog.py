@@ -7,6 +7,7 @@ import os
 import pytest
 from programs import run_program
 
+from dali_saliencymix.training import watchdog
 from dali_saliencymix.training.watchdog import Watchdog, stalled_files
 
 pytest_plugins = ["training_fixtures"]
@@ -18,7 +19,7 @@ from dali_saliencymix.training.watchdog import Watchdog
 from dali_saliencymix.loaders.imagenet import training_loader
 folder = list_image_folder(sys.argv[1])
 loader = training_loader(folder, batch_size=8, num_threads=1, device=torch.device("cpu"), crop_size=32)
-with Watchdog(4, rank=3, roots=[sys.argv[1]]) as watchdog:
+with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
     while True:
         for number, batch in enumerate(loader):
             watchdog.beat("in a step")
@@ -51,7 +52,7 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     assert ended.returncode == 1
     (line,) = (line for line in ended.stderr.splitlines() if "error:" in line)
     assert "process 3: no progress for " in line
-    assert line.endswith(f"(--stall-timeout 4) while waiting for data; no answer from {file}")
+    assert line.endswith(f"(--stall-timeout 2) while waiting for data; no answer from {file}")
     assert "in share_outputs" in ended.stderr  # the stack of the thread that waits
 
 
@@ -73,12 +74,13 @@ def test_a_process_that_goes_on_is_left_alone(tmp_path):
 
 
 def test_nothing_is_watched_with_0_seconds():
-    with Watchdog(0) as watchdog:
-        watchdog.beat("waiting for data")
-        assert not watchdog._thread.is_alive()
+    with Watchdog(0) as watching:
+        watching.beat("waiting for data")
+        assert not watching._thread.is_alive()
 
 
-def test_files_that_answer_are_told_from_those_that_do_not(tmp_path):
+def test_files_that_answer_are_told_from_those_that_do_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_PROBE_SECONDS", 1.0)
     whole, pipe, elsewhere = tmp_path / "data" / "a.jpg", tmp_path / "data" / "b.jpg", tmp_path / "c"
     whole.parent.mkdir()
     whole.write_bytes(b"x")
