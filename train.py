@@ -166,22 +166,17 @@ class Trainer:
             place = {"epoch": self.epoch, "step": self.step}
             checkpoints.save_progress(saved, run.output_dir, **place, keep=run.keep_checkpoints, best=is_best)
 
-    def phase(self, epoch: int) -> Phase:
-        """Return how the images of an epoch are made."""
-        schedule = self.options.schedule
-        epoch = min(epoch, schedule.epochs - 1)  # after the last epoch its loader stays
-        return phase_at(epoch, schedule, crop_size=self.options.data.train_crop_size)
-
     def train_loader(self) -> Batches:
         """Return this process's training batches from where the training stands; a new loader for each phase."""
-        phase = self.phase(self.epoch)
+        schedule, data = self.options.schedule, self.options.data
+        epoch = min(self.epoch, schedule.epochs - 1)  # after the last epoch its loader stays
+        phase = phase_at(epoch, schedule, crop_size=data.train_crop_size)
         if self.loader is not None and self.loader_phase == phase:
             return self.loader
         self.loader = None
         gc.collect()  # the old pipeline's memory is free for the new one
         # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
         # with it orders of the files, of its own.
-        data = self.options.data
         seed = data.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
         self.loader = self.data.train_loader(
             phase.applied_to(replace(data, seed=seed)),
