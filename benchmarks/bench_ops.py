@@ -273,7 +273,7 @@ def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[
             with cupy.cuda.using_allocator(pool.malloc):
                 variant.call()
             cupy.cuda.get_current_stream().synchronize()
-        except Exception as error:  # the timing says why, and goes on with the others
+        except Exception as error:  # the timing says why, and the others are measured
             program.say(f"not measured: {name}: {one_line(error)}")
             continue
         taken = pool.total_bytes() / inputs.images.nbytes

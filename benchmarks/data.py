@@ -3,7 +3,7 @@
     python -m benchmarks.data FOLDER --images 4000 --from DATA
 
 Made files have the sizes of ImageNet's, 500 pixels along the long side for the most part. With photographs to make
-them from, each is one of these, mirrored or cropped a little and compressed anew; without, it is a mosaic of sample
+them from, each is one of these, mirrored or cropped a little and compressed again; without, it is a mosaic of sample
 images, whose grain is as fine as theirs. How large the files came out is part of the conditions of a result.
 """
 

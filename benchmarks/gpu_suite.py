@@ -4,9 +4,9 @@
     python -m benchmarks.gpu_suite OUT --data DATA --continue EARLIER
 
 It needs no network and installs nothing. Each stage is a program of its own with a share of the time; it writes its
-results to OUT as it goes, so that whatever ends the suite early takes little along. What matters most comes first. The
-first stage is a smoke test, without which nothing else begins; behind it a stage that fails does not stop the others.
-What optional packages a host lacks is said, and what depends on them is left out.
+results to OUT as it runs, so that little is lost if the suite is stopped early. What matters most comes first. The
+first stage is a smoke test: if it fails, no other stage runs. Any other stage that fails does not stop the next ones.
+Tests and variants that need a package that is not installed are left out, and the summary names them.
 
 With --continue the suite takes what an earlier one left in EARLIER, by default OUT itself, and runs only what is
 missing: stages that did not end well, in them the tests that have not passed and the variants without a result.

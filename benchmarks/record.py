@@ -62,8 +62,8 @@ class Record:
 
     def __init__(self, benchmark: str, options: argparse.Namespace, **conditions: Any) -> None:
         self._output, self._rounds = options.output, options.rounds
-        self._end = time.monotonic() + options.seconds
         self._conditions = machine.conditions(options) | conditions
+        self._end = time.monotonic() + options.seconds
         self._earlier: list[dict[str, Any]] = []
         self._measured: set[tuple[str, ...]] = set()
         self._asked: dict[str, tuple[str, ...]] = {}
@@ -75,9 +75,9 @@ class Record:
             self._continue(read_json(self._output))
 
     def _continue(self, earlier: dict[str, Any]) -> None:
-        if earlier.get("benchmark") != self.result["benchmark"]:
-            msg = f"--continue: {self._output} is a result of {earlier.get('benchmark')}"
-            msg += f", not {self.result['benchmark']}"
+        was, is_now = earlier.get("benchmark"), self.result["benchmark"]
+        if was != is_now:
+            msg = f"--continue: {self._output} is a result of {was}, not {is_now}"
             raise ValueError(msg)
         now = json.loads(json.dumps(self._conditions))  # with lists in the place of tuples, as in a file
         for name in {**earlier["conditions"], **now}:
