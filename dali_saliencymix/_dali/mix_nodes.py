@@ -45,7 +45,7 @@ class Normalise(NamedTuple):
         Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
         it is not checked, anything but 0 is 1.
     dtype : {"float32", "float16"} or DALIDataType
-        Of the images; or one of DALI's own types, such as ``types.FLOAT``.
+        Of the images; DALI's own types are accepted, such as ``types.FLOAT``.
     layout : {"CHW", "HWC"}
         Of the images.
     """
