@@ -30,7 +30,7 @@ class MeasurementError(ValueError):
     """Something cannot be measured. The text says what and why in one line."""
 
 
-class in_one_line:  # noqa: N801: it reads as a statement
+class in_one_line:
     """A context in which an error becomes a `MeasurementError`, one line that begins with `what`."""
 
     def __init__(self, what: str, explain: Callable[[Exception], str] = one_line) -> None:
