@@ -406,13 +406,13 @@ def _on_a_cpu(code: str) -> str:
     return code.replace('"cuda", 0', '"cpu"')
 
 
-def took_a_batch(code: str, folder: Path) -> tuple[int | None, str, float]:
+def took_a_batch(code: str, folder: Path, seconds: float = 90) -> tuple[int | None, str, float]:
     """Return the exit status of a program, None if it hangs, what it said last, and the seconds that it took."""
     start = time.monotonic()
     try:
-        done = program.python("-c", code, folder, timeout=90)
+        done = program.python("-c", code, folder, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return None, "it did not end", 90.0
+        return None, "it did not end", seconds
     return done.returncode, shortened(done.stderr), round(time.monotonic() - start, 1)
 
 

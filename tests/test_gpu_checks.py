@@ -58,9 +58,8 @@ def test_the_result_of_another_benchmark_is_refused(run, tmp_path):
 
 def test_a_program_that_takes_a_batch_ends_on_a_cpu(tmp_path):
     make_sample_data(tmp_path, train=2, val=1)
-    status, text, _ = gpu_checks.took_a_batch(
-        gpu_checks._on_a_cpu(gpu_checks.TAKES_A_BATCH["iterator"]), tmp_path / "train"
-    )
+    code = gpu_checks._on_a_cpu(gpu_checks.TAKES_A_BATCH["iterator"])
+    status, text, _ = gpu_checks.took_a_batch(code, tmp_path / "train", seconds=240)
     assert status == 0, text
 
 
