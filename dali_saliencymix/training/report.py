@@ -118,7 +118,7 @@ def resources_in_use() -> dict[str, float]:
     if resident is None:
         return {}
     open_files = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
-    return {"resident_mb": resident, "open_files": open_files}
+    return {"resident_mb": round(resident), "open_files": open_files}
 
 
 def has_hardware_decoder(device: torch.device) -> bool | None:
