@@ -35,7 +35,31 @@ def _why_no_gpu() -> str:
     return "" if count else "needs a GPU: CuPy sees none"
 
 
+# Left out by make check: files that start several programs, wait, or measure, beside single tests marked `slow`.
+SLOW = {
+    *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "distributed"),
+    *("docs", "dynamic_mode", "evaluate_run", "faults", "gpu_checks", "gpu_suite", "jobs", "loaders", "loaders_dali"),
+    *(
+        "lockstep",
+        "peers",
+        "preview",
+        "recipes",
+        "run_record",
+        "scan",
+        "slurm",
+        "train",
+        "train_errors",
+        "transfer_voc",
+        "watchdog",
+    ),
+    *("wheel",),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and (reason := _why_no_gpu()):
         for item in marked:

@@ -431,6 +431,7 @@ def test_the_loader_s_generator_repeats_what_workers_draw(own, persistent):
         assert equal_batches(run(3, own={"seed": 2}), batches) == [False] * 2 * BATCHES
 
 
+@pytest.mark.slow
 def test_it_does_not_matter_how_workers_are_started():
     def run(start):
         return two_epochs(loader_of(SaliencyMix(K, seed=1), 2, start, seed=3, persistent=True))
