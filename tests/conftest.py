@@ -39,20 +39,8 @@ def _why_no_gpu() -> str:
 SLOW = {
     *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "distributed"),
     *("docs", "dynamic_mode", "evaluate_run", "faults", "gpu_checks", "gpu_suite", "jobs", "loaders", "loaders_dali"),
-    *(
-        "lockstep",
-        "peers",
-        "preview",
-        "recipes",
-        "run_record",
-        "scan",
-        "slurm",
-        "train",
-        "train_errors",
-        "transfer_voc",
-        "watchdog",
-    ),
-    *("wheel",),
+    *("lockstep", "peers", "preview", "recipes", "run_record", "scan", "slurm", "train", "train_errors"),
+    *("transfer_voc", "watchdog", "wheel"),
 }
 
 

@@ -58,10 +58,11 @@ def test_a_place_that_does_not_fit_is_refused(out, message):
         paste_boxes(images, np.array([1, 0]), boxes, out=out)
 
 
-def test_the_images_are_no_place_for_the_result():
-    images, boxes = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 4), np.int32)
+@pytest.mark.parametrize("first", [0, 1], ids=["the same", "in part"])
+def test_the_images_are_no_place_for_the_result(first):
+    memory, boxes = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((2, 4), np.int32)
     with pytest.raises(ValueError, match="out must share no memory with images"):
-        paste_boxes(images, np.array([1, 0]), boxes, out=images)
+        paste_boxes(memory[:2], np.array([1, 0]), boxes, out=memory[first : first + 2])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
