@@ -7,6 +7,7 @@ of its own, with arguments, environment, folder, standard streams, signals and e
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -84,6 +85,20 @@ def become(request: dict, streams: list[int]) -> None:
     np.random.seed()  # noqa: NPY002 (NumPy's own generator, as a fresh interpreter seeds it)
 
 
+class Leaving:
+    """The end of a program, once all that is registered for it is done: without taking half a million objects apart."""
+
+    status = 1  # what an error makes
+
+    def __call__(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.status == -signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(self.status)
+
+
 def run(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS``: ``-m MODULE ...``, ``-c CODE ...`` or ``SCRIPT ...``."""
     kind, *rest = arguments
@@ -105,10 +120,20 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         load_kernels()
         sys.exit()
+    leaving = Leaving()
+    atexit.register(leaving)  # the first of all, which is the last to be called
     connection = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has asked for the programs
     preload()
     asked, given = serve(connection)
     connection.close()
     become(asked, given)
-    run(asked["arguments"])
+    try:
+        run(asked["arguments"])
+        leaving.status = 0
+    except SystemExit as ended:
+        leaving.status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    except KeyboardInterrupt:
+        leaving.status = -signal.SIGINT
+        raise
