@@ -27,6 +27,7 @@ from benchmarks import bench_ops, timing
 from dali_saliencymix import (
     DETECTORS,
     MODES,
+    _array,
     _routes,
     blend_images,
     cutmix,
@@ -63,6 +64,19 @@ def cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", module)
     with _routes.on_gpu(kernels=False):
         yield module
+
+
+def test_constants_are_made_once_for_each_device(monkeypatch):
+    made, device = [], [0]
+    monkeypatch.setattr(_array, "device_of", lambda xp: device[0])
+
+    def build(value):
+        made.append((device[0], value))
+        return np.array(value)
+
+    for device[0] in (0, 1, 0, 1):
+        assert [int(_array.constant(np, build, value)) for value in (3, 4)] == [3, 4]
+    assert made == [(0, 3), (0, 4), (1, 3), (1, 4)]
 
 
 def pictures(channels=3, height=HEIGHT, width=WIDTH):

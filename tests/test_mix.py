@@ -278,6 +278,7 @@ WRONG_IMAGES = [
     (np.zeros((5, 8, 8, 3), np.float32), TypeError, "images must be uint8 .*, got float32: .* Mix before normalising"),
     (np.zeros((5, 8, 8, 3), np.float64), TypeError, "images must be uint8 .*, got float64: .* returns noise"),
     (np.zeros((5, 8, 8, 3), np.int64), TypeError, "images must be uint8 .*, got int64: saliency is defined on 8-bit"),
+    (np.zeros((5, 8, 8, 3), np.uint16), TypeError, "images must be uint8 .*, got uint16: saliency is defined on 8-bit"),
     (np.zeros((5, 3, 8, 8), np.uint8), ValueError, r"\(N, H, W, C\).* got \(5, 3, 8, 8\): .* channels first"),
     (np.zeros((5, 8, 8, 4), np.uint8), ValueError, r"with C of 1 or 3, got \(5, 8, 8, 4\)$"),
     (np.zeros((8, 8, 3), np.uint8), ValueError, r"images must have shape \(N, H, W, C\).* got \(8, 8, 3\)$"),
