@@ -231,7 +231,6 @@ def test_profile_loader_measures_the_run_as_it_would_be_and_trains_nothing(
 
     monkeypatch.setattr(command, "measure_source", measure)
     monkeypatch.setattr(command, "report_text", lambda report: f"report: {report['verdict']}")
-    monkeypatch.setattr(command, "save_report", lambda report, path: path.write_text(json.dumps(report)))
     ended = train_here(data_folder, *TINY, "--profile-loader", "--output-dir", tmp_path / "run")
     assert ended.status == 0
     assert "report: made up" in ended.out
