@@ -35,6 +35,7 @@ from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.arguments import parse_arguments, save_config
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
@@ -143,15 +144,15 @@ class Trainer:
             **self.updater.state(),
             "epoch": self.epoch,
             "step": self.step,
-            "totals": distributed.gather_from_processes(self.totals.state()),
+            "totals": gather(self.totals.state()),
             "best_top1": self.best_top1,
             "restarts": self.restarts,
-            "random": distributed.gather_from_processes(checkpoints.random_state(self.processes.device)),
+            "random": gather(checkpoints.random_state(self.processes.device)),
             "versions": versions(),
             "config": self.config,
             "classes": self.data.classes,
             "data": self.data.fingerprint,
-            "loaders": distributed.gather_from_processes(self.loader.state()),
+            "loaders": gather(self.loader.state()),
         }
 
     def save(self, *, is_best: bool = False) -> None:
@@ -340,7 +341,7 @@ def run(options: TrainingOptions, processes: Processes) -> None:
     if options.run.profile_loader:
         profile_training(options, processes)
         return
-    resume = distributed.from_main_process(checkpoints.find_resume(options.run) if processes.is_main else None)
+    resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
     trainer = Trainer(options, processes, resume)
     if options.run.evaluate:
         assert resume is not None
@@ -372,7 +373,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
             trainer.save()  # the trained epoch; the run that resumes validates it
             raise
         val_seconds = time.perf_counter() - validation_started if val else 0.0
-        bad_files = distributed.gather_from_processes(getattr(trainer.train_loader(), "bad_files", []))
+        bad_files = gather(getattr(trainer.train_loader(), "bad_files", []))
         trainer.end_epoch()
         judged = ema or val
         is_best = judged is not None and judged["top1"] > trainer.best_top1

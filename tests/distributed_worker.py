@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 import train
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.imagenet import training_loader, validation_loader
+from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import parse_arguments
-from dali_saliencymix.training.distributed import gather_from_processes, start_processes, stop_processes
+from dali_saliencymix.training.distributed import start_processes, stop_processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 
 TRAINING = [(12, 3), (13, 3), (23, 4), (47, 5)]  # images and images of a batch
@@ -50,12 +51,12 @@ def one_step(loader) -> dict:
     model = torchvision.models.resnet18(num_classes=100)
     images, labels, source_labels, lam = next(iter(loader))
     alone = copy.deepcopy(model)
-    local = gather_from_processes(gradients_of(alone, alone, images, labels, source_labels, lam))
+    local = gather(gradients_of(alone, alone, images, labels, source_labels, lam))
     network = DistributedDataParallel(model)
-    shared = gather_from_processes(gradients_of(network, model, images, labels, source_labels, lam))
+    shared = gather(gradients_of(network, model, images, labels, source_labels, lam))
     mean = (local[0] + local[1]) / 2
     return {
-        "lam": gather_from_processes(lam.tolist()),
+        "lam": gather(lam.tolist()),
         "same": bool(torch.equal(shared[0], shared[1])),
         "off_the_mean": ((shared[0] - mean).norm() / mean.norm()).item(),
         "between_processes": ((local[0] - local[1]).norm() / mean.norm()).item(),
@@ -70,7 +71,7 @@ def one_epoch(arguments: list[str], processes) -> dict:
     val = trainer.validate(trainer.val_loader())
     state = [part.double().sum().item() for part in trainer.model.state_dict().values()]
     sums = {name: trained[name] for name in ("loss", "mixed_top1", "images")}
-    return {"begin": gather_from_processes(begin), "both": gather_from_processes([state, sums, val])}
+    return {"begin": gather(begin), "both": gather([state, sums, val])}
 
 
 def main() -> None:
@@ -82,10 +83,10 @@ def main() -> None:
     report: dict = {"training": {}, "validation": {}}
     for count, batch_size in TRAINING:
         loader = training_loader(numbered(files, count), batch_size=batch_size, seed=5, **common)
-        report["training"][f"{count} {batch_size}"] = gather_from_processes(loaded_labels(loader))
+        report["training"][f"{count} {batch_size}"] = gather(loaded_labels(loader))
     for count, batch_size in VALIDATION:
         loader = validation_loader(numbered(files, count), batch_size=batch_size, resize_size=32, **common)
-        report["validation"][f"{count} {batch_size}"] = gather_from_processes(loaded_labels(loader))
+        report["validation"][f"{count} {batch_size}"] = gather(loaded_labels(loader))
     report["step"] = one_step(training_loader(numbered(files, 16), batch_size=6, seed=5, mix=MixOptions(), **common))
     report["epoch"] = one_epoch([str(data), *sys.argv[3:]], processes)
     if processes.is_main:

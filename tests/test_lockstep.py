@@ -14,7 +14,8 @@ pytest_plugins = ["training_fixtures"]
 
 WORKER = """
 import json, os, sys
-from dali_saliencymix.training.distributed import fail, gather_from_processes, start_processes, stop_processes
+from dali_saliencymix.measure.processes import gather
+from dali_saliencymix.training.distributed import fail, start_processes, stop_processes
 from dali_saliencymix.training.lockstep import Lockstep
 
 def batches(count, error=None):
@@ -34,7 +35,7 @@ for case, loader in {
             got.append(batch)
     except Exception as error:
         got.append(f"{type(error).__name__}: {error}")
-    seen[case] = gather_from_processes(got)
+    seen[case] = gather(got)
 if main:
     open(sys.argv[1], "w").write(json.dumps(seen))
 stop_processes()

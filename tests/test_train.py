@@ -475,6 +475,7 @@ import json, sys
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 import train
+from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import distributed
 from dali_saliencymix.training.arguments import parse_arguments
 processes = distributed.start_processes("cpu")
@@ -486,7 +487,7 @@ def counted(group, bucket):
 trainer.network.register_comm_hook(None, counted)
 trainer.train_epoch()
 weights = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
-gathered = distributed.gather_from_processes([sum(exchanged), weights])
+gathered = gather([sum(exchanged), weights])
 if processes.is_main:
     open(sys.argv[1], "w").write(json.dumps(gathered))
 distributed.stop_processes()

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import traceback
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +25,6 @@ _board: Store | None = None
 
 # Only a last resort: whoever waits that long is stopped by its watchdog first.
 _PATIENCE = datetime.timedelta(hours=6)
-
-
-gather_from_processes = processes.gather
 
 
 class OtherProcessError(RuntimeError):
@@ -151,15 +147,6 @@ def sum_of_counts(counts: list[int]) -> list[int]:
     total = torch.tensor(counts, dtype=torch.int64)
     dist.all_reduce(total, group=_control)
     return total.tolist()
-
-
-def from_main_process(value: Any) -> Any:
-    """Return the main process's value in all of them, all of which have to call this."""
-    if _control is None:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0, group=_control)
-    return values[0]
 
 
 def copy_buffers_from_main(model: torch.nn.Module) -> None:
