@@ -25,7 +25,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from dali_saliencymix.bottleneck import Monitor
-from dali_saliencymix.datasets.voc import (
+from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.training import checkpoints, distributed
+from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
+from dali_saliencymix.training.voc import (
     CLASSES,
     Detections,
     VocImages,
@@ -34,10 +38,6 @@ from dali_saliencymix.datasets.voc import (
     training_order,
     training_target,
 )
-from dali_saliencymix.measure.environment import environment
-from dali_saliencymix.measure.results import write_json
-from dali_saliencymix.training import checkpoints, distributed
-from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
 
 ENTRIES = ("model", "optimizer", "iteration", "config", "random")
 # The options that decide what is trained: a run that goes on has to keep them.

@@ -15,9 +15,9 @@ from training_fixtures import Ended
 from voc_fixtures import SETS, make_voc
 
 import transfer_voc
-from dali_saliencymix.datasets.voc import CLASSES, VocImages, training_target
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint, save_checkpoint
+from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
 
 pytest_plugins = ["voc_fixtures"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from voc_fixtures import COLOURS, HEIGHT, SETS, WIDTH, write_annotation
 
-from dali_saliencymix.datasets.voc import (
+from dali_saliencymix.training.voc import (
     CLASSES,
     Detections,
     Objects,
