@@ -27,7 +27,7 @@ data := $(if $(DATA),"$(DATA)")
 # Where Python writes no bytecode, each process of the tests compiles all that it imports, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help environment demo test check lint kernels docs bench gpu-suite clean
+.PHONY: help environment demo test check lint kernels lint-and-kernels docs bench gpu-suite clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -58,10 +58,14 @@ lint: $(installed)
 kernels: $(installed)
 	$(python) tests/program_server.py
 
-test: lint kernels
+# Both use one core each for most of their time.
+lint-and-kernels: $(installed)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint kernels
+
+test: lint-and-kernels
 	$(python) -m pytest -n $(JOBS) --dist worksteal
 
-check: lint kernels
+check: lint-and-kernels
 	$(python) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 docs: $(installed)
