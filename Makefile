@@ -56,7 +56,7 @@ lint: $(installed)
 
 # Numba's kernels are compiled once, and not by each process of the tests at the same time.
 kernels: $(installed)
-	$(python) tests/program_server.py
+	$(python) tests/shared/program_server.py
 
 # Both use one core each for most of their time.
 lint-and-kernels: $(installed)

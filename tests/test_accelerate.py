@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 IMAGES, EPOCHS, BATCH, LR = 48, 2, 8, 0.01
 OPTIONS = {"epochs": EPOCHS, "batch_size": BATCH, "size": 32, "lr": LR}
@@ -65,7 +65,7 @@ def record(data, output):
 def reports(data_folder, tmp_path_factory):
     """What two processes recorded."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from programs import torchrun
+    from shared.programs import torchrun
 
     output = tmp_path_factory.mktemp("reports")
     torchrun(__file__, data_folder, output)
@@ -146,7 +146,7 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
 def test_the_command_trains_and_writes_weights(data_folder, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     import torchvision
-    from programs import run_program
+    from shared.programs import run_program
 
     weights = tmp_path / "weights.pt"
     options = ["--cpu", "-b", "8", "--size", "32", "--lr", "0.01", "--output", weights]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from programs import run_program
+from shared.programs import run_program
 
 from benchmarks import (
     bench_pipeline,

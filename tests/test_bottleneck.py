@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from training_fixtures import torchrun
+from shared.training_fixtures import torchrun
 
 from benchmarks import bottleneck_faults as faults
 from dali_saliencymix import bottleneck
@@ -37,7 +37,7 @@ from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
 from dali_saliencymix.measure.windows import Batches, Subject, Windows, images_in, measure_in_turns
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 QUICK = {"seconds": 1.5, "rounds": 5, "what_ifs": False, "storage": False}
 

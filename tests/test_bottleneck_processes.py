@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from training_fixtures import TINY, torchrun
+from shared.training_fixtures import TINY, torchrun
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 WORKER = """
 import os, sys

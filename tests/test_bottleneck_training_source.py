@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import assert_equal_batches, epoch
-from cifar_files import write_cifar
+from shared.batches import assert_equal_batches, epoch
+from shared.cifar_files import write_cifar
 
 from dali_saliencymix.__main__ import main
 from dali_saliencymix.bottleneck import BottleneckError, command, stages, whatifs

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import reference
 
 from dali_saliencymix import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
-from kernels_on_cpu import KERNELS, launch, pictures, strided
 from nvidia.dali.ops._operators import python_function
+from shared import reference
+from shared.kernels_on_cpu import KERNELS, launch, pictures, strided
 
 from benchmarks import sanitize
 from dali_saliencymix import _cuda as cuda
@@ -36,7 +36,7 @@ from dali_saliencymix.mix import _Batch, _saliencymix_in_kernels
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.saliency import grey
 
-pytest_plugins = ["kernels_on_cpu"]
+pytest_plugins = ["shared.kernels_on_cpu"]
 
 MARGIN = 256  # bytes around each array, in which nobody may write
 

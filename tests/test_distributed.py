@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import EPOCHS, TRAINING, VALIDATION
-from programs import real_torchrun, torchrun
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
+from shared.distributed_worker import EPOCHS, TRAINING, VALIDATION
+from shared.programs import real_torchrun, torchrun
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.distributed import start_processes
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 BATCH = 5  # divides nothing here
 TWO = (*TINY, "-b", str(BATCH), "-p", "2")
@@ -26,7 +26,8 @@ VAL_IMAGES = VAL_PER_CLASS * CLASS_COUNT - 1
 # Runs train.py and keeps what a run that is killed in the second epoch leaves behind.
 COPIED = """
 import shutil, sys
-import tiny_model, train
+import train
+from shared import tiny_model
 from dali_saliencymix.training import checkpoints
 save = checkpoints.save_progress
 def save_and_copy(checkpoint, output_dir, *, epoch, step, **options):
@@ -50,7 +51,7 @@ def odd_data(data_folder, tmp_path_factory) -> Path:
 def report(odd_data, tmp_path_factory) -> dict:
     """What `distributed_worker.py` has recorded."""
     output = tmp_path_factory.mktemp("worker") / "report.json"
-    torchrun(Path(__file__).with_name("distributed_worker.py"), odd_data, output, *TWO)
+    torchrun(Path(__file__).parent.joinpath("shared", "distributed_worker.py"), odd_data, output, *TWO)
     return json.loads(output.read_text())
 
 

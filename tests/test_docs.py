@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from programs import run_program
+from shared.programs import run_program
 
 import dali_saliencymix
 from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from batches import assert_equal_batches
 from nvidia.dali.experimental.dynamic import _capture
-from programs import run_program
+from shared.batches import assert_equal_batches
+from shared.programs import run_program
 
 from dali_saliencymix import saliencymix
 from dali_saliencymix.datasets.image_folder import list_image_folder

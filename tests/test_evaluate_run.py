@@ -9,13 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from programs import torchrun
-from training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log
+from shared.programs import torchrun
+from shared.training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.datasets.sample_data import CLASSES
 from dali_saliencymix.training.checkpoints import BEST, LAST
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 VAL_IMAGES = VAL_PER_CLASS * CLASS_COUNT
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import REPOSITORY, real_torchrun, run_program, torchrun
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
+from shared.programs import REPOSITORY, real_torchrun, run_program, torchrun
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
-WORKER = Path(__file__).with_name("fault_worker.py")
+WORKER = Path(__file__).parent.joinpath("shared", "fault_worker.py")
 STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 8
 # Without the compilation of a saliency detector in each process: what it draws with is DALI, as in the other mixes.
 ONE = (

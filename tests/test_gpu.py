@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import assert_equal_batches
 from nvidia.dali import fn, pipeline_def
+from shared.batches import assert_equal_batches
 
 import dali_saliencymix.fn as dsfn
 from benchmarks.gpu_checks import TAKES_A_BATCH

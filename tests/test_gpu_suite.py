@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from programs import python_path
+from shared.programs import python_path
 
 from benchmarks import gpu_suite, machine, sanitize, smoke
 from dali_saliencymix.measure.results import write_json

@@ -13,13 +13,13 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import kernels_on_cpu
 import numpy as np
 import pytest
 import torch
-from cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
-from kernels_on_cpu import launch
 from nvidia.dali import fn, pipeline_def
+from shared import kernels_on_cpu
+from shared.cupy_stand_in import HostSynchronisation, ndarray, on_device, on_host, stand_in_for_cupy
+from shared.kernels_on_cpu import launch
 from torch.utils import dlpack
 
 import dali_saliencymix.fn as dsfn
@@ -48,7 +48,7 @@ from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix._dali import python_operator as dali_operator
 from dali_saliencymix.options import DESTINATIONS
 
-pytest_plugins = ["kernels_on_cpu"]
+pytest_plugins = ["shared.kernels_on_cpu"]
 
 COUNT, HEIGHT, WIDTH = 5, 24, 29
 PER_BATCH = [False, True]

@@ -24,12 +24,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import records
 import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 from PIL import Image
-from programs import REPOSITORY, run_program
+from shared import records
+from shared.programs import REPOSITORY, run_program
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.image_folder import list_image_folder

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from batches import assert_equal_batches, epoch, ids
-from cifar_files import python2_pickle, write_cifar
 from PIL import Image
-from training_fixtures import TINY
+from shared.batches import assert_equal_batches, epoch, ids
+from shared.cifar_files import python2_pickle, write_cifar
+from shared.training_fixtures import TINY
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.cifar import read_cifar
@@ -31,7 +31,7 @@ from dali_saliencymix.training import arguments
 from dali_saliencymix.training.activation_maps import _centre_crop
 from dali_saliencymix.training.checkpoints import load_checkpoint
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 CPU = torch.device("cpu")
 FOLDER_SIZES = ("--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32")

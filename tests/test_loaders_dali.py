@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import assert_equal_batches, epoch, ids
+from shared.batches import assert_equal_batches, epoch, ids
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from programs import torchrun
+from shared.programs import torchrun
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.lockstep import Lockstep, Preempted
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 WORKER = """
 import json, os, sys

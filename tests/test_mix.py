@@ -7,9 +7,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import reference
 
 from dali_saliencymix import MODES, PRESETS, MixOptions, cutmix, mix, mixup, saliencymix, spectral_residual
 from dali_saliencymix.mix import apply

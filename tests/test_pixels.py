@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import reference
 
 from dali_saliencymix import blend_images, paste_boxes, soft_labels
 from dali_saliencymix.pixels import _paste_by_mask, _paste_by_slices

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
 from PIL import Image
-from programs import run_program
+from shared.programs import run_program
 
 from dali_saliencymix import DETECTORS, boxes_at, draw_mix_params, mix, saliency_peaks, spectral_residual
 from dali_saliencymix.__main__ import main
 from dali_saliencymix.preview import draw_detectors, draw_mixed
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 
 def error_of(capsys) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import REPOSITORY, environment_of_program, run_program, torchrun
+from shared.programs import REPOSITORY, environment_of_program, run_program, torchrun
 
 ENDS = {
     "done": "print('out')",

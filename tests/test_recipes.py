@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from cifar_files import write_cifar
-from programs import REPOSITORY
-from training_fixtures import read_log
+from shared.cifar_files import write_cifar
+from shared.programs import REPOSITORY
+from shared.training_fixtures import read_log
 
 from dali_saliencymix.training.arguments import parse_arguments
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

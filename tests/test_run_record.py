@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from programs import run_program
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
+from shared.programs import run_program
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import replace_file
@@ -24,7 +24,7 @@ from dali_saliencymix.training.lockstep import Preempted
 from dali_saliencymix.training.run_log import COLUMNS, RunLog, read_table
 from dali_saliencymix.training.samples import save_samples
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 FACTS = {"config": {"lr": 0.1}, "environment": {"device": "a device"}, "global_batch": 8}
 TRAIN = {"loss": 2.0, "mixed_top1": 10.0, "images": 48, "images_per_second": 24.0, "data_wait_share": 0.5}

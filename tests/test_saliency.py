@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import reference
+from shared import reference
 
 from dali_saliencymix import (
     DETECTORS,

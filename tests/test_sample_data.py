@@ -7,12 +7,12 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from training_fixtures import TRAIN_PER_CLASS, VAL_PER_CLASS
+from shared.training_fixtures import TRAIN_PER_CLASS, VAL_PER_CLASS
 
 from dali_saliencymix import DETECTORS, get_detector, saliency_peaks
 from dali_saliencymix.datasets.sample_data import CLASSES, make_sample_data, sample_jpeg
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 HUES = {"red": 0, "orange": 29, "yellow": 58, "green": 119, "cyan": 180, "blue": 223, "purple": 270, "magenta": 310}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from programs import REPOSITORY, run_program
-from scan_tasks import die_on_bad, hang_on_bad
+from shared.programs import REPOSITORY, run_program
+from shared.scan_tasks import die_on_bad, hang_on_bad
 
 from dali_saliencymix.__main__ import main
 from dali_saliencymix.datasets.image_folder import list_image_folder

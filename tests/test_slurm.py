@@ -10,12 +10,12 @@ import sys
 import time
 
 import pytest
-from programs import REPOSITORY, python_path
-from training_fixtures import TINY, read_log
+from shared.programs import REPOSITORY, python_path
+from shared.training_fixtures import TINY, read_log
 
 from dali_saliencymix.training.checkpoints import load_checkpoint
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 SCRIPT = REPOSITORY / "configs" / "slurm" / "train.sbatch"
 STAND_INS = {

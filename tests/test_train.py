@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from programs import torchrun
-from tiny_model import tiny_resnet
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
+from shared.programs import torchrun
+from shared.tiny_model import tiny_resnet
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
 from dali_saliencymix.bottleneck import Monitor, command
@@ -29,7 +29,7 @@ from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint
 from dali_saliencymix.training.models import choose_kernels
 from train import Trainer
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 TRAIN_IMAGES, VAL_IMAGES = TRAIN_PER_CLASS * CLASS_COUNT, VAL_PER_CLASS * CLASS_COUNT
 STEPS = TRAIN_IMAGES // 8

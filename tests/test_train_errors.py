@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from programs import run_program
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS
+from shared.programs import run_program
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS
 
 from dali_saliencymix.datasets.sample_data import CLASSES
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 TRAIN_IMAGES = TRAIN_PER_CLASS * CLASS_COUNT
 

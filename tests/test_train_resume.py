@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 import torchvision
-from training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, read_log
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, read_log
 
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 8
 

@@ -9,17 +9,17 @@ import sys
 import pytest
 import torch
 import torchvision
-from programs import run_program
+from shared.programs import run_program
+from shared.training_fixtures import Ended
+from shared.voc_fixtures import SETS, make_voc
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
-from training_fixtures import Ended
-from voc_fixtures import SETS, make_voc
 
 import transfer_voc
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint, save_checkpoint
 from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
 
-pytest_plugins = ["voc_fixtures"]
+pytest_plugins = ["shared.voc_fixtures"]
 
 SMALL = {"trainable_layers": 5, "min_size": 64, "max_size": 80}
 TINY = (

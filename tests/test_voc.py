@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from voc_fixtures import COLOURS, HEIGHT, SETS, WIDTH, write_annotation
+from shared.voc_fixtures import COLOURS, HEIGHT, SETS, WIDTH, write_annotation
 
 from dali_saliencymix.training.voc import (
     CLASSES,
@@ -21,7 +21,7 @@ from dali_saliencymix.training.voc import (
     training_order,
 )
 
-pytest_plugins = ["voc_fixtures"]
+pytest_plugins = ["shared.voc_fixtures"]
 
 
 def objects_of(*boxes, labels=None, difficult=None) -> Objects:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
-from programs import run_program
+from shared.programs import run_program
 
 from dali_saliencymix.training import watchdog
 from dali_saliencymix.training.watchdog import Watchdog, stalled_files
 
-pytest_plugins = ["training_fixtures"]
+pytest_plugins = ["shared.training_fixtures"]
 
 LOAD = """
 import sys, torch

@@ -147,7 +147,8 @@ def copied(batch: Any, *, tensors: bool) -> Any:
     if isinstance(batch, MutableMapping):
         new = copy.copy(batch)
         for name in list(new):
-            new[name] = copied(new[name], tensors=tensors)
+            if (part := copied(new[name], tensors=tensors)) is not new[name]:
+                new[name] = part
         return new
     if isinstance(batch, (list, tuple)):
         parts = [copied(part, tensors=tensors) for part in batch]
@@ -272,7 +273,6 @@ def measure_in_turns(
 def _tried(subject: Subject, share: float, synchronise: Callable[[], None]) -> tuple[float, float]:
     """Return the seconds that a batch takes, and those before and after a window: this is the warm-up as well."""
     count = 1
-    subject.settle()
     while True:
         start = time.perf_counter()
         batch = longest(_window(subject, count, synchronise) / 1000)

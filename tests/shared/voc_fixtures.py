@@ -1,6 +1,6 @@
 """A small data set in the form of Pascal VOC: real JPEG and XML files, with objects that can be told apart.
 
-A test module gets the fixture with ``pytest_plugins = ["voc_fixtures"]``. Nothing here asserts: PYTEST_DONT_REWRITE
+A test module gets the fixture with ``pytest_plugins = ["shared.voc_fixtures"]``. Nothing asserts: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the tests of the training side share: a small data set, `train.py` run here and run as a program.
 
-A test module gets the fixtures with ``pytest_plugins = ["training_fixtures"]`` and imports the rest by name. That
-import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+A test module gets the fixtures with ``pytest_plugins = ["shared.training_fixtures"]``, and imports the rest by name.
+That import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_model  # noqa: F401 (the network of `TINY`)
-from programs import run_program, torchrun  # noqa: F401 (tests import `torchrun` from here, too)
+
+from shared import tiny_model  # noqa: F401 (the network of `TINY`)
+from shared.programs import run_program, torchrun  # noqa: F401 (tests import `torchrun` from here, too)
 
 TRAIN_PER_CLASS, VAL_PER_CLASS, CLASS_COUNT = 6, 3, 8
 TINY = (

@@ -15,9 +15,8 @@ import shutil
 import signal
 import sys
 
-import tiny_model  # noqa: F401
-
 import train
+from shared import tiny_model  # noqa: F401
 
 
 def happen(what: str) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 240.0  # seconds for a program
 
 

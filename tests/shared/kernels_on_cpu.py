@@ -1,7 +1,7 @@
 """The CUDA kernels as C++ on the CPU, through ``cuda_on_cpu.h``: compiled once, launched by name; and images for them.
 
-A test module gets the fixture with ``pytest_plugins = ["kernels_on_cpu"]`` and imports the rest by name. That import
-comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+A test module gets the fixture with ``pytest_plugins = ["shared.kernels_on_cpu"]`` and imports the rest by name. That
+import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations

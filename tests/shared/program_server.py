@@ -24,11 +24,11 @@ import numpy as np
 def preload() -> None:
     """Import what programs of the tests need; none of it starts a thread, which a forked process would lack."""
     import nvidia.dali.plugin.pytorch  # noqa: F401
-    import tiny_model  # noqa: F401
     import torch.distributed
     import torchvision  # noqa: F401
 
     import train  # noqa: F401
+    from shared import tiny_model  # noqa: F401
 
     torch.set_num_threads(1)
     load_kernels()

@@ -1,0 +1,1 @@
+"""What test modules share: references, fixtures, stand-ins, and programs that tests start."""
