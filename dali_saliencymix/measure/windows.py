@@ -23,6 +23,7 @@ from dali_saliencymix.measure.rounds import in_turns
 Step = Callable[[Any], Any]
 
 MOST_STEPS = 500  # in one window
+LEAST_SECONDS = 0.08  # of one window: a single short batch says little
 MOST_REST = 2.0  # seconds after one
 
 
@@ -251,16 +252,17 @@ def measure_in_turns(
     stepping = [name for name, subject in subjects.items() if subject.step]
     steps: dict[str, int] = {}
     for names in (stepping, *([name] for name in subjects if name not in stepping)):
-        count = min((int((share - around[name]) / batch[name]) for name in names), default=1)
+        lasts = {name: max(share - around[name], LEAST_SECONDS) for name in names}
+        count = min((int(lasts[name] / batch[name]) for name in names), default=1)
         update = math.lcm(*(subjects[name].update for name in names))
         count = max(min(count, MOST_STEPS) // update, 1) * update
         epoch = math.lcm(update, *(agree(subjects[name].epoch, max) for name in names))
         if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs, with what their beginning costs
             count = max(round(count / epoch), 1) * epoch
         steps |= dict.fromkeys(names, count)
-    lasts = sum(around[name] + steps[name] * batch[name] for name in subjects)
-    if LEAST_ROUNDS * lasts > 1.5 * seconds:
-        notify(f"a batch takes long here: this part will need about {LEAST_ROUNDS * lasts:.0f} s")
+    needed = LEAST_ROUNDS * sum(around[name] + steps[name] * batch[name] for name in subjects)
+    if needed > 1.5 * seconds:
+        notify(f"a batch takes long here: this part will need about {needed:.0f} s")
     for subject in subjects.values():
         subject.waits.clear()
         subject.totals.clear()
