@@ -119,6 +119,17 @@ def test_steps_that_never_wait_for_a_fast_loader_decide_where_the_stall_does_not
     assert ("waits for its batches for 0 % of the time" in verdict.why) == (name != "INCONCLUSIVE")
 
 
+def test_figures_that_all_jump_about_are_no_contention():
+    """Together is slower in each round, but not slower than each alone at its slowest."""
+    jumping = Figures(
+        (60.0, 30.0, 200.0, 50.0, 90.0), (20.0, 10.0, 30.0, 15.0, 25.0), (110.0, 60.0, 320.0, 100.0, 160.0)
+    )
+    verdict = decide(jumping)
+    assert verdict.name == "INCONCLUSIVE"
+    assert "cannot be told apart" in verdict.why
+    assert decide(dataclasses.replace(jumping, end_ms=(210.0, 220.0, 320.0, 230.0, 240.0))).name == "CONTENTION"
+
+
 def test_waits_do_not_hide_a_stall():
     assert decide(figures(50, 20, 100, waits=(0.0,) * 5)).name == "CONTENTION"
 
