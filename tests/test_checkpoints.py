@@ -227,6 +227,11 @@ def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_pa
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / LAST
     assert passed_over == []
     newest = tmp_path / "checkpoint_e001_s000000.pt"
+    (tmp_path / LAST).unlink()  # and as if the run had been killed before it named the newest one last
+    (tmp_path / LAST).write_bytes((tmp_path / "checkpoint_e000_s000010.pt").read_bytes())
+    assert find_checkpoint("auto", tmp_path, passed_over.append) == newest
+    (tmp_path / LAST).unlink()
+    os.link(newest, tmp_path / LAST)
     newest.write_bytes(newest.read_bytes()[:-10])  # and with it the one named last
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
     (line,) = passed_over

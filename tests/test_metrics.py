@@ -59,6 +59,8 @@ def test_right_answers_count_by_the_weight_of_the_label_that_they_name():
     labels, source_labels = torch.tensor([0, 0, 0, 3, 1]), torch.tensor([1, 1, 1, 3, 2])
     lam = torch.tensor([0.75, 0.75, 0.75, 0.25, 1.0])
     # The label: 0.75. The source's: 0.25. Neither: 0. Both are the same: 1. Neither, not mixed: 0.
+    each = zip(answers.split(1), labels.split(1), source_labels.split(1), lam.split(1), strict=True)
+    assert [mixed_correct(*sample).item() for sample in each] == [0.75, 0.25, 0.0, 1.0, 0.0]
     assert mixed_correct(answers, labels, source_labels, lam).item() == 2.0
 
 
