@@ -23,6 +23,15 @@ def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
     assert time.time() - 60 < first["time"] <= second["time"] <= time.time() + 1
 
 
+def test_half_a_line_of_a_process_that_was_killed_spoils_no_other(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "ep')
+    write_event(path, "resume", epoch=1)
+    half, whole = path.read_text().splitlines()
+    assert half == '{"event": "ep'
+    assert json.loads(whole)["event"] == "resume"
+
+
 def test_where_there_is_no_terminal_each_display_is_one_line(capsys):
     progress = Progress("epoch 2/5", 8, enabled=True)
     for step in range(8):
