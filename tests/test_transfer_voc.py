@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 import torchvision
 from shared.programs import run_program
-from shared.training_fixtures import Ended
+from shared.training_fixtures import script_here
 from shared.voc_fixtures import SETS, make_voc
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
@@ -62,20 +61,7 @@ def whole_run(voc, checkpoint, tmp_path_factory):
 @pytest.fixture
 def transfer_here(monkeypatch, capfd):
     """Return a function that runs the script in this process, on one thread as the program does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
-    def run(*arguments) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["transfer_voc.py", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            status = transfer_voc.main()
-        except SystemExit as ended:
-            status = ended.code
-        return Ended(status, *capfd.readouterr())
-
-    yield run
-    torch.set_num_threads(threads)
+    yield from script_here(transfer_voc, monkeypatch, capfd)
 
 
 def test_the_detector_is_torchvisions_own(tmp_path):

@@ -108,7 +108,7 @@ def measure_storage(
 
 
 def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return what an action gives, and why it failed on this process or another one: none goes on without the rest."""
+    """Return what an action gives, and why it failed on this process or another: none continues without the rest."""
     result = why = None
     try:
         result = action()

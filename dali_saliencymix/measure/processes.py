@@ -18,6 +18,11 @@ def use_group(group: Any) -> None:
     _group = group
 
 
+def are_several() -> bool:
+    """Return whether values are gathered over a process group."""
+    return _group is not None
+
+
 def gather(value: T) -> list[T]:
     """Return the values of all processes by rank; all have to call this.
 
@@ -32,6 +37,17 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size(_group)
     distributed.all_gather_object(values, value, group=_group)
     return values
+
+
+def sum_of_counts(counts: list[int]) -> list[int]:
+    """Return the sums of small integers over all processes, all of which have to call this; it waits for no GPU."""
+    if _group is None:
+        return [int(count) for count in counts]
+    torch = sys.modules["torch"]
+    total = torch.tensor(counts, dtype=torch.int64)
+    torch.distributed.all_reduce(total, group=_group)
+    sums: list[int] = total.tolist()
+    return sums
 
 
 def agree(value: T, choose: Callable[[list[T]], T]) -> T:
@@ -53,9 +69,9 @@ def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether an error says that another process can no longer be reached."""
-    if _group is None:
+    torch = sys.modules.get("torch")
+    if torch is None:
         return False
-    distributed = sys.modules["torch"].distributed
-    if isinstance(error, (distributed.DistNetworkError, distributed.DistBackendError)):
+    if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistBackendError)):
         return True
     return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", str(error)) is not None

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
-from dali_saliencymix.measure.processes import agree, gather, is_lost_connection
+from dali_saliencymix.measure.processes import agree, are_several, gather, is_lost_connection
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.rounds import in_turns
 
@@ -43,7 +43,7 @@ class in_one_line:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, (MeasurementError, StopIteration)):
             return
-        if not is_lost_connection(error):  # else it is the other process that has failed, and says why
+        if not (are_several() and is_lost_connection(error)):  # else the other process has failed, and says why
             msg = f"{self._what}: {self._explain(error)}"
             raise MeasurementError(msg) from error
 

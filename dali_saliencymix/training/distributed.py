@@ -18,8 +18,6 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure import processes
 from dali_saliencymix.measure.processes import is_lost_connection
 
-# Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the other.
-_control: dist.ProcessGroup | None = None
 # What the processes leave for each other to read. It is kept by torchrun, and outlives them.
 _board: Store | None = None
 
@@ -37,7 +35,7 @@ def start_processes(device: str = "auto") -> Processes:
     ``"auto"`` takes a GPU if there is one, and otherwise the CPU, which it says on stderr. ValueError if a GPU is asked
     for and there is none for this process.
     """
-    global _board, _control
+    global _board
     given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in given.items())
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -60,8 +58,9 @@ def start_processes(device: str = "auto") -> Processes:
             dist.init_process_group("nccl", device_id=chosen, store=store, rank=rank, world_size=world_size)
         else:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
-        _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        processes.use_group(_control)
+        # Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the
+        # other.
+        processes.use_group(dist.new_group(backend="gloo", timeout=_PATIENCE))
     return Processes(rank, local_rank, world_size, chosen)
 
 
@@ -74,10 +73,10 @@ def _die_with_parent() -> None:
 
 def stop_processes() -> None:
     """Leave the process group, if there is one."""
-    global _board, _control
+    global _board
     if dist.is_initialized():
         dist.destroy_process_group()
-    _board = _control = None
+    _board = None
     processes.use_group(None)
 
 
@@ -135,18 +134,6 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
-
-
-def sum_of_counts(counts: list[int]) -> list[int]:
-    """Return the sums of small whole numbers over all processes, all of which have to call this.
-
-    It waits for all processes, and for no GPU.
-    """
-    if _control is None:
-        return [int(count) for count in counts]
-    total = torch.tensor(counts, dtype=torch.int64)
-    dist.all_reduce(total, group=_control)
-    return total.tolist()
 
 
 def copy_buffers_from_main(model: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from dali_saliencymix.loaders.base import Batches
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.monitor import Monitor
-from dali_saliencymix.training import distributed
+from dali_saliencymix.measure.processes import sum_of_counts
 from dali_saliencymix.training.distributed import OtherProcessError
 from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTHERS, Watchdog
 
@@ -116,7 +116,7 @@ class Lockstep:
         minutes = (time.monotonic() - self._saved_at) / 60
         interval = self._checkpoint_interval
         is_over = self._processes.is_main and interval is not None and minutes >= interval
-        counts = distributed.sum_of_counts([failed, ended, is_over, *self._received])
+        counts = sum_of_counts([failed, ended, is_over, *self._received])
         failures, ends, over, *received = counts
         self._interval_is_over = over > 0
         for number, count in zip(STOP_SIGNALS, received, strict=True):

@@ -275,7 +275,7 @@ class RunLog:
             return
         self.write_event("epoch", epoch=epoch, step=step, total_steps=total_steps, **groups, **values)
         if not step:
-            self._rows = [*(old for old in self._rows if old["epoch"] != epoch), row]
+            self._rows.append(row)
             self._try(TABLE, functools.partial(write_table, self._folder / TABLE, self._rows))
         self._to_loggers(total_steps, {"epoch": epoch, **{"/".join(key): flat[key] for key in flat}})
 

@@ -10,8 +10,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -71,18 +73,23 @@ def own_data(data_folder, tmp_path) -> Path:
 @pytest.fixture
 def train_here(monkeypatch, capfd):
     """Return a function that runs `train.py` in this process, on one thread."""
-    import torch
-
     import train
+
+    yield from script_here(train, monkeypatch, capfd)
+
+
+def script_here(script: ModuleType, monkeypatch, capfd) -> Iterator[Callable[..., Ended]]:
+    """Yield a function that runs a script in this process, on one thread as the program does."""
+    import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def run(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         capfd.readouterr()
         try:
-            status = train.main()
+            status = script.main()
         except SystemExit as ended:
             status = ended.code
         return Ended(status, *capfd.readouterr())
