@@ -185,8 +185,8 @@ def tee(log: IO[str], text: str) -> None:
 
 def only_packages_are_missing(out: Path) -> bool:
     """Tell whether all that went wrong with the tests is that packages are not there."""
-    _, failed, lacking = outcomes.counted(out / _OUTCOMES)
-    return bool(lacking) and not failed
+    counts, failed, lacking = outcomes.counted(out / _OUTCOMES)
+    return bool(lacking) and not failed and "not run" not in counts
 
 
 def is_done(stage: Stage, runs: list[Run], this_run: Run) -> bool:

@@ -2,7 +2,8 @@
 
     python -m pytest -p benchmarks.outcomes --outcomes tests.jsonl
 
-However a run ends, the next one with the same file continues it. Tests that were skipped are not run again either.
+However a run ends, the next one with the same file continues it: the file begins with the tests that are to run, as
+"not run". Tests that were skipped are not run again either.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from __future__ import annotations
 import collections
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.machine import installed
+
+_LEFT_TO_RUN = ("failed", "not run")
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -29,7 +35,8 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out the tests that need not run again."""
-    done = {test for test, found in read(config.getoption("outcomes")).items() if found["outcome"] != "failed"}
+    found = read(config.getoption("outcomes"))
+    done = {test for test in found if found[test]["outcome"] not in _LEFT_TO_RUN}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
 
@@ -39,6 +46,20 @@ class _Recorder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._known = read(path)
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self._say_what_is_to_run(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._say_what_is_to_run(ids)  # each process of pytest-xdist collects the same tests
+
+    def _say_what_is_to_run(self, tests: Iterable[str]) -> None:
+        for test in tests:
+            if test not in self._known:
+                self._known[test] = {}
+                self._append({"test": test, "outcome": "not run"})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         # A test that passes has its line from the call; setting up and clearing away count if they do not pass.
@@ -53,12 +74,15 @@ class _Recorder:
         line: dict[str, str] = {"test": report.nodeid, "outcome": report.outcome}
         if report.outcome == "failed":
             line["why"] = report.longreprtext
+        self._append(line)
+
+    def _append(self, line: dict[str, str]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the last outcome of each test: ``{"outcome": "passed" | "failed" | "skipped", "why": text}``."""
+    """Return the last outcome of each test, "passed", "failed", "skipped" or "not run", and why it failed."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {line.pop("test"): line for line in map(json.loads, lines)}
 
@@ -73,6 +97,8 @@ def counted(path: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
     lacking = {test: found[1] for test, found in missing.items() if found and not installed(found[1])}
     counts = collections.Counter(found["outcome"] for found in read(path).values())
     numbers = {"passed": counts["passed"], "failed": len(bad) - len(lacking), "skipped": counts["skipped"]}
+    if counts["not run"]:
+        numbers["not run"] = counts["not run"]
     if lacking:
         numbers["without a package"] = len(lacking)
     return numbers, [test for test in bad if test not in lacking], lacking

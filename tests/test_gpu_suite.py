@@ -67,6 +67,9 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     assert ended.returncode == 1
     new = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()[4:]]
     assert {(line["test"].rpartition("/")[2], line["outcome"]) for line in new} == {
+        ("test_x.py::test_y[a-bc]", "not run"),
+        ("test_x.py::test_zz", "not run"),
+        ("test_x.py::test_w", "not run"),
         ("test_v.py", "failed"),
         ("test_x.py::test_y[a-b]", "passed"),
         ("test_x.py::test_y[a-bc]", "passed"),
@@ -94,7 +97,7 @@ def test_tests_that_are_cut_short_leave_their_outcomes(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert gpu_suite.tests_summary(tmp_path).startswith("tests: 0 passed, 1 failed, 0 skipped")
+    assert gpu_suite.tests_summary(tmp_path).startswith("tests: 0 passed, 1 failed, 0 skipped, 1 not run")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,9 @@ def test_tests_that_only_lack_a_package_are_no_failure(tmp_path, text, lacking):
     line = {"test": "tests/test_x.py", "outcome": "failed", "why": text}
     (tmp_path / "tests.jsonl").write_text(OUTCOMES.splitlines()[2] + "\n" + json.dumps(line) + "\n")
     assert gpu_suite.only_packages_are_missing(tmp_path) is lacking
+    with open(tmp_path / "tests.jsonl", "a") as file:
+        file.write(json.dumps({"test": "tests/test_y.py::test_y", "outcome": "not run"}) + "\n")
+    assert not gpu_suite.only_packages_are_missing(tmp_path)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
