@@ -277,6 +277,7 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
             # Of normalised pixels, one standard deviation of ImageNet is 57 grey levels.
             "mean_difference_of_pixels": pixels.mean().item(),
             "largest_mean_difference_of_an_image": pixels.mean(dim=(1, 2, 3)).max().item(),
+            "largest_difference_of_a_pixel": pixels.max().item(),
         }
     return {"training": training, "backends": found, "wrong": wrong}
 
