@@ -71,18 +71,20 @@ class _Recorder:
             self._write(report)
 
     def _write(self, report: Any) -> None:
-        line: dict[str, str] = {"test": report.nodeid, "outcome": report.outcome}
+        line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome}
+        if report.nodeid in self._known:  # of a file there is no duration
+            line["seconds"] = round(report.duration, 2)
         if report.outcome == "failed":
             line["why"] = report.longreprtext
         self._append(line)
 
-    def _append(self, line: dict[str, str]) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the last outcome of each test, "passed", "failed", "skipped" or "not run", and why it failed."""
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return of each test the last outcome, "passed", "failed", "skipped" or "not run", seconds, and why it failed."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {line.pop("test"): line for line in map(json.loads, lines)}
 
