@@ -210,8 +210,15 @@ def conditions_text(result: dict[str, Any]) -> str:
     parts.append(" to ".join(map(str, sorted({min(rounds), max(rounds)}))) + " rounds")
     if given := found.get("machine", {}).get("cores_given_to_two_processes"):
         parts.append(f"two busy processes got {given} cores")
-    missing = "".join(f" Not measured: {name} ({why})." for name, why in result.get("not_measured", {}).items())
+    reasons: dict[str, list[str]] = {}
+    for name, why in result.get("not_measured", {}).items():
+        reasons.setdefault(why, []).append(name)
+    missing = "".join(f" Not measured: {_first_of(names)} ({why})." for why, names in reasons.items())
     return f"{', '.join(parts)}. {_versions(found)}. `{found['command']}`{_runs(result)}{missing}"
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _versions(conditions: dict[str, Any]) -> str:

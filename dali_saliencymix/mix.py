@@ -100,7 +100,7 @@ def saliencymix(
         Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `fine_grained`. On a GPU ``"auto"`` means array
-        operations: the CUDA kernels have not been measured yet.
+        operations: what the CUDA kernels gain in a loader has not been measured yet.
     paste : callable, optional
         What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``,
         such as `paste_normalised` with its options bound; by default `paste_boxes`.
