@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from shared.programs import run_program
@@ -27,7 +28,7 @@ with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
 """
 
 HANG = """
-import ctypes, sys, time
+import ctypes, os, signal, subprocess, sys, time
 from dali_saliencymix.training.watchdog import Watchdog
 with Watchdog(1, roots=["/tmp"]) as watchdog:
     for _ in range(20):
@@ -36,6 +37,9 @@ with Watchdog(1, roots=["/tmp"]) as watchdog:
         time.sleep(1000)
     if sys.argv[1] == "holding the GIL":
         ctypes.PyDLL(None).sleep(1000)
+    if sys.argv[1] == "suspended":
+        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
     for _ in range(40):
         time.sleep(0.1)
         watchdog.beat("waiting for data")
@@ -56,19 +60,25 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     assert "in share_outputs" in ended.stderr  # the stack of the thread that waits
 
 
-@pytest.mark.parametrize("how", ["sleep", "holding the GIL"])
-def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "status", "doing"),
+    [("sleep", 1, "in a step"), ("holding the GIL", -signal.SIGABRT, "C code keeps the GIL")],
+)
+def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how, status, doing):
     (tmp_path / "hang.py").write_text(HANG)
     ended = run_program(tmp_path / "hang.py", how, check=False)
-    assert ended.returncode == 1
+    assert ended.returncode == status
     assert ended.stdout == ""
     assert 'hang.py", line' in ended.stderr
-    assert ("while in a step" in ended.stderr) == (how == "sleep")
+    (line,) = (line for line in ended.stderr.splitlines() if "error:" in line and "Fatal" not in line)
+    assert line.endswith(f"(--stall-timeout 1) while {doing}")
 
 
-def test_a_process_that_goes_on_is_left_alone(tmp_path):
+# Suspended for longer than any of the watchdog's limits, of which the longest is six times what it is told.
+@pytest.mark.parametrize("how", ["suspended", "beats for four times as long as it may stand still"])
+def test_a_process_that_goes_on_is_left_alone(tmp_path, how):
     (tmp_path / "hang.py").write_text(HANG)
-    ended = run_program(tmp_path / "hang.py", "beats for four times as long as it may stand still")
+    ended = run_program(tmp_path / "hang.py", how)
     assert ended.stdout == "done\n"
     assert ended.stderr == ""
 

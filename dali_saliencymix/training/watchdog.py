@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import platform
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ _PATIENCE_AT_THE_START = 3.0
 _FIRST_BEATS = 10
 
 _PROBE_SECONDS = 5.0
+
+_GUARD = Path(__file__).with_name("watchdog_guard.py")
 
 # System calls that may hang on a file, with the number of the argument that points to its name.
 _NAMES_A_FILE = {
@@ -44,7 +47,8 @@ class Watchdog:
     """Ends the process with status 1 if no `beat` comes for `seconds`, or half as long again if it waits for no data.
 
     It writes what the process was doing, the files below `roots` that it was waiting for where that can be found out,
-    and the Python stack of every thread. With 0 it waits for ever.
+    and the Python stack of every thread. Where C code hangs and keeps the GIL, `watchdog_guard` ends the process by
+    SIGABRT, after six times as long. Time in which the process is suspended does not count. With 0 it waits for ever.
     """
 
     def __init__(self, seconds: float, rank: int = 0, roots: Sequence[str | Path] = ()) -> None:
@@ -53,14 +57,20 @@ class Watchdog:
         # As they are given to a reader, and as the system knows them.
         self._roots = [way(root) for root in roots for way in (os.path.abspath, os.path.realpath)]
         self._beats = 0
-        self._last = ("starting", time.monotonic())
+        self._doing = "starting"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._pause = min(seconds / 10, 5.0)
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Watchdog:
         if self._seconds > 0:
-            self._last = ("starting", time.monotonic())
-            self._arm_timer()
+            if not faulthandler.is_enabled():
+                faulthandler.enable()  # with it SIGABRT writes the stacks, whoever holds the GIL
+            patience = 2 * _PATIENCE_AT_THE_START * self._seconds
+            line = self._line(patience, "C code keeps the GIL")
+            command = [sys.executable, "-I", "-S", str(_GUARD), str(self._pause), str(patience), line]
+            self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
             self._thread.start()
         return self
 
@@ -68,27 +78,35 @@ class Watchdog:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+        if self._guard is not None:
+            self._guard.kill()  # closing its stdin is not enough: worker processes have it too
+            self._guard.communicate()
 
     def beat(self, doing: str) -> None:
         """Note that the process goes on, and what it does next: "waiting for data", "in a step", ..."""
+        self._doing = doing
         self._beats += 1
-        self._last = (doing, time.monotonic())
 
     def _watch(self) -> None:
-        pause = min(self._seconds / 10, 5.0)
-        while not self._closed.wait(pause):
-            doing, since = self._last
+        assert self._guard is not None
+        assert self._guard.stdin is not None
+        seen, stalled = 0, 0.0
+        # Pauses are counted, and no clock is read: in the time in which the process is suspended there are none.
+        while not self._closed.wait(self._pause):
+            with contextlib.suppress(BrokenPipeError):  # someone has killed the guard
+                self._guard.stdin.write(b".")
+            beats, doing = self._beats, self._doing
+            stalled = stalled + self._pause if beats == seen else 0.0
+            seen = beats
             patience = _PATIENCE.get(doing, _PATIENCE_ELSEWHERE)
-            if self._beats < _FIRST_BEATS:
+            if beats < _FIRST_BEATS:
                 patience *= _PATIENCE_AT_THE_START
-            if time.monotonic() - since > patience * self._seconds:
-                self._give_up(doing, time.monotonic() - since)
-            self._arm_timer()
+            if stalled > patience * self._seconds:
+                self._give_up(doing, stalled)
 
-    def _arm_timer(self) -> None:
-        # Where C code hangs without letting go of the GIL, the watching thread hangs too; a timer of C does not.
-        faulthandler.dump_traceback_later(2 * _PATIENCE_AT_THE_START * self._seconds, exit=True)
+    def _line(self, seconds: float, what: str) -> str:
+        after = f"no progress for {seconds:.0f} seconds (--stall-timeout {self._seconds:g})"
+        return f"train.py: error: process {self._rank}: {after} while {what}"
 
     def _give_up(self, doing: str, seconds: float) -> None:
         if not _is_first() and doing == WAITING_FOR_OTHERS:
@@ -96,8 +114,7 @@ class Watchdog:
         stalled, open_files = stalled_files(self._roots)
         said = ("no answer from", stalled) if stalled else ("open at this moment:", open_files)
         why = f"; {said[0]} {', '.join(said[1][:5])}" if said[1] else ""
-        after = f"no progress for {seconds:.0f} seconds (--stall-timeout {self._seconds:g})"
-        sys.stderr.write(f"train.py: error: process {self._rank}: {after} while {doing}{why}\n")
+        sys.stderr.write(f"{self._line(seconds, doing)}{why}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

@@ -1,0 +1,45 @@
+"""A program that aborts its parent where that gives no sign of life for too long.
+
+    python watchdog_guard.py PAUSE PATIENCE LINE
+
+The parent writes to the program's stdin every PAUSE seconds. After PATIENCE seconds without a byte, LINE goes to stderr
+and the parent gets SIGABRT. The seconds are counted in waits of PAUSE; those in which the parent is suspended do not
+count. The program ends with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+
+
+def is_suspended(pid: int) -> bool:
+    """Return whether a process is stopped by SIGSTOP and the like, or by a debugger."""
+    with open(f"/proc/{pid}/stat", "rb") as stream:
+        return stream.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+
+
+def main() -> None:
+    """Watch the parent until it ends or closes stdin."""
+    pause, patience, line = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+    # A signal to the whole group is for the parent, which may go on.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent, silent = os.getppid(), 0.0
+    while os.getppid() == parent:
+        if select.select([0], [], [], pause)[0]:
+            if not os.read(0, 4096):
+                return
+            silent = 0.0
+        elif not is_suspended(parent):
+            silent += pause
+            if silent > patience:
+                sys.stderr.write(f"{line}\n")
+                os.kill(parent, signal.SIGABRT)
+                return
+
+
+if __name__ == "__main__":
+    main()
