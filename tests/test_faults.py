@@ -135,6 +135,17 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_with_the_same_b
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_a_run_and_its_worker_processes_stops_it_with_a_checkpoint(data_folder, tmp_path, name):
+    options = (*TINY, "--data-backend", "pytorch", "--mix", "none", "-j", "2", "--training-only")
+    ended = launch(run_program, tmp_path, f"{name} to all@0:2", data_folder, *options)
+    assert ended.returncode == EXIT_PREEMPTED
+    assert errors_in(ended.stderr) == [
+        f"train.py: stopped by {name}; --resume auto goes on from {tmp_path / 'run' / LAST}"
+    ]
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] in (2, 3)
+
+
 @pytest.mark.timeout(1200)
 def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_bits(
     unbroken_of_two, data_folder, tmp_path

@@ -8,6 +8,9 @@ workers changes nothing, and where a loader stands is two numbers.
 from __future__ import annotations
 
 import functools
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -228,6 +231,7 @@ class TorchLoader(Batches):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_parent,
         )
         self._device = device
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -268,6 +272,23 @@ def torch_validation_loader(
         raise ValueError(msg)
     batches = ValidationBatches(source, options.batch_size, processes.rank, processes.world_size)
     return TorchLoader(batches, data_set, options, processes.device, workers=workers)
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Have a worker process end by SIGTERM of its parent only, and by no SIGUSR1.
+
+    Both go to all processes of a job where it is asked to stop. The parent needs its workers for the step that it ends.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 class _Attempts(data.Dataset[Any]):

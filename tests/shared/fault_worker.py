@@ -13,7 +13,10 @@ import hashlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
+
+import psutil
 
 import train
 from shared import tiny_model  # noqa: F401
@@ -25,6 +28,9 @@ def happen(what: str) -> None:
         raise ZeroDivisionError(msg)
     if what.startswith("vanish "):
         shutil.rmtree(what.removeprefix("vanish "))
+    elif what.endswith(" to all"):  # from outside, as a signal of the main process itself is another thing to workers
+        processes = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
+        subprocess.run(["kill", "-s", what.removesuffix(" to all").removeprefix("SIG"), *processes], check=True)
     elif what == "SIGKILL of torchrun":
         os.kill(os.getppid(), signal.SIGKILL)
     else:
