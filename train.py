@@ -38,6 +38,7 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.arguments import parse_arguments, save_config
+from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
 from dali_saliencymix.training.models import as_trained, autocast, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
@@ -104,6 +105,7 @@ class Trainer:
         self.loader_phase: Phase | None = None
         self.sampled: Batches | None = None  # the loader of which --save-images has drawn a batch
         self.log = RunLog(None, {})
+        self.lock = FolderLock(None)
         self.loader_state: Any = None
         if saved:
             self.restore(saved, resume)
@@ -162,6 +164,7 @@ class Trainer:
             return
         self.lockstep.writing(self.step)
         self.divergence.check_weights(self.updater, self.epoch, self.step)
+        self.lock.check()
         saved = self.checkpoint()
         if self.processes.is_main:
             place = {"epoch": self.epoch, "step": self.step}
@@ -318,7 +321,6 @@ def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
     run = options.run
     if not processes.is_main:
         return RunLog(None, {})
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     save_config(options, run.output_dir / "args.yaml")
     counts = {"classes": len(data.classes), "train_images": data.train_images, "val_images": data.val_images}
     steps, backend = len(trainer.train_loader()), chosen_backend(options.data)
@@ -341,18 +343,21 @@ def run(options: TrainingOptions, processes: Processes) -> None:
     if options.run.profile_loader:
         profile_training(options, processes)
         return
-    resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
-    trainer = Trainer(options, processes, resume)
-    if options.run.evaluate:
-        assert resume is not None
-        models = {"val": trainer.model}
-        if trainer.updater.ema:
-            models["val_ema"] = trainer.updater.ema.module
-        report.report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
-        return
-    val_loader = None if options.run.training_only else trainer.val_loader()
-    with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
-        train(trainer, val_loader)
+    is_writer = processes.is_main and not options.run.evaluate
+    with FolderLock(options.run.output_dir if is_writer else None) as lock:
+        resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
+        trainer = Trainer(options, processes, resume)
+        if options.run.evaluate:
+            assert resume is not None
+            models = {"val": trainer.model}
+            if trainer.updater.ema:
+                models["val_ema"] = trainer.updater.ema.module
+            report.report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
+            return
+        trainer.lock = lock
+        val_loader = None if options.run.training_only else trainer.val_loader()
+        with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
+            train(trainer, val_loader)
     took = f"in {duration(time.monotonic() - started)}"
     result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
     say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)

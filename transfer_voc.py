@@ -28,6 +28,7 @@ from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training import checkpoints, distributed
+from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
 from dali_saliencymix.training.voc import (
     CLASSES,
@@ -160,8 +161,8 @@ def take_backbone(body: nn.Module, weights: dict[str, torch.Tensor], path: Path)
 class Transfer:
     """Detector, optimiser and place in the training."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
+    def __init__(self, args: argparse.Namespace, device: torch.device, lock: FolderLock) -> None:
+        self.args, self.device, self.lock = args, device, lock
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         classifier = checkpoints.load_checkpoint(args.checkpoint, ("model", "config"))
         self.config["arch"] = classifier["config"]["arch"]
@@ -195,6 +196,7 @@ class Transfer:
 
     def save(self) -> None:
         """Write all that is needed to go on."""
+        self.lock.check()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint = {
             "model": self.model.state_dict(),
@@ -281,22 +283,26 @@ class Transfer:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, test, and write what came of it."""
-    last = args.output_dir / checkpoints.LAST
-    if last.exists() and not args.resume:
-        msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
-        raise ValueError(msg)
+    """Take the output folder and run in it."""
     processes = distributed.start_processes(args.device)
     if processes.world_size > 1:
         msg = f"this script runs in one process, got {processes.world_size} of torchrun"
         raise ValueError(msg)
-    device = processes.device
+    with FolderLock(args.output_dir, prog="transfer_voc.py") as lock:
+        run_alone(args, processes.device, lock)
+
+
+def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> None:
+    """Train, test, and write what came of it, while this process has the output folder for itself."""
+    last = args.output_dir / checkpoints.LAST
+    if last.exists() and not args.resume:
+        msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
+        raise ValueError(msg)
     train_images, test_images = VocImages(args.data, args.train_sets), VocImages(args.data, [args.test_set])
-    transfer = Transfer(args, device)
+    transfer = Transfer(args, device, lock)
     resumed = last.exists()
     if resumed:
         transfer.restore(last)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     log = args.output_dir / LOG
     if not resumed:
         log.write_text("")

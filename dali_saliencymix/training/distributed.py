@@ -7,7 +7,9 @@ import datetime
 import os
 import signal
 import sys
+import threading
 import traceback
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,8 @@ _board: Store | None = None
 
 # Only a last resort: whoever waits that long is stopped by its watchdog first.
 _PATIENCE = datetime.timedelta(hours=6)
+
+_ANSWER_SECONDS = 5.0
 
 
 class OtherProcessError(RuntimeError):
@@ -112,8 +116,23 @@ def fail(error: Exception, expected: tuple[type[Exception], ...], *, prog: str =
 
 
 def announce_failure() -> bool:
-    """Tell the other processes that this one ends with an error which it writes; return whether it is the first."""
-    return _claims("", needs_to_be_first=True)
+    """Tell the other processes that this one ends with an error which it writes; return whether it is the first.
+
+    Where that cannot be found out in a few seconds it counts as the first.
+    """
+    answers: list[bool] = []
+    asking = threading.Thread(target=lambda: answers.append(_claims("", needs_to_be_first=True)), daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return answers[0] if answers else True
+
+
+def end_at_once(line: str) -> NoReturn:
+    """End this process with status 1 and a line on stderr, from any thread, and without another word or file."""
+    announce_failure()
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:

@@ -34,15 +34,6 @@ _NAMES_A_FILE = {
 }
 
 
-def _is_first() -> bool:
-    """Return whether this process is the first of the run with an error, or cannot find out."""
-    answers: list[bool] = []
-    asking = threading.Thread(target=lambda: answers.append(announce_failure()), daemon=True)
-    asking.start()
-    asking.join(_PROBE_SECONDS)
-    return answers[0] if answers else True
-
-
 class Watchdog:
     """Ends the process with status 1 if no `beat` comes for `seconds`, or half as long again if it waits for no data.
 
@@ -109,7 +100,7 @@ class Watchdog:
         return f"train.py: error: process {self._rank}: {after} while {what}"
 
     def _give_up(self, doing: str, seconds: float) -> None:
-        if not _is_first() and doing == WAITING_FOR_OTHERS:
+        if not announce_failure() and doing == WAITING_FOR_OTHERS:
             return  # the one that is waited for is about to say why, and ends
         stalled, open_files = stalled_files(self._roots)
         said = ("no answer from", stalled) if stalled else ("open at this moment:", open_files)
