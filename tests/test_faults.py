@@ -5,6 +5,7 @@ Whatever stops a run, the run that goes on ends with the weights and the data st
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -177,6 +178,15 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
     assert_same_training(tmp_path, unbroken_of_two, ranks=2)
 
 
+def fill(file: Path, free: int) -> None:
+    """Fill a disk with a file, but for so many bytes."""
+    file.unlink(missing_ok=True)
+    with open(file, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    os.truncate(file, file.stat().st_size - free)
+
+
 def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder, tmp_path, train_here):
     """On a file system that has room for one checkpoint and not for two."""
     disk = tmp_path / "disk"
@@ -195,6 +205,12 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder,
         assert [path.name for path in (disk / "run").glob("*.partial")] == []
         assert os.path.samefile(whole, disk / "run" / LAST)
         assert load_checkpoint(whole)["epoch"] == 1
+        for pages, file in enumerate(("run.lock", "args.yaml")):  # the first files of a run, a page each
+            fill(disk / "full", free=4096 * pages)
+            ended = train_here(*options, "--no-model-ema", "--resume", "auto")
+            assert ended.status == 1
+            assert ended.error == f"train.py: error: [Errno 28] No space left on device: '{disk / 'run' / file}'"
+            assert load_checkpoint(disk / "run" / LAST)["epoch"] == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

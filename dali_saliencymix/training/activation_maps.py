@@ -16,6 +16,7 @@ from torch import nn
 
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.measure.results import naming
 from dali_saliencymix.training.evaluation import unused_path
 
 
@@ -99,7 +100,8 @@ def save_activation_maps(
         for axis in (plain, overlaid):
             axis.set(xticks=[], yticks=[])
         picture = unused_path(folder / f"{Path(file).stem}.png")
-        figure.savefig(picture, dpi=110)
+        with naming(picture):
+            figure.savefig(picture, dpi=110)
         pictures.append(picture)
     return pictures
 

@@ -14,6 +14,7 @@ import yaml
 from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options
 from dali_saliencymix.training.options import (
     EvaluationOptions,
@@ -95,7 +96,7 @@ def save_config(options: TrainingOptions, path: Path) -> None:
     for name, folder in (("train", data.train_dir), ("val", data.val_dir)):
         if data.data is not None and folder == data.data / name:  # another DATA on the command line means its own
             del values[f"{name}_dir"]
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def make_parser(prog: str | None = None) -> _Parser:

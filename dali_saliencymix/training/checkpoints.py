@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dali_saliencymix.measure.results import naming
 from dali_saliencymix.training.options import RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
 
@@ -82,19 +83,17 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write to, which then takes the place of `path`, or goes away if something fails."""
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name is on the disk too
-        finally:
-            os.close(folder)
-    except OSError as error:
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name is on the disk too
+            finally:
+                os.close(folder)
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
         raise
 
 

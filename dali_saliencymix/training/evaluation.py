@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.results import naming
 from dali_saliencymix.training import distributed, metrics
 from dali_saliencymix.training.run_log import Progress
 
@@ -116,9 +117,10 @@ def write_per_class(path: Path, classes: Sequence[str], confusion: torch.Tensor,
     """Write a CSV file with a line for each class, from what `PerClass.over_processes` returns.
 
     ``top1`` and ``top5`` are percent of the class's images. Both are empty for a class without images, and the last two
-    columns for a class without mistakes. Of wrong answers that are equally frequent, the first by label is named.
+    columns for a class without mistakes. Of wrong answers that are equally frequent, the first by label is named. An
+    OSError names the file.
     """
-    with open(path, "w", encoding="utf-8", newline="") as stream:
+    with naming(path), open(path, "w", encoding="utf-8", newline="") as stream:
         lines = csv.writer(stream)
         lines.writerow(COLUMNS)
         for label, name in enumerate(classes):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dali_saliencymix._json import finite
 from dali_saliencymix.measure.monitor import STARVING_SHARE
-from dali_saliencymix.measure.results import replace_file, write_json
+from dali_saliencymix.measure.results import naming, replace_file, write_json
 from dali_saliencymix.training.lockstep import Preempted
 
 LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
@@ -93,9 +93,12 @@ class Progress:
 
 
 def write_event(log: Path, event: str, **values: Any) -> None:
-    """Append a JSON object as a line to a log. Numbers that are not finite are null: NaN is no JSON."""
+    """Append a JSON object as a line to a log. Numbers that are not finite are null: NaN is no JSON.
+
+    An OSError names the log.
+    """
     line = json.dumps({"event": event, "time": round(time.time(), 3), **finite(values)}, allow_nan=False) + "\n"
-    with open(log, "ab+") as stream:
+    with naming(log), open(log, "ab+") as stream:
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             if stream.read(1) != b"\n":  # a full disk or a killed process left half a line
@@ -165,7 +168,7 @@ class _WeightsAndBiases:
         except wandb.errors.Error as error:
             msg = f"--log-wandb: Weights & Biases cannot begin a run: {' '.join(str(error).split())}"
             raise ValueError(msg) from error
-        kept.write_text(identity + "\n")
+        replace_file(kept, identity + "\n")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
