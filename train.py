@@ -9,8 +9,9 @@ All GPUs of a machine:
     torchrun --nproc_per_node=8 train.py DATA -a resnet50 -b 128 --lr 0.4 --amp --channels-last
 
 DATA holds train/ and val/, each with a folder of images for each class. The output folder gets checkpoint_last.pt and
-checkpoint_best.pt (by validation top-1), each with the weights under "model" as plain torchvision loads them, args.yaml
-with all options of the run, and log.jsonl, whose first line holds the configuration, the versions and the device.
+checkpoint_best.pt (the whole epoch with the best validation top-1), each with the weights under "model" as plain
+torchvision loads them, args.yaml with all options of the run, and log.jsonl, whose first line holds the configuration,
+the versions and the device.
 
 Words: a step is one batch in each process; an update changes the weights, after --accumulation-steps steps.
 """
@@ -359,7 +360,8 @@ def run(options: TrainingOptions, processes: Processes) -> None:
         with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
             train(trainer, val_loader)
     took = f"in {duration(time.monotonic() - started)}"
-    result = "not validated" if trainer.best_top1 == -math.inf else f"best validation top-1 {trainer.best_top1:.2f} %"
+    best = trainer.best_top1
+    result = "no whole epoch validated" if best == -math.inf else f"best validation top-1 {best:.2f} %"
     say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
 
 
@@ -381,9 +383,9 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         bad_files = gather(getattr(trainer.train_loader(), "bad_files", []))
         trainer.end_epoch()
         judged = ema or val
-        is_best = judged is not None and judged["top1"] > trainer.best_top1
-        if judged:
-            trainer.best_top1 = max(judged["top1"], trainer.best_top1)
+        is_best = judged is not None and not trainer.step and judged["top1"] > trainer.best_top1  # of whole epochs
+        if judged and is_best:
+            trainer.best_top1 = judged["top1"]
         trainer.divergence.check_weights(trainer.updater, trainer.epoch, trainer.step)
         # The figures of an epoch: here they go to whatever shows or keeps them.
         memory = report.gpu_memory(processes.device)

@@ -382,7 +382,7 @@ def test_a_short_run_trains_only_and_saves_nothing(data_folder, tmp_path, train_
     ended = train_here(data_folder, *TINY, *options)
     assert ended.status == 0
     assert "epoch 1/2, stopped after step 3  train loss" in ended.out
-    assert ended.out.splitlines()[-1].startswith("not validated after 0 epochs")
+    assert ended.out.splitlines()[-1].startswith("no whole epoch validated after 0 epochs")
     assert not list((tmp_path / "run").glob("*.pt"))
     (line,) = (line for line in read_log(tmp_path / "run") if line["event"] == "epoch")
     assert (line["epoch"], line["step"], line["val"], line["best_top1"]) == (0, 3, None, None)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torchvision
-from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, read_log
+from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
@@ -99,6 +99,18 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     assert train_here(*options).status == 0  # and from there on it is resumed like any other
     (*_, line) = (line for line in read_log(half_run) if line["event"] == "epoch")
     assert (line["epoch"], line["train"]["images"]) == (2, 48)
+
+
+def test_a_part_of_an_epoch_is_validated_and_never_the_best(data_folder, tmp_path, train_here):
+    options = (data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run")
+    ended = train_here(*options, "--max-steps", "3")
+    assert ended.status == 0
+    line = read_log(tmp_path / "run")[-1]
+    assert (line["step"], line["val"]["images"], line["best_top1"]) == (3, VAL_PER_CLASS * CLASS_COUNT, None)
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 3
+    assert not (tmp_path / "run" / BEST).exists()
+    assert train_here(*options, "--resume", "auto").status == 0
+    assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 1
 
 
 def test_a_finished_run_goes_on_to_more_epochs(data_folder, tmp_path, train_here):
