@@ -126,6 +126,9 @@ class Trainer:
             return
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         is_main = self.processes.is_main
+        if others := checkpoints.changed_options(saved, self.config):
+            what = "not all options are those of the checkpoint, and the new ones count"
+            warn(f"warning: {path}: {what}: {'; '.join(others)}", enabled=is_main)
         self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
         if run.restart_epoch:
             self.restarts += 1
@@ -217,7 +220,7 @@ class Trainer:
                 batch,
                 options.model,
                 label_smoothing=options.optimizer.label_smoothing,
-                batches=len(group),
+                batches=group[-1] + 1 - max(group[0], begun),  # fewer where a run resumes with other groups
                 is_last=is_update,
             )
             images = len(logits)

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
+import train
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
 
@@ -84,6 +85,31 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
     assert read_log(half_run)[-1]["val"] == read_log(full_run[0])[-1]["val"]
     assert read_log(half_run)[-1]["best_top1"] == 99  # the best of all epochs, not of those after resuming
     assert (half_run / BEST).read_bytes() == best
+
+
+def test_other_options_of_the_training_count_and_are_named(half_run, data_folder, train_here):
+    options = (data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", "--max-steps", "1", "-p", "1")
+    ended = train_here(*options, "--lr", "0.02", "--accumulation-steps", "2", "--data-backend", "dali-cpu")
+    assert ended.status == 0
+    (line,) = (line for line in ended.err.splitlines() if "warning" in line)
+    changed = "accumulation_steps was 1, is now 2; lr was 0.01, is now 0.02"
+    assert line.startswith(f"warning: {half_run / LAST}: not all options are those of the checkpoint, and the new ")
+    assert line.endswith(f" count: {changed}")
+    assert load_checkpoint(half_run / LAST)["config"]["lr"] == 0.02
+    assert read_log(half_run)[-1]["train"]["lr"] == pytest.approx(0.02 / 2)  # half of the cosine is over
+    assert "warning" not in train_here(*options, "--lr", "0.02", "--accumulation-steps", "2").err
+
+
+def test_an_update_is_the_mean_over_its_batches_where_other_groups_are_resumed(
+    data_folder, tmp_path, train_here, monkeypatch
+):
+    options = (data_folder, *TINY, "--epochs", "1", "--training-only", "--output-dir", tmp_path, "--resume", "auto")
+    assert train_here(*options, "--max-steps", "1").status == 0
+    batches = []
+    real = train.train_on
+    monkeypatch.setattr(train, "train_on", lambda *of, **how: (batches.append(how["batches"]), real(*of, **how))[1])
+    assert train_here(*options, "--accumulation-steps", "2").status == 0
+    assert batches == [1, 2, 2, 2, 2]
 
 
 def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_here):

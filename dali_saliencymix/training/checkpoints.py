@@ -7,6 +7,7 @@ A run writes ``checkpoint_e003_s001200.pt``, which is named after its place: who
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from dali_saliencymix.measure.results import naming
-from dali_saliencymix.training.options import RunOptions, TrainingOptions
+from dali_saliencymix.training.options import EvaluationOptions, RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
 
 LAST = "checkpoint_last.pt"
@@ -195,6 +196,23 @@ DATA_OPTIONS = (
     *("color_jitter", "progressive_size", "mix_off_epochs"),
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
+
+
+# Those that decide nothing of the training, or where the data set's fingerprint says whether it is another one.
+_OTHER_OPTIONS = {
+    *("config", "data", "data_backend", "train_dir", "val_dir"),
+    *(each.name for group in (RunOptions, EvaluationOptions) for each in dataclasses.fields(group)),
+}
+
+
+def changed_options(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Return what else than the batches has changed of the training since a checkpoint, in words: see `differences`.
+
+    `config` holds the options by the names of their flags. A run may resume with other ones, and takes the new ones.
+    """
+    before = saved["config"]
+    names = [name for name in config if name in before and name not in {*DATA_OPTIONS, *_OTHER_OPTIONS, "world_size"}]
+    return differences({name: before[name] for name in names}, {name: config[name] for name in names})
 
 
 def find_resume(run: RunOptions) -> Path | None:
