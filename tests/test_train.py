@@ -130,7 +130,9 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_leaves_the_run
         options = ("--output-dir", output_dir, "--resume", resume, "--evaluate", "-b", "5", "--report", report)
         ended = train_here(data_folder, *TINY, *options)
         val = line["val"]
-        expected = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} validation images\n"
+        path = output_dir / LAST if resume == "auto" else resume
+        expected = f"{path}: tiny_resnet, validated on batches by dali-cpu\n"
+        expected += f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} validation images\n"
         assert (ended.status, ended.out) == (0, f"{expected}result: {report}\n")
     assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
 
@@ -370,7 +372,7 @@ def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, 
     report = tmp_path / "report.json"
     options = ("--output-dir", output_dir, "--resume", "auto", "--evaluate", "--report", report)
     ended = train_here(single_images, *TINY, *PHASES, *options)
-    lines = ended.out.splitlines()
+    lines = ended.out.splitlines()[1:]
     for part, line in zip(("val", "val_ema"), lines[:2], strict=True):
         assert f"top-1 {last[part]['top1']:.2f} %" in line
         assert json.loads(report.read_text())[part] == pytest.approx(last[part], rel=1e-4)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_saliencymix.loaders.base import Batches, Data
+from dali_saliencymix.loaders.base import Batches, Data, chosen_backend
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
 from dali_saliencymix.measure.results import write_json
@@ -159,12 +159,13 @@ def report_on_checkpoint(
     if asked.cam_class is not None and asked.cam_class not in classes:
         msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {asked.cam_class!r}"
         raise ValueError(msg)
-    loader = data.val_loader(options.data, processes)
+    loader, backend = data.val_loader(options.data, processes), chosen_backend(options.data)
+    say(f"{path}: {options.model.arch}, validated on batches by {backend}", enabled=processes.is_main)
     *_, (judged, model) = models.items()
     counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
     normalisation = {"mean": data.mean, "std": data.std}
 
-    report: dict[str, Any] = {"checkpoint": str(path), "arch": options.model.arch}
+    report: dict[str, Any] = {"checkpoint": str(path), "arch": options.model.arch, "backend": backend}
     report["amp"] = options.model.amp_dtype if options.model.amp else None
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
