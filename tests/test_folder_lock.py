@@ -74,7 +74,7 @@ def test_the_lock_of_a_killed_process_is_removed_and_its_number_may_be_in_use_ag
     assert hold(tmp_path, "killed").returncode == -signal.SIGKILL
     pid = json.loads((tmp_path / LOCK).read_text())["pid"]
     with FolderLock(tmp_path):
-        assert f"{LOCK}: removed, as its process has ended: process {pid} on " in capfd.readouterr().err
+        assert f"{LOCK}: removed, its process has ended: process {pid} on " in capfd.readouterr().err
     write_lock(tmp_path, started="1")  # of another process that had the number of this one
     with FolderLock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["started"] != "1"
@@ -93,7 +93,9 @@ def test_a_process_whose_status_nobody_has_asked_for_yet_has_ended(tmp_path):
 def test_a_lock_of_another_machine_is_watched(tmp_path, capfd):
     elsewhere = write_lock(tmp_path, host="elsewhere", place="another boot", since=0.0)
     with FolderLock(tmp_path):  # its process has ended
-        assert "watched for " in capfd.readouterr().err
+        watched, removed = capfd.readouterr().err.splitlines()
+        assert watched.startswith(f"{tmp_path / LOCK}: watched for ")
+        assert removed == f"{tmp_path / LOCK}: removed, no sign of life: {elsewhere}"
     write_lock(tmp_path, host="elsewhere", place="another boot")
 
     def beat():
@@ -154,6 +156,8 @@ def test_a_process_that_has_lost_the_folder_ends_and_one_whose_lock_was_removed_
         (tmp_path / LOCK).unlink()
         lock.check()
         assert (tmp_path / LOCK).read_text() == before
+        (tmp_path / LOCK).write_text("")  # as another thread that makes it again has it for a moment
+        lock.check()
 
 
 def test_a_folder_lock_of_no_folder_does_nothing():

@@ -16,6 +16,7 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 import transfer_voc
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training.checkpoints import LAST, load_checkpoint, save_checkpoint
+from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
 
 pytest_plugins = ["shared.voc_fixtures"]
@@ -181,6 +182,10 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(whole_run, voc, ch
     assert transfer_here(*options, "--iterations", "2").status == 0
     assert load_checkpoint(tmp_path / "run" / LAST)["iteration"] == 2
 
+    with FolderLock(tmp_path / "run"):
+        refused = transfer_here(*options, "--resume", "auto")
+    assert refused.status == 1
+    assert refused.error.startswith(f"transfer_voc.py: error: {tmp_path / 'run'}: another run writes there, process ")
     refused = transfer_here(*options)
     assert refused.status == 1
     assert "would be overwritten; give --resume auto" in refused.error

@@ -145,7 +145,7 @@ class FolderLock:
         while not (found := _read(self._path)):
             if self._created(self._path):
                 return
-        if found[0] != self._owner:
+        if found[0] not in (self._owner, None):  # None: it is being written, maybe by another thread of this process
             taken = f"taken over by another run, {_named(found[0])}"
             end_at_once(f"{self._prog}: error: {self._path.parent}: {taken}")
 
@@ -170,7 +170,8 @@ class FolderLock:
             try:
                 if _read(path) == found:
                     path.unlink()
-                    sys.stderr.write(f"{path}: removed, as its process has ended: {_named(found[0])}\n")
+                    why = "its process has ended" if found[0] and found[0].has_ended() else "no sign of life"
+                    sys.stderr.write(f"{path}: removed, {why}: {_named(found[0])}\n")
             finally:
                 removal.unlink()
 
