@@ -163,3 +163,13 @@ def test_a_process_that_has_lost_the_folder_ends_and_one_whose_lock_was_removed_
 def test_a_folder_lock_of_no_folder_does_nothing():
     with FolderLock(None) as lock:
         lock.check()
+
+
+def test_a_folder_that_was_made_and_stays_empty_is_removed(tmp_path):
+    made, there, used = (tmp_path / name for name in ("made", "there", "used"))
+    there.mkdir()
+    for folder in (made, there, used):
+        with FolderLock(folder):
+            if folder == used:
+                (folder / "log.jsonl").touch()
+    assert (made.exists(), there.exists(), used.exists()) == (False, True, True)

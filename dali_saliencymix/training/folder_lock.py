@@ -97,6 +97,8 @@ def _start(pid: int) -> str:
 class FolderLock:
     """Keeps an output folder for this process, as a context; the folder is made where there is none.
 
+    A folder that was made and is empty at the end, as after a mistake in the options, is removed.
+
     A lock that a dead process has left is removed, which stderr says. If it is that of another machine, this takes a
     minute. If another run takes the lock away, which can happen to a process that is suspended, this process ends at
     once with status 1.
@@ -120,11 +122,13 @@ class FolderLock:
         self._path = None if folder is None else folder / LOCK
         self._prog = prog
         self._owner = Owner.this_process()
+        self._has_made_folder = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="folder lock", daemon=True)
 
     def __enter__(self) -> FolderLock:
         if self._path is not None:
+            self._has_made_folder = not self._path.parent.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._take(self._path)
             self._thread.start()
@@ -137,6 +141,9 @@ class FolderLock:
             with contextlib.suppress(OSError):  # the lock of a process that has ended does no harm
                 if (found := _read(self._path)) and found[0] == self._owner:
                     self._path.unlink()
+            if self._has_made_folder:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self._path.parent.rmdir()
 
     def check(self) -> None:
         """End the process if the folder is no longer its own; make the lock again if someone has removed it."""
