@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dali_saliencymix
 from dali_saliencymix import (
     DETECTORS,
     _routes,
@@ -274,3 +278,84 @@ def test_without_numba_the_package_works_and_mixes_alike(tmp_path):
     subprocess.run([sys.executable, "-c", script], check=True)
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
     np.testing.assert_array_equal(np.load(tmp_path / "map.npy"), fine_grained(images))
+
+
+# Where Numba cannot keep what it compiles
+
+FOUND_PEAKS = """
+import numpy as np
+from dali_saliencymix import phase_spectrum, saliency_peaks
+images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
+print(saliency_peaks({maps}, 40, 30).tolist())
+"""
+
+
+def found_peaks(
+    maps: str, *before: str, setup: str = "", folder: Path = Path(dali_saliencymix.__file__).parents[1], **environment
+) -> tuple[str, list[str]]:
+    """Run kernels of the package in `folder` in a fresh interpreter; return what they find, and the lines on stderr."""
+    command = [*before, sys.executable, "-B", "-c", setup + FOUND_PEAKS.format(maps=maps)]
+    ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout, ended.stderr.splitlines()
+
+
+def peaks_here(maps: np.ndarray) -> str:
+    return f"{saliency_peaks(maps, 40, 30).tolist()}\n"
+
+
+@pytest.fixture
+def read_only_installation():
+    """Return a copy of the package that only root could write to, outside of pytest's folders, which are closed."""
+    folder = Path(tempfile.mkdtemp())
+    skip = shutil.ignore_patterns("__pycache__")
+    installed = shutil.copytree(Path(dali_saliencymix.__file__).parent, folder / "dali_saliencymix", ignore=skip)
+    folders = [folder, *(path for path in installed.rglob("*") if path.is_dir()), installed]
+    for path in folders:
+        path.chmod(0o555)
+    yield folder
+    for path in folders:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_read_only_installation_without_a_home_compiles_for_each_process_and_says_so(read_only_installation):
+    # Root may write everywhere, but for the capabilities that are taken from it here.
+    unprivileged = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("setpriv is not installed")
+        dropped = "=-dac_override,-dac_read_search"
+        unprivileged = ["setpriv", f"--bounding-set{dropped}", f"--inh-caps{dropped}"]
+    at = {"folder": read_only_installation, "HOME": str(read_only_installation)}
+    found, said = found_peaks("phase_spectrum(images)", *unprivileged, **at)
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
+    assert found == peaks_here(phase_spectrum(images))
+    assert said == [
+        "warning: Numba compiles for this process alone, which takes some seconds: there is no folder that can be "
+        "written for what it has compiled; set NUMBA_CACHE_DIR to a folder that can be written"
+    ]
+    assert not list(read_only_installation.rglob("*.nb?"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_damaged_files_cost_the_time_to_compile_and_nothing_else(tmp_path):
+    maps = "images[..., 0].astype(np.float32)"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
+    expected, said = found_peaks(maps, setup=full, NUMBA_CACHE_DIR=str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert said == [
+        f"warning: Numba compiles for this process alone, which takes some seconds: {folder}: File too large; "
+        "set NUMBA_CACHE_DIR to a folder that can be written"
+    ]
+    assert list(folder.iterdir()) == []
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
+    assert expected == peaks_here(images[..., 0].astype(np.float32))
+    assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path)) == (expected, [])
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.suffix for path in kept} == {".nbi", ".nbc"}
+    for path in kept:
+        path.write_bytes(b"")
+    assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path)) == (expected, [])
+    assert {path: path.stat().st_size > 0 for path in folder.iterdir()} == dict.fromkeys(kept, True)

@@ -10,13 +10,11 @@ one in another file calls, delete ``__pycache__``.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from dali_saliencymix._array import Array, constant
+from dali_saliencymix._numba.kernel import kernel
 from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT, SURROUNDS, tap_indices, tap_weights
-
-_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 _MARGIN = max(SURROUNDS)
 _LARGEST_SUM = len(SURROUNDS) * 255
@@ -42,14 +40,14 @@ def rows_of_pixels(images: Array) -> Array:
     return images.reshape(count, height, 3 * width) if channels == 3 and images.flags.c_contiguous else images
 
 
-@_kernel
+@kernel
 def _small_luma(pixels, full_width, rows, columns, row_weights, column_weights, grey):  # type: ignore[no-untyped-def]
     levels, line = np.empty((2, full_width), np.uint8), np.empty(full_width, np.int32)
     for i in range(len(grey)):
         reduce_luma(pixels[i], rows, columns, row_weights, column_weights, levels, line, grey[i])
 
 
-@_kernel
+@kernel
 def reduce_luma(image, rows, columns, row_weights, column_weights, levels, line, grey):  # type: ignore[no-untyped-def]
     """Reduce the grey levels of one image of `rows_of_pixels`; `levels` (2, W) and `line` (W,) are for work."""
     height, width = grey.shape
@@ -63,13 +61,13 @@ def reduce_luma(image, rows, columns, row_weights, column_weights, levels, line,
             grey[y, x] = (near * (256 - weight) + far * weight + (1 << 15)) >> 16
 
 
-@_kernel
+@kernel
 def _between_rows(upper, lower, weight, line):  # type: ignore[no-untyped-def]
     for x in range(line.size):
         line[x] = upper[x] * (256 - weight) + lower[x] * weight
 
 
-@_kernel
+@kernel
 def _luma_of_row(row, grey):  # type: ignore[no-untyped-def]
     """Grey levels of a row of pixels: (3 W,) bytes, or (W, C)."""
     if row.ndim == 1:
@@ -82,7 +80,7 @@ def _luma_of_row(row, grey):  # type: ignore[no-untyped-def]
             grey[x] = _luma(row[x, 0], row[x, 1], row[x, 2])
 
 
-@_kernel
+@kernel
 def _luma(red, green, blue):  # type: ignore[no-untyped-def]
     return (RED * np.int32(red) + GREEN * np.int32(green) + BLUE * np.int32(blue) + (1 << (SHIFT - 1))) >> SHIFT
 
@@ -94,7 +92,7 @@ def fine_grained(images: Array) -> Array:
     return maps
 
 
-@_kernel
+@kernel
 def _fine_grained(images, maps):  # type: ignore[no-untyped-def]
     count, height, width = maps.shape
     # Rows and columns of sums start at 0. On either side they are padded with their first and their last value: then a
@@ -114,7 +112,7 @@ def _fine_grained(images, maps):  # type: ignore[no-untyped-def]
         _stretch_and_add(on, off, maps[i])
 
 
-@_kernel
+@kernel
 def _blurred_luma(image, grey, spare):  # type: ignore[no-untyped-def]
     height = len(image)
     for y in range(height):
@@ -128,7 +126,7 @@ def _blurred_luma(image, grey, spare):  # type: ignore[no-untyped-def]
             _blur_across(spare[y], spare[above], spare[below], grey[y])
 
 
-@_kernel
+@kernel
 def _on_and_off(grey, integral, columns, on, off):  # type: ignore[no-untyped-def]
     height, width = grey.shape
     difference = np.empty(width, np.int32)
@@ -152,7 +150,7 @@ def _on_and_off(grey, integral, columns, on, off):  # type: ignore[no-untyped-de
             _add_both(difference, on[y], off[y])
 
 
-@_kernel
+@kernel
 def _stretch_and_add(on, off, saliency_map):  # type: ignore[no-untyped-def]
     """Bring both sums to 0..255, each by its own maximum, and add them in 8 bits."""
     stretched = np.empty((2, _LARGEST_SUM + 1), np.int32)
@@ -167,7 +165,7 @@ def _stretch_and_add(on, off, saliency_map):  # type: ignore[no-untyped-def]
             saliency_map[y, x] = np.float32(total) * np.float32(1 / 255)
 
 
-@_kernel
+@kernel
 def _blur_along(row, blurred):  # type: ignore[no-untyped-def]
     """Weights 1-2-1 along a row, mirrored at its ends."""
     last = row.size - 1
@@ -177,14 +175,14 @@ def _blur_along(row, blurred):  # type: ignore[no-untyped-def]
     blurred[last] = 2 * row[last] + 2 * row[max(last - 1, 0)]
 
 
-@_kernel
+@kernel
 def _blur_across(row, above, below, blurred):  # type: ignore[no-untyped-def]
     """Weights 1-2-1 over three rows, and the rounding."""
     for x in range(row.size):
         blurred[x] = (2 * row[x] + above[x] + below[x] + 8) >> 4
 
 
-@_kernel
+@kernel
 def _sum_row(row, grey, above, sums):  # type: ignore[no-untyped-def]
     """Add a row to the integral image, in float32 and in the order in which NumPy's cumsum adds."""
     total = np.float32(0)
@@ -195,7 +193,7 @@ def _sum_row(row, grey, above, sums):  # type: ignore[no-untyped-def]
     sums[_MARGIN + 1 + row.size :] = sums[_MARGIN + row.size]
 
 
-@_kernel
+@kernel
 def _difference(grey, above_left, above_right, below_left, below_right, columns, rows, difference):  # type: ignore[no-untyped-def]
     """Grey level less the mean of the others in the window, rounded towards 0."""
     for x in range(grey.size):
@@ -207,7 +205,7 @@ def _difference(grey, above_left, above_right, below_left, below_right, columns,
         difference[x] = np.int32(grey[x] - surround)
 
 
-@_kernel
+@kernel
 def _add_both(difference, on, off):  # type: ignore[no-untyped-def]
     for x in range(difference.size):
         on[x] += max(difference[x], 0)

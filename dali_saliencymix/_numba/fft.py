@@ -14,10 +14,11 @@ import math
 import numba
 import numpy as np
 
+from dali_saliencymix._numba.kernel import kernel
+
 ROW = 64  # numbers from one row to the next, whatever the size
 _PLANE = ROW * ROW
 
-_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 _put_in = numba.njit(inline="always", error_model="numpy")
 
 _HALF = np.float32(0.5)
@@ -29,7 +30,7 @@ def twiddles(size: int) -> np.ndarray:
     return np.exp(-2j * np.pi / size * np.outer(np.arange(size // 8), np.arange(8))).astype(np.complex64)
 
 
-@_kernel
+@kernel
 def transform_columns(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
     """Transform the first `width` columns of `planes` in place."""
     if len(twiddles) == 8:
@@ -38,7 +39,7 @@ def transform_columns(planes, spare, twiddles, width):  # type: ignore[no-untype
         _transform_32(planes.reshape(2 * _PLANE), spare.reshape(2 * _PLANE), twiddles, width)
 
 
-@_kernel
+@kernel
 def _transform_64(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
     _by_eights(planes, spare, twiddles, width, 8)
     for j in range(8):
@@ -47,7 +48,7 @@ def _transform_64(planes, spare, twiddles, width):  # type: ignore[no-untyped-de
             _put_eight(planes, o, 8 * ROW, _dft8(*_eight(spare, i, ROW)))
 
 
-@_kernel
+@kernel
 def _transform_32(planes, spare, twiddles, width):  # type: ignore[no-untyped-def]
     _by_eights(planes, spare, twiddles, width, 4)
     for j in range(8):
@@ -99,7 +100,7 @@ def _put_four(planes, i, step, values):  # type: ignore[no-untyped-def]
     planes[i + 3 * step], planes[i + 3 * step + _PLANE] = d.real, d.imag
 
 
-@_kernel
+@kernel
 def _dft8(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     y0, y2, y4, y6 = _dft4(a + e, b + f, c + g, d + h)
     b, d = b - f, d - h
@@ -110,19 +111,19 @@ def _dft8(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     return y0, y1, y2, y3, y4, y5, y6, y7
 
 
-@_kernel
+@kernel
 def _dft4(a, b, c, d):  # type: ignore[no-untyped-def]
     even, odd, rest, turned = a + c, b + d, a - c, _turned(b - d)
     return even + odd, rest + turned, even - odd, rest - turned
 
 
-@_kernel
+@kernel
 def _turned(value):  # type: ignore[no-untyped-def]
     """Return -i times the value."""
     return complex(value.imag, -value.real)
 
 
-@_kernel
+@kernel
 def pair_columns(grey, planes):  # type: ignore[no-untyped-def]
     """Make complex columns of pairs of real ones: their spectrum can be taken apart by its symmetry."""
     size = len(grey)
@@ -135,7 +136,7 @@ def pair_columns(grey, planes):  # type: ignore[no-untyped-def]
             planes[1, y, x] = grey[y, half + x]
 
 
-@_kernel
+@kernel
 def transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
     """Take the pairs apart, (x, ky): frequencies below the highest, which is paired with the lowest: both are real."""
     half = size // 2
@@ -153,7 +154,7 @@ def transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
         transposed[0, half + x, 0], transposed[1, half + x, 0] = planes[1, 0, x], planes[1, half, x]
 
 
-@_kernel
+@kernel
 def take_half(planes, spectrum):  # type: ignore[no-untyped-def]
     """Fill the half of the spectrum that says all, (2, kx, ky): the lowest and the highest ky are still paired."""
     _, size, stored = spectrum.shape
@@ -170,7 +171,7 @@ def take_half(planes, spectrum):  # type: ignore[no-untyped-def]
         spectrum[0, x, half], spectrum[1, x, half] = _HALF * (imaginary + other_imaginary), _HALF * (other_real - real)
 
 
-@_kernel
+@kernel
 def transpose(planes, transposed, size):  # type: ignore[no-untyped-def]
     """Turn a complex map over."""
     for part in range(2):

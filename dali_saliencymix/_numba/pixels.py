@@ -6,13 +6,11 @@ They work without the GIL.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from dali_saliencymix._array import Array
+from dali_saliencymix._numba.kernel import kernel
 from dali_saliencymix._threads import for_each_chunk
-
-_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 _CHUNK = 4  # images for one thread at a time
 
@@ -27,7 +25,7 @@ def most_salient(maps: Array, closeness: Array) -> Array:
     return found
 
 
-@_kernel
+@kernel
 def _most_salient(maps, closeness, found):  # type: ignore[no-untyped-def]
     count, height, width = maps.shape
     tops = np.empty(width, np.float32)  # of the columns: side by side they use the vector units
@@ -45,7 +43,7 @@ def _most_salient(maps, closeness, found):  # type: ignore[no-untyped-def]
                         found[i] = y * width + x
 
 
-@_kernel
+@kernel
 def _tops_of_columns(saliency_map, tops):  # type: ignore[no-untyped-def]
     height, width = saliency_map.shape
     tops[:] = -np.inf
@@ -82,7 +80,7 @@ def paste_normalised(
     for_each_chunk(paste, count, _CHUNK)
 
 
-@_kernel
+@kernel
 def _paste_normalised(images, first, sources, boxes, source_boxes, mirrored, channels, scaling, out):  # type: ignore[no-untyped-def]
     """Make ``out``, the mixed images from number `first` on: planes (n, C, H, W), or rows (n, 1, H, W C)."""
     count, planes, height, _ = out.shape
@@ -101,7 +99,7 @@ def _paste_normalised(images, first, sources, boxes, source_boxes, mirrored, cha
             _scale_planes(pixels, scaling, out[i, 0], out[i, 1], out[i, 2])
 
 
-@_kernel
+@kernel
 def _copy(pixels, copied):  # type: ignore[no-untyped-def]
     height, width = copied.shape
     for y in range(height):
@@ -109,7 +107,7 @@ def _copy(pixels, copied):  # type: ignore[no-untyped-def]
             copied[y, x] = pixels[y, x]
 
 
-@_kernel
+@kernel
 def _mirror(mixed, channels, flipped):  # type: ignore[no-untyped-def]
     # An index that could be negative would count from the end: unsigned ones keep the vector units busy.
     height, width = mixed.shape
@@ -125,7 +123,7 @@ def _mirror(mixed, channels, flipped):  # type: ignore[no-untyped-def]
                 flipped[y, 3 * x + 2] = mixed[y, last - np.uint64(3 * x) + np.uint64(2)]
 
 
-@_kernel
+@kernel
 def _scale_rows(mixed, scaling, rows):  # type: ignore[no-untyped-def]
     height, width = mixed.shape
     for y in range(height):
@@ -133,7 +131,7 @@ def _scale_rows(mixed, scaling, rows):  # type: ignore[no-untyped-def]
             rows[y, x] = (np.float32(mixed[y, x]) - scaling[0, x]) * scaling[1, x]
 
 
-@_kernel
+@kernel
 def _scale_planes(mixed, scaling, red, green, blue):  # type: ignore[no-untyped-def]
     # Channels and the distance between pixels are literals, and each loop writes to one array: for the same reason.
     height, width = red.shape

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from dali_saliencymix._array import Array, constant
@@ -26,14 +25,13 @@ from dali_saliencymix._numba.fft import (
     transpose_half,
     twiddles,
 )
+from dali_saliencymix._numba.kernel import kernel
 from dali_saliencymix._tables import GAUSSIAN, MEAN, tap_indices, tap_weights
 from dali_saliencymix._threads import for_each_chunk
 
 SIZES = ((32, 32), (64, 64))
 
 _CHUNK = 8  # images for one thread at a time: few enough that all threads end together
-
-_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 _HALF, _ONE = np.float32(0.5), np.float32(1)
 _BITS_OF_HALF_ROOT = np.int32(np.float32(math.sqrt(0.5)).view(np.int32))
@@ -64,7 +62,7 @@ def spectral_residual(images: Array, size: int) -> Array:
     return maps
 
 
-@_kernel
+@kernel
 def _maps(pixels, width, rows, columns, row_weights, column_weights, factors, maps):  # type: ignore[no-untyped-def]
     size = maps.shape[1]
     levels, line = np.empty((2, width), np.uint8), np.empty(width, np.int32)
@@ -97,7 +95,7 @@ def _maps(pixels, width, rows, columns, row_weights, column_weights, factors, ma
         _square(maps[i])
 
 
-@_kernel
+@kernel
 def _has_one_level(grey):  # type: ignore[no-untyped-def]
     height, width = grey.shape
     for y in range(height):
@@ -107,7 +105,7 @@ def _has_one_level(grey):  # type: ignore[no-untyped-def]
     return True
 
 
-@_kernel
+@kernel
 def _whiten(spectrum, factor, planes):  # type: ignore[no-untyped-def]
     """Phase times factor, of all bins: those that are not stored are those of the mirror image, conjugate.
 
@@ -128,7 +126,7 @@ def _whiten(spectrum, factor, planes):  # type: ignore[no-untyped-def]
             planes[0, x, y] = -spectrum[1, mirrored, size - y] * factor[x, y]
 
 
-@_kernel
+@kernel
 def _modulus(planes, tall):  # type: ignore[no-untyped-def]
     size = tall.shape[1]
     for y in range(size):
@@ -137,7 +135,7 @@ def _modulus(planes, tall):  # type: ignore[no-untyped-def]
             tall[_REACH + y, x] = np.sqrt(real * real + imaginary * imaginary)
 
 
-@_kernel
+@kernel
 def _amplitude(spectrum, whole):  # type: ignore[no-untyped-def]
     _, size, stored = spectrum.shape
     for x in range(size):
@@ -146,7 +144,7 @@ def _amplitude(spectrum, whole):  # type: ignore[no-untyped-def]
             whole[x, y] = np.sqrt(real * real + imaginary * imaginary)
 
 
-@_kernel
+@kernel
 def _keep_phase(spectrum, amplitude):  # type: ignore[no-untyped-def]
     """Divide by the amplitude; an empty bin has phase 0 by convention."""
     _, size, stored = spectrum.shape
@@ -160,7 +158,7 @@ def _keep_phase(spectrum, amplitude):  # type: ignore[no-untyped-def]
             spectrum[1, x, y] = spectrum[1, x, y] / (_ONE if empty else amplitude[x, y])
 
 
-@_kernel
+@kernel
 def _log_of_all(amplitude, tall):  # type: ignore[no-untyped-def]
     """log(1 + amplitude) of all bins, of the half that is filled."""
     size = len(amplitude)
@@ -174,7 +172,7 @@ def _log_of_all(amplitude, tall):  # type: ignore[no-untyped-def]
             tall[_REACH + x, y] = tall[_REACH + mirrored, size - y]
 
 
-@_kernel
+@kernel
 def _exponential(tall, mean):  # type: ignore[no-untyped-def]
     """exp(log amplitude - mean), in place of the mean."""
     size = len(mean)
@@ -183,7 +181,7 @@ def _exponential(tall, mean):  # type: ignore[no-untyped-def]
             mean[x, y] = _exp(tall[_REACH + x, y] - mean[x, y])
 
 
-@_kernel
+@kernel
 def _log(value):  # type: ignore[no-untyped-def]
     """Logarithm of a normal float32: that of the library does not use the vector units."""
     bits = np.float32(value).view(np.int32)
@@ -197,7 +195,7 @@ def _log(value):  # type: ignore[no-untyped-def]
     return np.float32(exponent) * np.float32(_LOG_2) + (power + power + power * square * series)
 
 
-@_kernel
+@kernel
 def _exp(value):  # type: ignore[no-untyped-def]
     """Exponential of a float32 in -80..80."""
     exponent = np.floor(value * np.float32(1 / _LOG_2) + _HALF)
@@ -209,7 +207,7 @@ def _exp(value):  # type: ignore[no-untyped-def]
     return series * np.int32((np.int32(exponent) + np.int32(127)) << 23).view(np.float32)
 
 
-@_kernel
+@kernel
 def _filter(tall, weights, wide, filtered):  # type: ignore[no-untyped-def]
     """Filter by symmetric weights along columns, then along rows, mirrored at the border.
 
@@ -227,7 +225,7 @@ def _filter(tall, weights, wide, filtered):  # type: ignore[no-untyped-def]
     _filter_rows(wide, weights, filtered)
 
 
-@_kernel
+@kernel
 def _filter_columns(tall, weights, wide):  # type: ignore[no-untyped-def]
     centre, near, far = weights
     size = len(wide)
@@ -238,7 +236,7 @@ def _filter_columns(tall, weights, wide):  # type: ignore[no-untyped-def]
             )
 
 
-@_kernel
+@kernel
 def _filter_rows(wide, weights, filtered):  # type: ignore[no-untyped-def]
     centre, near, far = weights
     size = len(filtered)
@@ -249,7 +247,7 @@ def _filter_rows(wide, weights, filtered):  # type: ignore[no-untyped-def]
             )
 
 
-@_kernel
+@kernel
 def _square(saliency_map):  # type: ignore[no-untyped-def]
     """Square, and bring to a maximum of 1."""
     size = len(saliency_map)
