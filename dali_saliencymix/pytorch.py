@@ -69,6 +69,10 @@ class SaliencyMix:
     every epoch, and a `seed` or `generator` given here is combined with the worker's seed, which comes from the
     loader's generator.
 
+    In a function under ``torch.compile`` the call is a graph break, as it is with timm's and torchvision's mixes: what
+    is before and after it is compiled, and the result is that of the function alone. With ``fullgraph=True`` it is
+    an error; call the object before the compiled function then.
+
     Examples
     --------
     >>> import torch
@@ -119,6 +123,8 @@ class SaliencyMix:
         self._own_seed = 0 if self._generator is None else self._generator.initial_seed()
         self._worker_seed: int | None = None
 
+    # NumPy, CuPy and compiled kernels see the memory of tensors, which those that the compiler traces with do not have.
+    @torch.compiler.disable(reason="it computes outside of PyTorch: call it before the compiled function")  # type: ignore[no-untyped-call]
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix a batch.
 

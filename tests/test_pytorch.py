@@ -465,6 +465,47 @@ def test_a_bad_sample_reaches_the_user_out_of_a_worker():
         next(iter(loader))
 
 
+# Under torch.compile
+
+
+def compiled_with(function, graphs, **options):
+    """Compile by a backend that runs each graph as it is, and appends it to `graphs`."""
+    torch._dynamo.reset()
+    return torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
+
+
+@pytest.mark.parametrize("saliency", ["spectral_residual", "a compiled network"])
+def test_a_compiled_step_breaks_its_graph_at_the_mix_and_has_the_same_result(saliency):
+    images, labels = pixels(6, 3, 16, 16), class_ids(6)
+    network = torch.nn.Linear(3 * 16 * 16, K)
+    graphs = []
+
+    def step(mix):
+        mixed, targets = mix(images.flip(3), labels)
+        return torch.nn.functional.cross_entropy(network(mixed.flatten(1) / 255), targets)
+
+    def mix_by(compiled):
+        if saliency != "a compiled network":
+            return SaliencyMix(K, seed=1)
+        return SaliencyMix(K, seed=1, saliency=NetworkSaliency(compiled(Channel(1))))
+
+    expected = step(mix_by(lambda network: network))
+    expected.backward()
+    gradient, network.weight.grad = network.weight.grad, None
+    compiled = compiled_with(step, graphs)
+    loss = compiled(mix_by(lambda network: torch.compile(network, backend="eager")))
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(network.weight.grad, gradient)
+    assert len(graphs) == 2  # before the mix, and after it
+
+
+def test_a_step_compiled_as_one_graph_is_told_to_mix_before():
+    mix = SaliencyMix(K, seed=1)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call it before the compiled function"):
+        compiled_with(lambda: mix(**GOOD)[0] + 1, [], fullgraph=True)()
+
+
 # Beside timm and torchvision
 
 
