@@ -2,15 +2,23 @@
 
     python pipelines/accelerate_training.py DATA
     accelerate launch pipelines/accelerate_training.py DATA --output weights.pt
+    accelerate launch pipelines/accelerate_training.py DATA --epochs 90 --checkpoints FOLDER
 
-DATA is a folder with one folder of images for each class.
+DATA is a folder with one folder of images for each class. With --checkpoints the same command goes on with a training
+that was killed: at the next batch of the epoch, so that each image is trained on once in it.
 
 Model and optimizer go through ``accelerator.prepare``; the loader does not. Each process asks DALI for its own share of
-the files, and the tensors are on its device already. A prepared loader would shard and move each batch again.
+the files, and the tensors are on its device already. A prepared loader would shard and move each batch again. What an
+Accelerator does for a prepared loader alone is done here: the place in the epoch is saved beside its own state, and a
+last, shorter window of accumulated batches ends with the epoch.
 """
 
 import argparse
+import contextlib
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -28,7 +36,7 @@ from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
 MEAN, STD = IMAGENET_IN_GREY_LEVELS
 
 
-@pipeline_def
+@pipeline_def(enable_checkpointing=True)
 def training_pipeline(folder: ImageFolder, size: int, gpu: bool, rank: int, processes: int) -> tuple[DataNode, ...]:
     """Read this process's share of the files, decode a random crop, resize, mix, flip horizontally, normalise."""
     # All processes shuffle with one seed, or their shares would overlap; the other draws have the pipeline's own seed.
@@ -43,57 +51,143 @@ def training_pipeline(folder: ImageFolder, size: int, gpu: bool, rank: int, proc
     return images, soft_labels(labels, source_labels, lam, num_classes=len(folder.classes))
 
 
+class Checkpoints:
+    """Folders ``update_00000100`` of what an Accelerator saves, and of each process the place in its data.
+
+    A process may be killed at any time: a folder gets that name when all processes have written to it.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
+        self.accelerator, self.folder = accelerator, folder
+        self.settings = settings  # what decides the batches: DALI would take its state for others without complaint
+        self.latest = max(folder.glob("update_*"), default=None)
+        self.name_of_place = f"place_{accelerator.process_index}.pt"
+
+    def place(self) -> dict[str, Any] | None:
+        """Return what this process saved last, or None; refuse it where the settings have changed."""
+        if self.latest is None:
+            return None
+        saved = torch.load(self.latest / "place_0.pt", weights_only=True)["settings"]
+        changed = [f"{name} was {saved[name]}, is {now}" for name, now in self.settings.items() if saved[name] != now]
+        if changed:
+            msg = f"{self.latest}: cannot go on with other batches: {'; '.join(changed)}"
+            raise ValueError(msg)
+        return torch.load(self.latest / self.name_of_place, weights_only=True)
+
+    def save(self, update: int, place: dict[str, Any]) -> None:
+        """Save, in all processes, after a number of updates of the weights; remove the checkpoints before."""
+        partial = self.folder / "partial"
+        self.latest = self.folder / f"update_{update:08d}"
+        self.accelerator.save_state(partial)
+        torch.save({"settings": self.settings, **place}, partial / self.name_of_place)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            partial.rename(self.latest)
+            for older in set(self.folder.glob("update_*")) - {self.latest}:
+                shutil.rmtree(older)
+
+
 def train(
-    folder: ImageFolder, accelerator: Accelerator, *, epochs: int, batch_size: int, size: int, lr: float
-) -> tuple[nn.Module, list[float]]:
-    """Train a ResNet-18 in all processes; return it, unwrapped, and the mean loss of each epoch over all of them."""
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    folder: ImageFolder, accelerator: Accelerator, *, epochs: int, batch_size: int, size: int, lr: float,
+    checkpoints: Path | None = None, checkpoint_every: int = 100,
+) -> tuple[nn.Module, list[float]]:  # fmt: skip
+    """Train a ResNet-18 in all processes; return it, unwrapped, and the mean loss of each epoch over all of them.
+
+    ``accelerator.gradient_accumulation_steps`` batches make an update of the weights, fewer at the end of an epoch.
+    With `checkpoints` the state is saved in that folder every `checkpoint_every` updates, and the training goes on from
+    the last one there.
+    """
+    rank, processes, accumulated = (
+        accelerator.process_index, accelerator.num_processes, accelerator.gradient_accumulation_steps,
+    )  # fmt: skip
     steps = len(folder) // processes // batch_size
     if not steps:
         limit = f"the share that each of {processes} processes has of the {len(folder)} images in {folder.root}"
         msg = f"batch_size must be at most {len(folder) // processes}, {limit}, got {batch_size}"
         raise ValueError(msg)
+    settings = {"images": len(folder), "processes": processes, "batch_size": batch_size, "size": size}
+    saving = None
+    if checkpoints is not None:
+        saving = Checkpoints(accelerator, checkpoints, settings | {"gradient_accumulation_steps": accumulated})
+    place = saving.place() if saving else None
+
     gpu = accelerator.device.type == "cuda"
     pipeline = training_pipeline(
         folder, size, gpu, rank, processes,
         batch_size=batch_size, num_threads=4, device_id=accelerator.device.index or 0 if gpu else None, seed=rank,
+        checkpoint=place["pipeline"] if place else None,
     )  # fmt: skip
-    loader = DALIGenericIterator([pipeline], ["images", "targets"], reader_name="reader", auto_reset=True)
+    # A batch read in advance would be lost to a state at the end of an epoch, together with that end.
+    loader = DALIGenericIterator(
+        [pipeline], ["images", "targets"], reader_name="reader", auto_reset=True, prepare_first_batch=False
+    )
     model = torchvision.models.resnet18(num_classes=len(folder.classes))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    losses = []
-    for epoch in range(epochs):
-        total = torch.zeros((), device=accelerator.device)
-        for step, (batch,) in enumerate(loader):
-            if step >= steps:  # no full batch without padding: to be read, so that no share gets into the next epoch
+    losses, step, update, total = [], 0, 0, torch.zeros((), device=accelerator.device)
+    if saving and place:
+        accelerator.load_state(saving.latest)
+        losses, step, update, total = place["losses"], place["step"], place["update"], total + place["total"]
+        accelerator.print(f"goes on with epoch {len(losses) + 1} after {step} steps: {saving.latest}")
+    while len(losses) < epochs:
+        for (batch,) in loader:
+            if step == steps:  # no full batch without padding: to be read, so that no share gets into the next epoch
                 continue
-            with accelerator.autocast():
-                loss = cross_entropy(model(batch["images"]), batch["targets"])
+            window = min(accumulated, steps - step // accumulated * accumulated)  # batches of the update
+            step += 1
+            # Accelerate finds the end of a window by itself only where the loader is its own.
+            accelerator.sync_gradients = step % accumulated == 0 or step == steps
+            with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    loss = cross_entropy(model(batch["images"]), batch["targets"])
+                accelerator.backward(loss * (accumulated / window))  # which divides by `accumulated`
+            optimizer.step()  # inside of a window this does nothing, nor does the next line
             optimizer.zero_grad()
-            accelerator.backward(loss)
-            optimizer.step()
             total += loss.detach()
+            if not accelerator.sync_gradients:
+                continue
+            update += 1
+            if saving and update % checkpoint_every == 0:
+                (state,) = loader.checkpoints()
+                here = {"losses": losses, "step": step, "update": update, "total": total.cpu(), "pipeline": state}
+                saving.save(update, here)
         losses.append(accelerator.reduce(total / steps, reduction="mean").item())
-        accelerator.print(f"epoch {epoch + 1}/{epochs}  {steps} steps  loss {losses[-1]:.3f}")
+        step, total = 0, torch.zeros_like(total)
+        accelerator.print(f"epoch {len(losses)}/{epochs}  {steps} steps  loss {losses[-1]:.3f}")
     return accelerator.unwrap_model(model), losses
+
+
+def positive(text: str) -> int:
+    """Return the number that an option gives, which must be at least 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def main() -> None:
     """Train, and write the weights."""
     parser = argparse.ArgumentParser(description="Train a ResNet-18 with Accelerate and SaliencyMix.")
     parser.add_argument("data", metavar="DATA", help="folder with one folder of images for each class")
-    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images in a batch of each process")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="images in a batch of each process")
+    parser.add_argument("--accumulation-steps", type=positive, default=1, help="batches that make one update")
+    parser.add_argument("--epochs", type=positive, default=1)
+    parser.add_argument("--size", type=positive, default=224, help="height and width of the images")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--cpu", action="store_true", help="compute on the CPU even where there is a GPU")
     parser.add_argument("--output", type=Path, help="file for the weights")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder to save checkpoints in, and to go on from the last one"
+    )
+    parser.add_argument("--checkpoint-every", type=positive, default=100, help="updates from a checkpoint to the next")
     args = parser.parse_args()
-    accelerator = Accelerator(cpu=args.cpu)
-    options = {"epochs": args.epochs, "batch_size": args.batch_size, "size": args.size, "lr": args.lr}
-    model, _ = train(list_image_folder(args.data), accelerator, **options)
+    accelerator = Accelerator(cpu=args.cpu, gradient_accumulation_steps=args.accumulation_steps)
+    names = ("epochs", "batch_size", "size", "lr", "checkpoints", "checkpoint_every")
+    try:
+        folder = list_image_folder(args.data)
+        model, _ = train(folder, accelerator, **{name: getattr(args, name) for name in names})
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     if args.output is not None:
         accelerator.save(model.state_dict(), args.output)
     accelerator.end_training()

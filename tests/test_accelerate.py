@@ -1,13 +1,15 @@
 """Training with Hugging Face Accelerate: in one process, and in two that share the images and agree on the weights.
 
-Run as a program, under ``torchrun``, this module is one of the two processes: it records what it gets, and judges
-nothing.
+Run as a program, this module is a process of a training: it records what it gets, is killed where that is asked for,
+and judges nothing.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,23 +37,28 @@ def checksums(model):
     return [parameter.double().sum().item() for parameter in model.parameters()]
 
 
-def record(data, output):
-    """Train; write what this process was given, and where that led to."""
+def record(data, output, killed, at_batch, *, accumulated=1, **options):
+    """Train; write what this process was given, and where that led to. Process `killed` dies in a batch of this run."""
     from accelerate import Accelerator
 
     from pipelines import accelerate_training
 
-    accelerator = Accelerator(cpu=True)
-    batches, cross_entropy = [], accelerate_training.cross_entropy
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    cross_entropy, given = accelerate_training.cross_entropy, output / f"{accelerator.process_index}.jsonl"
+    batches = 0
 
     def recorded(logits, targets):
-        batches.append(targets.tolist())
+        nonlocal batches
+        batches += 1
+        if (accelerator.process_index, batches) == (killed, at_batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+        with given.open("a") as lines:
+            lines.write(f"{json.dumps(targets.tolist())}\n")
         return cross_entropy(logits, targets)
 
     accelerate_training.cross_entropy = recorded
-    model, losses = accelerate_training.train(numbered(data), accelerator, **OPTIONS)
+    model, losses = accelerate_training.train(numbered(data), accelerator, **{**OPTIONS, **options})
     report = {
-        "targets": batches,
         "losses": losses,
         "weights": checksums(model),
         "type": type(model).__name__,
@@ -61,15 +68,28 @@ def record(data, output):
     accelerator.end_training()
 
 
+def recorded_by(start, data, output, killed=-1, at_batch=0, **options):
+    """Run this module as a program, which ends well if nothing kills it; return what each process has recorded."""
+    output.mkdir(exist_ok=True)
+    ended = start(__file__, data, output, str(killed), str(at_batch), json.dumps(options), check=killed < 0)
+    assert (ended.returncode != 0) == (killed >= 0), ended.stderr
+    reports = []
+    for given in sorted(output.glob("*.jsonl")):
+        end = given.with_suffix(".json")
+        targets = [json.loads(line) for line in given.read_text().splitlines()]
+        reports.append(
+            {"targets": targets, "said": ended.stdout, **(json.loads(end.read_text()) if end.exists() else {})}
+        )
+    return reports
+
+
 @pytest.fixture(scope="module")
 def reports(data_folder, tmp_path_factory):
-    """What two processes recorded."""
+    """What two processes recorded, of three batches an epoch in updates of two and one."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from shared.programs import torchrun
 
-    output = tmp_path_factory.mktemp("reports")
-    torchrun(__file__, data_folder, output)
-    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
+    return recorded_by(torchrun, data_folder, tmp_path_factory.mktemp("reports"), accumulated=2)
 
 
 def test_two_processes_take_part(reports):
@@ -103,8 +123,8 @@ def test_two_processes_mix_with_draws_of_their_own(reports):
     assert not weights[0] <= weights[1]
 
 
-@pytest.mark.parametrize("batch_size", [BATCH, 10], ids=["whole batches", "a remainder"])
-def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(BATCH, 1), (10, 3)], ids=["whole batches", "accumulated"])
+def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size, accumulated):
     """The same steps without Accelerate, by code of its own, lead to the same weights."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     import torchvision
@@ -116,7 +136,8 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
     torch.set_num_threads(1)
     folder = numbered(data_folder)
     torch.manual_seed(3)
-    model, losses = train(folder, accelerate.Accelerator(cpu=True), **{**OPTIONS, "batch_size": batch_size})
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+    model, losses = train(folder, accelerator, **{**OPTIONS, "batch_size": batch_size})
 
     torch.manual_seed(3)
     by_hand = torchvision.models.resnet18(num_classes=IMAGES)
@@ -125,15 +146,19 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
     pipeline = training_pipeline(folder, 32, False, 0, 1, batch_size=batch_size, num_threads=4, device_id=None, seed=0)
     losses_by_hand = []
     for _ in range(EPOCHS):
-        epoch = []
+        epoch, steps = [], IMAGES // batch_size
+        # The update of a shorter window has the mean gradient of its batches, as others have.
+        updates = [range(first, min(first + accumulated, steps)) for first in range(0, steps, accumulated)]
         for step in range(math.ceil(IMAGES / batch_size)):
             images, targets = (torch.from_numpy(np.array(output.as_tensor())) for output in pipeline.run())
-            if step == IMAGES // batch_size:  # its end is padding
+            if step == steps:  # its end is padding
                 continue
             loss = -(targets * log_softmax(by_hand(images), 1)).sum(1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            (of_one_update,) = (update for update in updates if step in update)
+            (loss / len(of_one_update)).backward()
+            if step == of_one_update[-1]:
+                optimizer.step()
+                optimizer.zero_grad()
             epoch.append(loss.item())
         losses_by_hand.append(sum(epoch) / len(epoch))
     torch.set_num_threads(threads)
@@ -141,6 +166,71 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size):
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert checksums(by_hand) != begin
+
+
+# Killed, and started again
+
+
+def seen_by_all(reports, steps):
+    """Return the images of each epoch, of `steps` batches in each process."""
+    epochs = range(0, len(reports[0]["targets"]), steps)
+    return [
+        sorted(
+            number for report in reports for batch in report["targets"][first:][:steps] for number in images_of(batch)
+        )
+        for first in epochs
+    ]
+
+
+def test_two_processes_go_on_in_the_middle_of_an_epoch_where_one_was_killed(reports, data_folder, tmp_path):
+    from shared.programs import torchrun
+
+    options = {"accumulated": 2, "checkpoints": str(tmp_path / "checkpoints"), "checkpoint_every": 1}
+    # Updates after batches 2, 3, 5 and 6. The process dies in batch 6, the last one of the second epoch.
+    first = recorded_by(torchrun, data_folder, tmp_path / "first", killed=1, at_batch=6, **options)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("update_*")] == ["update_00000003"]
+    second = recorded_by(torchrun, data_folder, tmp_path / "second", **options)
+    assert [len(report["targets"]) for report in second] == [1, 1]
+    assert "goes on with epoch 2 after 2 steps" in second[0]["said"]
+    together = [{"targets": a["targets"][:5] + b["targets"]} for a, b in zip(first, second, strict=True)]
+    assert seen_by_all(together, IMAGES // 2 // BATCH) == [list(range(IMAGES))] * EPOCHS
+    for ours, undisturbed, end in zip(together, reports, second, strict=True):
+        assert ours["targets"] == undisturbed["targets"]
+        assert (end["weights"], end["losses"]) == (undisturbed["weights"], undisturbed["losses"])
+
+
+@pytest.mark.parametrize("batch_size", [12, 10], ids=["whole batches", "a remainder"])
+def test_one_process_that_is_killed_again_and_again_sees_each_image_once_in_an_epoch(data_folder, tmp_path, batch_size):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from shared.programs import run_program
+
+    steps = IMAGES // batch_size  # four, and then a batch that is read and passed over, or none
+    options = {"batch_size": batch_size, "checkpoint_every": 2}
+    (undisturbed,) = recorded_by(run_program, data_folder, tmp_path / "undisturbed", **options)
+    assert len(undisturbed["targets"]) == EPOCHS * steps
+    options["checkpoints"] = str(tmp_path / "checkpoints")
+    targets = []
+    # Checkpoints of the middle of an epoch and of its end are gone on from.
+    for number, killed in enumerate([{"killed": 0, "at_batch": 4}] * 2 + [{}]):
+        (report,) = recorded_by(run_program, data_folder, tmp_path / str(number), **killed, **options)
+        targets += report["targets"][: 2 if killed else None]
+    assert targets == undisturbed["targets"]
+    images = [images_of(batch) for batch in targets]
+    assert [len(set().union(*images[first:][:steps])) for first in (0, steps)] == [steps * batch_size] * EPOCHS
+    assert (report["weights"], report["losses"]) == (undisturbed["weights"], undisturbed["losses"])
+
+
+def test_a_checkpoint_of_other_batches_is_refused(data_folder, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from shared.programs import run_program
+
+    options = ["--cpu", "--size", "32", "--checkpoints", tmp_path, "--checkpoint-every", "2"]
+    train = ["pipelines/accelerate_training.py", data_folder / "train"]
+    run_program(*train, *options, "-b", "16")
+    ended = run_program(*train, *options, "-b", "8", "--accumulation-steps", "2", check=False)
+    what = "batch_size was 16, is 8; gradient_accumulation_steps was 1, is 2"
+    assert ended.returncode == 1
+    assert ended.stderr.endswith(f"error: {tmp_path}/update_00000002: cannot go on with other batches: {what}\n")
 
 
 def test_the_command_trains_and_writes_weights(data_folder, tmp_path):
@@ -184,4 +274,8 @@ def test_on_a_gpu_it_trains_there(data_folder, precision):
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]), Path(sys.argv[2]))
+    data, output, killed, at_batch, options = sys.argv[1:]
+    options = json.loads(options)
+    if options.get("checkpoints"):
+        options["checkpoints"] = Path(options["checkpoints"])
+    record(Path(data), Path(output), int(killed), int(at_batch), **options)
