@@ -52,7 +52,7 @@ class SaliencyMix:
     label_smoothing : float
         Share of the weight that is spread evenly over all classes, in [0, 1].
     seed : int, optional
-        Seed of the draws of this object. Give each process of a distributed run one of its own.
+        Seed of the draws of this object. Give each process of a distributed run one of its own, or all mix alike.
     generator : torch.Generator, optional
         Where to draw from instead, on the CPU. By default it is PyTorch's global one.
     preset, saliency, source, destination, box, per_batch, algorithm
@@ -329,6 +329,10 @@ def _check_tensor(tensor: Any, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         msg = f"{name} must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}"
         raise TypeError(msg)
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        msg = f"{name} must be a dense tensor on the CPU or a CUDA GPU, got {kind} on {tensor.device}"
+        raise ValueError(msg)
 
 
 def _is_channels_last(images: torch.Tensor) -> bool:

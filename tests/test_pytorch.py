@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 
@@ -262,7 +263,18 @@ def test_own_randomness_leaves_the_global_generators_alone(own):
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda mix: pickle.loads(pickle.dumps(mix))])
+def saved_and_loaded(mix):
+    stream = io.BytesIO()
+    torch.save(mix, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda mix: pickle.loads(pickle.dumps(mix)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 def test_a_copy_goes_on_from_where_the_original_stands(duplicate):
     generator = torch.Generator().manual_seed(3)
     mix = SaliencyMix(K, generator=generator)
@@ -328,6 +340,21 @@ BAD_CALLS = [
     ),
     ({"images": GOOD["images"][:0], "labels": class_ids(0)}, ValueError, r"images must not be empty, got .*\(0, 3, 16"),
     ({"images": GOOD["images"][:, :, :0]}, ValueError, r"images must not be empty, got shape \(4, 3, 0, 20\)"),
+    (
+        {"images": GOOD["images"].to("meta")},
+        ValueError,
+        "images must be a dense tensor on the CPU or a CUDA GPU, got layout torch.strided on meta",
+    ),
+    (
+        {"images": GOOD["images"].to_sparse()},
+        ValueError,
+        "images must be a dense tensor .* got layout torch.sparse_coo on cpu",
+    ),
+    (
+        {"labels": class_ids(4).to("meta")},
+        ValueError,
+        "labels must be a dense tensor .* got layout torch.strided on meta",
+    ),
     ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a torch.Tensor, got builtins.list"),
     ({"labels": class_ids(3)}, ValueError, r"labels must have shape \(4,\), one class id for each image, got \(3,\)"),
     ({"labels": torch.eye(K)[:4]}, ValueError, r"labels must have shape \(4,\), .* got \(4, 10\)"),
@@ -432,12 +459,12 @@ def test_the_loader_s_generator_repeats_what_workers_draw(own, persistent):
 
 
 @pytest.mark.slow
-def test_it_does_not_matter_how_workers_are_started():
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_it_does_not_matter_how_workers_are_started(start):
     def run(start):
         return two_epochs(loader_of(SaliencyMix(K, seed=1), 2, start, seed=3, persistent=True))
 
-    forked, spawned = run("fork"), run("spawn")
-    assert equal_batches(forked, spawned) == [True] * 2 * BATCHES
+    assert equal_batches(run("fork"), run(start)) == [True] * 2 * BATCHES
 
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))
@@ -474,6 +501,7 @@ def compiled_with(function, graphs, **options):
     return torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saliency", ["spectral_residual", "a compiled network"])
 def test_a_compiled_step_breaks_its_graph_at_the_mix_and_has_the_same_result(saliency):
     images, labels = pixels(6, 3, 16, 16), class_ids(6)
