@@ -88,6 +88,8 @@ class Trainer:
 
         torch.manual_seed(data.seed)
         self.model = model_on(processes.device, options.model, len(self.data.classes))
+        # All processes begin with these weights. What a step draws, such as dropout, differs between them.
+        torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
         self.epoch = self.step = 0
         self.restarts = 0  # epochs started again on other data: see restore

@@ -67,11 +67,12 @@ def one_epoch(arguments: list[str], processes) -> dict:
     """Train for an epoch with the trainer of train.py; report what must be the same in all processes."""
     trainer = train.Trainer(parse_arguments(arguments), processes)
     begin = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
+    dropped = torch.nn.functional.dropout(torch.ones(100, device=processes.device), 0.3).eq(0).nonzero().flatten()
     trained = trainer.train_epoch()
     val = trainer.validate(trainer.val_loader())
     state = [part.double().sum().item() for part in trainer.model.state_dict().values()]
     sums = {name: trained[name] for name in ("loss", "mixed_top1", "images")}
-    return {"begin": gather(begin), "both": gather([state, sums, val])}
+    return {"begin": gather(begin), "dropped": gather(dropped.tolist()), "both": gather([state, sums, val])}
 
 
 def main() -> None:
