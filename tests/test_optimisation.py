@@ -139,12 +139,26 @@ def test_gradients_are_forgotten_after_an_update():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_weights_that_are_no_numbers_are_found():
+@pytest.mark.parametrize("name", ["4.bias", "1.running_mean", "1.running_var"])
+def test_weights_and_statistics_that_are_no_numbers_are_found(name):
     model = small_model()
     updater = updater_of(model)
     assert updater.is_finite()
-    with torch.no_grad():
-        model[4].bias[3] = float("inf")
+    model.state_dict()[name][3] = float("inf")
+    assert not updater.is_finite()
+
+
+def test_statistics_that_an_overflow_has_spoilt_are_found_though_its_update_is_left_out():
+    model = small_model()
+    nn.init.ones_(model[0].weight)
+    updater = updater_of(model, "--amp --amp-dtype fp16 --lr 0.1")
+    before = flat(model)
+    with torch.autocast("cpu", torch.float16):
+        updater.backward(model(torch.full((4, 3, 6, 6), 6e4)).mean())
+    updater.update()
+    assert torch.equal(flat(model), before)
+    step(updater, model, torch.randn(4, 3, 6, 6))
+    assert flat(model).isfinite().all()
     assert not updater.is_finite()
 
 

@@ -98,8 +98,10 @@ class Updater:
             self.ema.update_parameters(self._model)
 
     def is_finite(self) -> bool:
-        """Return whether all weights are numbers; this waits for the GPU."""
-        finite = [parameter.isfinite().all() for parameter in self._model.parameters()]
+        """Return whether all weights and running statistics are numbers; this waits for the GPU."""
+        # Where float16 overflows in the forward pass, the update is left out. The running mean has the inf by then, and
+        # keeps it, though no step of the training looks at it: only a validation does.
+        finite = [part.isfinite().all() for part in self._model.state_dict().values()]
         return bool(torch.stack(finite).all())
 
     def state(self) -> dict[str, Any]:
@@ -191,9 +193,9 @@ class DivergenceWatch:
             raise ValueError(msg)
 
     def check_weights(self, updater: Updater, epoch: int, step: int) -> None:
-        """Raise ValueError if a weight is not finite; this waits for the GPU."""
+        """Raise ValueError if a weight or a running statistic is not finite; this waits for the GPU."""
         if not updater.is_finite():
-            msg = f"some weights are not finite after epoch {epoch}, step {step}; {self._advice()}"
+            msg = f"some weights or running statistics are not finite after epoch {epoch}, step {step}; {self._advice()}"
             raise ValueError(msg)
 
     def _advice(self) -> str:
