@@ -124,6 +124,11 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.updater.restore(saved)
         run = self.options.run
+        if self.updater.ema and "model_ema" not in saved:
+            if run.evaluate:
+                msg = f"{path}: has no moving average of the weights, which --model-ema asks for"
+                raise ValueError(msg)
+            warn(f"{path}: has no moving average; it begins with these weights", enabled=self.processes.is_main)
         if run.evaluate:
             return
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)

@@ -207,6 +207,19 @@ def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path)
         assert again.ema.n_averaged == updater.ema.n_averaged == 6
 
 
+def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights():
+    trained = small_model()
+    updater = updater_of(trained)
+    step(updater, trained, torch.randn(4, 3, 6, 6))
+    model = small_model()
+    again = updater_of(model, "--model-ema")
+    model.load_state_dict(trained.state_dict())
+    again.restore(updater.state())
+    assert again.ema is not None
+    averaged = again.ema.module.state_dict()
+    assert all(torch.equal(averaged[name], value) for name, value in trained.state_dict().items())
+
+
 def test_options_given_when_going_on_apply():
     model = small_model()
     state = updater_of(model, "--wd 0.1").state()

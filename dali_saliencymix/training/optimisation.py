@@ -123,9 +123,9 @@ class Updater:
             group.update(given)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None and "model_ema" in state:
-            self.ema.module.load_state_dict(state["model_ema"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.get("model_ema", self._model.state_dict()))
+            self.ema.n_averaged.fill_(state.get("ema_updates", 0))
 
 
 def train_on(
