@@ -29,7 +29,7 @@ from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.training import arguments
 from dali_saliencymix.training.activation_maps import _centre_crop
-from dali_saliencymix.training.checkpoints import load_checkpoint
+from dali_saliencymix.training.checkpoints import load_checkpoint, random_state
 
 pytest_plugins = ["shared.training_fixtures"]
 
@@ -190,6 +190,20 @@ def test_behind_the_last_batch_nothing_is_left_of_the_epoch(root, kind):
     restored = train(args, data=data, state=state)
     assert epoch(restored) == []
     assert_equal_batches(epoch(restored), epoch(loader))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])
+def test_loaders_draw_nothing_from_the_generators_of_the_training(root, kind):
+    args = options(root, kind)
+    data = open_data(args)
+    loaders = data.train_loader(args, process()), data.val_loader(args, process())
+    torch.manual_seed(3)
+    before = random_state(CPU), np.random.get_state()[1].tolist()
+    for loader in loaders:
+        epoch(loader)
+    after = random_state(CPU), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0].pop("torch"), after[0].pop("torch"))
+    assert before == after
 
 
 def test_the_number_of_workers_changes_nothing(root):

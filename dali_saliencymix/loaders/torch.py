@@ -232,6 +232,9 @@ class TorchLoader(Batches):
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
+            # PyTorch seeds the workers from here, not from the generator that dropout draws from: a run that is resumed
+            # makes its loaders once more than one that nothing has stopped.
+            generator=torch.Generator(),
         )
         self._device = device
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
