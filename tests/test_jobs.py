@@ -336,11 +336,13 @@ def test_an_external_source_gives_each_image_once_an_epoch_in_a_new_order(folder
     assert orders[0] != orders[1]
 
 
-def test_webdataset_labels_of_any_length_become_numbers(samples, jobs, tmp_path):
-    numbers = [0, 7, 10, 99, 100, 4321, 65536, 999999]
-    records.write_tar([(samples[0][0], number) for number in numbers], tmp_path / "tar", tmp_path / "idx")
-    batch = run(built(jobs.webdataset_pipeline, str(tmp_path / "tar"), str(tmp_path / "idx")))
-    assert sorted(batch["labels"]) == numbers
+def test_webdataset_labels_of_any_length_become_numbers_and_other_text_no_class(samples, jobs, tmp_path):
+    texts = {"0": 0, "7": 7, "10\n": 10, "0099": 99, "100": 100, "4321": 4321, "65536": 65536, "999999\n": 999999}
+    texts |= dict.fromkeys(("1000000", "12\r\n", " 7", "7 ", "1 2", "-1", "cat", "\n"), -1)
+    records.write_tar([(samples[0][0], text) for text in texts], tmp_path / "tar", tmp_path / "idx")
+    pipeline = built(jobs.webdataset_pipeline, str(tmp_path / "tar"), str(tmp_path / "idx"))
+    labels = [label for _ in range(len(texts) // BATCH) for label in run(pipeline)["labels"].ravel()]
+    assert sorted(labels) == sorted(texts.values())
 
 
 # The record files.
