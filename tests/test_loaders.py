@@ -198,11 +198,11 @@ def test_loaders_draw_nothing_from_the_generators_of_the_training(root, kind):
     data = open_data(args)
     loaders = data.train_loader(args, process()), data.val_loader(args, process())
     torch.manual_seed(3)
-    before = random_state(CPU), np.random.get_state()[1].tolist()
+    before = random_state(CPU)
     for loader in loaders:
         epoch(loader)
-    after = random_state(CPU), np.random.get_state()[1].tolist()
-    assert torch.equal(before[0].pop("torch"), after[0].pop("torch"))
+    after = random_state(CPU)
+    assert torch.equal(before.pop("torch"), after.pop("torch"))
     assert before == after
 
 

@@ -195,7 +195,8 @@ class DivergenceWatch:
     def check_weights(self, updater: Updater, epoch: int, step: int) -> None:
         """Raise ValueError if a weight or a running statistic is not finite; this waits for the GPU."""
         if not updater.is_finite():
-            msg = f"some weights or running statistics are not finite after epoch {epoch}, step {step}; {self._advice()}"
+            place = f"epoch {epoch}, step {step}"
+            msg = f"some weights or running statistics are not finite after {place}; {self._advice()}"
             raise ValueError(msg)
 
     def _advice(self) -> str:
