@@ -122,7 +122,6 @@ class Trainer:
         arch, classes = self.options.model.arch, self.data.classes
         checkpoints.check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
         self.model.load_state_dict(saved["model"])
-        self.updater.restore(saved)
         run = self.options.run
         if self.updater.ema and "model_ema" not in saved:
             if run.evaluate:
@@ -130,7 +129,9 @@ class Trainer:
                 raise ValueError(msg)
             warn(f"{path}: has no moving average; it begins with these weights", enabled=self.processes.is_main)
         if run.evaluate:
+            self.updater.restore_average(saved)
             return
+        self.updater.restore(saved)
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         is_main = self.processes.is_main
         if others := checkpoints.changed_options(saved, self.config):

@@ -220,16 +220,21 @@ def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights
     assert all(torch.equal(averaged[name], value) for name, value in trained.state_dict().items())
 
 
-def test_options_given_when_going_on_apply():
+def test_options_given_when_going_on_apply_and_each_parameter_keeps_its_momentum():
     model = small_model()
-    state = updater_of(model, "--wd 0.1").state()
-    updater = updater_of(model, "--wd 0.2 --momentum 0.5")
-    updater.restore(state)
-    (group,) = updater.optimizer.param_groups
-    assert (group["weight_decay"], group["momentum"]) == (0.2, 0.5)
+    before = updater_of(model, "--wd 0.1 --norm-weight-decay 0")
+    step(before, model, torch.randn(4, 3, 6, 6))
+    updater = updater_of(model, "--wd 0.2 --bias-weight-decay 0.3 --momentum 0.5")
+    updater.restore(before.state())
+    groups = updater.optimizer.param_groups
+    assert {group["momentum"] for group in groups} == {0.5}
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.3, 0.2, 0.3]  # weights and biases, then of the norm
+    for parameter in model.parameters():
+        momenta = (each.optimizer.state[parameter]["momentum_buffer"] for each in (before, updater))
+        assert torch.equal(*momenta)
 
 
 def test_the_learning_rate_is_that_of_all_groups():
     updater = updater_of(small_model(), "--norm-weight-decay 0")
     updater.set_learning_rate(0.123)
-    assert [group["lr"] for group in updater.optimizer.param_groups] == [0.123, 0.123]
+    assert [group["lr"] for group in updater.optimizer.param_groups] == [0.123] * 4

@@ -25,21 +25,23 @@ def parameter_groups(
     norm_weight_decay: float | None = None,
     bias_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parameters of a model in groups by weight decay, for an optimiser of PyTorch.
+    """Return the parameters of a model in groups with a weight decay each, for an optimiser of PyTorch.
 
     `norm_weight_decay` is that of weights and biases of normalisation layers, by default `weight_decay`;
-    `bias_weight_decay` that of all biases, by default that of the weights beside them.
+    `bias_weight_decay` that of all biases, by default that of the weights beside them. Which groups there are does not
+    depend on these: the state of an optimiser with other decays fits.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            kind = is_norm, is_bias = isinstance(module, NORMS), name == "bias"
             decay = weight_decay
-            if name == "bias" and bias_weight_decay is not None:
+            if is_bias and bias_weight_decay is not None:
                 decay = bias_weight_decay
-            elif isinstance(module, NORMS) and norm_weight_decay is not None:
+            elif is_norm and norm_weight_decay is not None:
                 decay = norm_weight_decay
-            groups.setdefault(decay, []).append(parameter)
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+            groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(parameter)
+    return list(groups.values())
 
 
 class Updater:
@@ -123,6 +125,10 @@ class Updater:
             group.update(given)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        self.restore_average(state)
+
+    def restore_average(self, state: dict[str, Any]) -> None:
+        """Take over the moving average alone, which is all that a validation needs."""
         if self.ema is not None:
             self.ema.module.load_state_dict(state.get("model_ema", self._model.state_dict()))
             self.ema.n_averaged.fill_(state.get("ema_updates", 0))
