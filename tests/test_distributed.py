@@ -183,6 +183,39 @@ def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_refused(monkeypatch, d
         start_processes(device)
 
 
+# Trains, and is killed in the third step of the second process, unless it was started again.
+KILLED_ONCE = """
+import os, signal, sys
+import train
+from shared import tiny_model
+real, steps = train.train_on, []
+def killed_once(*args, **options):
+    steps.append(1)
+    if len(steps) == 3 and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+train.train_on = killed_once
+sys.exit(train.main())
+"""
+
+
+def test_torchrun_starts_a_run_again_or_is_told_what_it_needs_for_that(odd_data, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
+    options = ("--epochs", "1", "--training-only", "--checkpoint-every", "2", "--resume", "auto")
+    options = (*options, "--output-dir", tmp_path / "run")
+    line = ("--max-restarts=1", tmp_path / "killed.py", odd_data, *TWO, *options)
+    ended = real_torchrun(*line, check=False)
+    needed = "torchrun --max-restarts 1 needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    assert ended.returncode == 1
+    assert ended.stderr.count(f"train.py: error: {needed}") == 1
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    real_torchrun(*line)
+    *begun, epoch = read_log(tmp_path / "run")
+    assert [(entry["event"], entry["total_steps"]) for entry in begun] == [("start", 0), ("resume", 2)]
+    assert epoch["train"]["images"] == 2 * STEPS * BATCH
+
+
 def test_a_broken_file_in_one_shard_ends_the_whole_run_and_is_named(odd_data, tmp_path):
     own = shutil.copytree(odd_data, tmp_path / "data")
     broken = own / "train" / "blue_star" / "00000.jpg"

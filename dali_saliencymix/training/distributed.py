@@ -37,7 +37,7 @@ def start_processes(device: str = "auto") -> Processes:
     """Choose the device and join the process group, where ``torchrun`` has started this process.
 
     ``"auto"`` takes a GPU if there is one, and otherwise the CPU, which it says on stderr. ValueError if a GPU is asked
-    for and there is none for this process.
+    for and there is none for this process, or if `torchrun` would start the processes again in a way that fails.
     """
     global _board
     given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
@@ -58,6 +58,7 @@ def start_processes(device: str = "auto") -> Processes:
         _die_with_parent()
         store, _, _ = next(rendezvous("env://"))
         _board = PrefixStore("board", store)
+        _check_restarts()
         if device == "cuda":
             dist.init_process_group("nccl", device_id=chosen, store=store, rank=rank, world_size=world_size)
         else:
@@ -66,6 +67,15 @@ def start_processes(device: str = "auto") -> Processes:
         # other.
         processes.use_group(dist.new_group(backend="gloo", timeout=_PATIENCE))
     return Processes(rank, local_rank, world_size, chosen)
+
+
+def _check_restarts() -> None:
+    """Refuse what makes processes that ``torchrun`` starts again look for those that have ended, and wait for them."""
+    # The store keeps the addresses of the first processes: https://github.com/pytorch/pytorch/issues/135712
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        msg = f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        raise ValueError(msg)
 
 
 def _die_with_parent() -> None:
