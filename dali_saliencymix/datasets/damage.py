@@ -1,13 +1,13 @@
 """What is wrong with an image file: its content is decoded in full, by libraries other than the one that trains.
 
-The verdicts are about training with DALI: what stops a DALI pipeline is excluded, what it decodes is noted. Which of
-the two a kind of finding belongs to is written in `EXCLUDED` and `NOTED`. The scan of a data set, the loaders and the
-programs that open single files all go by `examine`.
+What a training cannot use is excluded: files that stop a DALI pipeline, and those of which the backends would see
+other pixels (`dali_saliencymix.datasets.formats`). The rest is noted. Which of the two a kind of finding belongs to is
+written in `EXCLUDED` and `NOTED`. The scan of a data set, the loaders and the programs that open single files all go by
+`examine`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
+
+from dali_saliencymix.datasets.formats import Unusable, cannot_decode, open_image, orientation
 
 # Kinds of findings that stop a training, with their meaning.
 EXCLUDED = {
     "empty": "zero bytes",
     "unreadable": "the system does not give its bytes",
     "not_an_image": "begins like no image format",
-    "unsupported": "an image in a format that DALI does not decode",
+    "unsupported": "an image of a kind that is not read, see docs/scan.md",
     "truncated": "ends before its image does",
     "corrupt": "damaged so much that it cannot be decoded",
     "too_small": "a side is shorter than the smallest size asked for",
@@ -39,11 +41,6 @@ NOTED = {
     "exif_rotation": "is turned by its EXIF data, which DALI's decoders obey and torchvision's ImageFolder does not",
 }
 
-# The first bytes of the formats that training reads.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"P2", b"P3", b"P5", b"P6", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-
-# Pillow's names of formats that DALI's decoders read whatever the file is called.
-_DECODED_BY_DALI = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 _FORMAT_OF_ENDING = {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM", ".bmp": "BMP", ".webp": "WEBP"}
 _FORMAT_OF_ENDING |= {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 
@@ -69,14 +66,6 @@ class Examined:
     format: str = ""
     mode: str = ""
     file_bytes: int = 0
-
-
-class _Fault(Exception):
-    """Ends the examination, with a finding."""
-
-    def __init__(self, kind: str, words: str) -> None:
-        super().__init__(words)
-        self.kind, self.words = kind, words
 
 
 def examine(file: str | Path, *, min_size: int = 1) -> Examined:
@@ -109,8 +98,8 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of many pixels
             return _examine_data(data, Path(file).suffix.lower(), min_size)
-    except _Fault as fault:
-        return Examined({fault.kind: fault.words}, file_bytes=len(data))
+    except Unusable as why:
+        return Examined({why.kind: why.words}, file_bytes=len(data))
 
 
 def why_unusable(file: str | Path) -> str | None:
@@ -141,41 +130,28 @@ def find_unusable(files: Sequence[str]) -> dict[str, str]:
 
 
 def _examine_data(data: bytes, ending: str, min_size: int) -> Examined:
-    image = _opened(data)
+    image = open_image(io.BytesIO(data), ending)
     form = "JPEG" if image.format == "MPO" else str(image.format)
     findings = {}
-    fault = _fault_of_content(data, image)
-    if fault is None and min(image.size) < min_size:
-        fault = ("too_small", f"{image.width}x{image.height} pixels, less than {min_size}")
-    if fault is not None:
-        findings[fault[0]] = fault[1]
+    try:
+        if warning := _decode(data, image):
+            findings["bit_rot"] = warning
+        if min(image.size) < min_size:
+            findings["too_small"] = f"{image.width}x{image.height} pixels, less than {min_size}"
+    except Unusable as why:
+        findings[why.kind] = why.words
     if form != _FORMAT_OF_ENDING.get(ending, form):
         findings["other_format"] = f"{form} data in a {ending} file"
     if image.mode == "CMYK":
         findings["cmyk"] = NOTED["cmyk"]
-    turned = _orientation(image)
+    turned = orientation(image)
     if turned != 1:
         findings["exif_rotation"] = f"EXIF orientation {turned}"
     return Examined(findings, image.size, form, image.mode, len(data))
 
 
-def _opened(data: bytes) -> Image.Image:
-    """Return the image with its header read."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise _Fault(kind="too_large", words=str(error).partition(" exceeds")[0]) from error
-    except Exception as error:  # Pillow raises errors of many types over damaged headers
-        if not data.startswith(_SIGNATURES):
-            raise _Fault(kind="not_an_image", words=f"begins with {data[:8]!r}") from error
-        raise _Fault(*_cannot_decode(error, "its header cannot be read")) from error
-    if image.format not in _DECODED_BY_DALI:
-        raise _Fault(kind="unsupported", words=f"{image.format} data")
-    return image
-
-
-def _fault_of_content(data: bytes, image: Image.Image) -> tuple[str, str] | None:
-    """Decode all of the content and return what is wrong with it: kind and words."""
+def _decode(data: bytes, image: Image.Image) -> str | None:
+    """Decode all of the content; return what the decoder warns of."""
     warning = None
     if image.format in ("JPEG", "MPO"):
         import simplejpeg  # type: ignore[import-untyped]  # a training does without it until a file has failed
@@ -188,40 +164,11 @@ def _fault_of_content(data: bytes, image: Image.Image) -> tuple[str, str] | None
         else:
             return None
         if "Premature end of JPEG file" in warning:
-            return "truncated", warning
-        if not _has_unbroken_header(data):
-            return "corrupt", f"{warning}, which DALI's reader of headers does not skip"
+            raise Unusable(kind="truncated", words=warning)
     try:
         if image.format == "PNG":
             Image.open(io.BytesIO(data)).verify()  # all checksums; loading checks some of them
         image.load()
     except Exception as error:
-        return _cannot_decode(error, warning)
-    return ("bit_rot", warning) if warning else None
-
-
-def _has_unbroken_header(data: bytes) -> bool:
-    """Whether each segment of a JPEG file begins where the one before ends, up to the first that holds pixels."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xDA:
-            return True
-        fill = marker == 0xFF  # any number of these bytes may stand before a marker
-        position += 1 if fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
-
-
-def _cannot_decode(error: Exception, warning: str | None) -> tuple[str, str]:
-    words = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError) and warning:
-        words = warning  # Pillow names an object in memory
-    return ("truncated" if "truncated" in words.lower() else "corrupt"), words
-
-
-def _orientation(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # damaged metadata turn nothing
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation in range(1, 9):
-            return int(orientation)
-    return 1
+        raise cannot_decode(error, warning) from error
+    return warning
