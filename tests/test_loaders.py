@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from collections import Counter
@@ -497,7 +498,7 @@ def test_too_few_validation_images_are_named(root):
 )
 def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):
     make_sample_data(tmp_path, train=1, val=1)
-    args = options(tmp_path, "folder pytorch")
+    args = options(tmp_path, "folder pytorch", "--max-bad-batches", "0")
     data = open_data(args)
     broken = Path(data.train.files[5])
     broken.unlink() if content is None else broken.write_bytes(content)
@@ -509,6 +510,95 @@ def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):
         said = str(error)
     assert said.startswith(f"{broken}: {message}")
     assert "\n" not in said
+
+
+def spoilt(data, folder, bad):
+    """Return the data with training files that fail, and with the file after each in its place."""
+    whole = Path(data.train.files[0]).read_bytes()
+    huge = io.BytesIO()  # over the header of this, Pillow raises an error that is no OSError
+    Image.new("RGB", (8, 8)).save(huge, "BMP")
+    contents = [
+        whole[: len(whole) // 2],
+        b"no picture",
+        huge.getvalue()[:18] + b"\xff\xff\0\0" * 2 + huge.getvalue()[26:],
+    ]
+    files, others, labels = list(data.train.files), list(data.train.files), list(data.train.labels)
+    for index, content in zip(bad, contents, strict=True):
+        files[index] = str(folder / f"{index}.{'bmp' if content[:2] == b'BM' else 'jpg'}")
+        Path(files[index]).write_bytes(content)
+        others[index], labels[index] = others[index + 1], labels[index + 1]
+    return [
+        replace(data, train=replace(data.train, files=f, labels=n))
+        for f, n in ((files, data.train.labels), (others, labels))
+    ]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_pytorch_leaves_bad_files_out_and_gives_the_same_batches_after_resuming(root, tmp_path, capfd, workers):
+    args = options(root, "folder pytorch", "-j", workers, "--max-bad-batches", "3", "--mix-prob", "0.6")
+    bad = (5, 11, 20)
+    with_bad, without = spoilt(numbered(open_data(args)), tmp_path, bad)
+    loader, other = train(args, data=with_bad), train(args, data=without)
+    batches, states, expected = [], [], []
+    for _ in range(2):
+        expected += epoch(other)
+        for batch in loader:
+            batches.append([tensor.clone() for tensor in batch])
+            states.append(loader.state())
+        states[-1] = loader.state()
+    assert_equal_batches(batches, expected)
+    assert sorted(loader.bad_files) == sorted(with_bad.train.files[index] for index in bad)
+    said = capfd.readouterr().err.splitlines()
+    assert [f"({number} of at most 3): " in line for number, line in enumerate(said, 1)] == [True] * 3
+    assert all(sum(f"{file}: " in line for line in said) == 1 for file in loader.bad_files)
+    for position in (1, 4, 8, 11):
+        restored = train(args, data=with_bad, state=pickle.loads(pickle.dumps(states[position - 1])))
+        rest = epoch(restored)
+        while len(rest) < len(batches) - position:
+            rest += epoch(restored)
+        assert_equal_batches(rest, batches[position:])
+        assert sorted(restored.bad_files) == sorted(loader.bad_files)
+    too_many = train(replace(args, max_bad_batches=2), data=with_bad)
+    said = ""
+    try:
+        epoch(too_many)
+    except LoaderError as error:
+        said = str(error)
+    assert said.endswith("; 3 batches have failed by now")
+    assert len(too_many.bad_files) == 2
+
+
+def test_all_backends_say_and_do_the_same_about_bad_files(root, tmp_path, capfd):
+    said, given = [], []
+    for backend in ("dali-cpu", "pytorch"):
+        args = options(root, f"folder {backend}", "--max-bad-batches", "3", "-j", "1")
+        with_bad, _ = spoilt(numbered(open_data(args)), tmp_path, (5, 11, 20))
+        loader = replace(with_bad, val=with_bad.train).val_loader(args, process())
+        given.append([ids(epoch(loader)) for _ in range(2)])
+        # Beside them are lines of DALI's decoders, written in C++.
+        said.append([line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")])
+    assert said[0] == said[1]
+    assert [line.endswith("; its image is left out") for line in said[0]] == [True] * 3
+    assert given[0] == given[1] == [[number for number in range(32) if number not in (5, 11, 20)]] * 2
+
+
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+def test_a_file_that_stands_in_for_another_may_go_bad_too(root, tmp_path, capfd, backend):
+    args = options(root, f"folder {backend}", "--max-bad-batches", "2")
+    data = numbered(open_data(args))
+    files = list(data.train.files)
+    for index, content in ((5, b""), (6, Path(files[6]).read_bytes())):
+        files[index] = str(tmp_path / f"{index}.jpg")
+        Path(files[index]).write_bytes(content)
+    loader = train(args, data=replace(data, train=replace(data.train, files=files)))
+    assert sorted(ids(epoch(loader))) == [*range(5), 6, 6, *range(7, 32)]
+    Path(files[6]).unlink()
+    for _ in range(2):  # the first batches may have been read before
+        last = ids(epoch(loader))
+    assert sorted(last) == [*range(5), 7, 7, *range(7, 32)]
+    assert loader.bad_files == files[5:7]
+    assert set(loader.state()["replaced"].items()) == {(5, 7), (6, 7)}
+    assert f"(2 of at most 2): {files[6]}: unreadable: No such file" in capfd.readouterr().err
 
 
 @pytest.mark.gpu

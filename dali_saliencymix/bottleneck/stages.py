@@ -25,7 +25,7 @@ MOST_STAGES = 9
 _SMALL = (
     *("Constant", "Cast", "Stack", "Cat", "Reshape", "Squeeze", "ExpandDims", "Reinterpret", "Copy", "MakeContiguous"),
     *("random__", "Beta", "CoinFlip", "Uniform", "Normal", "Choice", "BatchPermutation", "PermuteBatch"),
-    *("PeekImageShape", "RandomCropGenerator", "Shapes", "GetProperty", "Arithmetic", "OneHot", "reductions__"),
+    *("PeekImageShape", "RandomCropGenerator", "Shape", "GetProperty", "Arithmetic", "OneHot", "reductions__"),
     *("conditional__", "Lookup", "TensorSubscript", "Subscript", "transforms__"),
 )
 

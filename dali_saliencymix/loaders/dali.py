@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -16,6 +15,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_saliencymix.datasets.damage import find_unusable, why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
+from dali_saliencymix.loaders.bad_files import BadFiles, stand_in
 from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
@@ -47,7 +47,8 @@ class Loader(Batches):
 
     A file that cannot be read or decoded is named on stderr and left out from then on: the pipeline is rebuilt from its
     checkpoint before the batch that failed, with the next file in its place. So the number of batches does not change,
-    on this shard and on all others, and the other images of the batch are what they would have been.
+    on this shard and on all others, and the other images of the batch are what they would have been. Files that are
+    refused by their headers (`dali_saliencymix.datasets.formats`) are left out from the beginning.
 
     `dali_saliencymix.loaders.imagenet.training_loader` makes one with `drop_last`: every batch is full, no image comes
     twice in an epoch, and up to one batch of images of each shard is left out. That of `validation_loader` gives every
@@ -62,13 +63,14 @@ class Loader(Batches):
         drop_last: bool,
         channels_last: bool,
         max_bad_batches: int,
+        rank: int = 0,
         state: LoaderState | None = None,
     ) -> None:
         self._build, self._folder = build, folder
         self._drop_last, self._channels_last = drop_last, channels_last
-        self._max_bad_batches = max_bad_batches  # each bad file makes a batch fail
         self._step = state["step"] if state else 0
-        self._replaced = dict(state.get("replaced", {})) if state else {}
+        replaced = state.get("replaced") if state else None
+        self._bad = BadFiles(folder, max_bad_batches, replace=drop_last, replaced=replaced, report=rank == 0)
         try:
             self._start(state["pipeline"] if state else None)
         except RuntimeError as error:
@@ -78,7 +80,7 @@ class Loader(Batches):
             raise LoaderError(msg) from error
 
     def _start(self, checkpoint: bytes | None) -> None:
-        files, labels = self._in_place()
+        files, labels = self._bad.in_place()
         pipeline = self._build(files, labels, checkpoint)
         self._iterator = _iterate(pipeline, self._drop_last)
         meta = pipeline.reader_meta("reader")
@@ -101,12 +103,12 @@ class Loader(Batches):
     def state(self) -> LoaderState:
         """Return where the loader stands; taken between two batches, it leads to the second one."""
         (pipeline,) = self._iterator.checkpoints()
-        return {"pipeline": pipeline, "step": self._step, "replaced": dict(self._replaced)}
+        return {"pipeline": pipeline, "step": self._step, "replaced": dict(self._bad.replaced)}
 
     @property
     def bad_files(self) -> list[str]:
         """Files that were left out, in the order in which they were found."""
-        return [self._folder.files[index] for index in self._replaced]
+        return self._bad.names
 
     def _next(self) -> dict[str, torch.Tensor]:
         while True:
@@ -127,20 +129,14 @@ class Loader(Batches):
         # A pipeline ends here, in the main thread, and not when Python's collector happens to run in one of DALI's.
         del self._iterator
         gc.collect()
-        for index, why in self._find_bad_files(text, checkpoint):
-            described = f"{self._folder.files[index]}: {why}"
-            if len(self._replaced) >= self._max_bad_batches:
-                count = len(self._replaced) + 1
-                raise LoaderError(described + (f"; {count} batches have failed by now" if count > 1 else ""))
-            self._replaced[index] = self._stand_in(index)
-            stand_in = self._folder.files[self._replaced[index]]
-            place = f"{stand_in} takes its place" if self._drop_last else "its image is left out"
-            count_of = f"{len(self._replaced)} of at most {self._max_bad_batches}"
-            sys.stderr.write(f"warning: a batch failed ({count_of}): {described}; {place}\n")
+        found = self._find_bad_files(text, checkpoint)
+        # What stands in for a file may be bad itself: that one is named then.
+        for index, why in {self._bad.replaced.get(index, index): why for index, why in found}.items():
+            self._bad.leave_out(index, why)
         self._start(checkpoint)
 
     def _find_bad_files(self, text: str, checkpoint: bytes | None) -> list[tuple[int, str]]:
-        files, _ = self._in_place()
+        files, _ = self._bad.in_place()
         named = re.search(r"(?:Failed to decode sample #\d+ :|File mapping failed:|Failed to open \S+) *(.+)", text)
         if named and named[1].strip() in files:
             file = named[1].strip()
@@ -160,33 +156,16 @@ class Loader(Batches):
         """Return which files the next batch after `checkpoint` is made of."""
         # The same pipeline over one readable image and with numbers as labels makes that batch without failing.
         count = len(self._folder)
-        readable = self._folder.files[self._stand_in(-1)]
+        readable = self._folder.files[stand_in(self._folder, -1, self._bad.replaced)]
         iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._drop_last)
         labels = next(iterator)[0]["labels"].flatten().tolist()
         del iterator
         gc.collect()
         return sorted(set(labels))
 
-    def _in_place(self) -> tuple[list[str], list[int]]:
-        """Return files and labels with the bad ones replaced, by label -1 where images must not come twice."""
-        files, labels = list(self._folder.files), list(self._folder.labels)
-        for index, stand_in in self._replaced.items():
-            files[index] = self._folder.files[stand_in]
-            labels[index] = self._folder.labels[stand_in] if self._drop_last else -1
-        return files, labels
-
-    def _stand_in(self, index: int) -> int:
-        """Return the next file that can be decoded."""
-        files = self._folder.files
-        for candidate in ((index + step) % len(files) for step in range(1, min(len(files), 1000))):
-            if candidate not in self._replaced and why_unusable(files[candidate]) is None:
-                return candidate
-        msg = f"{files[index]}: not readable, nor is any of the files after it"
-        raise LoaderError(msg)
-
     def _as_documented(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         tensors = as_documented(batch, self._channels_last)
-        if self._replaced and not self._drop_last:
+        if self._bad.replaced and not self._drop_last:
             of_good_files = batch["labels"].flatten() >= 0
             tensors = tuple(tensor[of_good_files] for tensor in tensors)
         return tensors

@@ -109,7 +109,7 @@ def training_pipeline(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
     start, shape = fn.random_crop_generator(
-        fn.peek_image_shape(encoded),
+        image_shape(encoded),
         random_area=[min_crop_area, 1.0],
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
@@ -166,7 +166,7 @@ def validation_pipeline(
         msg = f"crop_size must be at most resize_size, got {crop_size} and {resize_size}"
         raise ValueError(msg)
     encoded, label = read_files(files, labels, shard_id, num_shards)
-    shape = fn.peek_image_shape(encoded)[:2]
+    shape = image_shape(encoded)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
     # Size and centre are torchvision's: the long side is rounded down, half a pixel to the even one. DALI's own are
     # another pixel in half of the photographs of ImageNet.
@@ -195,6 +195,22 @@ def read_files(
         name="reader",
         **shuffling,
     )
+
+
+@do_not_convert
+def image_shape(encoded: DataNode) -> DataNode:
+    """Return (rows, columns, channels) of images, from their headers.
+
+    It fails at files that are not JPEG, PNG or WebP, unless their names end as one of
+    `dali_saliencymix.datasets.formats.LOOKED_AT`: nobody has looked at the headers of the others.
+    """
+    length = fn.cast(encoded.shape()[0], dtype=types.INT32)
+    first, second = encoded[0], encoded[math.min(length - 1, 1)]
+    known = (first == 0xFF) & (second == 0xD8) | (first == 0x89) | (first == ord("R"))
+    # .jpg, .jpeg and .png are the endings with a g at the end, .webp that with a b before it; 0xDF is for capitals.
+    name = fn.get_property(encoded, key="source_info")
+    unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
+    return fn.peek_image_shape(encoded[: length * (known | (unseen == 0))])
 
 
 @do_not_convert
@@ -307,7 +323,7 @@ def training_loader(
     options |= {"num_threads": num_threads, "device": device, "prefetch": prefetch}
     build = training_builder(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, folder, drop_last=True, state=state, **common)
+    return Loader(build, folder, drop_last=True, rank=rank, state=state, **common)
 
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
@@ -371,7 +387,7 @@ def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batch
         raise ValueError(msg)
     build = _builder(validation_pipeline, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
-    return Loader(build, folder, drop_last=False, **common)
+    return Loader(build, folder, drop_last=False, rank=options.get("rank", 0), **common)
 
 
 def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:

@@ -2,23 +2,26 @@
 
 An image goes the way of DALI's pipelines: a random crop, mixed as uint8, flipped horizontally at random, normalised.
 Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so the number of
-workers changes nothing, and where a loader stands is two numbers.
+workers changes nothing, and where a loader stands is two numbers and the bad files.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils import data
 from torchvision.transforms import v2
 
@@ -26,8 +29,10 @@ from dali_saliencymix import get_detector, saliency_peaks
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.datasets.cifar import CifarImages
 from dali_saliencymix.datasets.damage import why_unusable
+from dali_saliencymix.datasets.formats import open_image, to_rgb
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.draw import draw
+from dali_saliencymix.loaders.bad_files import BadFiles, in_place, replace_file
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
@@ -38,11 +43,23 @@ from dali_saliencymix.saliency import Detector
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 
 
-class TorchLoaderState(TypedDict):
-    """Where a loader stands: whole epochs that it has given, and batches of the one after these."""
-
+class _Place(TypedDict):
     epoch: int
     step: int
+
+
+class TorchLoaderState(_Place, total=False):
+    """Where a loader stands: whole epochs given, batches of the one after these, and which file stands in for which."""
+
+    replaced: dict[int, int]
+
+
+class BadFileError(LoaderError):
+    """A file of a folder cannot be read; `index` says which one, and `why` the reason."""
+
+    def __init__(self, file: str, index: int, why: str) -> None:
+        super().__init__(f"{file}: {why}")
+        self.index, self.why = index, why
 
 
 # What is drawn for: NumPy seeds alike what differs in zeros at the end only, so this comes first.
@@ -74,7 +91,7 @@ class FolderImages:
         return self.folder.labels
 
     def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, None]:
-        """Decode, crop and resize."""
+        """Decode, crop and resize; raise `BadFileError` at the first file that cannot be read."""
         steps: list[Any]
         if self.resize_size is not None:
             steps = [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
@@ -85,20 +102,23 @@ class FolderImages:
         cut = v2.Compose(steps)
         images = np.empty((len(indices), self.crop_size, self.crop_size, 3), np.uint8)
         # torchvision draws from PyTorch's own generator, which is given back as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of many pixels
             for place, index in enumerate(indices):
                 torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
-                images[place] = np.asarray(cut(_decoded(self.folder.files[index])))
+                file = self.folder.files[index]
+                try:
+                    image = _decoded(file)
+                except Exception as error:  # Pillow raises errors of many types over damaged files
+                    why = why_unusable(file) or " ".join(str(error).split()) or type(error).__name__
+                    raise BadFileError(file, int(index), why) from error
+                images[place] = np.asarray(cut(image))
         return images, None
 
 
 def _decoded(file: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        msg = f"{file}: {why_unusable(file) or error}"
-        raise LoaderError(msg) from error
+    data = io.BytesIO(Path(file).read_bytes())
+    return to_rgb(open_image(data, Path(file).suffix.lower()))
 
 
 @dataclass(frozen=True)
@@ -208,6 +228,8 @@ def _read(
 class TorchLoader(Batches):
     """Batches on a device, normalised, made in advance by `workers` processes, or by this one where that is 0.
 
+    A file that cannot be read is left out as by `dali_saliencymix.loaders.dali.Loader`.
+
     To resume from `state`, everything else has to be like it was for the loader that gave it.
     """
 
@@ -223,9 +245,15 @@ class TorchLoader(Batches):
     ) -> None:
         self._length = len(batches)
         self._epoch, self._step = (state["epoch"], state["step"]) if state else (0, 0)
-        self._places: list[tuple[int, int]] = []
+        self._bad: BadFiles | None = None
+        trains = isinstance(batches, TrainingBatches)
+        if isinstance(batches.source, FolderImages):
+            replaced = state.get("replaced") if state else None
+            at_most, report = options.max_bad_batches, batches.rank == 0
+            self._bad = BadFiles(batches.source.folder, at_most, replace=trains, replaced=replaced, report=report)
+        self._places: list[_Wanted] = []
         self._loader: data.DataLoader[Any] = data.DataLoader(
-            _Attempts(batches, one_thread=workers > 0),
+            _Attempts(batches, replace_bad=trains, one_thread=workers > 0),
             batch_size=None,
             sampler=self._places,
             num_workers=workers,
@@ -242,8 +270,14 @@ class TorchLoader(Batches):
         self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in scaling)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        self._places[:] = [(self._epoch, step) for step in range(self._step, self._length)]
-        for batch in self._loader:
+        # An image comes once in an epoch, so what is replaced by its end matters from the next one on.
+        replaced = dict(self._bad.replaced) if self._bad else {}
+        self._places[:] = [_Wanted(self._epoch, step, replaced) for step in range(self._step, self._length)]
+        for batch, found in self._loader:
+            for index, why in found.items():
+                assert self._bad is not None
+                if index not in self._bad.replaced:  # two batches can meet what stands in for a file
+                    self._bad.leave_out(index, why)
             if isinstance(batch, LoaderError):
                 raise LoaderError(str(batch))  # another one: its traceback leads here, where `batch` is
             pixels, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
@@ -254,7 +288,13 @@ class TorchLoader(Batches):
 
     def state(self) -> TorchLoaderState:
         """Return where the loader stands."""
-        return {"epoch": self._epoch, "step": self._step}
+        replaced = dict(self._bad.replaced) if self._bad else {}
+        return {"epoch": self._epoch, "step": self._step, "replaced": replaced}
+
+    @property
+    def bad_files(self) -> list[str]:
+        """Files that were left out, in the order in which they were found."""
+        return self._bad.names if self._bad else []
 
 
 def torch_training_loader(
@@ -294,16 +334,52 @@ def _leave_signals_to_parent(_: int) -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
+class _Wanted(NamedTuple):
+    """Which batch is made, with which files in the place of others."""
+
+    epoch: int
+    step: int
+    replaced: dict[int, int]
+
+
 class _Attempts(data.Dataset[Any]):
-    """Hands an error over as a batch: raised in a worker, it would arrive wrapped in the text of its stack."""
+    """Makes each batch without the files that cannot be read, and hands it over with the reasons of those by index.
 
-    def __init__(self, batches: TrainingBatches | ValidationBatches, *, one_thread: bool) -> None:
-        self._batches = batches
+    Any other error is handed over as the batch: raised in a worker, it would arrive wrapped in the text of its stack.
+    """
+
+    def __init__(self, batches: TrainingBatches | ValidationBatches, *, replace_bad: bool, one_thread: bool) -> None:
+        self._batches, self._replace_bad = batches, replace_bad
         self._threads = 1 if one_thread else 0  # beside other workers a worker has one core
+        self._in_place: tuple[dict[int, int], TrainingBatches | ValidationBatches] = ({}, batches)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...] | LoaderError:
-        try:
-            with limited_to(self._threads):
-                return self._batches[place]
-        except LoaderError as error:
-            return error
+    def __getitem__(self, wanted: _Wanted) -> tuple[tuple[torch.Tensor, ...] | LoaderError, dict[int, str]]:
+        found: dict[int, str] = {}
+        replaced = dict(wanted.replaced)
+        while True:
+            try:
+                with limited_to(self._threads):
+                    return self._made(wanted, replaced), found
+            except BadFileError as error:
+                index, source = replaced.get(error.index, error.index), self._batches.source
+                assert isinstance(source, FolderImages)
+                found[index] = error.why
+                try:
+                    replace_file(source.folder, index, replaced)
+                except LoaderError as none_left:
+                    return none_left, found
+            except LoaderError as error:
+                return error, found
+
+    def _made(self, wanted: _Wanted, replaced: dict[int, int]) -> tuple[torch.Tensor, ...]:
+        if self._in_place[0] != replaced:
+            source = self._batches.source
+            assert isinstance(source, FolderImages)
+            files, labels = in_place(source.folder, replaced, replace=self._replace_bad)
+            source = replace(source, folder=replace(source.folder, files=files, labels=labels))
+            self._in_place = replaced.copy(), replace(self._batches, source=source)
+        batch = self._in_place[1][wanted.epoch, wanted.step]
+        if self._replace_bad or not replaced:
+            return batch
+        of_good_files = batch[1] >= 0
+        return tuple(tensor[of_good_files] for tensor in batch)
