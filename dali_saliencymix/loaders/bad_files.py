@@ -32,6 +32,11 @@ class BadFiles:
     ----------
     replaced : dict from int to int
         Index of the file that stands in for each bad one, in the order in which these were found.
+
+    Raises
+    ------
+    LoaderError
+        If more than `at_most` files are refused by their headers.
     """
 
     def __init__(
@@ -47,7 +52,9 @@ class BadFiles:
         self._at_most, self._replace = at_most, replace
         for index, why in find_refused(folder.files).items():
             if index not in self.replaced:
-                self._leave_out(index, why, "a file is refused", "files are refused", report=report)
+                self._leave_out(
+                    index, why, "a file is refused", f"files are refused, and at most {at_most} may be", report=report
+                )
 
     @property
     def names(self) -> list[str]:
