@@ -256,9 +256,7 @@ def test_a_file_that_vanishes_while_the_run_goes_on_is_named(own_data, tmp_path)
 
 def test_a_stalled_disk_under_one_of_two_processes_ends_both_and_names_the_file(own_data, tmp_path):
     file = own_data / "train" / "red_square" / "00003.jpg"
-    file.unlink()
-    os.mkfifo(file)  # opening it waits for a writer, as a file on a dead network disk waits for its server
-    ended = launch(torchrun, tmp_path, "none", own_data, *TWO, "--stall-timeout", "5")
+    ended = launch(torchrun, tmp_path, f"stall {file}@0:3", own_data, *TWO, "--stall-timeout", "5")
     assert ended.returncode == 1
     (error,) = errors_in(ended.stderr)
     assert "no progress for " in error

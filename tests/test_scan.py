@@ -14,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from shared.programs import REPOSITORY, run_program
+from shared.pipes import stall_once_listed
+from shared.programs import REPOSITORY, environment_of_program, run_program
 from shared.scan_tasks import die_on_bad, hang_on_bad
 
 from dali_saliencymix.__main__ import main
+from dali_saliencymix.datasets import scan as scan_module
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data, sample_jpeg
 from dali_saliencymix.datasets.scan import check_output, examined_in_processes, scan, write_scan
@@ -154,10 +156,12 @@ def test_a_file_that_kills_or_holds_its_process_is_named_and_all_others_are_exam
     assert all(found.findings == {"words": files[number]} for number, found in results.items())
 
 
-def test_a_file_that_never_ends_is_given_up(data, tmp_path):
-    """A pipe with nobody at its other end: reading it waits for ever."""
+def test_a_file_that_never_ends_is_given_up(tmp_path, monkeypatch):
     make_sample_data(tmp_path / "data", train=1, val=1)
-    os.mkfifo(tmp_path / "data" / "val" / "red_square" / "pipe.jpg")
+    pipe = tmp_path / "data" / "val" / "red_square" / "pipe.jpg"
+    pipe.touch()
+    monkeypatch.setattr(scan_module, "list_image_folder", list_image_folder)  # to be put back
+    stall_once_listed(scan_module, pipe)
     result = scan(tmp_path / "data", timeout=3)
     (finding,) = result.report["parts"]["val"]["findings"]
     assert (finding["file"], finding["kind"]) == ("red_square/pipe.jpg", "timed_out")
@@ -168,13 +172,21 @@ def test_a_file_that_never_ends_is_given_up(data, tmp_path):
 def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
     make_sample_data(tmp_path / "data", train=1, val=1)
     pipe = tmp_path / "data" / "train" / "red_square" / "pipe.jpg"
-    os.mkfifo(pipe)
+    pipe.touch()
     # What a shell runs in the background has Ctrl-C ignored, and so would the tests that it runs, and their programs.
     program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "from shared.pipes import stall_once_listed; from dali_saliencymix.datasets import scan; "
+    program += f"stall_once_listed(scan, {str(pipe)!r}); "
     program += "runpy.run_module('dali_saliencymix', run_name='__main__')"
     command = [sys.executable, "-c", program, "scan", tmp_path / "data", "-o", tmp_path / "out"]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment_of_program(),
     )
     other_end = _opened_once_it_is_read(pipe)  # so a worker is in the middle of the scan
     children = psutil.Process(process.pid).children(recursive=True)
@@ -191,11 +203,12 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
 def _opened_once_it_is_read(pipe: Path) -> int:
     while True:
         try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            if pipe.is_fifo():
+                return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO:  # which stands for: nobody reads it yet
                 raise
-            time.sleep(0.05)
+        time.sleep(0.05)
 
 
 def test_a_second_scan_replaces_the_first_but_no_file_that_no_scan_has_written(data, tmp_path, capsys):

@@ -15,10 +15,12 @@ pytest_plugins = ["shared.training_fixtures"]
 
 LOAD = """
 import sys, torch
+from shared.pipes import stall
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.training.watchdog import Watchdog
 from dali_saliencymix.loaders.imagenet import training_loader
 folder = list_image_folder(sys.argv[1])
+stall(sys.argv[2])
 loader = training_loader(folder, batch_size=8, num_threads=1, device=torch.device("cpu"), crop_size=32)
 with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
     while True:
@@ -49,10 +51,8 @@ print("done")
 
 def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     file = own_data / "train" / "red_square" / "00003.jpg"
-    file.unlink()
-    os.mkfifo(file)  # opening it waits for a writer, as a file of a dead network disk waits for its server
     (tmp_path / "load.py").write_text(LOAD)
-    ended = run_program(tmp_path / "load.py", own_data / "train", check=False)
+    ended = run_program(tmp_path / "load.py", own_data / "train", file, check=False)
     assert ended.returncode == 1
     (line,) = (line for line in ended.stderr.splitlines() if "error:" in line)
     assert "process 3: no progress for " in line

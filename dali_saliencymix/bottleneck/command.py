@@ -13,7 +13,7 @@ from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, pipeline_source
-from dali_saliencymix.bottleneck.stages import files_in
+from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
@@ -218,7 +218,7 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
         if not path.exists():
             msg = f"--files: {path}: no such file or folder"
             raise MeasurementError(msg)
-    found = sorted(file for path in paths or () for file in (files_in(path) if path.is_dir() else [str(path)]))
+    found = sorted(file for path in paths or () for file in (list_files(path) if path.is_dir() else [str(path)]))
     return None if paths is None else found
 
 

@@ -103,7 +103,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
 
     if files is None:
-        with contextlib.suppress(MeasurementError):
+        with contextlib.suppress(OSError, ValueError):  # the pipeline itself says what is wrong with its files
             files = reader_files(lambda: defined({}))
     return Source(
         f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),

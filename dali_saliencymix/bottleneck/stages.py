@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 MOST_STAGES = 9
@@ -88,13 +89,8 @@ def _listed(arguments: dict[str, Any]) -> list[str]:
         with open(arguments["file_list"], encoding="utf-8") as lines:
             return [os.path.join(root, line.rsplit(None, 1)[0]) for line in lines if line.strip()]
     if arguments.get("file_root"):
-        return files_in(arguments["file_root"])
+        return list_files(arguments["file_root"])
     return []
-
-
-def files_in(root: str | os.PathLike[str]) -> list[str]:
-    """Return all files in a folder and in the folders in it."""
-    return [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
 
 
 def _graph_outputs(define: Callable[[], Any]) -> list[Any]:

@@ -6,14 +6,17 @@ DALI's own reader leaves empty folders out, which shifts the label of every clas
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -54,7 +57,8 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     Parameters
     ----------
     root : path
-        Folder of class folders. Images may be in folders within these; hidden files and other endings are ignored.
+        Folder of class folders. Images may be in folders within these. Files and folders whose names begin with a dot,
+        and files with other endings than `EXTENSIONS`, are ignored. Links to files and folders are followed.
     classes : sequence of str, optional
         Names of the classes in label order, from another folder of the same data set. By default the names of the
         class folders, sorted.
@@ -69,22 +73,28 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
         If `root` does not exist, or holds no class folder or no image.
     NotADirectoryError
         If `root` is a file.
+    OSError
+        If a folder cannot be listed, for want of the right to do so or because of the disk; it is named.
     ValueError
-        If `root` has a class folder that is not in `classes`, or the name of a file is not UTF-8, which DALI needs.
+        If `root` has a class folder that is not in `classes`; if a link leads to a folder that is listed already, or
+        to one above it; if a file with the ending of an image is a pipe, a socket or a device; or if a name is not
+        UTF-8, which DALI needs.
     """
     root = Path(root)
-    if not root.exists():
+    walk = _Walk(root)
+    try:
+        folders = {entry.name: str(root / entry.name) for entry in walk.entries(root) if walk.is_folder(entry)}
+    except FileNotFoundError as error:
         msg = f"{root}: no such folder"
-        raise FileNotFoundError(msg)
-    if not root.is_dir():
+        raise FileNotFoundError(msg) from error
+    except NotADirectoryError as error:
         msg = f"{root}: not a folder"
-        raise NotADirectoryError(msg)
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not found:
+        raise NotADirectoryError(msg) from error
+    if not folders:
         msg = f"{root}: no class folders in it; there must be one folder of images for each class"
         raise FileNotFoundError(msg)
-    names = list(classes) if classes is not None else found
-    unknown = sorted(set(found) - set(names))
+    names = list(classes) if classes is not None else list(folders)
+    unknown = sorted(set(folders) - set(names))
     if unknown:
         msg = f"{root}: class folder {unknown[0]!r} is not one of the {len(names)} known classes"
         raise ValueError(msg)
@@ -93,13 +103,15 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     labels: list[int] = []
     empty = []
     for label, name in enumerate(names):
-        images = _images_below(root / name)
+        images = sorted(walk.files_below(folders[name], _is_image_name)) if name in folders else []
+        for path in (folders.get(name, ""), *images):
+            _check_text(path)
         files += images
         labels += [label] * len(images)
         if not images:
             empty.append(name)
     if not files:
-        msg = f"{root}: no images in its {len(found)} class folders (looked for {' '.join(EXTENSIONS)})"
+        msg = f"{root}: no images in its {len(folders)} class folders (looked for {' '.join(EXTENSIONS)})"
         raise FileNotFoundError(msg)
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
@@ -107,18 +119,107 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     return ImageFolder(root, names, files, labels)
 
 
-def _images_below(folder: Path) -> list[str]:
-    paths = []
-    for directory, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(directory, name) for name in names if _is_image_name(name)]
-    for path in paths:
+def list_files(root: str | Path) -> list[str]:
+    """Return the paths of all files below a folder, sorted, under the rules of `list_image_folder`.
+
+    Raises
+    ------
+    OSError, ValueError
+        As `list_image_folder`, for files of all names.
+    """
+    return sorted(_Walk(root).files_below(root, lambda name: True))
+
+
+class _Walk:
+    """Goes through the folders below `root` once; a link must not lead to where it goes anyway."""
+
+    def __init__(self, root: str | Path) -> None:
+        # Folders whose files are listed, and all folders above these: real paths, with the name under which they are.
+        self._listed: dict[Path, str] = {}
+        self._above: dict[Path, str] = {}
+        self._add(Path(os.path.realpath(root)), str(root))
+
+    def _add(self, target: Path, name: str) -> None:
+        self._listed[target] = name
+        for inside, parent in itertools.pairwise((target, *target.parents)):
+            if inside.name.startswith("."):  # which hides it from the folders above
+                break
+            self._above.setdefault(parent, name)
+
+    def _in_common(self, target: Path) -> str | None:
+        """Return what is listed already and has files in common with a folder."""
+        for folder in (target, *target.parents):
+            if folder in self._listed:
+                return self._listed[folder]
+            if folder.name.startswith("."):
+                break
+        return self._above.get(target)
+
+    def entries(self, folder: str | Path) -> list[os.DirEntry[str]]:
+        """Return what is in a folder and not hidden, sorted by name."""
         try:
-            path.encode()
-        except UnicodeEncodeError as error:
-            msg = f"{path!r}: this name is not UTF-8, which DALI needs; rename the file or its folder"
-            raise ValueError(msg) from error
-    return sorted(paths)
+            with os.scandir(folder) as found:
+                return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda each: each.name)
+        except OSError as error:
+            why = f"this folder cannot be listed: {error.strerror}"
+            raise OSError(error.errno, why, str(folder)) from error
+
+    def is_folder(self, entry: os.DirEntry[str]) -> bool:
+        """Return whether this is a folder, or a link to one, which must not be listed twice."""
+        if not stat.S_ISDIR(_mode(entry)):
+            return False
+        if entry.is_symlink():
+            target = Path(os.path.realpath(entry.path))
+            if other := self._in_common(target):
+                msg = (
+                    f"{entry.path}: this link leads to {target}, which has files in common with {other}; each image "
+                    "must be listed once, so remove the link"
+                )
+                raise ValueError(msg)
+            self._add(target, entry.path)
+        return True
+
+    def files_below(self, folder: str | Path, is_wanted: Callable[[str], bool]) -> list[str]:
+        """Return the paths of the files in a folder, and in the folders in it, whose names are wanted.
+
+        Links that lead nowhere are among them: whoever reads the file says so.
+        """
+        files, folders = [], [folder]
+        while folders:
+            for entry in self.entries(folders.pop()):
+                if self.is_folder(entry):
+                    folders.append(entry.path)
+                elif is_wanted(entry.name):
+                    mode = _mode(entry)
+                    if mode and not stat.S_ISREG(mode):
+                        msg = f"{entry.path}: not a file but a pipe, a socket or a device; remove it"
+                        raise ValueError(msg)
+                    files.append(entry.path)
+        return files
+
+
+def _mode(entry: os.DirEntry[str]) -> int:
+    """Return the type of what is there, or of what a link leads to, as `stat` has it; 0 for a link to nothing."""
+    try:
+        # Of what is no link, the folder's own listing says this: no file system is asked for millions of files.
+        if entry.is_dir():
+            return stat.S_IFDIR
+        if entry.is_file():
+            return stat.S_IFREG
+        return entry.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise
+
+
+def _check_text(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        msg = f"{path!r}: this name is not UTF-8, which DALI needs; rename the file or its folder"
+        raise ValueError(msg) from error
 
 
 def _is_image_name(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(EXTENSIONS)

@@ -20,13 +20,16 @@ import psutil
 
 import train
 from shared import tiny_model  # noqa: F401
+from shared.pipes import stall
 
 
 def happen(what: str) -> None:
     if what == "raise":
         msg = "enough of this"
         raise ZeroDivisionError(msg)
-    if what.startswith("vanish "):
+    if what.startswith("stall "):
+        stall(what.removeprefix("stall "))
+    elif what.startswith("vanish "):
         shutil.rmtree(what.removeprefix("vanish "))
     elif what.endswith(" to all"):  # from outside, as a signal of the main process itself is another thing to workers
         processes = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
