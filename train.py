@@ -18,6 +18,7 @@ Words: a step is one batch in each process; an update changes the weights, after
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -30,10 +31,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dali_saliencymix._errors import flush_stdout, prepare_stdout, wants_traceback
 from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
-from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
+from dali_saliencymix.loaders.base import Batches, chosen_backend
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.processes import gather
@@ -43,7 +45,7 @@ from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
 from dali_saliencymix.training.models import as_trained, autocast, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
-from dali_saliencymix.training.options import RunOptions, TrainingOptions
+from dali_saliencymix.training.options import TrainingOptions
 from dali_saliencymix.training.run_log import Progress, RunLog, duration, say, warn
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
@@ -110,8 +112,10 @@ class Trainer:
         self.log = RunLog(None, {})
         self.lock = FolderLock(None)
         self.loader_state: Any = None
+        self.resumed_from = resume
         if saved:
-            self.restore(saved, resume)
+            with checkpoints.taken_from(resume):
+                self.restore(saved, resume)
 
         self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
         # Every process watches its own loader; the main one's warning is enough.
@@ -194,11 +198,13 @@ class Trainer:
         # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
         # with it orders of the files, of its own.
         seed = data.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
-        self.loader = self.data.train_loader(
-            phase.applied_to(replace(data, seed=seed)),
-            self.processes,
-            state=self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None,  # None after a restart
-        )
+        state = self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None  # None after a restart
+        options = phase.applied_to(replace(data, seed=seed))
+        with contextlib.nullcontext() if state is None else checkpoints.taken_from(self.resumed_from):
+            self.loader = self.data.train_loader(options, self.processes, state=state)
+        if self.step > len(self.loader):
+            msg = f"{self.resumed_from}: stands at step {self.step} of an epoch that has {len(self.loader)} here"
+            raise ValueError(msg)
         self.loader_phase, self.loader_state = phase, None
         return self.loader
 
@@ -424,24 +430,29 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
 
 def main() -> int:
     """Run from the command line; return the exit status."""
-    options = parse_arguments()
-    choose_kernels(deterministic=options.model.deterministic)
+    options = None
+    prepare_stdout()
     try:
+        options = parse_arguments()
+        choose_kernels(deterministic=options.model.deterministic)
         run(options, distributed.start_processes(options.data.device))
+        flush_stdout()
     except Preempted as signal:
-        return distributed.end(f"stopped by {signal}{resuming(options.run)}", EXIT_PREEMPTED)
+        return distributed.end(f"stopped by {signal}{resuming(options)}", EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        return distributed.end(f"interrupted{resuming(options.run)}", 130)
+        return distributed.end(f"interrupted{resuming(options)}", 130)
     except Exception as error:
-        return distributed.fail(error, expected=(ImportError, LoaderError, OSError, ValueError))
+        return distributed.fail(error, with_traceback=wants_traceback(sys.argv))
     finally:
         distributed.stop_processes()
     return 0
 
 
-def resuming(run: RunOptions) -> str:
-    """Say how a run that was stopped is resumed."""
-    last = run.output_dir / checkpoints.LAST
+def resuming(options: TrainingOptions | None) -> str:
+    """Say how a run that was stopped is resumed; one whose options are not read yet has done nothing."""
+    if options is None:
+        return ""
+    last = options.run.output_dir / checkpoints.LAST
     return f"; --resume auto goes on from {last}" if last.exists() else "; there is no checkpoint to go on from yet"
 
 

@@ -24,9 +24,11 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from dali_saliencymix._errors import add_traceback, flush_stdout, prepare_stdout, wants_traceback
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.measure.environment import environment
 from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.options import whole_number
 from dali_saliencymix.training import checkpoints, distributed
 from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
@@ -60,34 +62,41 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--train-sets", nargs="+", default=["2007:trainval", "2012:trainval"], metavar="YEAR:SET", help="trained on"
     )
     parser.add_argument("--test-set", default="2007:test", metavar="YEAR:SET", help="what the result is measured on")
-    parser.add_argument("--iterations", type=int, default=41000, help="length of the training, in batches")
-    parser.add_argument("-b", "--batch-size", type=int, default=8, help="images in a batch")
+    parser.add_argument("--iterations", type=whole_number(1), default=41000, help="length of the training, in batches")
+    parser.add_argument("-b", "--batch-size", type=whole_number(1), default=8, help="images in a batch")
     parser.add_argument("--lr", type=float, default=4e-3, help="learning rate")
-    parser.add_argument("--lr-milestones", type=int, nargs="*", default=[33000], help="iterations of the steps")
+    parser.add_argument(
+        "--lr-milestones", type=whole_number(0), nargs="*", default=[33000], help="iterations of the steps"
+    )
     parser.add_argument("--lr-gamma", type=float, default=0.1, help="factor of each step")
     parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
     parser.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
     parser.add_argument(
-        "--trainable-layers", type=int, default=3, help="stages of the backbone that are trained, from the last one"
+        "--trainable-layers",
+        type=whole_number(0, 5),
+        default=3,
+        help="stages of the backbone that are trained, from the last one",
     )
-    parser.add_argument("--min-size", type=int, default=800, help="short side that images are resized to")
-    parser.add_argument("--max-size", type=int, default=1333, help="limit of the long side")
+    parser.add_argument("--min-size", type=whole_number(1), default=800, help="short side that images are resized to")
+    parser.add_argument("--max-size", type=whole_number(1), default=1333, help="limit of the long side")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("-j", "--workers", type=int, default=4, help="processes that decode images; 0: this one")
-    parser.add_argument("--seed", type=int, default=0, help="seed of new weights, order and mirroring")
+    parser.add_argument(
+        "-j", "--workers", type=whole_number(0), default=4, help="processes that decode images; 0: this one"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of new weights, order and mirroring")
     parser.add_argument("--output-dir", type=Path, default=Path("output-voc"), help="folder for checkpoint and log")
     parser.add_argument(
         "--resume", choices=("auto",), help="go on from the output folder's checkpoint, if there is one"
     )
-    parser.add_argument("--save-freq", type=int, default=1000, help="iterations between two checkpoints")
-    parser.add_argument("-p", "--print-freq", type=int, default=50, help="iterations between two displays")
+    parser.add_argument("--save-freq", type=whole_number(1), default=1000, help="iterations between two checkpoints")
+    parser.add_argument("-p", "--print-freq", type=whole_number(1), default=50, help="iterations between two displays")
+    add_traceback(parser)
     args = parser.parse_args(arguments)
-    limits = {"iterations": 1, "batch_size": 1, "min_size": 1, "save_freq": 1, "print_freq": 1}
-    for name, least in {**limits, "workers": 0, "seed": 0, "trainable_layers": 0, "max_size": args.min_size}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if args.trainable_layers > 5:
-        parser.error(f"--trainable-layers must be at most 5, got {args.trainable_layers}")
+    if args.max_size < args.min_size:
+        parser.error(f"--max-size must be at least --min-size {args.min_size}, got {args.max_size}")
+    for name in ("lr", "lr_gamma", "momentum", "weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(args, name)}")
     return args
 
 
@@ -128,7 +137,7 @@ def build_detector(
     ValueError
         If the classifier is no ResNet of torchvision or its tensors are not exactly those of the backbone.
     """
-    arch = classifier["config"]["arch"]
+    arch = classifier["config"].get("arch")
     if arch not in torchvision.models.list_models(torchvision.models) or "resne" not in arch:
         msg = f"{path}: the backbone has to be a ResNet of torchvision, got {arch!r}"
         raise ValueError(msg)
@@ -165,10 +174,11 @@ class Transfer:
         self.args, self.device, self.lock = args, device, lock
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         classifier = checkpoints.load_checkpoint(args.checkpoint, ("model", "config"))
-        self.config["arch"] = classifier["config"]["arch"]
+        self.config["arch"] = classifier["config"].get("arch")
         torch.manual_seed(args.seed)
         sizes = {name: getattr(args, name) for name in ("trainable_layers", "min_size", "max_size")}
-        model, self.taken = build_detector(classifier, args.checkpoint, **sizes)
+        with checkpoints.taken_from(args.checkpoint):
+            model, self.taken = build_detector(classifier, args.checkpoint, **sizes)
         self.model = model.to(device)
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -302,7 +312,8 @@ def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) 
     transfer = Transfer(args, device, lock)
     resumed = last.exists()
     if resumed:
-        transfer.restore(last)
+        with checkpoints.taken_from(last):
+            transfer.restore(last)
     log = args.output_dir / LOG
     if not resumed:
         log.write_text("")
@@ -326,16 +337,15 @@ def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) 
 
 def main() -> int:
     """Run from the command line; return the exit status."""
-    args = parse_arguments()
+    prepare_stdout()
     try:
-        run(args)
-    except (OSError, ValueError) as error:
-        # What a worker of the loader raised comes with its traceback, the message in the last line.
-        sys.stderr.write(f"transfer_voc.py: error: {str(error).strip().splitlines()[-1]}\n")
-        return 1
+        run(parse_arguments())
+        flush_stdout()
     except KeyboardInterrupt:
         sys.stderr.write("transfer_voc.py: interrupted; --resume auto goes on from the last checkpoint\n")
         return 130
+    except Exception as error:
+        return distributed.fail(error, prog="transfer_voc.py", with_traceback=wants_traceback(sys.argv))
     finally:
         distributed.stop_processes()
     return 0

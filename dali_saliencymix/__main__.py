@@ -9,9 +9,11 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 from dali_saliencymix import __version__
-from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option
+from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, prepare_stdout, write_error
+from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,15 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     sample = add_command("sample-data", help="make a small data set of real JPEG files")
     sample.add_argument("root", type=Path, metavar="DATA", help="folder to write train/ and val/ into")
-    sample.add_argument("--train", type=int, default=200, help="training images per class")
-    sample.add_argument("--val", type=int, default=40, help="validation images per class")
-    sample.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    sample.add_argument("--train", type=whole_number(1, 10**6), default=200, help="training images per class")
+    sample.add_argument("--val", type=whole_number(1, 10**6), default=40, help="validation images per class")
+    sample.add_argument("--seed", type=whole_number(0), default=0, help="seed of all randomness")
 
     preview = add_command("preview", help="draw mixed samples of a data set, or what the detectors see in it")
     preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or of train/ with these")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="picture to write")
-    preview.add_argument("-n", "--count", type=int, default=8, help="number of samples")
-    preview.add_argument("--size", type=int, default=224, help="size of the images in pixels")
+    preview.add_argument("-n", "--count", type=whole_number(1, 1000), default=8, help="number of samples")
+    preview.add_argument("--size", type=whole_number(1, 10_000), default=224, help="size of the images in pixels")
     preview.add_argument(
         "--min-crop-area", type=float, default=0.08, help="smallest area of the random crop, as a share of the image"
     )
@@ -41,14 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
     for option in ("alpha", "prob", "preset", *PRESET_OPTIONS):
         add_option(preview, option)
-    preview.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    preview.add_argument("--seed", type=whole_number(0), default=0, help="seed of all randomness")
 
     scan = add_command("scan", help="decode every file of a data set once and list those that a training can use")
     scan.add_argument("root", type=Path, metavar="DATA", help="folder with train/ and val/, or of class folders")
     scan.add_argument("-o", "--output", type=Path, default=Path("scan"), help="folder for the lists and scan.json")
-    scan.add_argument("--min-size", type=int, default=8, help="exclude images with a shorter side than this, in pixels")
+    scan.add_argument(
+        "--min-size", type=whole_number(1), default=8, help="exclude images with a shorter side than this, in pixels"
+    )
     scan.add_argument("--strict", action="store_true", help="exclude files that the decoder warns of, too")
-    scan.add_argument("-j", "--workers", type=int, help="processes that decode; all cores if not given")
+    scan.add_argument(
+        "-j", "--workers", type=whole_number(1, 1024), help="processes that decode; all cores if not given"
+    )
     scan.add_argument("--timeout", type=float, default=60.0, help="seconds after which a file is given up")
 
     # Its options include those of train.py, which only a parser that knows PyTorch can read.
@@ -57,38 +63,48 @@ def main(arguments: list[str] | None = None) -> int:
     comparison = add_command("compare", help="say what changed between two reports of bottleneck")
     comparison.add_argument("before", type=Path, metavar="A.json")
     comparison.add_argument("after", type=Path, metavar="B.json")
+    for command_parser in (sample, preview, scan, comparison):
+        add_traceback(command_parser)
 
     given = sys.argv[1:] if arguments is None else arguments
+    prepare_stdout()
     if given[:1] == ["bottleneck"]:
         from dali_saliencymix.bottleneck.command import run_bottleneck
 
         return run_bottleneck(given[1:], f"{parser.prog} bottleneck")
     args = vars(parser.parse_args(given))
-
-    command = args.pop("command")
+    command, with_traceback = args.pop("command"), args.pop("traceback")
+    prog = f"{parser.prog} {command}"
     try:
-        if command == "sample-data":
-            from dali_saliencymix.datasets.sample_data import make_sample_data
-
-            make_sample_data(args.pop("root"), **args)
-        elif command == "compare":
-            from dali_saliencymix.bottleneck.command import run_compare
-
-            return run_compare(prog=f"{parser.prog} compare", **args)
-        elif command == "scan":
-            from dali_saliencymix.datasets.scan import run_scan
-
-            return run_scan(**args)
-        else:
-            from dali_saliencymix.preview import save_preview
-
-            save_preview(args.pop("root"), args.pop("output"), **args)
-    except (ImportError, OSError, ValueError) as error:
-        sys.stderr.write(f"{parser.prog} {command}: error: {error}\n")
-        return 2 if command == "scan" else 1  # where 1 stands for a scan that found something
+        status = _run(command, args)
+        flush_stdout()
     except KeyboardInterrupt:
-        sys.stderr.write(f"{parser.prog} {command}: interrupted\n")
+        sys.stderr.write(f"{prog}: interrupted\n")
         return 130
+    except Exception as error:
+        write_error(error, prog, expected=isinstance(error, EXPECTED), with_traceback=with_traceback)
+        return 2 if command == "scan" else 1  # where 1 stands for a scan that found something
+    return status
+
+
+def _run(command: str, args: dict[str, Any]) -> int:
+    """Run a command with its arguments; return the exit status."""
+    if command == "sample-data":
+        from dali_saliencymix.datasets.sample_data import make_sample_data
+
+        make_sample_data(args.pop("root"), **args)
+    elif command == "compare":
+        from dali_saliencymix.bottleneck.command import run_compare
+
+        return run_compare(**args)
+    elif command == "scan":
+        from dali_saliencymix.datasets.scan import run_scan
+
+        return run_scan(**args)
+    else:
+        from dali_saliencymix.preview import save_preview
+
+        save_preview(args.pop("root"), args.pop("output"), **args)
     return 0
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._checks import check_choice, check_fraction, check_positive
+from dali_saliencymix._errors import printable
 from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.saliency import DETECTORS, get_detector
 
@@ -210,6 +211,29 @@ def add_option(parser: argparse._ActionsContainer, name: str, *flags: str) -> No
         add(choices=declared.metadata["choices"])
     else:
         add(type=float, metavar=declared.metadata["metavar"])
+
+
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return what reads an integer of a command line; by default the largest is that of DALI's arguments.
+
+    Examples
+    --------
+    >>> whole_number(1)("12")
+    12
+    """
+
+    def read(text: str) -> int:
+        digits = text.strip()
+        number = int(digits) if digits.isdecimal() and len(digits) <= 20 else None
+        if number is None or not least <= number <= most:
+            rule = (
+                f"at most {most}" if digits.isdecimal() and (number is None or number > most) else f"at least {least}"
+            )
+            msg = f"must be a whole number of {rule}, got {printable(text)[:40]}"
+            raise argparse.ArgumentTypeError(msg)
+        return number
+
+    return read
 
 
 def _check_modes(modes: Mapping[str, float]) -> None:

@@ -187,7 +187,7 @@ WRONG = [
     ("data --label-smoothing 1", "--label-smoothing must be in [0, 1), got 1.0"),
     ("data --clip-grad-norm 0", "--clip-grad-norm must be a positive number, got 0.0"),
     ("data --model-ema-decay 1", "--model-ema-decay must be in (0, 1), got 1.0"),
-    ("data --stall-timeout -1", "--stall-timeout must be a number of at least 0, got -1.0"),
+    ("data --stall-timeout -1", "--stall-timeout must be in [0, 1e6], got -1.0"),
     ("data --checkpoint-interval nan", "--checkpoint-interval must be a number of at least 0, got nan"),
     ("data --mix-off-epochs 301", "--mix-off-epochs must be at most --epochs 300, got 301"),
     ("data --mix none --mix-off-epochs 3", "--mix-off-epochs does nothing with --mix none"),

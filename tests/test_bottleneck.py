@@ -412,7 +412,7 @@ def test_without_a_step_the_report_is_of_the_loader_and_nothing_is_said_to_be_mi
         ("{", "not a JSON file"),
         (
             '{"schema": "dali-saliencymix/bottleneck", "version": 2, "rates": {"loader": {}}}',
-            "a damaged report .*KeyError",
+            "a damaged report .*: verdict.name must be a text",
         ),
         ("[]", "must hold a JSON object, got a list"),
         ('{"schema": "dali-saliencymix/bottleneck"}', "of version None"),
@@ -1154,7 +1154,7 @@ def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
     [
         ([], "give one of DATA, --pipeline and --loader"),
         (["DATA", "--loader", "a:b"], "give one of DATA, --pipeline and --loader"),
-        (["DATA", "--rounds", "4"], "--rounds must be at least 5"),
+        (["DATA", "--rounds", "4"], "argument --rounds: must be a whole number of at least 5, got 4"),
         (["DATA", "--no-step", "--fail-above-stall", "20"], "leave out --no-step"),
         (["DATA", "--fail-above-stall", "nan"], "--fail-above-stall must be a number of percent, got nan"),
         (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),

@@ -234,12 +234,12 @@ def test_bad_data_ends_with_one_line(spoil, workers, checkpoint, tmp_path, trans
 
 def test_options_out_of_range_are_refused(transfer_here, tmp_path):
     for option, value, rule in (
-        ("--iterations", "0", "must be at least 1, got 0"),
-        ("--trainable-layers", "6", "must be at most 5, got 6"),
-        ("--max-size", "100", "must be at least 800, got 100"),
+        ("--iterations", "0", "must be a whole number of at least 1, got 0"),
+        ("--trainable-layers", "6", "must be a whole number of at most 5, got 6"),
+        ("--max-size", "100", "must be at least --min-size 800, got 100"),
     ):
         ended = transfer_here(tmp_path, "--checkpoint", tmp_path / "x.pt", option, value)
         assert ended.status == 2
-        assert f"{option} {rule}" in ended.error
+        assert f"{option}: {rule}" in ended.error or f"{option} {rule}" in ended.error
     ended = transfer_here(tmp_path, "--checkpoint", tmp_path / "x.pt", "--output-dir", tmp_path / "run")
     assert ended.status == 1

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line_of
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, pipeline_source
 from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
-from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
+from dali_saliencymix.options import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.options import TrainingOptions
 
-_EXPECTED = (ImportError, OSError, ValueError)  # a MeasurementError is a ValueError
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
@@ -59,28 +59,50 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     option("--no-step", action="store_true", help="measure the loader alone")
     option("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
-    option("--images", type=int, default=2048, help="images of DATA to read, for each process (%(default)s)")
+    option(
+        "--images", type=whole_number(1), default=2048, help="images of DATA to read, for each process (%(default)s)"
+    )
     option("--cache", choices=CACHES, default="auto", help="will the training find its files in memory?")
     option("--seconds", type=float, default=100.0, help="time for everything, about (%(default)g)")
-    option("--rounds", type=int, default=ROUNDS, help="windows of each figure (%(default)s)")
+    option(
+        "--rounds", type=whole_number(LEAST_ROUNDS, 10_000), default=ROUNDS, help="windows of each figure (%(default)s)"
+    )
     option("--no-storage", action="store_true", help="do not drop files from memory to read them again")
     option("--no-what-ifs", action="store_true", help="do not measure other settings")
     option("-o", "--output", type=Path, metavar="JSON", help="report to write")
     option("--html", type=Path, help="page to write; needs matplotlib")
     option("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
+    add_traceback(parser)
     return parser
 
 
 def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
-    parser = _parser(prog)
-    own, rest = parser.parse_known_args(arguments)
+    own, rest = _parser(prog).parse_known_args(arguments)
     try:
         from dali_saliencymix.training import distributed
-        from dali_saliencymix.training.arguments import parse_arguments
     except ImportError as error:
         sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
         return 1
+    try:
+        status = _run(own, rest, prog)
+        flush_stdout()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prog}: interrupted\n")
+        return 130
+    except Exception as error:
+        return distributed.fail(error, prog=prog, with_traceback=own.traceback)
+    finally:
+        distributed.stop_processes()
+    return status
+
+
+def _run(own: argparse.Namespace, rest: list[str], prog: str) -> int:
+    """Check the options, measure and show; return the exit status."""
+    from dali_saliencymix.training import distributed
+    from dali_saliencymix.training.arguments import parse_arguments
+
+    parser = _parser(prog)
     training = parse_arguments(rest, prog=prog, validates=False)  # DATA is one of its options
     has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
@@ -88,26 +110,17 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     if own.fail_above_stall is not None and (own.no_step or math.isnan(own.fail_above_stall)):
         needs = "needs a training step: leave out --no-step" if own.no_step else "must be a number of percent, got nan"
         parser.error(f"--fail-above-stall {needs}")
-    if own.rounds < LEAST_ROUNDS or own.images < 1 or not own.seconds > 0:
-        parser.error(f"--rounds must be at least {LEAST_ROUNDS}, --images at least 1, --seconds positive")
+    if not 0 < own.seconds < math.inf:
+        parser.error(f"--seconds must be a positive number, got {own.seconds}")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
+    if not own.step and not own.no_step:
+        from dali_saliencymix.training.models import choose_kernels
 
-    try:
-        if not own.step and not own.no_step:
-            from dali_saliencymix.training.models import choose_kernels
-
-            choose_kernels(deterministic=training.model.deterministic)
-        processes = distributed.start_processes(training.data.device)
-        report = _measured_by_all(own, training, rest, processes)
-        return _show(report, own) if processes.is_main else 0
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{prog}: interrupted\n")
-        return 130
-    except Exception as error:
-        return distributed.fail(error, _EXPECTED, prog=prog)
-    finally:
-        distributed.stop_processes()
+        choose_kernels(deterministic=training.model.deterministic)
+    processes = distributed.start_processes(training.data.device)
+    report = _measured_by_all(own, training, rest, processes)
+    return _show(report, own) if processes.is_main else 0
 
 
 def profile_training(training: TrainingOptions, processes: Processes) -> None:
@@ -129,8 +142,8 @@ def _measured_by_all(
 
     try:
         return _measured(own, training, rest, processes)
-    except _EXPECTED as error:
-        text = str(error) if isinstance(error, MeasurementError) or "\n" not in str(error) else one_line(error)
+    except EXPECTED as error:
+        text = line_of(error, expected=True)
         if processes.world_size > 1:
             if not distributed.announce_failure():
                 raise distributed.OtherProcessError from error
@@ -138,13 +151,9 @@ def _measured_by_all(
         raise MeasurementError(text) from error
 
 
-def run_compare(before: Path, after: Path, prog: str) -> int:
+def run_compare(before: Path, after: Path) -> int:
     """Run ``compare``; return the exit status."""
-    try:
-        sys.stdout.write(comparison_text(compare(load_report(before), load_report(after))) + "\n")
-    except (MeasurementError, OSError) as error:
-        sys.stderr.write(f"{prog}: error: {error}\n")
-        return 1
+    sys.stdout.write(comparison_text(compare(load_report(before), load_report(after))) + "\n")
     return 0
 
 

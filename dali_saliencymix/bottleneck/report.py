@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -203,12 +204,48 @@ def load_report(path: str | Path) -> Report:
     if report.get("version") != VERSION:
         msg = f"{path}: a report of version {report.get('version')}; this tool reads version {VERSION}"
         raise MeasurementError(msg)
-    try:
-        compare(report, report)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        msg = f"{path}: a damaged report of the bottleneck tool ({type(error).__name__}: {error})"
-        raise MeasurementError(msg) from error
+    if fault := _fault_of(report):
+        msg = f"{path}: a damaged report of the bottleneck tool: {fault}"
+        raise MeasurementError(msg)
     return report
+
+
+def _fault_of(report: Report) -> str | None:
+    """Return what `compare` could not make sense of in a report, in words."""
+    verdict, rates, stages = (report.get(name) for name in ("verdict", "rates", "stages"))
+    if not isinstance(verdict, dict) or not isinstance(verdict.get("name"), str):
+        return "verdict.name must be a text"
+    missing = {"stages", "stall"} - report.keys()
+    if missing:
+        return f"it has no {min(missing)}"
+    if not isinstance(report.get("conditions"), dict):
+        return "conditions must be an object"
+    if not isinstance(rates, dict) or not all(isinstance(each, dict) for each in rates.values()):
+        return "rates must be an object of objects"
+    if stages is not None and not (isinstance(stages, list) and all(isinstance(row, dict) for row in stages)):
+        return "stages must be null or a list of objects"
+    if not all(isinstance(row.get("name"), str) for row in stages or ()):
+        return "the name of each stage must be a text"
+    faults = [_fault_of_spread(f"rates.{name}", each, "images_per_second") for name, each in rates.items()]
+    faults += [_fault_of_spread(f"stages.{row['name']}", row, "added_ms") for row in stages or ()]
+    return next(filter(None, [*faults, _fault_of_spread("report", report, "stall")]), None)
+
+
+def _fault_of_spread(where: str, parent: dict[str, Any], name: str) -> str | None:
+    if name not in parent:
+        return f"{where} has no {name}"
+    spread: Any = parent[name]
+    if spread is None:  # not measured
+        return None
+    if not isinstance(spread, dict):
+        return f"{where}.{name} must be null or an object, got {spread!r:.40}"
+    for key in ("median", "low", "high", *({"windows"} & spread.keys())):
+        value: Any = spread.get(key)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            return f"{where}.{name}.{key} must be a finite number, got {value!r:.40}"
+    if name == "images_per_second" and spread["median"] <= 0:
+        return f"{where}.{name}.median must be above 0, got {spread['median']}"
+    return None
 
 
 def compare(before: Report, after: Report) -> dict[str, Any]:

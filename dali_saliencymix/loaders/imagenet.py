@@ -443,7 +443,12 @@ class FolderData(Data):
 def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
     """Return the images whose paths, relative to the folder, are the lines of a text file; their order stays."""
     wanted: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        msg = f"{option} {path}: not a text in UTF-8: {error.reason} at byte {error.start}"
+        raise ValueError(msg) from error
+    for number, line in enumerate(lines, start=1):
         if line and wanted.setdefault(line, number) != number:
             msg = f"{option} {path}, line {number}: the same image as in line {wanted[line]}: {line}"
             raise ValueError(msg)

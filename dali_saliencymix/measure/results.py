@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:  # the former of lists within lists without end
         msg = f"{path}: not a JSON file"
         raise ValueError(msg) from error
     if not isinstance(result, dict):

@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import yaml
 
+from dali_saliencymix._errors import add_traceback, printable
 from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.measure.results import replace_file
-from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options
+from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
     EvaluationOptions,
     ModelOptions,
@@ -45,6 +46,7 @@ _MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name
 _RANGES: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda value: 0 < value < math.inf,
     "a number of at least 0": lambda value: 0 <= value < math.inf,
+    "in [0, 1e6]": lambda value: 0 <= value <= 1e6,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
@@ -110,6 +112,7 @@ def make_parser(prog: str | None = None) -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="file of options, such as configs/*.yaml")
+    add_traceback(parser)
     groups = {title: parser.add_argument_group(title) for title in _TITLES}
     data, mixing = groups["data"], groups["mixing"]
     data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="holds train/, val/")
@@ -135,7 +138,7 @@ def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
         if kind.startswith("tuple"):
             about.setdefault("nargs", "+")
         least = declared.metadata.get("least", 1)
-        readers = {"int": _integer(least), "float": float, "tuple[float, ...]": float, "Path": Path}
+        readers = {"int": whole_number(least), "float": float, "tuple[float, ...]": float, "Path": Path}
         about.setdefault("type", readers.get(kind, str))
         metavar = {"int": "N", "Path": "FOLDER"}.get(kind)
         if metavar and "choices" not in about:
@@ -145,16 +148,6 @@ def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
     group.add_argument(*flags, dest=declared.name, default=default, **about)
 
 
-def _integer(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            msg = f"must be a whole number of at least {least}, got {text}"
-            raise argparse.ArgumentTypeError(msg)
-        return int(text)
-
-    return read
-
-
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of all options before it."""
 
@@ -162,7 +155,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         where = f"{self.reading}: " if self.reading else ""
-        self.exit(2, f"{self.prog}: error: {where}{message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {where}{message}") + "\n")
 
 
 class _SetIfGiven(argparse.Action):
@@ -191,7 +184,7 @@ def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
         name.lstrip("-").replace("-", "_"): action
         for action in parser._actions
         for name in (*action.option_strings, action.dest)
-        if action.option_strings and action.dest not in ("help", "config") and not _negates(action, name)
+        if action.option_strings and action.dest not in ("help", "config", "traceback") and not _negates(action, name)
     }
     arguments: list[str] = []
     given: dict[str, str] = {}
@@ -216,7 +209,7 @@ def _pairs(parser: _Parser, path: Path) -> list[tuple[str, Any]]:
         pairs = loader.construct_pairs(root, deep=True) if isinstance(root, yaml.MappingNode) else None
     except OSError as error:
         parser.error(str(error.strerror))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (RecursionError, TypeError, ValueError, yaml.YAMLError) as error:  # the former two of odd keys and nesting
         parser.error(f"not YAML: {' '.join(str(error).split())}")
     if pairs is None:
         parser.error("must hold options as 'name: value'")
@@ -332,6 +325,7 @@ def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:
     """Return the options in their groups."""
     if args.train_crop_size is None:
         args.train_crop_size = DataOptions.train_crop_size if args.dataset == "folder" else CIFAR_SIZE
+    del args.traceback  # which is none of the run
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     values["mix"] = _mix_options(parser, args)

@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
-from dali_saliencymix.measure.results import naming
+from dali_saliencymix.measure.results import naming, one_line
 from dali_saliencymix.training.options import EvaluationOptions, RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
 
 LAST = "checkpoint_last.pt"
 BEST = "checkpoint_best.pt"
 
+_TYPES: dict[str, type] = {"model": dict, "config": dict, "classes": list, "best_top1": float}
+_TYPES |= dict.fromkeys(("epoch", "step", "restarts", "iteration"), int)
 _NUMBERED = re.compile(r"checkpoint_e(\d+)_s(\d+)\.pt")
 
 
@@ -130,7 +132,32 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> di
     if missing or checkpoint is None:
         msg = f"{path}: not a checkpoint of this project, it has no entry {missing[0]!r}"
         raise ValueError(msg)
+    for entry, kind in _TYPES.items():
+        if not isinstance(checkpoint.get(entry, kind()), kind):
+            got = f"must be a {kind.__name__}, got a {type(checkpoint[entry]).__name__}"
+            msg = f"{path}: not a checkpoint of this project, its entry {entry!r} {got}"
+            raise ValueError(msg)
+        if kind is int and not 0 <= checkpoint.get(entry, 0) < 2**31:
+            msg = f"{path}: not a checkpoint of this project, its entry {entry!r} must be in [0, 2**31)"
+            raise ValueError(msg)
     return checkpoint
+
+
+@contextlib.contextmanager
+def taken_from(path: str | Path | None) -> Iterator[None]:
+    """Have errors name the checkpoint that they come from, where one is taken apart that holds something else.
+
+    What is wrong in it raises errors of many types: in PyTorch, in DALI, and where an entry is looked for.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        msg = f"{path}: holds what this run cannot go on from: {one_line(error)}"
+        raise ValueError(msg) from error
 
 
 def find_checkpoint(

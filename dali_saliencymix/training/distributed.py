@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
-import traceback
 from typing import NoReturn
 
 import torch
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dali_saliencymix._errors import EXPECTED, line_of, write_error
+from dali_saliencymix.loaders.base import LoaderError
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure import processes
 from dali_saliencymix.measure.processes import is_lost_connection
@@ -101,28 +103,30 @@ def end(line: str, status: int) -> int:
     return status
 
 
-def fail(error: Exception, expected: tuple[type[Exception], ...], *, prog: str = "train.py") -> int:
+def fail(error: Exception, *, prog: str = "train.py", with_traceback: bool = False) -> int:
     """Write the line of an error of `prog` to stderr and return the status 1; of several processes, end this at once.
 
-    The text of `expected` errors says it all, others come with their traceback. What several processes have to say is
-    written once, and nothing is written by those that only fail because another one has failed.
+    What several processes have to say is written once, and nothing is written by those that only fail because another
+    one has failed.
     """
     lost = is_lost_connection(error)
-    text = "another process of the run has ended without a word; was it killed?" if lost else str(error)
-    is_named_elsewhere = isinstance(error, OtherProcessError) and not text
-    if not is_named_elsewhere and _claims(text, needs_to_be_first=lost):
-        if lost or isinstance(error, (*expected, OtherProcessError)):
-            sys.stderr.write(f"{prog}: error: {text}\n")
-        elif dist.is_initialized():
-            traceback.print_exception(error)
-        else:
-            raise error
+    told = OtherProcessError("another process of the run has ended without a word; was it killed?") if lost else error
+    expected = isinstance(told, (*EXPECTED, OtherProcessError, LoaderError)) or _is_of_the_machine(told)
+    is_named_elsewhere = isinstance(error, OtherProcessError) and not str(error)
+    if not is_named_elsewhere and _claims(line_of(told, expected=expected), needs_to_be_first=lost):
+        write_error(told, prog, expected=expected, with_traceback=with_traceback)
     if dist.is_initialized():
         # Leaving the group in good order would wait for processes that may be gone, and so would unwritten messages.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
     return 1
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Return whether PyTorch's error is about memory, a driver or a lost worker process, not about a program."""
+    words = r"out of memory|allocate memory|CUDA (error|driver)|cuDNN error|DataLoader worker .* exited"
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
 
 
 def announce_failure() -> bool:

@@ -162,7 +162,7 @@ class RunOptions:
         600.0,
         "end with an error after so long a time without progress; 0: wait for ever",
         metavar="SECONDS",
-        within="a number of at least 0",
+        within="in [0, 1e6]",
     )
     max_nan_steps: int = _faults(3, "end with an error after N steps in a row whose loss is not finite")
     tensorboard: bool = _output(False, "write for TensorBoard as well")

@@ -125,6 +125,9 @@ if __name__ == "__main__":
     connection = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has asked for the programs
     preload()
+    # As the programs do at their beginning. There it would fail: Python takes this stream for one that can be searched,
+    # and in a program it is a pipe.
+    sys.stdout.reconfigure(errors="backslashreplace")
     asked, given = serve(connection)
     connection.close()
     become(asked, given)
