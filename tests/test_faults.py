@@ -160,8 +160,9 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
 
     ended = launch(torchrun, tmp_path, f"raise@0:{DRAW.randint(1, 3)}", *options)
     assert ended.returncode == 1
-    assert ended.stderr.count("ZeroDivisionError: enough of this") == 1
-    assert errors_in(ended.stderr) == []
+    (error,) = errors_in(ended.stderr)
+    assert error.startswith("train.py: error: unexpected ZeroDivisionError: enough of this, at fault_worker.py:")
+    assert "Traceback" not in ended.stderr
 
     ended = launch(torchrun, tmp_path, "SIGTERM@1:2", *options)
     assert f"exitcode  : {EXIT_PREEMPTED}" in ended.stderr
@@ -201,7 +202,8 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder,
         (whole,) = (disk / "run").glob("checkpoint_e*")
         ended = train_here(*options, "--no-model-ema", "--resume", "auto")
         assert ended.status == 1
-        assert ended.error.startswith(f"train.py: error: [Errno 28] No space left on device: '{disk / 'run'}")
+        assert ended.error.startswith(f"train.py: error: {disk / 'run'}")
+        assert ended.error.endswith(": No space left on device")
         assert [path.name for path in (disk / "run").glob("*.partial")] == []
         assert os.path.samefile(whole, disk / "run" / LAST)
         assert load_checkpoint(whole)["epoch"] == 1
@@ -209,7 +211,7 @@ def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder,
             fill(disk / "full", free=4096 * pages)
             ended = train_here(*options, "--no-model-ema", "--resume", "auto")
             assert ended.status == 1
-            assert ended.error == f"train.py: error: [Errno 28] No space left on device: '{disk / 'run' / file}'"
+            assert ended.error == f"train.py: error: {disk / 'run' / file}: No space left on device"
             assert load_checkpoint(disk / "run" / LAST)["epoch"] == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -92,7 +92,7 @@ def parse_arguments(
 
 
 def save_config(options: TrainingOptions, path: Path) -> None:
-    """Write the options of a run as a file for ``--config``."""
+    """Write the options of a run as a file for ``--config``; an OSError names it."""
     values, data = dict(options.config), options.data
     del values["config"]
     for name, folder in (("train", data.train_dir), ("val", data.val_dir)):
