@@ -122,9 +122,10 @@ def check(program: str, ended: Ended, words: list[str], names: tuple[str | Path,
     if ended.status == 0 or (program == "scan" and ended.status == 1 and "written to" in ended.out):
         return
     assert ended.status != 3, told
-    *_, last = ended.err.splitlines()
-    assert last.partition("error: ")[0].rstrip().endswith(":"), told
-    assert ended.err.count("error: ") == 1 or "warning: " in ended.err, told
+    *_, last = lines = ended.err.splitlines()
+    begin, error, _ = last.partition(": error: ")
+    assert error, told
+    assert sum(line.startswith(begin + error) for line in lines) == 1, told
     assert any(printable(str(name)) in last for name in names), f"names none of {names}\n{told}"
 
 
@@ -372,7 +373,7 @@ def test_train_with_a_damaged_file_of_options(ends, trained, tmp_path, case, mon
         *SHORT,
         "--output-dir",
         tmp_path / "out",
-        names=(path, *(f"--{key.replace('_', '-')}" for key in config)),
+        names=(path, *config, *(f"--{key.replace('_', '-')}" for key in config)),
     )
 
 
