@@ -579,3 +579,13 @@ def test_a_stdout_that_is_closed_or_full_is_named_and_names_that_are_no_text_are
     ended = run(stdout=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert ended.stdout.startswith(rb"caf\udce9, as before")
+
+
+def test_bottleneck_names_the_file_that_a_pipeline_fails_at(ends, images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "data")
+    bad = root / "train" / "red_square" / "00001.jpg"
+    bad.write_text("no image")
+    options = ("--device", "cpu", "-b", "8", "-j", "1", "--train-crop-size", "32", "--no-step", "--seconds", "1")
+    ended = ends("bottleneck", root, *options, "--max-bad-batches", "0", names=(bad,))
+    assert ended.status == 1
+    assert f"error: {bad}: not an image: begins with b'no image'; the " in ended.err

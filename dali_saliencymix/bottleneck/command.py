@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.options import TrainingOptions
 
+_MOST_TO_DECODE = 10_000  # files, to find one that a pipeline fails at: a minute
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
@@ -185,17 +186,32 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
     for line in source.conditions.get("notes", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch
-    return measure_source(
-        source,
-        step,
-        device=processes.device.type,
-        seconds=own.seconds,
-        rounds=own.rounds,
-        cache=own.cache,
-        with_storage=not own.no_storage,
-        with_what_ifs=not own.no_what_ifs,
-        notify=notify,
-    )
+    try:
+        return measure_source(
+            source,
+            step,
+            device=processes.device.type,
+            seconds=own.seconds,
+            rounds=own.rounds,
+            cache=own.cache,
+            with_storage=not own.no_storage,
+            with_what_ifs=not own.no_what_ifs,
+            notify=notify,
+        )
+    except MeasurementError as error:
+        if not (text := _named_bad_file(source)):
+            raise
+        msg = f"{text}; {error}"
+        raise MeasurementError(msg) from error
+
+
+def _named_bad_file(source: Source) -> str | None:
+    """Return the first file that a pipeline fails at, and why: DALI's own errors often name none."""
+    from dali_saliencymix.datasets.damage import find_unusable
+
+    if source.define is None or len(source.files or ()) > _MOST_TO_DECODE:
+        return None
+    return next((f"{file}: {why}" for file, why in find_unusable(source.files or ()).items()), None)
 
 
 def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
