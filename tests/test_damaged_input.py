@@ -373,7 +373,7 @@ def test_train_with_a_damaged_file_of_options(ends, trained, tmp_path, case, mon
         *SHORT,
         "--output-dir",
         tmp_path / "out",
-        names=(path, *config, *(f"--{key.replace('_', '-')}" for key in config)),
+        names=(path, "/train", *config, *(f"--{key.replace('_', '-')}" for key in config)),
     )
 
 
