@@ -38,19 +38,9 @@ def _why_no_gpu() -> str:
 # Left out by make check: files that start several programs, wait, or measure, beside single tests marked `slow`.
 SLOW = {
     *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "damaged_input"),
-    *(
-        "distributed",
-        "docs",
-        "dynamic_mode",
-        "evaluate_run",
-        "faults",
-        "folder_lock",
-        "gpu_checks",
-        "gpu_suite",
-        "jobs",
-    ),
-    *("loaders", "loaders_dali", "lockstep", "peers", "preview", "recipes", "run_record", "scan", "slurm", "train"),
-    *("train_errors", "transfer_voc", "watchdog", "wheel"),
+    *("distributed", "docs", "dynamic_mode", "evaluate_run", "faults", "folder_lock", "gpu_checks", "gpu_suite"),
+    *("jobs", "loaders", "loaders_dali", "lockstep", "peers", "preview", "recipes", "run_record", "scan", "slurm"),
+    *("train", "train_errors", "transfer_voc", "watchdog", "wheel"),
 }
 
 

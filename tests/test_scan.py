@@ -259,8 +259,6 @@ def test_output_never_becomes_a_class_folder(data, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["missing"], "no such folder"),
-        (["{data}", "--min-size", "0"], "min_size must be"),
-        (["{data}", "-j", "0"], "workers must be"),
         (["{data}", "--timeout", "0"], "timeout must be"),
     ],
 )
@@ -271,3 +269,11 @@ def test_wrong_arguments_get_one_line_and_status_2(data, tmp_path, monkeypatch, 
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--min-size", "-j"])
+def test_a_number_that_is_too_small_is_named_with_its_option(data, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        main(["scan", str(data), option, "0"])
+    assert f"argument {option}" in (err := capsys.readouterr().err)
+    assert "must be a whole number of at least 1, got 0" in err
