@@ -1,8 +1,8 @@
-"""What a program says that something went wrong in: one line on stderr, below the traceback where that is asked for.
+"""What a program says that something went wrong in: one line on stderr, the last one.
 
-Every program has the option ``--traceback``. Errors of the types in `EXPECTED` are those of options, files, disks and
-memory, and their texts say it all. Any other one is a fault of this project, or of a library: its line says where it
-comes from.
+Errors of the types in `EXPECTED` are those of options, files, disks and memory, and their texts say it all: the
+traceback stands above the line only with ``--traceback``, which every program has. Any other error is a fault of this
+project or of a library, so its traceback is always there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def printable(text: str) -> str:
 
 
 def line_of(error: BaseException, *, expected: bool) -> str:
-    """Return what went wrong, on one line; of an error that is not `expected`, also its type and where it comes from.
+    """Return what went wrong, on one line; of an error that is not `expected`, also its type and where it was raised.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def line_of(error: BaseException, *, expected: bool) -> str:
     elif isinstance(error, MemoryError):
         text = f"out of memory: {text}" if text else "out of memory"
     if not expected:
-        text = f"unexpected {type(error).__name__}: {' '.join(text.split())}, {_place(error)}; {_FLAG} shows more"
+        text = f"unexpected {type(error).__name__}: {' '.join(text.split())}, {_place(error)}"
     return printable(text or type(error).__name__)
 
 
@@ -74,7 +74,7 @@ def _place(error: BaseException) -> str:
 def write_error(error: BaseException, prog: str, *, expected: bool, with_traceback: bool) -> None:
     """Write an error to stderr; `expected` is as for `line_of`."""
     _give_up_stdout_if_closed()
-    if with_traceback:
+    if with_traceback or not expected:
         traceback.print_exception(error)
     sys.stderr.write(f"{prog}: error: {line_of(error, expected=expected)}\n")
     sys.stderr.flush()

@@ -553,16 +553,17 @@ def test_every_program_shows_where_an_error_comes_from_if_asked_to(monkeypatch, 
     assert err.splitlines()[-1].partition(": error: ")[2].startswith(str(nothing))
 
 
-def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch, capfd, tmp_path):
+def test_an_error_that_nobody_foresaw_has_its_traceback_above_a_line_that_says_where(monkeypatch, capfd, tmp_path):
     def fault(*_: object) -> None:
         raise KeyError(*["what\never"])
 
     monkeypatch.setattr(train, "run", fault)
     monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path), *TINY])
     assert train.main() == 1
-    *_, last = capfd.readouterr().err.splitlines()
+    first, *_, last = capfd.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
     assert last.startswith(r"train.py: error: unexpected KeyError: 'what\never', at test_damaged_input.py:")
-    assert last.endswith(" in fault; --traceback shows more")
+    assert last.endswith(" in fault")
 
 
 def test_a_stdout_that_is_closed_or_full_is_named_and_names_that_are_no_text_are_printed(report, tmp_path):
