@@ -46,12 +46,12 @@ def turned_by(orientation: int) -> Image.Exif:
     return exif
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png(colour: int, bits: int, samples: np.ndarray, passes=((0, 0, 1, 1),)) -> bytes:
     """Write the samples (H, W, channels) without a filter; Adam7 has seven passes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     rows = [row for y, x, down, right in passes for row in samples[y::down, x::right] if row.size]
     pixels = zlib.compress(b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in rows))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, bits, colour, 0, 0, len(passes) > 1)
@@ -61,13 +61,14 @@ def png(colour: int, bits: int, samples: np.ndarray, passes=((0, 0, 1, 1),)) -> 
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 
 
-def tiff(pixels: list[bytes], interpretation: int, bits: int, samples: int, **more: int) -> bytes:
-    """Write planes or strips of the whole height, with further tags as ``t338=2``."""
+def tiff(pixels: list[bytes], interpretation: int, bits: int, samples: int, **more: int | list[int]) -> bytes:
+    """Write planes or strips of the whole height, with further tags as ``t338=2`` or ``t320=[1, 2, 3]``."""
     tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: interpretation, 277: samples, 278: SIDE}
-    tags |= {int(name[1:]): value for name, value in more.items()}
+    tags |= {int(name[1:]): value for name, value in more.items() if isinstance(value, int)}
     data = b"".join(pixels)
     offsets = [8 + sum(map(len, pixels[:number])) for number in range(len(pixels))]
     arrays = {258: [bits] * samples, 273: offsets, 279: [len(part) for part in pixels]}
+    arrays |= {int(name[1:]): value for name, value in more.items() if isinstance(value, list)}
     tail = 8 + len(data)
     entries = b""
     extra = b""
@@ -119,6 +120,7 @@ JPEG = encoded("JPEG", quality=95, subsampling=0)
 XMP = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><x:d tiff:Orientation="6"/></x:xmpmeta>'
 ORIENTED = (0x0112, 3, 1, 6 << 16)
 FLOAT = Image.fromarray(GREY.astype(np.float32) / 255)
+PNG = encoded("PNG")
 PPM, PGM = encoded("PPM"), encoded("PPM", PICTURE.convert("L"))
 SIZE = b"%d %d" % (SIDE, SIDE)
 INK = PICTURE.convert("CMYK")
@@ -195,6 +197,8 @@ REFUSED = {  # file, content, what the scan says
     "planes.tif": (tiff([PIXELS[..., n].tobytes() for n in range(3)], 2, 8, 3, t284=2), "separate planes"),
     "turned.tif": (encoded("TIFF", tiffinfo={274: 6}), "orientation 6"),
     "white_is_0_16.tif": (tiff([(65535 - GREY16).tobytes()], 0, 16, 1), "16 bits"),
+    "inks.tif": (tiff([np.asarray(INK).tobytes()], 5, 8, 4, t332=2), "other inks"),
+    "short_palette.tif": (tiff([GREY.tobytes()], 3, 8, 1, t320=list(range(600))), "palette of another size"),
     "lzma.tif": (encoded("TIFF", compression="lzma"), "compression 34925"),
     "16.bmp": (bmp(16, (PIXELS[::-1, :, 0].astype("<u2") << 7).tobytes()), "16 bits"),
     "16_masks.bmp": (bmp(16, PIXELS[:, :, :2].tobytes(), compression=3, masks=(0xF800, 0x7E0, 0x1F)), "16 bits"),
@@ -206,6 +210,7 @@ REFUSED = {  # file, content, what the scan says
     "comment.pgm": (PGM.replace(b"48 ", b"48#no blank\n ", 1), "comment"),
     "exif.webp": (webp_of_odd_length(), "odd length"),
     "two.jpg": (with_segment(JPEG, exif(ORIENTED), exif((0x0112, 3, 1, 8 << 16))), "more than one orientation"),
+    "another_standard.png": (PNG[:33] + chunk(b"QQQQ", b"abc") + PNG[33:], "chunks of another standard"),
     "a_tiff.jpg": (encoded("TIFF"), "TIFF data in a .jpg file"),
     "a_float_tiff.JPEG": (encoded("TIFF", FLOAT), "TIFF data in a .jpeg file"),
     "a_bmp.png": (encoded("BMP"), "BMP data in a .png file"),
@@ -216,6 +221,13 @@ REFUSED = {  # file, content, what the scan says
     "a_gif.png": (encoded("GIF"), "GIF data"),
     "an_icon.png": (encoded("ICO"), "ICO data"),
     "a_gif.bmp": (encoded("GIF"), "GIF data"),
+}
+DAMAGED = {  # PNG files that Pillow reads and DALI does not: content, what the scan says
+    "sum.png": (PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:], "its IDAT chunk does not agree with its check sum"),
+    "twice.png": (PNG[:33] + PNG[8:], "its IHDR chunk comes twice"),
+    "no_palette.png": (png(3, 8, GREY), "it has no palette"),
+    "odd_palette.png": (PNG[:33] + chunk(b"PLTE", bytes(47)) + PNG[33:], "its PLTE chunk has a wrong length"),
+    "late_palette.png": (PNG[:-12] + chunk(b"PLTE", bytes(48)) + PNG[-12:], "comes behind the pixels"),
 }
 
 
@@ -265,11 +277,12 @@ def test_ink_without_the_mark_of_adobe_is_not_inverted(seen):
     assert all(pixels[number].max() < 3 for pixels in seen.values())
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REFUSED | DAMAGED)
 def test_what_backends_read_differently_is_named_with_the_reason(tmp_path, name):
-    content, words = REFUSED[name]
+    content, words = (REFUSED | DAMAGED)[name]
     (file,) = written(tmp_path, {name: content}).files
-    assert [kind for kind in examine(file).findings if kind in EXCLUDED] == ["unsupported"]
+    kind = "corrupt" if name in DAMAGED else "unsupported"
+    assert [kind for kind in examine(file).findings if kind in EXCLUDED] == [kind]
     assert words in why_unusable(file)
     refused = find_refused([file])
     assert refused == ({0: why_unusable(file)} if name.lower().endswith(LOOKED_AT) else {})
@@ -278,10 +291,11 @@ def test_what_backends_read_differently_is_named_with_the_reason(tmp_path, name)
 @pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
 def test_every_backend_passes_over_what_the_scan_excludes(tmp_path, capfd, backend):
     good = {"good.png": encoded("PNG"), "good.tif": encoded("TIFF"), "good.jpg": JPEG}
-    folder = written(tmp_path, {name: content for name, (content, _) in REFUSED.items()} | good)
-    loader = val_loader(folder, backend, max_bad_batches=len(REFUSED))
-    assert ids(epoch(loader)) == [len(REFUSED) + number for number in range(3)]
-    assert sorted(loader.bad_files) == sorted(folder.files[: len(REFUSED)])
+    bad = {name: content for name, (content, _) in (REFUSED | DAMAGED).items()}
+    folder = written(tmp_path, bad | good)
+    loader = val_loader(folder, backend, max_bad_batches=len(bad))
+    assert ids(epoch(loader)) == [len(bad) + number for number in range(3)]
+    assert sorted(loader.bad_files) == sorted(folder.files[: len(bad)])
     said = capfd.readouterr().err
     assert all(f": {file}: {why_unusable(file)}; its image is left out\n" in said for file in loader.bad_files)
     assert said.count("a file is refused (") == sum(name.endswith(LOOKED_AT) for name in REFUSED)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,14 +199,38 @@ def _jpeg(image: Any, stream: IO[bytes]) -> str | None:
     return "EXIF data with more than one orientation" if len(orientations) > 1 else None
 
 
-def _png(image: Any, stream: IO[bytes]) -> None:
-    # DALI looks for EXIF data in all chunks.
+def _png(image: Any, stream: IO[bytes]) -> str | None:
+    # What the reader of DALI's decoders insists on, and Pillow does not. They look for EXIF data in all chunks.
     stream.seek(8)
+    seen: set[bytes] = set()
+    colours = b""
     while len(header := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
-        if kind == b"IEND" and stream.read(4) == b"\xaeB`\x82":
-            return
-        stream.seek(length + 4, 1)
+        content, check = stream.read(length), stream.read(4)
+        if not kind[:1].isupper():  # nobody has to know these
+            continue
+        if len(check) < 4:
+            break
+        fault = None
+        if zlib.crc32(kind + content) != int.from_bytes(check, "big"):
+            fault = "does not agree with its check sum"
+        elif kind not in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            return "PNG with chunks of another standard"
+        elif kind in seen and kind != b"IDAT":
+            fault = "comes twice"
+        elif kind == b"IHDR" and content[10:11] != b"\0":
+            fault = "names an unknown compression"
+        elif kind == b"PLTE" and (length % 3 or b"IDAT" in seen):
+            fault = "has a wrong length, or comes behind the pixels"
+        if fault:
+            raise Unusable(kind="corrupt", words=f"its {kind.decode('ascii', 'replace')} chunk {fault}")
+        if kind == b"IHDR":
+            colours = content[9:10]
+        seen.add(kind)
+        if kind == b"IEND":
+            if colours == b"\x03" and b"PLTE" not in seen:
+                raise Unusable(kind="corrupt", words="it has no palette")
+            return None
     raise Unusable(kind="truncated", words="it has no whole IEND chunk")
 
 
@@ -291,6 +316,10 @@ def _tiff(image: Any, stream: IO[bytes]) -> str | None:
         return "TIFF with colours that are multiplied by alpha"
     if samples > 1 and tags.get(284, 1) != 1:
         return "TIFF with its colours in separate planes"
+    if interpretation == 3 and len(tags.get(320, ())) != 3 * 256:
+        return "TIFF with a palette of another size"
+    if interpretation == 5 and tags.get(332, 1) != 1:
+        return "TIFF with other inks than CMYK"
     if tags.get(266, 1) != 1:
         return "TIFF with its bits in reverse order"
     if tags.get(274, 1) in _TURNS:
