@@ -223,10 +223,10 @@ REFUSED = {  # file, content, what the scan says
     "a_gif.bmp": (encoded("GIF"), "GIF data"),
 }
 DAMAGED = {  # PNG files that Pillow reads and DALI does not: content, what the scan says
-    "sum.png": (PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:], "its IDAT chunk does not agree with its check sum"),
-    "twice.png": (PNG[:33] + PNG[8:], "its IHDR chunk comes twice"),
+    "sum.png": (PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:], "its chunk 'IDAT' does not agree with its check sum"),
+    "twice.png": (PNG[:33] + PNG[8:], "its chunk 'IHDR' comes twice"),
     "no_palette.png": (png(3, 8, GREY), "it has no palette"),
-    "odd_palette.png": (PNG[:33] + chunk(b"PLTE", bytes(47)) + PNG[33:], "its PLTE chunk has a wrong length"),
+    "odd_palette.png": (PNG[:33] + chunk(b"PLTE", bytes(47)) + PNG[33:], "its chunk 'PLTE' has a wrong length"),
     "late_palette.png": (PNG[:-12] + chunk(b"PLTE", bytes(48)) + PNG[-12:], "comes behind the pixels"),
 }
 

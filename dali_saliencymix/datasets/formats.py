@@ -223,7 +223,7 @@ def _png(image: Any, stream: IO[bytes]) -> str | None:
         elif kind == b"PLTE" and (length % 3 or b"IDAT" in seen):
             fault = "has a wrong length, or comes behind the pixels"
         if fault:
-            raise Unusable(kind="corrupt", words=f"its {kind.decode('ascii', 'replace')} chunk {fault}")
+            raise Unusable(kind="corrupt", words=f"its chunk {kind.decode('latin-1')!r} {fault}")
         if kind == b"IHDR":
             colours = content[9:10]
         seen.add(kind)
