@@ -117,8 +117,32 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, capfd):
         thread.join()
     (tmp_path / LOCK).touch()  # of a process that was killed before it wrote its name
     with FolderLock(tmp_path):
-        assert "of which its lock says nothing yet" in capfd.readouterr().err
+        assert "a process that its lock does not name still runs" in capfd.readouterr().err
     assert elsewhere.has_ended() is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\x86\xff", b"[" * 100_000, b"{}", {"pid": "1"}, {"pid": 10**30}, {"since": 1e300}, {"since": None}, {"host": 1}],
+    ids=["no text", "deep", "empty", "pid is text", "pid is huge", "since is huge", "no since", "host is a number"],
+)
+@pytest.mark.usefixtures("few_looks")
+def test_a_damaged_lock_is_watched_and_removed(tmp_path, capfd, damage):
+    if isinstance(damage, dict):
+        write_lock(tmp_path, **damage)
+    else:
+        (tmp_path / LOCK).write_bytes(damage)
+    with FolderLock(tmp_path):
+        assert "removed, no sign of life: a process that its lock does not name\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")], ids=["pipe", "d", "link"]
+)
+def test_what_is_no_file_is_named_and_nothing_waits_for_it(tmp_path, make):
+    make(tmp_path / LOCK)
+    with pytest.raises(OSError, match=f"remove it: '{tmp_path / LOCK}'"):
+        FolderLock(tmp_path).__enter__()
 
 
 def test_of_many_that_find_a_dead_lock_one_gets_the_folder(tmp_path, monkeypatch):

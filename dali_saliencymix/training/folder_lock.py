@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -213,17 +215,31 @@ class FolderLock:
 
 
 def _read(path: Path) -> tuple[Owner | None, int] | None:
-    """Return the owner of a lock, None if that is not readable, and the time of its file; None if there is no lock."""
+    """Return the owner of a lock, None if that is not readable, and the time of its file; None if there is no lock.
+
+    An OSError says if something else than a file has that name: opening it might wait for ever.
+    """
     try:
-        with open(path, encoding="utf-8") as stream:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EEXIST, "not a file, as the lock of a run would be; remove it", str(path))
+        with open(path, "rb") as stream:
             text, changed = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
+    return _owner_in(text), changed
+
+
+def _owner_in(text: bytes) -> Owner | None:
     try:
-        return Owner(**json.loads(text)), changed
-    except (TypeError, ValueError):  # it is being written, or the disk was full
-        return None, changed
+        owner = Owner(**json.loads(text))
+    except (TypeError, ValueError, RecursionError):  # it is being written, the disk was full, or it is damaged
+        return None
+    names = (owner.host, owner.place, owner.started, owner.token)
+    numbers = isinstance(owner.pid, int) and isinstance(owner.since, (int, float))
+    if numbers and 0 < owner.pid < 2**31 and 0 <= owner.since < 2**33 and all(isinstance(name, str) for name in names):
+        return owner
+    return None
 
 
 def _named(owner: Owner | None) -> str:
-    return str(owner) if owner else "of which its lock says nothing yet"
+    return str(owner) if owner else "a process that its lock does not name"
