@@ -32,7 +32,7 @@ with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
 HANG = """
 import ctypes, os, signal, subprocess, sys, time
 from dali_saliencymix.training.watchdog import Watchdog
-with Watchdog(1, roots=["/tmp"]) as watchdog:
+with Watchdog(1, roots=[os.path.dirname(__file__)]) as watchdog:
     for _ in range(20):
         watchdog.beat("in a step")
     if sys.argv[1] == "sleep":
