@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared.batches import assert_equal_batches, epoch, ids
+from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 from shared.cifar_files import python2_pickle, write_cifar
 from shared.training_fixtures import TINY
 
@@ -539,14 +539,8 @@ def test_pytorch_leaves_bad_files_out_and_gives_the_same_batches_after_resuming(
     bad = (5, 11, 20)
     with_bad, without = spoilt(numbered(open_data(args)), tmp_path, bad)
     loader, other = train(args, data=with_bad), train(args, data=without)
-    batches, states, expected = [], [], []
-    for _ in range(2):
-        expected += epoch(other)
-        for batch in loader:
-            batches.append([tensor.clone() for tensor in batch])
-            states.append(loader.state())
-        states[-1] = loader.state()
-    assert_equal_batches(batches, expected)
+    batches, states = epochs_with_states(loader, 2)
+    assert_equal_batches(batches, epoch(other) + epoch(other))
     assert sorted(loader.bad_files) == sorted(with_bad.train.files[index] for index in bad)
     said = capfd.readouterr().err.splitlines()
     assert [f"({number} of at most 3): " in line for number, line in enumerate(said, 1)] == [True] * 3

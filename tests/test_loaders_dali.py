@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared.batches import assert_equal_batches, epoch, ids
+from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
@@ -175,14 +175,8 @@ def test_a_bad_file_is_left_out_and_nothing_else_changes_from_there_on_and_after
     with_bad, without = spoilt(folder, tmp_path, bad)
     make = functools.partial(train, mix=MixOptions(prob=0.6), seed=7, max_bad_batches=5)
     loader, other = make(with_bad), make(without)
-    batches, states, expected = [], [], []
-    for _ in range(2):
-        expected += epoch(other)
-        for batch in loader:
-            batches.append([tensor.clone() for tensor in batch])
-            states.append(loader.state())
-        states[-1] = loader.state()
-    assert_equal_batches(batches, expected)
+    batches, states = epochs_with_states(loader, 2)
+    assert_equal_batches(batches, epoch(other) + epoch(other))
     assert sorted(loader.bad_files) == sorted(with_bad.files[index] for index in bad)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: a batch failed")]
     assert [f"({number} of at most 5)" in line for number, line in enumerate(lines, start=1)] == [True] * 5

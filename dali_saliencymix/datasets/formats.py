@@ -1,7 +1,7 @@
 """Which image files are read, how their pixels are converted, and which are refused: the same for every backend.
 
 DALI's decoders and Pillow read the same pixels from most files, and other ones from a few. `to_rgb` converts as DALI
-does where that is right. The rest is refused by `open_image`, from the header alone. docs/scan.md has the table.
+does where that is right. The rest is refused by `open_image`, before any pixel is decoded. docs/scan.md has the table.
 
 DALI's pipelines do not run Python for each image. They take any JPEG, PNG and WebP file, and refuse other contents
 unless the name has one of the endings in `LOOKED_AT`. The loaders look at the headers of these files beforehand.
@@ -52,7 +52,7 @@ class Unusable(Exception):
 
 
 def open_image(stream: IO[bytes], ending: str) -> Image.Image:
-    """Read the header of an image, or raise `Unusable`.
+    """Read the header of an image, of a PNG file also the frame of its chunks, or raise `Unusable`.
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +13,17 @@ Batch = Sequence[torch.Tensor]
 def epoch(loader: Iterable[Batch]) -> list[list[torch.Tensor]]:
     """What is left of an epoch, cloned: a loader may write the next batch into the same memory."""
     return [[tensor.clone() for tensor in batch] for batch in loader]
+
+
+def epochs_with_states(loader: Any, count: int) -> tuple[list[list[torch.Tensor]], list[Any]]:
+    """The batches of some epochs, cloned, and the state of the loader after each, of an epoch's last after its end."""
+    batches, states = [], []
+    for _ in range(count):
+        for batch in loader:
+            batches.append([tensor.clone() for tensor in batch])
+            states.append(loader.state())
+        states[-1] = loader.state()
+    return batches, states
 
 
 def ids(batches: Iterable[Batch]) -> list[int]:
