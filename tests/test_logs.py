@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dali_saliencymix.measure import environment
-from dali_saliencymix.training.run_log import Progress, duration, say, write_event
+from dali_saliencymix.training.run_log import Progress, StartUp, duration, say, write_event
 
 
 def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
@@ -42,6 +42,31 @@ def test_where_there_is_no_terminal_each_display_is_one_line(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "epoch 2/5 [4/8]  loss 1.25  eta 0:00:07\nepoch 2/5 [8/8]  loss 1.25  eta 0:00:07\n"
+
+
+def test_where_there_is_no_terminal_a_long_silence_is_broken(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress("validation", 8)
+    for seconds in (6, 6, 6, 6, 1, 1):
+        now[0] += seconds
+        progress.advance()
+        if now[0] == 18:
+            progress.show(loss="1.25")
+    assert capsys.readouterr().err == "validation [2/8]\nvalidation [3/8]  loss 1.25\n"
+
+
+def test_a_slow_start_is_taken_apart(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    slow, quick = StartUp(begun=90.0), StartUp(begun=99.0)
+    slow.end_of("imports")
+    quick.end_of("imports")
+    for seconds, part in ((0.4, "model"), (25.0, "loaders")):
+        now[0] += seconds
+        slow.end_of(part)
+    assert slow.summary() == "first batch after 35 s: loaders 25 s, imports 10 s"
+    assert quick.summary() is None
 
 
 def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):

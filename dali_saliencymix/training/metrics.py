@@ -59,6 +59,11 @@ class Totals:
         """Return the sums over all processes, all of which have to call this."""
         return dict(zip(self._names, sum_over_processes(self._sums).tolist(), strict=True))
 
+    def mean(self, name: str, count: str) -> float:
+        """Return the sum of one name over that of another, in this process; this waits for a GPU."""
+        sums = dict(zip(self._names, self._sums.tolist(), strict=True))
+        return sums[name] / sums[count]
+
     def state(self) -> list[float]:
         """Return the sums of this process, one for each name, for `restore`."""
         sums: list[float] = self._sums.tolist()

@@ -25,6 +25,9 @@ from dali_saliencymix.training.lockstep import Preempted
 LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
     *("log.jsonl", "summary.csv", "tensorboard", "wandb_run_id.txt", "report.json"),
 )
+_QUIET_SECONDS = 10.0  # a line at least so often, where there is no progress bar
+_LONG_START_SECONDS = 5.0  # from here on a run says what it has waited for
+
 SCHEMA, VERSION = "dali-saliencymix/training", 1
 
 # The columns of the table, each a figure of `RunLog.write_epoch`.
@@ -58,12 +61,36 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+class StartUp:
+    """Measures what the time before the first batch goes to; `begun` is its start by ``time.monotonic()``."""
+
+    def __init__(self, begun: float | None = None) -> None:
+        self._begun = self._last = time.monotonic() if begun is None else begun
+        self._parts: dict[str, float] = {}
+
+    def end_of(self, part: str) -> None:
+        """Count the time since the last call, or since the start, for a part."""
+        now = time.monotonic()
+        self._parts[part], self._last = now - self._last, now
+
+    def summary(self) -> str | None:
+        """Return a line with the parts of at least a second, the longest first; None if it was quick."""
+        seconds = self._last - self._begun
+        if seconds < _LONG_START_SECONDS:
+            return None
+        parts = sorted(self._parts.items(), key=lambda part: -part[1])
+        return f"first batch after {seconds:.0f} s: " + ", ".join(
+            f"{name} {spent:.0f} s" for name, spent in parts if spent >= 1
+        )
+
+
 class Progress:
-    """A progress bar over `total` steps on a terminal; elsewhere one line each time something is shown."""
+    """A progress bar over `total` steps on a terminal; elsewhere lines, when something is shown or nothing was."""
 
     def __init__(self, description: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
         self._description, self._total, self._step = description, total, done
         self._lines = enabled and not sys.stderr.isatty()
+        self._shown_at = time.monotonic()
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -75,15 +102,18 @@ class Progress:
         )
 
     def advance(self) -> None:
-        """Count one step."""
+        """Count one step; where there is no bar, write a line if the last one is `_QUIET_SECONDS` old."""
         self._step += 1
         self._bar.update()
+        if self._lines and time.monotonic() - self._shown_at >= _QUIET_SECONDS:
+            self.show()
 
     def show(self, **values: str) -> None:
         """Show figures beside the bar."""
         if self._lines:
-            shown = "  ".join(f"{name} {value}" for name, value in values.items())
-            sys.stderr.write(f"{self._description} [{self._step}/{self._total}]  {shown}\n")
+            shown = "".join(f"  {name} {value}" for name, value in values.items())
+            sys.stderr.write(f"{self._description} [{self._step}/{self._total}]{shown}\n")
+            self._shown_at = time.monotonic()
         else:
             self._bar.set_postfix(values, refresh=False)
 
