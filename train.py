@@ -28,6 +28,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dali_saliencymix.training.arguments import parse_arguments, save_config
+
+if __name__ == "__main__":  # --help and a wrong option need not wait for PyTorch, which takes seconds to import
+    BEGUN, OPTIONS = time.monotonic(), parse_arguments()
+
 import torch
 from torch import nn
 
@@ -40,13 +45,12 @@ from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
-from dali_saliencymix.training.arguments import parse_arguments, save_config
 from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
 from dali_saliencymix.training.models import as_trained, autocast, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
-from dali_saliencymix.training.options import TrainingOptions
-from dali_saliencymix.training.run_log import Progress, RunLog, duration, say, warn
+from dali_saliencymix.training.options import AS_TRAINED, TrainingOptions
+from dali_saliencymix.training.run_log import Progress, RunLog, StartUp, duration, say, warn
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
@@ -69,6 +73,8 @@ class Trainer:
         Which process this is.
     resume : path, optional
         Checkpoint to resume from, or to validate.
+    start_up : StartUp, optional
+        Gets to know what the time before the first batch goes to.
 
     Attributes
     ----------
@@ -78,7 +84,14 @@ class Trainer:
         Sums of this process over these steps.
     """
 
-    def __init__(self, options: TrainingOptions, processes: Processes, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        options: TrainingOptions,
+        processes: Processes,
+        resume: Path | None = None,
+        start_up: StartUp | None = None,
+    ) -> None:
+        self.start_up = start_up or StartUp()
         self.options = options
         self.processes = processes
         self.config = {**options.config, "world_size": processes.world_size}
@@ -87,6 +100,7 @@ class Trainer:
 
         # Validating needs no training images: the checkpoint knows the classes.
         self.data = open_data(data, classes=saved["classes"] if run.evaluate and saved else None)
+        self.start_up.end_of("data set")
 
         torch.manual_seed(data.seed)
         self.model = model_on(processes.device, options.model, len(self.data.classes))
@@ -120,36 +134,40 @@ class Trainer:
         self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
         # Every process watches its own loader; the main one's warning is enough.
         self.monitor = Monitor(say=functools.partial(warn, enabled=processes.is_main))
+        self.start_up.end_of("model")
 
     def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
         arch, classes = self.options.model.arch, self.data.classes
         checkpoints.check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
         self.model.load_state_dict(saved["model"])
-        run = self.options.run
+        run, is_main = self.options.run, self.processes.is_main
         if self.updater.ema and "model_ema" not in saved:
             if run.evaluate:
                 msg = f"{path}: has no moving average of the weights, which --model-ema asks for"
                 raise ValueError(msg)
-            warn(f"{path}: has no moving average; it begins with these weights", enabled=self.processes.is_main)
+            warn(f"{path}: has no moving average; it begins with these weights", enabled=is_main)
+        self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
         if run.evaluate:
             self.updater.restore_average(saved)
+            if others := checkpoints.changed_options(saved, self.config, AS_TRAINED):
+                warn(f"{path}: not evaluated as it was trained: {'; '.join(others)}", enabled=is_main)
             return
         self.updater.restore(saved)
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
-        is_main = self.processes.is_main
         if others := checkpoints.changed_options(saved, self.config):
             what = "not all options are those of the checkpoint, and the new ones count"
             warn(f"warning: {path}: {what}: {'; '.join(others)}", enabled=is_main)
-        self.epoch, self.best_top1, self.restarts = saved["epoch"], saved["best_top1"], saved.get("restarts", 0)
+        self.restarts = saved.get("restarts", 0)
         if run.restart_epoch:
+            self.step = 0
             self.restarts += 1
             why = f" with other data: {'; '.join(changed)}" if changed else ""
             warn(f"epoch {self.epoch + 1} starts again{why}", enabled=is_main)
             return
+        say(f"resumed from {path} at epoch {self.epoch + 1}, step {self.step}", enabled=is_main)
         for change in checkpoints.differences(saved.get("versions", {}), versions()):
             warn(f"warning: the bits may differ from those of an unbroken run: {change}", enabled=is_main)
-        self.step = saved["step"]
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
         checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
@@ -222,6 +240,10 @@ class Trainer:
         lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
         for batch in self.lockstep.batches(loader if begun < steps else (), monitor):
+            if not self.steps_run:
+                self.start_up.end_of("batch")
+                if line := self.start_up.summary():
+                    say(line, enabled=self.processes.is_main)
             if loader is not self.sampled:
                 self.save_samples(*batch)
                 self.sampled = loader
@@ -244,13 +266,18 @@ class Trainer:
             self.steps_run += 1
             progress.advance()
             if self.step % options.run.print_freq == 0 or self.step == steps:
-                shown, share, pace = loss.item(), monitor.epoch_wait_share, monitor.seconds / (self.step - begun)
+                shown, mean = loss.item(), self.totals.mean("loss", "images")
+                share, pace = monitor.epoch_wait_share, monitor.seconds / (self.step - begun)
                 self.divergence.check_loss(shown, self.epoch + 1, self.step)
                 rate = images * self.processes.world_size / pace
                 left = (epochs - self.epoch) * steps - self.step
                 self.log.write_step(self.total_steps, loss=shown, lr=lr, images_per_second=rate, data_wait_share=share)
                 progress.show(
-                    loss=f"{shown:.3f}", images_s=f"{rate:.0f}", data_wait=f"{share:.0%}", eta=duration(left * pace)
+                    loss=f"{shown:.3f} ({mean:.3f})",  # of this batch, and the mean of the epoch so far
+                    lr=f"{lr:.3g}",
+                    images_s=f"{rate:.0f}",
+                    data_wait=f"{share:.0%}",
+                    eta=duration(left * pace),
                 )
             # Between two updates: here a run may be saved or stopped, for nothing is half done. After the last one
             # the loader has to come to the end of its epoch first.
@@ -355,7 +382,7 @@ def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
     )
 
 
-def run(options: TrainingOptions, processes: Processes) -> None:
+def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None = None) -> None:
     """Train, or only validate or measure the loader, in one process of the run."""
     started = time.monotonic()
     if options.run.profile_loader:
@@ -364,17 +391,19 @@ def run(options: TrainingOptions, processes: Processes) -> None:
     is_writer = processes.is_main and not options.run.evaluate
     with FolderLock(options.run.output_dir if is_writer else None) as lock:
         resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
-        trainer = Trainer(options, processes, resume)
+        trainer = Trainer(options, processes, resume, start_up)
         if options.run.evaluate:
             assert resume is not None
             models = {"val": trainer.model}
             if trainer.updater.ema:
                 models["val_ema"] = trainer.updater.ema.module
-            report.report_on_checkpoint(resume, models, trainer.data, options, processes, trainer.validate)
+            place = {"epoch": trainer.epoch, "step": trainer.step}
+            report.report_on_checkpoint(resume, place, models, trainer.data, options, processes, trainer.validate)
             return
         trainer.lock = lock
         val_loader = None if options.run.training_only else trainer.val_loader()
         with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
+            trainer.start_up.end_of("loaders")
             train(trainer, val_loader)
     took = f"in {duration(time.monotonic() - started)}"
     best = trainer.best_top1
@@ -387,6 +416,9 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
     epochs, processes = trainer.options.schedule.epochs, trainer.processes
     while not trainer.is_over:
         figures = trainer.train_epoch()
+        if trainer.step < len(trainer.train_loader()) and val_loader:
+            ended = f"--max-steps {trainer.options.run.max_steps}: stopped after step {trainer.step}"
+            warn(f"{ended} of epoch {trainer.epoch + 1}, validating", enabled=processes.is_main)
         validation_started = time.perf_counter()
         val = ema = None
         try:
@@ -428,14 +460,17 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         trainer.log.status = "stopped"
 
 
-def main() -> int:
-    """Run from the command line; return the exit status."""
-    options = None
+def main(options: TrainingOptions | None = None, begun: float | None = None) -> int:
+    """Run with the options of the command line, since `begun` by ``time.monotonic()``; return the exit status."""
+    start_up = StartUp(begun)
     prepare_stdout()
     try:
-        options = parse_arguments()
+        options = options or parse_arguments()
+        start_up.end_of("imports")
         choose_kernels(deterministic=options.model.deterministic)
-        run(options, distributed.start_processes(options.data.device))
+        processes = distributed.start_processes(options.data.device)
+        start_up.end_of("processes")
+        run(options, processes, start_up)
         flush_stdout()
     except Preempted as signal:
         return distributed.end(f"stopped by {signal}{resuming(options)}", EXIT_PREEMPTED)
@@ -457,4 +492,4 @@ def resuming(options: TrainingOptions | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(OPTIONS, BEGUN))

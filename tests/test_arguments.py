@@ -9,7 +9,7 @@ import pytest
 
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import parse_arguments, save_config
-from dali_saliencymix.training.checkpoints import DATA_OPTIONS
+from dali_saliencymix.training.checkpoints import DATA_OPTIONS, LAST, save_checkpoint
 
 # Option and value as given, name and value that come out.
 OPTIONS = [
@@ -124,9 +124,48 @@ def in_groups(options):
     }
 
 
-def test_evaluate_goes_with_resume():
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint of a training with options of its own."""
+    config = {"arch": "resnet18", "val_crop_size": 48, "val_resize_size": 64, "model_ema": True, "lr": 7.0}
+    save_checkpoint({"model": {}, "epoch": 3, "config": config | {"dropout": None}}, tmp_path / LAST)
+    return tmp_path / LAST
+
+
+def test_evaluate_takes_network_and_sizes_from_the_checkpoint_unless_they_are_given(trained, tmp_path):
     for flag in ("-e", "--evaluate", "--test-only"):
-        assert parse_arguments(["data", flag, "--resume", "auto"]).run.evaluate
+        for resume in (("--resume", str(trained)), ("--resume", "auto", "--output-dir", str(tmp_path))):
+            options = parse_arguments(["data", flag, *resume])
+            data = options.data
+            assert options.run.evaluate
+            assert (options.run.resume, options.run.output_dir) == (str(trained), tmp_path)
+            assert (options.model.arch, data.val_crop_size, data.val_resize_size) == ("resnet18", 48, 64)
+            assert options.optimizer.model_ema
+            assert options.optimizer.lr == 0.1  # what evaluates nothing is not taken
+            assert data.train_dir == data.val_dir == Path("data/val")
+    assert parse_arguments(["data", "--resume", str(trained)]).model.arch == "resnet50"
+    file = tmp_path / "options.yaml"
+    file.write_text("val-crop-size: 40\nval-resize-size: 41\noutput-dir: elsewhere\n")
+    given = ["data", "-c", str(file), "--evaluate", "--resume", str(trained), "--val-crop-size", "24"]
+    options = parse_arguments([*given, "--no-model-ema"])
+    assert (options.data.val_crop_size, options.data.val_resize_size) == (24, 41)
+    assert (options.run.output_dir, options.optimizer.model_ema) == (Path("elsewhere"), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("val_crop_size", "large", "argument --val-crop-size: must be a whole number of at least 1, got large"),
+        ("val_crop_size", [1, 2], "val_crop_size must be one value, got [1, 2]"),
+        ("dataset", "mnist", "argument --dataset: invalid choice: 'mnist'"),
+        ("model_ema", 3, "model_ema must be true or false, got 3"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path, capsys, name, value, what):
+    save_checkpoint({"model": {}, "config": {name: value}}, tmp_path / LAST)
+    with pytest.raises(SystemExit):
+        parse_arguments(["data", "--evaluate", "--resume", str(tmp_path / LAST)])
+    assert f"error: {tmp_path / LAST}: {what}" in capsys.readouterr().err
 
 
 def test_the_folders_follow_from_the_data_folder():
@@ -174,6 +213,8 @@ WRONG = [
     ("data -a vgg16", "--arch must be one of cifar_resnet18, cifar_resnet50, wrn_28_10, resnet101, resnet152"),
     ("data -a ResNet18", "got 'ResNet18'"),
     ("data --evaluate", "--evaluate needs --resume"),
+    ("data --evaluate --resume /no/such.pt", "--resume: /no/such.pt: no such checkpoint"),
+    ("data --evaluate --resume auto", "--resume auto: output/checkpoint_last.pt: no such checkpoint"),
     ("data --resume /no/such.pt", "--resume: /no/such.pt: no such file"),
     ("data --resume /", "--resume: /: is a folder, not a checkpoint"),
     ("data --seed -1", "argument --seed: must be a whole number of at least 0, got -1"),

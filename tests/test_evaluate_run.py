@@ -78,6 +78,28 @@ def test_all_reports_agree_with_the_log_of_the_training_and_nothing_is_overwritt
     assert (tmp_path / "per_class-2.csv").read_bytes() == first[tmp_path / "per_class.csv"]
 
 
+def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_folder, tmp_path, train_here):
+    """Validated at the default sizes the network gives other answers: sizes come from the checkpoint."""
+    output_dir, _ = full_run
+    alone = shutil.copy(output_dir / LAST, tmp_path)
+    val = read_log(output_dir)[-1]["val"]
+    options = (data_folder, "--device", "cpu", "-j", "1", "--evaluate", "--resume", alone)
+    ended = train_here(*options)
+    assert ended.status == 0, ended.err
+    assert "not evaluated as it was trained" not in ended.err
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["val"] == pytest.approx(val, rel=1e-5)
+    assert (report["arch"], report["epoch"], report["resize_size"], report["crop_size"]) == ("tiny_resnet", 2, 32, 32)
+
+    ended = train_here(*options, "--val-crop-size", "24", "--val-resize-size", "48")
+    other = json.loads((tmp_path / "evaluation-2.json").read_text())
+    assert other["val"]["loss"] != pytest.approx(val["loss"], rel=1e-3)
+    assert f"{data_folder / 'val'}: {VAL_IMAGES} images, resized to 48 and cropped to 24 pixels by" in ended.out
+    (line,) = (line for line in ended.err.splitlines() if "trained" in line)
+    sizes = "val_resize_size was 32, is now 48; val_crop_size was 32, is now 24"
+    assert line == f"{alone}: not evaluated as it was trained: {sizes}"
+
+
 def test_two_processes_count_exactly_what_one_counts(full_run, only_validation, tmp_path, train_here):
     """Of 19 images the processes get 9 and 10, so that one of them has an empty second batch."""
     output_dir, _ = full_run

@@ -60,9 +60,15 @@ def test_a_run_on_the_cpu_says_so_and_shows_how_it_goes(full_run):
     assert f"8 classes, {TRAIN_IMAGES} images, {VAL_IMAGES} for validation" in ended.stdout
     assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
     progress = re.findall(
-        r"epoch (\d)/2 \[(\d)/6\]  loss \d\.\d+  images_s \d+  data_wait \d+%  eta 0:00:\d\d", ended.stderr
+        r"epoch (\d)/2 \[(\d)/6\]  loss \d\.\d+ \((\d\.\d+)\)  lr (\S+)  images_s \d+  data_wait \d+%  eta 0:00:\d\d",
+        ended.stderr,
     )
-    assert progress == [("1", "4"), ("1", "6"), ("2", "4"), ("2", "6")]
+    assert [line[:2] for line in progress] == [("1", "4"), ("1", "6"), ("2", "4"), ("2", "6")]
+    for epoch, line in zip(read_log(output_dir)[1:], progress[1::2], strict=True):
+        assert [float(value) for value in line[2:]] == [
+            pytest.approx(epoch["train"]["loss"], abs=6e-4),
+            pytest.approx(epoch["train"]["lr"], rel=5e-3),
+        ]
     assert ended.stdout.splitlines()[-1].endswith(str(output_dir))
 
 
@@ -131,7 +137,8 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_leaves_the_run
         ended = train_here(data_folder, *TINY, *options)
         val = line["val"]
         path = output_dir / LAST if resume == "auto" else resume
-        expected = f"{path}: tiny_resnet, validated on batches by dali-cpu\n"
+        expected = f"{path}: tiny_resnet, fp32, 8 classes, after {line['epoch']} epochs and 0 steps\n"
+        expected += f"{data_folder / 'val'}: {VAL_IMAGES} images, resized to 32 and cropped to 32 pixels by dali-cpu\n"
         expected += f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} validation images\n"
         assert (ended.status, ended.out) == (0, f"{expected}result: {report}\n")
     assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
@@ -372,7 +379,7 @@ def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, 
     report = tmp_path / "report.json"
     options = ("--output-dir", output_dir, "--resume", "auto", "--evaluate", "--report", report)
     ended = train_here(single_images, *TINY, *PHASES, *options)
-    lines = ended.out.splitlines()[1:]
+    lines = ended.out.splitlines()[2:]
     for part, line in zip(("val", "val_ema"), lines[:2], strict=True):
         assert f"top-1 {last[part]['top1']:.2f} %" in line
         assert json.loads(report.read_text())[part] == pytest.approx(last[part], rel=1e-4)

@@ -41,7 +41,9 @@ def half_run(full_run, data_folder, tmp_path, train_here, monkeypatch):
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(full_run, half_run, data_folder, train_here):
     assert [line["event"] for line in read_log(half_run)] == ["start", "epoch"]
     assert load_checkpoint(half_run / LAST)["epoch"] == 1
-    assert train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto").status == 0
+    ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto")
+    assert ended.status == 0
+    assert ended.out.splitlines()[0] == f"resumed from {half_run / LAST} at epoch 2, step 0"
     whole, resumed = (load_checkpoint(output_dir / LAST) for output_dir in (full_run[0], half_run))
     assert whole["epoch"] == resumed["epoch"] == 2
     assert whole["model"].keys() == resumed["model"].keys()
@@ -131,6 +133,7 @@ def test_a_part_of_an_epoch_is_validated_and_never_the_best(data_folder, tmp_pat
     options = (data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run")
     ended = train_here(*options, "--max-steps", "3")
     assert ended.status == 0
+    assert "--max-steps 3: stopped after step 3 of epoch 1, validating" in ended.err.splitlines()
     line = read_log(tmp_path / "run")[-1]
     assert (line["step"], line["val"]["images"], line["best_top1"]) == (3, VAL_PER_CLASS * CLASS_COUNT, None)
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 3

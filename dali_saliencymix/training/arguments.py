@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -11,13 +13,14 @@ from typing import Any, NoReturn
 
 import yaml
 
-from dali_saliencymix._errors import add_traceback, printable
+from dali_saliencymix._errors import add_traceback, line_of, printable
 from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
+    AS_TRAINED,
     EvaluationOptions,
     ModelOptions,
     OptimizerOptions,
@@ -77,18 +80,49 @@ def parse_arguments(
         training images itself.
     """
     parser = make_parser(prog)
+    args = _parse(parser, arguments)
+    if args.evaluate and args.resume:
+        args = _parse_as_trained(parser, arguments, args)
+    _complete(parser, args, validates=validates)
+    _check(parser, args)
+    return _grouped(parser, args)
+
+
+def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line, and before it the file that it names with ``--config``."""
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)
     config.add_argument("-c", "--config")
     path = config.parse_known_args(arguments)[0].config
-    from_file = _read_config(parser, Path(path)) if path is not None else argparse.Namespace()
+    from_file = argparse.Namespace()
+    if path is not None:
+        parser.reading = Path(path)
+        from_file = _read_options(parser, _pairs(parser, parser.reading))
     mix = getattr(from_file, "mix", None)
     args = parser.parse_args(arguments, from_file)
     if mix not in (None, args.mix):  # a recipe tried with another mode
         for option in _unused(args.mix):
             setattr(args, option, parser.get_default(option))
-    _complete(parser, args, validates=validates)
-    _check(parser, args)
-    return _grouped(parser, args)
+    return args
+
+
+def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argparse.Namespace) -> argparse.Namespace:
+    """Read the command line again, with the options `AS_TRAINED` of the checkpoint to validate as their defaults."""
+    from dali_saliencymix.training import checkpoints, run_log  # here, for they import PyTorch
+
+    passed_over = functools.partial(run_log.warn, enabled=os.environ.get("RANK", "0") == "0")
+    try:
+        path = checkpoints.find_checkpoint(args.resume, args.output_dir, passed_over)
+        if path is None:
+            parser.error(f"--resume auto: {args.output_dir / checkpoints.LAST}: no such checkpoint")
+        saved = checkpoints.load_checkpoint(path, ("model", "config"), verify=False)["config"]
+    except (OSError, ValueError) as error:
+        parser.error(f"--resume: {line_of(error, expected=True)}")
+    parser.reading = path
+    trained = _read_options(parser, [(name, saved[name]) for name in AS_TRAINED if name in saved])
+    parser.set_defaults(output_dir=path.parent, **{name: getattr(trained, name) for name in AS_TRAINED})
+    args = _parse(parser, arguments)
+    args.resume = str(path)  # what "auto" means may change while this runs
+    return args
 
 
 def save_config(options: TrainingOptions, path: Path) -> None:
@@ -151,7 +185,7 @@ def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of all options before it."""
 
-    reading: Path | None = None  # the configuration file that its arguments come from
+    reading: Path | None = None  # the file that its arguments come from
 
     def error(self, message: str) -> NoReturn:
         where = f"{self.reading}: " if self.reading else ""
@@ -177,9 +211,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
-    """Return the options of a file, read and checked as if they stood on the command line."""
-    parser.reading = path
+def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Namespace:
+    """Return the options of the file that the parser is reading, checked as if they stood on the command line."""
     actions = {
         name.lstrip("-").replace("-", "_"): action
         for action in parser._actions
@@ -188,7 +221,7 @@ def _read_config(parser: _Parser, path: Path) -> argparse.Namespace:
     }
     arguments: list[str] = []
     given: dict[str, str] = {}
-    for key, value in _pairs(parser, path):
+    for key, value in pairs:
         action = actions.get(key.replace("-", "_"))
         if action is None or (action.dest == "data" and key != "data"):
             parser.error(f"{key} is no option")
@@ -249,9 +282,9 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
         return
     if args.data_backend == "synthetic":
         return
-    folders = {"train_dir": "train", "val_dir": "val"}
+    folders = {"val_dir": "val"} if args.evaluate else {"train_dir": "train", "val_dir": "val"}
     if args.dataset != "folder":
-        for option in (*folders, "train_list", "val_list"):
+        for option in ("train_dir", "val_dir", "train_list", "val_list"):
             if getattr(args, option) is not None:
                 parser.error(f"{_flag(option)} is for folders of images, not for --dataset {args.dataset}")
         if args.data is None and validates:
@@ -262,6 +295,8 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
             if args.data is None:
                 parser.error(f"DATA is needed, or {_flag(option)}")
             setattr(args, option, args.data / name)
+    if args.evaluate:
+        args.train_dir = args.val_dir  # a data set has both; training images are not looked at
 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,10 @@ def _numbered(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     return [((int(match[1]), int(match[2])), path) for match, path in matches if match]
 
 
-def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, verify: bool = True) -> dict[str, Any]:
     """Read a checkpoint, which has to hold `entries`, onto the CPU without running any code from it.
 
+    Without `verify` no check sum is compared and tensors stay in the file until they are used: this is quick.
     FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this project, is not whole, or
     holds more than tensors and plain values.
     """
@@ -119,8 +120,8 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",)) -> di
     try:
         # PyTorch writes the check sums of a ZIP file and does not look at them: a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+            damaged = archive.testzip() if verify else None
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
     except Exception as error:  # there is no telling what unpickling a damaged file raises
         # Its own message is not passed on: it advises to run the file's code.
         msg = f"{path}: damaged, or not a checkpoint of tensors and plain values"
@@ -232,13 +233,18 @@ _OTHER_OPTIONS = {
 }
 
 
-def changed_options(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Return what else than the batches has changed of the training since a checkpoint, in words: see `differences`.
+def changed_options(
+    saved: Mapping[str, Any], config: Mapping[str, Any], names: Iterable[str] | None = None
+) -> list[str]:
+    """Return which options differ from those of a checkpoint, in words: see `differences`.
 
-    `config` holds the options by the names of their flags. A run may resume with other ones, and takes the new ones.
+    `config` holds the options by the names of their flags, of which `names` are compared; by default all that decide
+    the training beside its batches. A run may resume with other ones, and takes the new ones.
     """
     before = saved["config"]
-    names = [name for name in config if name in before and name not in {*DATA_OPTIONS, *_OTHER_OPTIONS, "world_size"}]
+    if names is None:
+        names = [name for name in config if name not in {*DATA_OPTIONS, *_OTHER_OPTIONS, "world_size"}]
+    names = [name for name in names if name in before]
     return differences({name: before[name] for name in names}, {name: config[name] for name in names})
 
 
@@ -247,9 +253,6 @@ def find_resume(run: RunOptions) -> Path | None:
     last = run.output_dir / LAST
     resume = find_checkpoint(run.resume, run.output_dir, warn) if run.resume else None
     if run.evaluate:
-        if resume is None:
-            msg = f"{last}: no such checkpoint"
-            raise ValueError(msg)
         return resume
     takes_over = run.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))
     if last.exists() and not run.no_checkpoints and not takes_over:

@@ -171,9 +171,13 @@ class RunOptions:
     save_images: int = _output(0, "draw N images of the first batch, as mixed", least=0)
     print_freq: int = _output(10, "steps between two displays", "-p", "--print-freq")
     profile_loader: bool = _short(False, "only measure whether the loader is the bottleneck", action="store_true")
-    max_steps: int | None = _short(None, "end after N steps of this run", "--max-steps", "--prof")
+    max_steps: int | None = _short(None, "end after N steps of this run, and validate", "--max-steps", "--prof")
     training_only: bool = _short(False, "do not validate")
     no_checkpoints: bool = _short(False, "save no checkpoints", action="store_true")
+
+
+# What --evaluate takes from the checkpoint, unless it is given anew.
+AS_TRAINED = ("arch", "dropout", "model_ema", "dataset", "train_crop_size", "val_resize_size", "val_crop_size")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from dali_saliencymix.loaders.base import Batches, Data, chosen_backend
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
-from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.measure.results import naming, write_json
 from dali_saliencymix.training import evaluation
 from dali_saliencymix.training.activation_maps import save_activation_maps
 from dali_saliencymix.training.options import TrainingOptions
@@ -141,8 +142,16 @@ def has_hardware_decoder(device: torch.device) -> bool | None:
         return None
 
 
+def check_writable(folder: Path) -> None:
+    """Create a folder, and raise an OSError that names it if no file can be written there."""
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def report_on_checkpoint(
     path: Path,
+    place: dict[str, int],
     models: dict[str, nn.Module],
     data: Data,
     options: TrainingOptions,
@@ -151,6 +160,7 @@ def report_on_checkpoint(
 ) -> None:
     """Validate the networks of a checkpoint, say and write what comes out; all processes have to call this.
 
+    `place` is where the checkpoint stands: whole ``"epoch"``s, and the ``"step"`` in the next one.
     `models` holds the network as ``"val"``, and the moving average of its weights, if there is one, as ``"val_ema"``.
     What is asked for beyond top-1 and top-5 is of the last of them. `validate` validates one network, and counts its
     answers class by class with a third argument.
@@ -159,44 +169,64 @@ def report_on_checkpoint(
     if asked.cam_class is not None and asked.cam_class not in classes:
         msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {asked.cam_class!r}"
         raise ValueError(msg)
+    target = asked.report or evaluation.unused_path(output_dir / "evaluation.json")
+    if processes.is_main:  # now, not after a validation of minutes
+        for folder in (target.parent, *([output_dir] if asked.per_class_csv or asked.cam else [])):
+            check_writable(folder)
     loader, backend = data.val_loader(options.data, processes), chosen_backend(options.data)
-    say(f"{path}: {options.model.arch}, validated on batches by {backend}", enabled=processes.is_main)
     *_, (judged, model) = models.items()
     counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
-    normalisation = {"mean": data.mean, "std": data.std}
+    images = str(options.data.val_dir or options.data.data or backend)
+    resize_size, crop_size = options.data.val_resize_size, options.data.val_crop_size
+    if options.data.dataset != "folder":  # images of CIFAR stay as they are
+        resize_size = crop_size = options.data.train_crop_size
 
-    report: dict[str, Any] = {"checkpoint": str(path), "arch": options.model.arch, "backend": backend}
-    report["amp"] = options.model.amp_dtype if options.model.amp else None
+    report: dict[str, Any] = {
+        "checkpoint": str(path),
+        "arch": options.model.arch,
+        **place,
+        "images": images,
+        "backend": backend,
+        "resize_size": resize_size,
+        "crop_size": crop_size,
+        "mean": data.mean,
+        "std": data.std,
+        "amp": options.model.amp_dtype if options.model.amp else None,
+    }
+    network = f"{options.model.arch}, {options.model.precision}, {len(classes)} classes"
+    sizes = f"resized to {resize_size} and cropped to {crop_size} pixels by {backend}"
+    say(f"{path}: {network}, after {place['epoch']} epochs and {place['step']} steps", enabled=processes.is_main)
+    say(f"{images}: {data.val_images} images, {sizes}", enabled=processes.is_main)
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
         result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
         say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
     if asked.fgsm is not None:
-        found = report["fgsm"] = attacked_accuracy(model, loader, processes, epsilon=asked.fgsm, **normalisation)
+        found = report["fgsm"] = attacked_accuracy(
+            model, loader, processes, epsilon=asked.fgsm, mean=data.mean, std=data.std
+        )
         result = f"top-1 {found['attacked_top1']:.2f} % attacked, {found['clean_top1']:.2f} % clean"
         say(f"FGSM with epsilon {asked.fgsm:.4g}: {result}", enabled=processes.is_main)
     per_class = counts.over_processes() if counts else None
     if not processes.is_main:
         return
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     if per_class:
         table = evaluation.unused_path(output_dir / "per_class.csv")
         evaluation.write_per_class(table, classes, *per_class)
         report["per_class_csv"] = str(table)
     if asked.cam:
-        small = options.data.train_crop_size if options.data.dataset != "folder" else None  # of CIFAR: as they are
         pictures = save_activation_maps(
             model,
             asked.cam,
             output_dir / "cam",
             classes=classes,
-            resize_size=small or options.data.val_resize_size,
-            crop_size=small or options.data.val_crop_size,
             label=None if asked.cam_class is None else classes.index(asked.cam_class),
-            **normalisation,
+            resize_size=resize_size,
+            crop_size=crop_size,
+            mean=data.mean,
+            std=data.std,
         )
         report["cam"] = [str(picture) for picture in pictures]
-    target = asked.report or evaluation.unused_path(output_dir / "evaluation.json")
     write_json(target, report)
     say(f"result: {target}")
