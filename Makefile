@@ -16,7 +16,7 @@ CUDA ?= cuda12
 VENV ?= .venv-$(CUDA)
 PYTHON ?= python3
 DEMO ?= demo
-EPOCHS ?= 8
+EPOCHS ?= 4
 NAME ?= this-machine
 JOBS ?= 2
 
@@ -45,9 +45,10 @@ demo: $(installed)
 	$(python) -m dali_saliencymix sample-data $(DEMO)/data
 	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --min-crop-area 0.35 --seed 1
 	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 2 --lr 0.05 --lr-warmup-epochs 1 \
-	  --train-crop-size 64 --val-resize-size 64 --val-crop-size 64 --min-crop-area 0.35 \
+	  --train-crop-size 48 --val-resize-size 48 --val-crop-size 48 --min-crop-area 0.35 \
 	  --print-freq 10 --output-dir $(DEMO)/run
-	@echo "mixed samples: $(DEMO)/preview.png   log and checkpoints: $(DEMO)/run   (8 classes: chance is 12.5 %)"
+	@echo "log and checkpoints: $(abspath $(DEMO)/run)   (8 classes: chance is 12.5 %)"
+	@echo "mixed samples, to look at: $(abspath $(DEMO)/preview.png)"
 
 lint: $(installed)
 	$(python) -m ruff check .
