@@ -17,6 +17,10 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("PIL", "torch", "torchvision", "tqdm")
+
 import torch
 import torchvision
 from torch import nn

@@ -13,6 +13,7 @@ from typing import Any
 
 from dali_saliencymix import __version__
 from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, prepare_stdout, write_error
+from dali_saliencymix._packages import require
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option, whole_number
 
 
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(command: str, args: dict[str, Any]) -> int:
     """Run a command with its arguments; return the exit status."""
     if command == "sample-data":
+        require("PIL")
         from dali_saliencymix.datasets.sample_data import make_sample_data
 
         make_sample_data(args.pop("root"), **args)
@@ -98,10 +100,12 @@ def _run(command: str, args: dict[str, Any]) -> int:
 
         return run_compare(**args)
     elif command == "scan":
+        require("PIL", "pebble", "simplejpeg", "tqdm")
         from dali_saliencymix.datasets.scan import run_scan
 
         return run_scan(**args)
     else:
+        require("PIL", "matplotlib", "nvidia.dali", "simplejpeg")
         from dali_saliencymix.preview import save_preview
 
         save_preview(args.pop("root"), args.pop("output"), **args)

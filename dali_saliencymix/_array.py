@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 Array = Any  # numpy.ndarray | cupy.ndarray; CuPy has no type stubs
 Namespace = Any  # the module numpy or cupy
 
-NO_CUPY = "mixing on a GPU needs CuPy, which is not installed: pip install 'dali-saliencymix[cuda12]', or [cuda13]"
-
 
 def array_namespace(array: Array) -> Namespace:
     """Return ``numpy`` or ``cupy``, whichever `array` belongs to; None for anything else."""

@@ -1,8 +1,8 @@
 """What a program says that something went wrong in: one line on stderr, the last one.
 
-Errors of the types in `EXPECTED` are those of options, files, disks and memory, and their texts say it all: the
-traceback stands above the line only with ``--traceback``, which every program has. Any other error is a fault of this
-project or of a library, so its traceback is always there.
+Errors of the types in `EXPECTED` are those of options, files, disks, memory and packages that are not installed, and
+their texts say it all: the traceback stands above the line only with ``--traceback``, which every program has. Any
+other error is a fault of this project or of a library, so its traceback is always there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-EXPECTED: tuple[type[BaseException], ...] = (ImportError, MemoryError, OSError, ValueError)
+from dali_saliencymix._packages import MissingPackageError
+
+EXPECTED: tuple[type[BaseException], ...] = (MissingPackageError, MemoryError, OSError, ValueError)
 
 _PACKAGE = Path(__file__).parent
 _FLAG = "--traceback"

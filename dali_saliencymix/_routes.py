@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dali_saliencymix._array import Namespace, is_host
 from dali_saliencymix._checks import check_choice
+from dali_saliencymix._packages import is_installed, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,13 +69,10 @@ def route_of(algorithm: str, xp: Namespace) -> str:
     if _numba_is_installed():
         return "numba"
     if algorithm == "kernel":
-        msg = (
-            "algorithm='kernel' on a CPU needs Numba, which is not installed: pip install 'dali-saliencymix[compiled]'"
-        )
-        raise ImportError(msg)
+        require("numba", by="algorithm='kernel' on a CPU")
     return "array"
 
 
 @functools.cache
 def _numba_is_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return is_installed("numba")

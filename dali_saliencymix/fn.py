@@ -13,8 +13,15 @@ import functools
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline, do_not_convert
+
+from dali_saliencymix._packages import require
+
+try:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline, do_not_convert
+except ModuleNotFoundError:
+    require("nvidia.dali", by=__name__)
+    raise
 
 from dali_saliencymix import labels as array_labels
 from dali_saliencymix._array import array_namespace, is_host

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dali_saliencymix._checks import check_at_least, check_fraction
+from dali_saliencymix._packages import require
 from dali_saliencymix.boxes import boxes_at, saliency_peaks
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -239,11 +240,9 @@ def _random_crops(files: Sequence[str], size: int, min_crop_area: float, seed: i
 
 def _panels(rows: Sequence[str], columns: int) -> tuple[Figure, NDArray[Any]]:
     """Return a figure with a named row of axes without ticks for each of `rows`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        msg = "pictures need Matplotlib, which is not installed: pip install 'dali-saliencymix[preview]'"
-        raise ImportError(msg) from error
+    require("matplotlib", by="drawing")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.75 * columns, 1.9 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.flat:

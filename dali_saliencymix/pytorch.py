@@ -11,10 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils import data, dlpack
 
-from dali_saliencymix._array import NO_CUPY, LentStream
+from dali_saliencymix._packages import require
+
+try:
+    import torch
+    from torch.utils import data, dlpack
+except ModuleNotFoundError:
+    require("torch", by=__name__)
+    raise
+
+from dali_saliencymix._array import LentStream
 from dali_saliencymix._checks import check_at_least, check_fraction
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.draw import draw
@@ -381,8 +388,7 @@ def _torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[
 
 
 def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise ImportError(NO_CUPY) from error
+    require("cupy", by="mixing on a GPU")
+    import cupy
+
     return cupy

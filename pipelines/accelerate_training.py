@@ -20,6 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("accelerate", "nvidia.dali", "torch", "torchvision")
+
 import torch
 import torchvision
 from accelerate import Accelerator

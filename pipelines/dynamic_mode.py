@@ -17,6 +17,10 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("nvidia.dali", "torch")
+
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch

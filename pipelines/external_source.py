@@ -11,6 +11,10 @@ the mixing: a restored pipeline continues with the same batches.
 import argparse
 from typing import Any
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("PIL", "nvidia.dali")
+
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode

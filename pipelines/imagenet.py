@@ -12,6 +12,10 @@ import itertools
 import sys
 from pathlib import Path
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("nvidia.dali", "torch", "torchvision")
+
 import torch
 import torchvision
 from nvidia.dali import fn, pipeline_def, types

@@ -146,9 +146,9 @@ def test_detectors_side_by_side_show_their_maps_peaks_and_boxes():
 
 
 def test_without_matplotlib_the_error_names_the_extra(data_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["preview", str(data_folder), "-o", str(tmp_path / "x.png"), "--size", "32"]) == 1
-    assert "pip install 'dali-saliencymix[preview]'" in error_of(capsys)
+    assert "pip install '.[preview]'" in error_of(capsys)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_logger_that_is_not_installed_is_named_with_the_extra(tmp_path, monkey
     for name in [name for name in sys.modules if name.startswith(("torch.utils.tensorboard", module))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say: there is none
-    with pytest.raises(ImportError, match=rf"pip install 'dali-saliencymix\[{module}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[{module}\]'"):
         RunLog(tmp_path, FACTS, **option)
 
 

@@ -12,7 +12,6 @@ DALI calls the functions in a thread of its own. What they raise reaches the use
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import weakref
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import nvidia.dali
 from nvidia.dali import fn, ops, python_function_plugin
 from nvidia.dali.pipeline import Pipeline
 
-from dali_saliencymix._array import NO_CUPY, LentStream
+from dali_saliencymix._array import LentStream
 from dali_saliencymix._dali import bridge
+from dali_saliencymix._packages import require
 from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
 
@@ -67,8 +67,8 @@ def python_operator(
     pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
-    if device == "gpu" and importlib.util.find_spec("cupy") is None:
-        raise ImportError(NO_CUPY)
+    if device == "gpu":
+        require("cupy", by="mixing on a GPU")
     pipeline = Pipeline.current()
     limited = functools.partial(_limited, pipeline.num_threads, function)
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}

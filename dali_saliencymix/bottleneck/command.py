@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line_of
+from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line_of, write_error
+from dali_saliencymix._packages import MissingPackageError, require
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
@@ -81,10 +82,12 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
     own, rest = _parser(prog).parse_known_args(arguments)
     try:
-        from dali_saliencymix.training import distributed
-    except ImportError as error:
-        sys.stderr.write(f"{prog}: error: this needs PyTorch and torchvision ({error})\n")
+        require("torch", "torchvision", "nvidia.dali", "PIL", "tqdm", "yaml")
+    except MissingPackageError as error:
+        write_error(error, prog, expected=True, with_traceback=own.traceback)
         return 1
+    from dali_saliencymix.training import distributed
+
     try:
         status = _run(own, rest, prog)
         flush_stdout()

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dali_saliencymix._packages import require
 from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
 from dali_saliencymix.measure.results import replace_file
 
@@ -303,11 +304,9 @@ def _wait_timeline(report: Report) -> str | None:
 
 
 def _axes(height: float) -> Axes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        msg = "the page needs matplotlib: pip install 'dali-saliencymix[preview]'"
-        raise ImportError(msg) from error
+    require("matplotlib", by="the page")
+    from matplotlib.figure import Figure
+
     axes = Figure(figsize=(9, height), layout="constrained").add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return axes

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dali_saliencymix._packages import require
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.measure.results import naming
@@ -72,11 +73,9 @@ def save_activation_maps(
     A picture is called as its image, with a number where the name is taken. ImportError if Matplotlib is not installed,
     ValueError if a file cannot be decoded or the network has no such maps.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        msg = "pictures need Matplotlib, which is not installed: pip install 'dali-saliencymix[preview]'"
-        raise ImportError(msg) from error
+    require("matplotlib", by="drawing")
+    from matplotlib.figure import Figure
+
     crops = [_centre_crop(file, resize_size, crop_size) for file in files]  # all, before a picture is written
     parameter = next(model.parameters())
     model.eval()

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dali_saliencymix._json import finite
+from dali_saliencymix._packages import require
 from dali_saliencymix.measure.monitor import STARVING_SHARE
 from dali_saliencymix.measure.results import naming, replace_file, write_json
 from dali_saliencymix.training.lockstep import Preempted
@@ -164,11 +165,9 @@ class _TensorBoard:
     """Scalars for TensorBoard. Those after `step`, of a run that this one resumes, are not shown any more."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            msg = "--tensorboard needs TensorBoard: pip install 'dali-saliencymix[tensorboard]'"
-            raise ImportError(msg) from error
+        require("tensorboard", by="--tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=step and step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -184,11 +183,9 @@ class _WeightsAndBiases:
     """A run of Weights & Biases, whose identity a file in the folder keeps: a resumed training continues it."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any], *, resumed: bool) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            msg = "--log-wandb needs Weights & Biases: pip install 'dali-saliencymix[wandb]'"
-            raise ImportError(msg) from error
+        require("wandb", by="--log-wandb")
+        import wandb
+
         kept = folder / WANDB_ID
         identity = kept.read_text().strip() if resumed and kept.exists() else secrets.token_hex(4)
         try:
