@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from dali_saliencymix import (
     saliencymix,
     spectral_residual,
 )
+from dali_saliencymix._numba import stopwatch
 from dali_saliencymix._threads import in_chunks, limited_to
 from dali_saliencymix.saliency import grey
 
@@ -281,7 +283,7 @@ def test_without_numba_the_package_works_and_mixes_alike(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "map.npy"), fine_grained(images))
 
 
-# Where Numba cannot keep what it compiles
+# What Numba keeps, what it says, and where it cannot keep what it compiles
 
 FOUND_PEAKS = """
 import numpy as np
@@ -305,6 +307,16 @@ def peaks_here(maps: np.ndarray) -> str:
     return f"{saliency_peaks(maps, 40, 30).tolist()}\n"
 
 
+def unprivileged() -> list[str]:
+    """Return what starts a program that cannot write to all folders, as root could."""
+    if os.geteuid() != 0:
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv is not installed")
+    dropped = "=-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set{dropped}", f"--inh-caps{dropped}"]
+
+
 @pytest.fixture
 def read_only_installation():
     """Return a copy of the package that only root could write to, outside of pytest's folders, which are closed."""
@@ -322,15 +334,8 @@ def read_only_installation():
 
 @pytest.mark.slow
 def test_a_read_only_installation_without_a_home_compiles_for_each_process_and_says_so(read_only_installation):
-    # Root may write everywhere, but for the capabilities that are taken from it here.
-    unprivileged = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("setpriv is not installed")
-        dropped = "=-dac_override,-dac_read_search"
-        unprivileged = ["setpriv", f"--bounding-set{dropped}", f"--inh-caps{dropped}"]
     at = {"folder": read_only_installation, "HOME": str(read_only_installation)}
-    found, said = found_peaks("phase_spectrum(images)", *unprivileged, **at)
+    found, said = found_peaks("phase_spectrum(images)", *unprivileged(), **at)
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
     assert found == peaks_here(phase_spectrum(images))
     assert said == [
@@ -353,10 +358,34 @@ def test_a_full_disk_and_damaged_files_cost_the_time_to_compile_and_nothing_else
     assert list(folder.iterdir()) == []
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
     assert expected == peaks_here(images[..., 0].astype(np.float32))
+    compiles = [
+        f"Numba compiles kernels: up to half a minute of processor time, once; it keeps them in {folder}; "
+        '"python -m dali_saliencymix compile" does it in advance'
+    ]
+    assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path), RANK="0") == (expected, compiles)
     assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path)) == (expected, [])
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     assert {path.suffix for path in kept} == {".nbi", ".nbc"}
     for path in kept:
         path.write_bytes(b"")
-    assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path)) == (expected, [])
+    assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path), RANK="1") == (expected, [])
     assert {path: path.stat().st_size > 0 for path in folder.iterdir()} == dict.fromkeys(kept, True)
+
+
+def test_the_time_for_compiling_is_known_without_numba_and_includes_what_goes_on(monkeypatch):
+    script = (
+        "import sys; from dali_saliencymix._numba.stopwatch import compile_seconds\n"
+        "print(compile_seconds(), 'numba' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "0.0 False\n"
+    now = iter([10.0, 13.0, 15.0, 20.0, 21.0])
+    monkeypatch.setattr(stopwatch, "_state", (0.0, None))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    stopwatch.start()
+    assert stopwatch.compile_seconds() == 3
+    stopwatch.stop()
+    assert stopwatch.compile_seconds() == 5
+    stopwatch.start()
+    stopwatch.stop()
+    assert stopwatch.compile_seconds() == 6

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from dali_saliencymix._array import Array
-from dali_saliencymix._numba.kernel import kernel
+from dali_saliencymix._numba.kernel import as_input, kernel
 from dali_saliencymix._threads import for_each_chunk
 
 _CHUNK = 4  # images for one thread at a time
@@ -21,7 +21,7 @@ def most_salient(maps: Array, closeness: Array) -> Array:
     A pixel that is NaN is taken for minus infinity.
     """
     found = np.empty(len(maps), np.int64)
-    _most_salient(maps, closeness, found)
+    _most_salient(as_input(maps), closeness, found)
     return found
 
 
@@ -67,14 +67,17 @@ def paste_normalised(
     `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then.
     """
     count, height, width, channels = images.shape
-    images = np.ascontiguousarray(images).reshape(count, height, width * channels)
+    images = as_input(np.ascontiguousarray(images).reshape(count, height, width * channels))
+    sources, boxes, source_boxes = (
+        as_input(np.ascontiguousarray(each, np.int64)) for each in (source_index, boxes, source_boxes)
+    )
     mirrored = np.zeros(count, np.bool_) if mirror is None else mirror != 0
     if layout == "HWC" or channels == 1:
         out = out.reshape(count, 1, height, width * channels)
         scaling = np.tile(scaling, width)  # of each number in a row
 
     def paste(chunk: slice) -> None:
-        patches = source_index[chunk], boxes[chunk], source_boxes[chunk], mirrored[chunk]
+        patches = sources[chunk], boxes[chunk], source_boxes[chunk], mirrored[chunk]
         _paste_normalised(images, chunk.start, *patches, channels, scaling, out[chunk])
 
     for_each_chunk(paste, count, _CHUNK)
