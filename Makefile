@@ -57,7 +57,7 @@ lint: $(installed)
 
 # Numba's kernels are compiled once, and not by each process of the tests at the same time.
 kernels: $(installed)
-	$(python) tests/shared/program_server.py
+	$(python) -m dali_saliencymix compile
 
 # Both use one core each for most of their time.
 lint-and-kernels: $(installed)

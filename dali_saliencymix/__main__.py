@@ -1,4 +1,4 @@
-"""The command line: ``dali-saliencymix sample-data | preview | scan | bottleneck | compare``.
+"""The command line: ``dali-saliencymix sample-data | preview | scan | bottleneck | compare | compile``.
 
 ``python -m dali_saliencymix`` is the same program.
 """
@@ -64,7 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     comparison = add_command("compare", help="say what changed between two reports of bottleneck")
     comparison.add_argument("before", type=Path, metavar="A.json")
     comparison.add_argument("after", type=Path, metavar="B.json")
-    for command_parser in (sample, preview, scan, comparison):
+
+    compiling = add_command(
+        "compile",
+        help="compile Numba's kernels in advance",
+        description="Compile all of Numba's kernels for this type of CPU, into its cache. NUMBA_CACHE_DIR names the "
+        "folder; by default it is beside the package or, where that cannot be written, in ~/.cache.",
+    )
+    for command_parser in (sample, preview, scan, comparison, compiling):
         add_traceback(command_parser)
 
     given = sys.argv[1:] if arguments is None else arguments
@@ -104,6 +111,11 @@ def _run(command: str, args: dict[str, Any]) -> int:
         from dali_saliencymix.datasets.scan import run_scan
 
         return run_scan(**args)
+    elif command == "compile":
+        require("numba")
+        from dali_saliencymix._compile import compile_kernels
+
+        compile_kernels(functools.partial(print, flush=True))
     else:
         require("PIL", "matplotlib", "nvidia.dali", "simplejpeg")
         from dali_saliencymix.preview import save_preview

@@ -31,7 +31,7 @@ ORDER = [
     {"boxes", "pixels", "labels", "draw"},
     {"mix"},
     {""},
-    {"_versions"},
+    {"_compile", "_versions"},
     {"measure"},
     {"_dali", "pytorch"},
     {"fn", "datasets"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared.programs import REPOSITORY, environment_of_program
 
 import dali_saliencymix
 from dali_saliencymix import (
@@ -370,6 +372,65 @@ def test_a_full_disk_and_damaged_files_cost_the_time_to_compile_and_nothing_else
         path.write_bytes(b"")
     assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path), RANK="1") == (expected, [])
     assert {path: path.stat().st_size > 0 for path in folder.iterdir()} == dict.fromkeys(kept, True)
+
+
+# Batches as arrays, tensors, slices and DALI hand them over, of all sizes that have kernels of their own.
+ALL_CALLS = """
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+import dali_saliencymix as ds, dali_saliencymix.fn as dsfn
+from dali_saliencymix._numba.stopwatch import compile_seconds
+
+rng, index, lam = np.random.default_rng(0), np.arange(4)[::-1], np.linspace(0, 1, 4)
+for size in (32, 64, 224):
+    for channels in (1, 3):
+        images = rng.integers(0, 256, (4, size, size, channels), np.uint8)
+        frozen = images.copy()
+        frozen.setflags(write=False)
+        planar = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        for batch in (images, frozen, planar, images[:, ::2, ::-1], np.asfortranarray(images)):
+            for saliency in ds.DETECTORS:
+                ds.saliencymix(batch, index, lam, saliency=saliency)
+            for layout in ("CHW", "HWC"):
+                for boxes in (np.zeros((4, 4), np.int32), np.zeros((4, 4), np.uint8), np.zeros((4, 8), int)[:, ::2]):
+                    options = {"mean": [0] * channels, "std": [1] * channels, "mirror": index % 2}
+                    ds.paste_normalised(batch, index, boxes, source_boxes=boxes, layout=layout, **options)
+        ds.mix(images, index, lam, np.arange(4) % 3, np.full((4, 2), 0.5))
+        maps = images[..., 0].astype(np.float32)
+        for each in (maps, maps[:, :, ::2], maps.T):
+            ds.saliency_peaks(each, size, size)
+
+@pipeline_def(batch_size=4, num_threads=1, device_id=None, exec_dynamic=True)
+def pipeline(layout):
+    images = fn.random.uniform(range=[0, 255], shape=[48, 48, 3], dtype=types.UINT8)
+    labels = fn.random.uniform(range=[0, 9], shape=[1], dtype=types.INT32)
+    mixed = dsfn.saliencymix(images, labels, normalise=dsfn.Normalise([0] * 3, [1] * 3, layout=layout))
+    return *mixed, *dsfn.mix(images, labels, modes=dict.fromkeys(ds.MODES, 1))
+
+for layout in ("CHW", "HWC"):
+    pipeline(layout).run()
+print(compile_seconds())
+"""
+
+
+@pytest.mark.slow
+def test_the_command_compiles_all_that_is_called_and_its_folder_may_be_read_only(tmp_path):
+    environment = environment_of_program() | {"NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def run(*words):
+        return subprocess.run(words, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+
+    compiled = run(sys.executable, "-m", "dali_saliencymix", "compile")
+    (folder,) = tmp_path.iterdir()
+    first, *groups, last = compiled.stdout.splitlines()
+    assert compiled.stderr == ""
+    assert first.endswith(f"keeps them in {folder}")
+    assert len(groups) == 5
+    assert all(re.fullmatch(r"[\w ]+: \d+\.\d s", line) for line in groups)
+    assert re.fullmatch(r"done, \d+\.\d s in all", last)
+    folder.chmod(0o555)
+    called = run(*unprivileged(), sys.executable, "-c", ALL_CALLS)
+    assert (called.stdout, called.stderr) == ("0.0\n", "")
 
 
 def test_the_time_for_compiling_is_known_without_numba_and_includes_what_goes_on(monkeypatch):

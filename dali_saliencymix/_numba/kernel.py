@@ -112,6 +112,13 @@ def _say_that_nothing_is_kept(why: str) -> None:
     )
 
 
+def check_all_kept() -> None:
+    """Raise an OSError if something that was compiled could not be kept."""
+    if _say_that_nothing_is_kept.cache_info().currsize:
+        msg = "compiled, but not kept: see the warning above"
+        raise OSError(msg)
+
+
 class Compilations(event.Listener):  # type: ignore[misc]
     """Says that kernels are compiled, the first time, and takes the time; kernels may call others."""
 

@@ -2,7 +2,7 @@
 
 Importing PyTorch, torchvision, DALI and Numba takes longer than what these programs do. A forked program is a process
 of its own, with arguments, environment, folder, standard streams, signals and exit status as if Python had started it.
-`programs.py` starts this file and sends the requests. Without an argument it only has Numba compile the kernels.
+`programs.py` starts this file and sends the requests.
 """
 
 from __future__ import annotations
@@ -28,26 +28,14 @@ def preload() -> None:
     import torchvision  # noqa: F401
 
     import train  # noqa: F401
+    from dali_saliencymix._compile import compile_kernels
     from shared import tiny_model  # noqa: F401
 
     torch.set_num_threads(1)
-    load_kernels()
+    compile_kernels(lambda line: None)  # or load them, where that was done before
     assert len(os.listdir("/proc/self/task")) == 1, "a module has started a thread"
     gc.collect()
     gc.freeze()
-
-
-def load_kernels() -> None:
-    """Have Numba load its kernels, or compile them where that was never done."""
-    from dali_saliencymix import _threads, paste_normalised, saliencymix
-
-    indices, lam, boxes = np.arange(8), np.zeros(8, np.float32), np.zeros((8, 4), np.int32)
-    with _threads.limited_to(1):
-        for size in (32, 48):  # with a map of that size, and with one for which there is no kernel
-            images = np.zeros((8, size, size, 3), np.uint8)
-            for saliency in ("fine_grained", "spectral_residual"):
-                saliencymix(images, indices, lam, saliency=saliency)
-        paste_normalised(images, indices, boxes, mean=[0] * 3, std=[1] * 3)
 
 
 def serve(requests: socket.socket) -> tuple[dict, list[int]]:
@@ -117,9 +105,6 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        load_kernels()
-        sys.exit()
     leaving = Leaving()
     atexit.register(leaving)  # the first of all, which is the last to be called
     connection = socket.socket(fileno=int(sys.argv[1]))
