@@ -1,10 +1,13 @@
-"""How the command line calls itself: as the user called it."""
+"""How the command line calls itself, as the user called it, and what its help needs."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 
 import pytest
+from shared.programs import REPOSITORY, environment_of_program
 
 from dali_saliencymix.__main__ import main
 
@@ -37,3 +40,29 @@ def test_an_error_is_of_the_program_that_was_called(called, name, monkeypatch, t
     missing = str(tmp_path / "missing.json")
     assert main(["compare", missing, missing]) == 1
     assert capsys.readouterr().err.startswith(f"{name} compare: error: ")
+
+
+HELP = """
+import contextlib, sys
+from dali_saliencymix.__main__ import main
+
+for arguments in sys.argv[1:]:
+    with contextlib.suppress(SystemExit):
+        main(arguments.split())
+slow = {"torch", "torchvision", "nvidia.dali", "numba", "matplotlib"}
+print(sorted(slow & set(sys.modules)))
+"""
+
+
+def test_help_comes_at_once_since_nothing_slow_is_imported(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.search(r"\{(.*?)\}", capsys.readouterr().out)[1].split(",")
+    assert {"bottleneck", "compile"} <= set(commands)
+    helps = ["--help", *(f"{command} --help" for command in commands)]
+    line = [sys.executable, "-c", HELP, *helps]
+    ended = subprocess.run(
+        line, env=environment_of_program(), cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.count("usage: ") == len(helps)
+    assert ended.stdout.splitlines()[-1] == "[]"
