@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from benchmarks import machine, outcomes, program, sanitize, smoke
+from benchmarks import machine, outcomes, program, sanitize
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.results import read_json, write_json
 
@@ -108,6 +108,8 @@ def test_command(out: Path) -> list[str]:
     Plugins are not loaded on their own account, since a host has others than the ones the tests know; the options of
     pyproject.toml that need a plugin are overridden. Warnings are shown and fail no test: the versions are not ours.
     """
+    from benchmarks import smoke  # here: it imports PyTorch and DALI, which takes seconds
+
     line = [*smoke.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
     line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *smoke.timeout(90)]
     if machine.installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
