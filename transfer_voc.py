@@ -17,41 +17,9 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix._packages import require_or_exit
-
-require_or_exit("PIL", "torch", "torchvision", "tqdm")
-
-import torch
-import torchvision
-from torch import nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops.misc import FrozenBatchNorm2d
-
 from dali_saliencymix._errors import add_traceback, flush_stdout, prepare_stdout, wants_traceback
-from dali_saliencymix.bottleneck import Monitor
-from dali_saliencymix.measure.environment import environment
-from dali_saliencymix.measure.results import write_json
+from dali_saliencymix._packages import require_or_exit
 from dali_saliencymix.options import whole_number
-from dali_saliencymix.training import checkpoints, distributed
-from dali_saliencymix.training.folder_lock import FolderLock
-from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
-from dali_saliencymix.training.voc import (
-    CLASSES,
-    Detections,
-    VocImages,
-    as_lists,
-    average_precision,
-    training_order,
-    training_target,
-)
-
-ENTRIES = ("model", "optimizer", "iteration", "config", "random")
-# The options that decide what is trained: a run that goes on has to keep them.
-TRAINING_OPTIONS = (
-    *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
-    *("trainable_layers", "min_size", "max_size", "seed"),
-)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -102,6 +70,42 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a number of at least 0, got {getattr(args, name)}")
     return args
+
+
+if __name__ == "__main__":  # --help and a wrong option need not wait for PyTorch, which takes seconds to import
+    ARGUMENTS = parse_arguments()
+
+require_or_exit("PIL", "torch", "torchvision", "tqdm")
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from dali_saliencymix.bottleneck import Monitor
+from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.results import write_json
+from dali_saliencymix.training import checkpoints, distributed
+from dali_saliencymix.training.folder_lock import FolderLock
+from dali_saliencymix.training.run_log import LOG, Progress, say, write_event
+from dali_saliencymix.training.voc import (
+    CLASSES,
+    Detections,
+    VocImages,
+    as_lists,
+    average_precision,
+    training_order,
+    training_target,
+)
+
+ENTRIES = ("model", "optimizer", "iteration", "config", "random")
+# The options that decide what is trained: a run that goes on has to keep them.
+TRAINING_OPTIONS = (
+    *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
+    *("trainable_layers", "min_size", "max_size", "seed"),
+)
 
 
 def build_detector(
@@ -339,11 +343,11 @@ def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) 
     )
 
 
-def main() -> int:
-    """Run from the command line; return the exit status."""
+def main(args: argparse.Namespace | None = None) -> int:
+    """Run with the options of the command line; return the exit status."""
     prepare_stdout()
     try:
-        run(parse_arguments())
+        run(args or parse_arguments())
         flush_stdout()
     except KeyboardInterrupt:
         sys.stderr.write("transfer_voc.py: interrupted; --resume auto goes on from the last checkpoint\n")
@@ -356,4 +360,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ARGUMENTS))
