@@ -28,6 +28,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dali_saliencymix._packages import require_or_exit
+
+require_or_exit("nvidia.dali", "torch", "torchvision", "tqdm", "PIL", "yaml")
+
 from dali_saliencymix.training.arguments import parse_arguments, save_config
 
 if __name__ == "__main__":  # --help and a wrong option need not wait for PyTorch, which takes seconds to import

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dali_saliencymix.measure import environment
+from dali_saliencymix.training import run_log
 from dali_saliencymix.training.run_log import Progress, StartUp, duration, say, write_event
 
 
@@ -67,6 +68,8 @@ def test_a_slow_start_is_taken_apart(monkeypatch):
         slow.end_of(part)
     assert slow.summary() == "first batch after 35 s: loaders 25 s, imports 10 s"
     assert quick.summary() is None
+    monkeypatch.setattr(run_log, "compile_seconds", lambda: 12.3)
+    assert slow.summary().endswith("imports 10 s, and in there Numba's first compilation 12 s")
 
 
 def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):

@@ -30,6 +30,7 @@ NEEDED = {
     (*COMMAND, "scan", "DATA"): {"PIL", "pebble", "simplejpeg", "tqdm"},
     (*COMMAND, "compile"): {"numba"},
     (*COMMAND, "bottleneck", "DATA"): {"PIL", "nvidia.dali", "torch", "torchvision", "tqdm", "yaml"},
+    ("train.py", "DATA"): {"PIL", "nvidia.dali", "torch", "torchvision", "tqdm", "yaml"},
     ("transfer_voc.py", "DATA", "--checkpoint=DATA"): {"PIL", "torch", "torchvision", "tqdm"},
     ("pipelines/imagenet.py", "DATA"): {"nvidia.dali", "torch", "torchvision"},
     ("pipelines/external_source.py", "DATA"): {"PIL", "nvidia.dali"},

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dali_saliencymix._json import finite
+from dali_saliencymix._numba.stopwatch import compile_seconds
 from dali_saliencymix._packages import require
 from dali_saliencymix.measure.monitor import STARVING_SHARE
 from dali_saliencymix.measure.results import naming, replace_file, write_json
@@ -80,9 +81,10 @@ class StartUp:
         if seconds < _LONG_START_SECONDS:
             return None
         parts = sorted(self._parts.items(), key=lambda part: -part[1])
-        return f"first batch after {seconds:.0f} s: " + ", ".join(
-            f"{name} {spent:.0f} s" for name, spent in parts if spent >= 1
-        )
+        line = ", ".join(f"{name} {spent:.0f} s" for name, spent in parts if spent >= 1)
+        compiled = compile_seconds()
+        in_there = f", and in there Numba's first compilation {compiled:.0f} s" if compiled >= 1 else ""
+        return f"first batch after {seconds:.0f} s: {line}{in_there}"
 
 
 class Progress:
