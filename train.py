@@ -245,7 +245,7 @@ class Trainer:
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
         for batch in self.lockstep.batches(loader if begun < steps else (), monitor):
             if not self.steps_run:
-                self.start_up.end_of("batch")
+                self.start_up.end_of("making the batch")
                 if line := self.start_up.summary():
                     say(line, enabled=self.processes.is_main)
             if loader is not self.sampled:
