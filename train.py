@@ -1,4 +1,4 @@
-"""Train a torchvision ResNet on a folder of images, mixed by SaliencyMix inside DALI.
+"""Train a classification model of torchvision on a folder of images, mixed by SaliencyMix inside DALI.
 
 One process, on a GPU if there is one:
 
@@ -51,7 +51,7 @@ from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
-from dali_saliencymix.training.models import as_trained, autocast, choose_kernels, model_on
+from dali_saliencymix.training.models import as_trained, autocast, check_image_sizes, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
 from dali_saliencymix.training.options import AS_TRAINED, TrainingOptions
 from dali_saliencymix.training.run_log import Progress, RunLog, StartUp, duration, say, warn
@@ -107,7 +107,9 @@ class Trainer:
         self.start_up.end_of("data set")
 
         torch.manual_seed(data.seed)
-        self.model = model_on(processes.device, options.model, len(self.data.classes))
+        size = data.train_crop_size
+        self.model = model_on(processes.device, options.model, len(self.data.classes), image_size=size)
+        check_image_sizes(self.model, options)
         # All processes begin with these weights. What a step draws, such as dropout, differs between them.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)

@@ -14,7 +14,7 @@ from dali_saliencymix.training.checkpoints import DATA_OPTIONS, LAST, save_check
 # Option and value as given, name and value that come out.
 OPTIONS = [
     ("-a resnet18", "arch", "resnet18"),
-    ("--arch resnext50_32x4d", "arch", "resnext50_32x4d"),
+    ("--arch convnext_tiny", "arch", "convnext_tiny"),
     ("-b 32", "batch_size", 32),
     ("--batch-size 32", "batch_size", 32),
     ("-j 2", "workers", 2),
@@ -210,8 +210,8 @@ WRONG = [
     ("data --saliency deep", "argument --saliency: invalid choice: 'deep'"),
     ("data --box round", "argument --box: invalid choice: 'round'"),
     ("data --lr-scheduler linear", "argument --lr-scheduler: invalid choice: 'linear'"),
-    ("data -a vgg16", "--arch must be one of cifar_resnet18, cifar_resnet50, wrn_28_10, resnet101, resnet152"),
-    ("data -a ResNet18", "got 'ResNet18'"),
+    ("data -a vgg61", "--arch must be cifar_resnet18, cifar_resnet50, wrn_28_10 or one of torchvision.models.list_"),
+    ("data -a ResNet18", "got 'ResNet18'; the nearest names are resnet18, "),
     ("data --evaluate", "--evaluate needs --resume"),
     ("data --evaluate --resume /no/such.pt", "--resume: /no/such.pt: no such checkpoint"),
     ("data --evaluate --resume auto", "--resume auto: output/checkpoint_last.pt: no such checkpoint"),

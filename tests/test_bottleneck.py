@@ -1008,7 +1008,7 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
     with pytest.raises(BottleneckError, match=re.escape("got int64 (2,); give your own with --step")):
         step([labels])
     wrong = dataclasses.replace(args.model, arch="resnet19")
-    with pytest.raises(BottleneckError, match=r"arch: name must be one of .*, got 'resnet19'"):
+    with pytest.raises(BottleneckError, match=r"arch: name must be .*, got 'resnet19'"):
         TrainingStep(wrong, args.optimizer, Processes(0, 0, 1, torch.device("cpu")), num_classes=4)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from dali_saliencymix.training.models import WideResNet, make_model, model_names
+from dali_saliencymix.training.arguments import parse_arguments
+from dali_saliencymix.training.models import WideResNet, check_image_sizes, make_model, model_names
+from dali_saliencymix.training.optimisation import parameter_groups
 
 
 def parameters(model):
@@ -123,19 +126,111 @@ def test_a_small_network_learns_a_batch_by_heart():
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_torchvision_s_resnets_are_made_by_their_names():
+# One of each family, and the image size for which it is made; other sizes are in the tests that follow.
+FAMILIES = {
+    **dict.fromkeys(("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s"), 64),
+    **dict.fromkeys(("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"), 64),
+    **dict.fromkeys(("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_16"), 64),
+    "googlenet": 64,
+    "inception_v3": 96,
+    "maxvit_t": 224,
+    "vit_b_32": 96,
+}
+
+
+def made_without_weights(name, classes=10, **options):
+    """Return a model without memory for its weights; RegNet computes its shape with tensors, which need some."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        return make_model(name, classes, **options).to("meta")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_of_torchvision_gives_logits_in_training_and_has_each_parameter_in_one_group(name):
+    size = FAMILIES[name]
+    model = made_without_weights(name, image_size=size)
+    assert model.training
+    with torch.device("meta"):
+        assert model(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    groups = parameter_groups(model, weight_decay=1.0, norm_weight_decay=2.0, bias_weight_decay=3.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [(names[id(parameter)], group["weight_decay"]) for group in groups for parameter in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values())
+    assert {name for name, decay in found if decay == 3} == {name for name in names.values() if name.endswith("bias")}
+    layers = dict(model.named_modules())
+    norms = {name for name, decay in found if decay == 2}
+    assert all("Norm" in type(layers[name.rpartition(".")[0]]).__name__ for name in norms)
+    assert bool(norms) is (name not in ("alexnet", "squeezenet1_1"))
+
+
+def test_all_classification_models_of_torchvision_are_made_by_their_names():
     names = model_names()
-    assert {"resnet18", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"} <= set(names)
-    assert len(names) == len(set(names))
+    assert {*FAMILIES, "resnext50_32x4d", "wide_resnet50_2"} <= set(names)
+    assert len(names) == len(set(names)) >= 83
     with torch.device("meta"):
         assert parameters(make_model("resnet50", 1000)) == 25_557_032  # as torchvision documents it
+        assert parameters(make_model("convnext_tiny", 1000)) == 28_589_128
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "efficientnet_b0", "mobilenet_v2"])
+def test_dropout_is_what_torchvision_s_own_argument_sets(name):
+    with torch.device("meta"):
+        ours, theirs = (
+            make_model(name, 10, dropout=0.3),
+            torchvision.models.get_model(name, num_classes=10, dropout=0.3),
+        )
+    assert str(ours) == str(theirs)
+    assert "p=0.3" in str(ours)
+
+
+def sizes_fit(name, options):
+    size = parse_arguments(["data", *options.split()]).data.train_crop_size
+    model = made_without_weights(name, image_size=size)
+    check_image_sizes(model, parse_arguments(["data", "-a", name, *options.split()]))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_b_32", "--train-crop-size 224"),
+        ("vit_b_32", "--train-crop-size 64 --training-only"),
+        ("vit_b_32", "--dataset cifar10"),
+        ("resnet18", "--train-crop-size 64 --progressive-size 32@0 96@3"),
+    ],
+)
+def test_image_sizes_that_a_model_takes_are_accepted(name, options):
+    sizes_fit(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: the vit_b_32 of --train-crop-size 224 cannot take"),
+        (
+            "maxvit_t",
+            "--progressive-size 160@0",
+            "--progressive-size 160@0: the maxvit_t of --train-crop-size 224 cann",
+        ),
+        (
+            "alexnet",
+            "--train-crop-size 32",
+            "--train-crop-size 32: the alexnet cannot take images of this size: .* small",
+        ),
+        ("vit_b_32", "--train-crop-size 100", r"image_size \(--train-crop-size\) must be one that vit_b_32 .* got 100"),
+        ("maxvit_t", "--train-crop-size 128", r"image_size \(--train-crop-size\) must be one that maxvit_t .* got 128"),
+    ],
+)
+def test_image_sizes_that_a_model_does_not_take_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        sizes_fit(name, options)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_model("vgg16", 10), r"name must be one of cifar_resnet18, .* got 'vgg16'"),
+        (lambda: make_model("vgg61", 10), r"name must be cifar_resnet18, .* got 'vgg61'; the nearest names are vgg1"),
         (lambda: make_model("resnet18", 10, dropout=0.1), "dropout must be left out for resnet18, .* got 0.1"),
+        (lambda: made_without_weights("convnext_tiny", dropout=0.1), "dropout must be left out for convnext_tiny"),
         (lambda: make_model("wrn_28_10", 10, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: WideResNet(27, 10, 10), r"depth must be 6 n \+ 4 .* got 27"),
     ],

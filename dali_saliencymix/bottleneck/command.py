@@ -185,7 +185,8 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
         step = step_of(load_function(own.step, "--step"))
     elif not own.no_step:
         classes = max(int(source.conditions.get("classes", 1000)), 2)
-        step = of_train_py.TrainingStep(training.model, training.optimizer, processes, num_classes=classes)
+        made_for: dict[str, int] = {"num_classes": classes, "image_size": training.data.train_crop_size}
+        step = of_train_py.TrainingStep(training.model, training.optimizer, processes, **made_for)
     for line in source.conditions.get("notes", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch

@@ -117,12 +117,18 @@ class TrainingStep:
     """
 
     def __init__(
-        self, options: ModelOptions, optimizer: OptimizerOptions, processes: Processes, *, num_classes: int
+        self,
+        options: ModelOptions,
+        optimizer: OptimizerOptions,
+        processes: Processes,
+        *,
+        num_classes: int,
+        image_size: int = 224,
     ) -> None:
         self._options, self._device = options, processes.device
         self._label_smoothing = optimizer.label_smoothing
         with in_one_line("arch", str):
-            model = model_on(processes.device, options, num_classes)
+            model = model_on(processes.device, options, num_classes, image_size=image_size)
         self._updater = Updater(model, optimizer, scale_loss=options.scales_loss)
         self._updater.set_learning_rate(0.0)
         self.batches_per_update = optimizer.accumulation_steps

@@ -29,12 +29,10 @@ class ActivationMaps(NamedTuple):
     probabilities: torch.Tensor  # (N,) float32: what the network gives these classes
 
 
-@torch.no_grad()
-def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int | None = None) -> ActivationMaps:
-    """Return the map of a class, by default of the predicted one, for each of the normalised images (N, C, H, W).
+def last_layers(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """Return ``model.avgpool``, a mean over all positions, and ``model.fc``, a linear layer, which the maps come from.
 
-    The network is in evaluation mode and has to end in ``model.avgpool``, a mean over all positions, and ``model.fc``,
-    a linear layer, as torchvision's ResNets do; otherwise this is a ValueError.
+    ValueError if the network does not end in these, as torchvision's ResNets do.
     """
     pooling, linear = (getattr(model, name, None) for name in ("avgpool", "fc"))
     if not isinstance(pooling, nn.Module) or not isinstance(linear, nn.Linear):
@@ -43,6 +41,16 @@ def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int 
             f"'fc', as torchvision's ResNets do, got {type(model).__name__}"
         )
         raise ValueError(msg)
+    return pooling, linear
+
+
+@torch.no_grad()
+def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int | None = None) -> ActivationMaps:
+    """Return the map of a class, by default of the predicted one, for each of the normalised images (N, C, H, W).
+
+    The network is in evaluation mode; ValueError if it is none that `last_layers` takes.
+    """
+    pooling, linear = last_layers(model)
     seen: list[torch.Tensor] = []
     hook = pooling.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:

@@ -140,7 +140,7 @@ def make_parser(prog: str | None = None) -> _Parser:
     parser = _Parser(
         prog=prog,
         usage="%(prog)s DATA [options]",
-        description="Train a ResNet on a folder of images, mixed by SaliencyMix inside DALI.",
+        description="Train a classification model on a folder of images, mixed by SaliencyMix inside DALI.",
         epilog=_EPILOG,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -340,10 +340,10 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
     if starts != sorted(set(starts)):
         parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
 
-    from dali_saliencymix.training.models import model_names  # last, for torchvision takes seconds to import
+    from dali_saliencymix.training.models import unknown_model  # last, for torchvision takes seconds to import
 
-    if args.arch not in model_names():
-        parser.error(f"--arch must be one of {', '.join(model_names())}, got {args.arch!r}")
+    if wrong := unknown_model(args.arch):
+        parser.error(f"--arch {wrong}")
 
 
 def _flag(option: str) -> str:

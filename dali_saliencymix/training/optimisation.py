@@ -34,7 +34,7 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind = is_norm, is_bias = isinstance(module, NORMS), name == "bias"
+            kind = is_norm, is_bias = isinstance(module, NORMS), name.endswith("bias")
             decay = weight_decay
             if is_bias and bias_weight_decay is not None:
                 decay = bias_weight_decay

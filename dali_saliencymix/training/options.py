@@ -64,7 +64,10 @@ class ModelOptions:
     """The network, and how it computes."""
 
     arch: str = _model(
-        "resnet50", "a ResNet of torchvision, or a model for CIFAR", "-a", "--arch", "--model", metavar="NAME"
+        "resnet50",
+        "a classification model of torchvision, or cifar_resnet18, cifar_resnet50, wrn_28_10",
+        *("-a", "--arch", "--model"),
+        metavar="NAME",
     )
     dropout: float | None = _model(None, "dropout of a model that has it", metavar="P", within="in [0, 1)")
     amp: bool = _speed(False, "compute in 16 bits where that is safe")

@@ -17,7 +17,7 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
 from dali_saliencymix.measure.results import naming, write_json
 from dali_saliencymix.training import evaluation
-from dali_saliencymix.training.activation_maps import save_activation_maps
+from dali_saliencymix.training.activation_maps import last_layers, save_activation_maps
 from dali_saliencymix.training.options import TrainingOptions
 from dali_saliencymix.training.robustness import attacked_accuracy
 from dali_saliencymix.training.run_log import duration, say
@@ -175,6 +175,8 @@ def report_on_checkpoint(
             check_writable(folder)
     loader, backend = data.val_loader(options.data, processes), chosen_backend(options.data)
     *_, (judged, model) = models.items()
+    if asked.cam:
+        last_layers(model)  # before anything is computed
     counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
     images = str(options.data.val_dir or options.data.data or backend)
     resize_size, crop_size = options.data.val_resize_size, options.data.val_crop_size
