@@ -159,6 +159,7 @@ class Trainer:
             if others := checkpoints.changed_options(saved, self.config, AS_TRAINED):
                 warn(f"{path}: not evaluated as it was trained: {'; '.join(others)}", enabled=is_main)
             return
+        checkpoints.check_optimizer(path, saved, opt=self.options.optimizer.opt)
         self.updater.restore(saved)
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         if others := checkpoints.changed_options(saved, self.config):

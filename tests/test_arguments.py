@@ -33,6 +33,8 @@ OPTIONS = [
     ("--lr 0.4", "lr", 0.4),
     ("--wd 5e-5", "weight_decay", 5e-5),
     ("--weight-decay 5e-5", "weight_decay", 5e-5),
+    ("--opt adamw", "opt", "adamw"),
+    ("--optimizer adamw", "opt", "adamw"),
     ("--momentum 0.5", "momentum", 0.5),
     ("--no-nesterov", "nesterov", False),
     ("--lr-scheduler step", "lr_scheduler", "step"),
@@ -219,7 +221,14 @@ WRONG = [
     ("data --resume /", "--resume: /: is a folder, not a checkpoint"),
     ("data --seed -1", "argument --seed: must be a whole number of at least 0, got -1"),
     ("data --epochs 5 --lr-warmup-epochs 5", "--lr-warmup-epochs must be "),
-    ("data --optimizer adam", "unrecognized arguments: --optimizer"),
+    ("data --optimizer adam", "argument --opt/--optimizer: invalid choice: 'adam'"),
+    ("data --opt-betas 0.8 0.9", "--opt-betas does nothing with --opt sgd: leave it out"),
+    ("data --opt-eps 1e-6", "--opt-eps does nothing with --opt sgd: leave it out"),
+    ("data --opt adamw --momentum 0.8", "--momentum does nothing with --opt adamw: leave it out"),
+    ("data --opt adamw --no-nesterov", "--nesterov does nothing with --opt adamw: leave it out"),
+    ("data --opt adamw --opt-betas 0.9", "argument --opt-betas: expected 2 arguments"),
+    ("data --opt adamw --opt-betas 0.9 1", "--opt-betas must be in [0, 1), got 1.0"),
+    ("data --opt adamw --opt-eps 0", "--opt-eps must be a positive number, got 0.0"),
     ("data --epoch 5", "unrecognized arguments: --epoch"),
     ("data --mix-alpha inf", "--mix-alpha must be a positive number, got inf"),
     ("data --mix-prob nan", "--mix-prob must be in [0, 1], got nan"),
@@ -319,6 +328,17 @@ def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
     assert (args.config["saliency"], args.config["destination"]) == (None, None)
     none = parse_arguments(["data", "--config", path, "--mix", "none"])
     assert (none.data.mix, none.config["mix_alpha"]) == (None, 1)
+
+
+def test_a_recipe_can_be_tried_with_another_optimiser(config):
+    sgd = config("{nesterov: false, momentum: 0.8}")
+    assert parse_arguments(["data", "--config", sgd]).optimizer.momentum == 0.8
+    adamw = parse_arguments(["data", "--config", sgd, "--opt", "adamw", "--opt-betas", "0.8", "0.9"]).optimizer
+    assert (adamw.opt, adamw.momentum, adamw.nesterov, adamw.opt_betas) == ("adamw", 0.9, True, (0.8, 0.9))
+    path = config("{opt: adamw, opt-betas: [0.7, 0.9], opt-eps: 1e-6}")
+    adamw = parse_arguments(["data", "--config", path]).optimizer
+    assert (adamw.opt_betas, adamw.opt_eps) == ((0.7, 0.9), 1e-6)
+    assert parse_arguments(["data", "--config", path, "--opt", "sgd"]).optimizer.opt_betas == (0.9, 0.999)
 
 
 WRONG_CONFIGS = [

@@ -87,6 +87,30 @@ def test_an_update_from_several_batches_is_that_of_the_one_large_batch(batches):
     assert (flat(parts) - flat(small_model())).abs().max() > 1e-3
 
 
+def test_adamw_with_groups_accumulation_and_average_is_torch_s_own_on_the_mean_gradients():
+    model = small_model().double().eval()
+    by_hand = copy.deepcopy(model)
+    options = "--opt adamw --opt-betas 0.8 0.95 --opt-eps 1e-3 --wd 0.5 --norm-weight-decay 0 --bias-weight-decay 0.1"
+    updater = updater_of(model, f"{options} --lr 0.01 --model-ema --model-ema-decay 0.75")
+    parameters = dict(by_hand.named_parameters())
+    decayed = {0.5: ["0.weight", "4.weight"], 0.0: ["1.weight"], 0.1: ["0.bias", "1.bias", "4.bias"]}
+    groups = [{"params": [parameters.pop(name) for name in names], "weight_decay": wd} for wd, names in decayed.items()]
+    assert not parameters
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-3, foreach=False)
+    average = torch.empty(0)
+    for number in range(5):
+        images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        step(updater, model, images, batches=4)
+        optimizer.zero_grad()
+        by_hand(images).square().mean().backward()
+        optimizer.step()
+        average = 0.75 * average + 0.25 * flat(by_hand) if number else flat(by_hand)
+    assert updater.ema is not None
+    torch.testing.assert_close(flat(model), flat(by_hand), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(flat(updater.ema.module), average, rtol=1e-10, atol=1e-13)
+    assert (flat(model) - flat(small_model())).abs().min() > 1e-5
+
+
 @pytest.mark.parametrize("precision", ["", "--amp --amp-dtype fp16"])
 def test_gradients_are_clipped_to_a_norm_whatever_the_scale_of_the_loss(precision):
     images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -112,10 +136,12 @@ def test_the_loss_is_scaled_for_float16_only():
         assert updater_of(small_model(), options).scaler.is_enabled() is enabled
 
 
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(device):
+def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(device, opt):
     model, other = small_model().to(device), small_model().to(device)
-    updater, other_updater = (updater_of(each, "--amp --amp-dtype fp16 --lr 0.1") for each in (model, other))
+    options = f"--amp --amp-dtype fp16 --lr 0.1 --opt {opt}"
+    updater, other_updater = (updater_of(each, options) for each in (model, other))
     before, scale = flat(model), updater.scaler.get_scale()
     spoilt = [torch.full_like(parameter, torch.nan) for parameter in model.parameters() for _ in range(9)]
     del spoilt  # the memory that new tensors get
@@ -182,7 +208,10 @@ def test_the_moving_average_is_that_of_the_formula_and_of_the_statistics_too():
     assert not torch.allclose(averaged["1.running_mean"], model[1].running_mean, rtol=1e-3)
 
 
-@pytest.mark.parametrize("options", ["", "--model-ema --amp --amp-dtype fp16 --model-ema-decay 0.5"])
+SCALED = "--model-ema --amp --amp-dtype fp16 --model-ema-decay 0.5"
+
+
+@pytest.mark.parametrize("options", ["", SCALED, f"{SCALED} --opt adamw --norm-weight-decay 0"])
 def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path):
     batches = [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     model = small_model()

@@ -61,6 +61,32 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(full_run, half_run, 
         assert line["best_top1"] == other["best_top1"]
 
 
+def test_another_network_and_optimiser_end_with_the_same_bits_and_resume_with_no_other_optimiser(
+    data_folder, tmp_path, train_here
+):
+    """MNASNet has dropout, and reads no weights without the version that PyTorch keeps beside them."""
+    options = (data_folder, *TINY, "-a", "mnasnet0_5", "--epochs", "1", "--training-only", "-b", "12")
+    adamw = ("--opt", "adamw", "--lr", "0.001", "--model-ema", "--model-ema-decay", "0.5")
+    assert train_here(*options, *adamw, "--output-dir", tmp_path / "whole").status == 0
+    resumed = ("--output-dir", tmp_path / "parts", "--resume", "auto")
+    assert train_here(*options, *adamw, *resumed, "--max-steps", "2").status == 0
+    ended = train_here(*options, "--lr", "0.001", *resumed)
+    assert ended.status == 1
+    assert f"{tmp_path / 'parts' / LAST}: holds the state of adamw; give --opt adamw" in ended.error
+    assert train_here(*options, *adamw, *resumed).status == 0
+    whole, parts = (load_checkpoint(tmp_path / name / LAST) for name in ("whole", "parts"))
+    for part in ("model", "model_ema"):
+        assert all(torch.equal(value, parts[part][name]) for name, value in whole[part].items())
+    for one, other in zip(*(each["optimizer"]["state"].values() for each in (whole, parts)), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    evaluated = (*options, *resumed, "--evaluate")
+    assert train_here(*evaluated).status == 0  # whatever the optimiser
+    picture = next((data_folder / "val").rglob("*.jpg"))
+    ended = train_here(*evaluated, "--cam", picture)
+    assert "class activation maps need a network that ends in a global average pooling" in ended.error
+    assert "top-1" not in ended.out  # nothing was computed
+
+
 def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, data_folder, own_data, train_here):
     more = own_data / "train" / "red_square" / "more.jpg"
     shutil.copy(own_data / "train" / "red_square" / "00000.jpg", more)

@@ -21,6 +21,7 @@ from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
     AS_TRAINED,
+    OPTIMIZERS,
     EvaluationOptions,
     ModelOptions,
     OptimizerOptions,
@@ -97,10 +98,10 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
     if path is not None:
         parser.reading = Path(path)
         from_file = _read_options(parser, _pairs(parser, parser.reading))
-    mix = getattr(from_file, "mix", None)
+    chosen = {choice: getattr(from_file, choice, None) for choice in ("mix", "opt")}
     args = parser.parse_args(arguments, from_file)
-    if mix not in (None, args.mix):  # a recipe tried with another mode
-        for option in _unused(args.mix):
+    for choice, before in chosen.items():  # a recipe tried with another mode or optimiser
+        for option in _unused(choice, getattr(args, choice)) if before not in (None, getattr(args, choice)) else ():
             setattr(args, option, parser.get_default(option))
     return args
 
@@ -259,7 +260,7 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
             parser.error(f"{key} must be true or false, got {value!r}")
         return [option for option in action.option_strings if _negates(action, option) != value][:1]
     if isinstance(value, list):
-        if action.nargs != "+":
+        if action.nargs in (None, "?"):
             parser.error(f"{key} must be one value, got {value!r}")
         return [name, *map(str, value)] if value else []
     if isinstance(value, dict):
@@ -301,9 +302,10 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:
     """End the script where options do not fit each other, or are out of range."""
-    for option in _unused(args.mix):
-        if getattr(args, option) != parser.get_default(option):
-            parser.error(f"{_flag(option)} does nothing with --mix {args.mix}: leave it out")
+    for choice in ("mix", "opt"):
+        for option in _unused(choice, given := getattr(args, choice)):
+            if getattr(args, option) != parser.get_default(option):
+                parser.error(f"{_flag(option)} does nothing with --{choice} {given}: leave it out")
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume, the checkpoint to validate")
     if args.restart_epoch and not args.resume:
@@ -326,8 +328,9 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error(f"--resume: {args.resume}: {what}")
     for declared in _DECLARED:
         rule, value = declared.metadata.get("within"), getattr(args, declared.name)
-        if rule and value is not None and not _RANGES[rule](value):
-            parser.error(f"{_flag(declared.name)} must be {rule}, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if rule and number is not None and not _RANGES[rule](number):
+                parser.error(f"{_flag(declared.name)} must be {rule}, got {number}")
     if args.val_crop_size > args.val_resize_size:
         parser.error(
             f"--val-crop-size must be at most --val-resize-size {args.val_resize_size}, got {args.val_crop_size}"
@@ -350,10 +353,12 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _unused(mix: str) -> list[str]:
-    """Return the options that a mode has no use for."""
-    unused = [_MIX_OPTIONS[name] for name in unused_options(mix) if name in _MIX_OPTIONS]
-    return [*unused, "mix_off_epochs"] if mix == "none" else unused
+def _unused(choice: str, given: str) -> list[str]:
+    """Return the options that a mode, or an optimiser, has no use for: `choice` is "mix" or "opt"."""
+    if choice == "opt":
+        return [option for opt, own in OPTIMIZERS.items() if opt != given for option in own]
+    unused = [_MIX_OPTIONS[name] for name in unused_options(given) if name in _MIX_OPTIONS]
+    return [*unused, "mix_off_epochs"] if given == "none" else unused
 
 
 def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:

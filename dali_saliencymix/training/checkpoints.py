@@ -296,3 +296,10 @@ def changed_data(
         msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {again}"
         raise ValueError(msg)
     return changed
+
+
+def check_optimizer(path: Path | None, saved: Mapping[str, Any], *, opt: str) -> None:
+    """Require the state of a checkpoint to be that of the run's optimiser; those that name none are of SGD."""
+    if (was := saved["config"].get("opt", "sgd")) != opt:
+        msg = f"{path}: holds the state of {was}; give --opt {was}"
+        raise ValueError(msg)

@@ -62,14 +62,15 @@ class Updater:
             norm_weight_decay=options.norm_weight_decay,
             bias_weight_decay=options.bias_weight_decay,
         )
-        self.optimizer = torch.optim.SGD(
-            groups,
-            lr=options.lr,
-            momentum=options.momentum,
-            nesterov=options.nesterov and options.momentum > 0,
-            fused=True,  # one kernel, and the scaler need not ask a GPU whether to leave a step out
-        )
-        if options.momentum:
+        # Fused: one kernel, and the scaler need not ask a GPU whether to leave a step out.
+        common: dict[str, Any] = {"lr": options.lr, "fused": True}
+        self.optimizer: torch.optim.Optimizer
+        if options.opt == "adamw":
+            self.optimizer = torch.optim.AdamW(groups, betas=options.opt_betas, eps=options.opt_eps, **common)
+        else:
+            nesterov = options.nesterov and options.momentum > 0
+            self.optimizer = torch.optim.SGD(groups, momentum=options.momentum, nesterov=nesterov, **common)
+        if options.opt == "sgd" and options.momentum:
             # PyTorch 2.10 and 2.11 make these in the first step. If that one is left out they stay uninitialised.
             for parameter in model.parameters():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -87,6 +87,10 @@ class ModelOptions:
         return self.precision == "fp16"
 
 
+# What only one optimiser has a use for.
+OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("opt_betas", "opt_eps")}
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     """From the gradients to new weights."""
@@ -98,8 +102,18 @@ class OptimizerOptions:
         "0.1 for each 256 images is the usual rule",
         within="a positive number",
     )
+    opt: str = _model("sgd", "optimiser", "--opt", "--optimizer", choices=tuple(OPTIMIZERS))
     momentum: float = _model(0.9, "momentum of SGD", metavar="M", within="in [0, 1)")
-    nesterov: bool = _model(True, "Nesterov momentum")
+    nesterov: bool = _model(True, "Nesterov momentum of SGD")
+    opt_betas: tuple[float, float] = _model(
+        (0.9, 0.999),
+        "decay of AdamW's averages of gradients and of their squares",
+        nargs=2,
+        type=float,
+        metavar=("B1", "B2"),
+        within="in [0, 1)",
+    )
+    opt_eps: float = _model(1e-8, "epsilon of AdamW", metavar="EPS", within="a positive number")
     weight_decay: float = _model(
         1e-4, "weight decay", "--wd", "--weight-decay", metavar="WD", within="a number of at least 0"
     )
