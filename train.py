@@ -54,6 +54,7 @@ from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lo
 from dali_saliencymix.training.models import as_trained, autocast, check_image_sizes, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
 from dali_saliencymix.training.options import AS_TRAINED, TrainingOptions
+from dali_saliencymix.training.pretrained import load_pretrained
 from dali_saliencymix.training.run_log import Progress, RunLog, StartUp, duration, say, warn
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
@@ -102,7 +103,7 @@ class Trainer:
         data, run = options.data, options.run
         saved = checkpoints.load_checkpoint(resume, ENTRIES) if resume else None
 
-        # Validating needs no training images: the checkpoint knows the classes.
+        # Validating needs no training images: the checkpoint knows the classes, or validation folders have their names.
         self.data = open_data(data, classes=saved["classes"] if run.evaluate and saved else None)
         self.start_up.end_of("data set")
 
@@ -110,6 +111,11 @@ class Trainer:
         size = data.train_crop_size
         self.model = model_on(processes.device, options.model, len(self.data.classes), image_size=size)
         check_image_sizes(self.model, options)
+        if run.pretrained and saved:
+            warn(f"{resume}: goes on from there; --pretrained is not read", enabled=processes.is_main)
+        elif run.pretrained:
+            head = load_pretrained(self.model, run.pretrained, len(self.data.classes), with_head=run.evaluate)
+            warn(f"{run.pretrained}: {head}", enabled=processes.is_main and head != "")
         # All processes begin with these weights. What a step draws, such as dropout, differs between them.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
@@ -400,12 +406,13 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
         resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
         trainer = Trainer(options, processes, resume, start_up)
         if options.run.evaluate:
-            assert resume is not None
+            path = resume or options.run.pretrained
+            assert path is not None
             models = {"val": trainer.model}
-            if trainer.updater.ema:
+            if trainer.updater.ema and resume:
                 models["val_ema"] = trainer.updater.ema.module
-            place = {"epoch": trainer.epoch, "step": trainer.step}
-            report.report_on_checkpoint(resume, place, models, trainer.data, options, processes, trainer.validate)
+            place = {"epoch": trainer.epoch, "step": trainer.step} if resume else {}
+            report.report_on_checkpoint(path, place, models, trainer.data, options, processes, trainer.validate)
             return
         trainer.lock = lock
         val_loader = None if options.run.training_only else trainer.val_loader()

@@ -196,6 +196,7 @@ def sizes_fit(name, options):
         ("vit_b_32", "--train-crop-size 64 --training-only"),
         ("vit_b_32", "--dataset cifar10"),
         ("resnet18", "--train-crop-size 64 --progressive-size 32@0 96@3"),
+        ("alexnet", "--train-crop-size 32 --evaluate --pretrained w.pth"),
     ],
 )
 def test_image_sizes_that_a_model_takes_are_accepted(name, options):
@@ -206,6 +207,11 @@ def test_image_sizes_that_a_model_takes_are_accepted(name, options):
     ("name", "options", "message"),
     [
         ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: the vit_b_32 of --train-crop-size 224 cannot take"),
+        (
+            "vit_b_32",
+            "--val-crop-size 256 --evaluate --pretrained w.pth",
+            "--val-crop-size 256: the vit_b_32 of --train-cr",
+        ),
         (
             "maxvit_t",
             "--progressive-size 160@0",

@@ -296,8 +296,8 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
             if args.data is None:
                 parser.error(f"DATA is needed, or {_flag(option)}")
             setattr(args, option, args.data / name)
-    if args.evaluate:
-        args.train_dir = args.val_dir  # a data set has both; training images are not looked at
+    if args.evaluate:  # a data set has both; training images are not looked at
+        args.train_dir, args.train_list = args.val_dir, None
 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:
@@ -306,8 +306,8 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
         for option in _unused(choice, given := getattr(args, choice)):
             if getattr(args, option) != parser.get_default(option):
                 parser.error(f"{_flag(option)} does nothing with --{choice} {given}: leave it out")
-    if args.evaluate and not args.resume:
-        parser.error("--evaluate needs --resume, the checkpoint to validate")
+    if args.evaluate and not args.resume and not args.pretrained:
+        parser.error("--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights")
     if args.restart_epoch and not args.resume:
         parser.error("--restart-epoch needs --resume, the checkpoint to resume from")
     for declared in () if args.evaluate else fields(EvaluationOptions):

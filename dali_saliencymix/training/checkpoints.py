@@ -106,22 +106,28 @@ def _numbered(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     return [((int(match[1]), int(match[2])), path) for match, path in matches if match]
 
 
-def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, verify: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, which has to hold `entries`, onto the CPU without running any code from it.
+def read_tensors(path: str | Path, *types: type, verify: bool = True) -> Any:
+    """Read what PyTorch has saved onto the CPU, without running any code from it.
 
     Without `verify` no check sum is compared and tensors stay in the file until they are used: this is quick.
-    FileNotFoundError if there is no such file; ValueError if it is no checkpoint of this project, is not whole, or
-    holds more than tensors and plain values.
+    FileNotFoundError if there is no such file; ValueError if it is not whole, or holds more than tensors, plain values
+    and objects of `types`, whose attributes are these.
     """
     path = Path(path)
     if not path.is_file():
         msg = f"{path}: no such checkpoint"
         raise FileNotFoundError(msg)
+    damaged = None
     try:
         # PyTorch writes the check sums of a ZIP file and does not look at them: a flipped bit would become a weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if verify else None
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
+        # Files of PyTorch before 1.6 are no ZIP files.
+        zipped = zipfile.is_zipfile(path)
+        if zipped and verify:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        with torch.serialization.safe_globals([*types]):
+            lazily = zipped and not verify
+            saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:  # there is no telling what unpickling a damaged file raises
         # Its own message is not passed on: it advises to run the file's code.
         msg = f"{path}: damaged, or not a checkpoint of tensors and plain values"
@@ -129,8 +135,17 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, ve
     if damaged:
         msg = f"{path}: damaged, the check sum of {damaged} is wrong"
         raise ValueError(msg)
+    return saved
+
+
+def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, verify: bool = True) -> dict[str, Any]:
+    """Read a checkpoint, which has to hold `entries`, with `read_tensors`.
+
+    ValueError, too, if it is no checkpoint of this project.
+    """
+    checkpoint = read_tensors(path, verify=verify)
     missing = [entry for entry in entries if not isinstance(checkpoint, dict) or entry not in checkpoint]
-    if missing or checkpoint is None:
+    if missing:
         msg = f"{path}: not a checkpoint of this project, it has no entry {missing[0]!r}"
         raise ValueError(msg)
     for entry, kind in _TYPES.items():
@@ -259,7 +274,7 @@ def find_resume(run: RunOptions) -> Path | None:
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
         raise ValueError(msg)
     if run.resume and resume is None:
-        say(f"no {last} yet: starting from scratch")
+        say(f"no {last} yet: starting from {run.pretrained or 'scratch'}")
     return resume
 
 

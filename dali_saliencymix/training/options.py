@@ -159,9 +159,15 @@ class RunOptions:
     resume: str | None = _run(
         None, "resume from a checkpoint; auto: from that of the output folder, if there is one", metavar="PATH|auto"
     )
+    pretrained: Path | None = _run(
+        None,
+        "begin with the weights of this file: of torchvision, of its scripts or of a checkpoint; another number of "
+        "classes leaves the last layer fresh",
+        metavar="PATH",
+    )
     evaluate: bool = _run(
         False,
-        "only validate the checkpoint named by --resume; needs no training images",
+        "only validate the checkpoint named by --resume, or the weights of --pretrained; needs no training images",
         *("-e", "--evaluate", "--test-only"),
         action="store_true",
     )

@@ -160,7 +160,8 @@ def report_on_checkpoint(
 ) -> None:
     """Validate the networks of a checkpoint, say and write what comes out; all processes have to call this.
 
-    `place` is where the checkpoint stands: whole ``"epoch"``s, and the ``"step"`` in the next one.
+    `place` is where the checkpoint stands: whole ``"epoch"``s, and the ``"step"`` in the next one; empty for weights
+    that are none.
     `models` holds the network as ``"val"``, and the moving average of its weights, if there is one, as ``"val_ema"``.
     What is asked for beyond top-1 and top-5 is of the last of them. `validate` validates one network, and counts its
     answers class by class with a third argument.
@@ -197,7 +198,8 @@ def report_on_checkpoint(
     }
     network = f"{options.model.arch}, {options.model.precision}, {len(classes)} classes"
     sizes = f"resized to {resize_size} and cropped to {crop_size} pixels by {backend}"
-    say(f"{path}: {network}, after {place['epoch']} epochs and {place['step']} steps", enabled=processes.is_main)
+    after = f", after {place['epoch']} epochs and {place['step']} steps" if place else ""
+    say(f"{path}: {network}{after}", enabled=processes.is_main)
     say(f"{images}: {data.val_images} images, {sizes}", enabled=processes.is_main)
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)

@@ -1,0 +1,74 @@
+"""Weights to begin with, from a file of torchvision, of its reference scripts or of this project."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from dali_saliencymix.training.checkpoints import read_tensors, taken_from
+
+# As torchvision's files name the layers of DenseNet: "denselayer1.norm.1" is "denselayer1.norm1".
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers of GoogLeNet and Inception v3, which are made without them
+
+
+def load_pretrained(model: nn.Module, path: str | Path, num_classes: int, *, with_head: bool = False) -> str:
+    """Load the weights of a file into a model of `num_classes` classes; return what there is to say of its head.
+
+    The file holds a state dict, or a dictionary with one as "model_ema" or else "model"; names may begin with
+    ``module.``. If it is of another number of classes, the parameters whose first dimension is that number keep the
+    weights that they have; with `with_head` this is an error. FileNotFoundError, or ValueError, too, if the file holds
+    no weights, or others than the model has: a name is missing or unknown, or a shape is another one.
+    """
+    with taken_from(path):
+        return _load(model, _read_weights(path), path, num_classes, with_head=with_head)
+
+
+def _load(
+    model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path, num_classes: int, *, with_head: bool
+) -> str:
+    own = model.state_dict()
+    for name in [name for name in weights if name.startswith(_AUXILIARY) and name not in own]:
+        del weights[name]
+    shapes = {name: (weights[name].shape, own[name].shape) for name in own if name in weights}
+    shapes = {name: (there, here) for name, (there, here) in shapes.items() if there != here}
+    classes = {there[0] for there, here in shapes.values() if there and here == (num_classes, *there[1:])}
+    wrong = [
+        f"{name} is {list(there)}, not {list(here)}"
+        for name, (there, here) in shapes.items()
+        if not there or here != (num_classes, *there[1:]) or len(classes) > 1
+    ]
+    for name in shapes:
+        del weights[name]  # not rebuilt: PyTorch keeps the versions of its layers as an attribute of the dictionary
+    found = model.load_state_dict(weights, strict=False)
+    wrong += [f"{name} is missing" for name in found.missing_keys if name not in shapes]
+    wrong += [f"{name} is unknown" for name in found.unexpected_keys]
+    if wrong:
+        msg = f"{path}: holds other weights than the model has: {wrong[0]}"
+        raise ValueError(msg + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
+    if not shapes:
+        return ""
+    line = f"holds weights for {classes.pop()} classes, here are {num_classes}"
+    if with_head:
+        msg = f"{path}: {line}"
+        raise ValueError(msg)
+    return f"{line}: {', '.join(shapes)} keep fresh weights"
+
+
+def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    saved = read_tensors(path, argparse.Namespace)  # torchvision's scripts save their options so
+    entry = next((entry for entry in ("model_ema", "model") if isinstance(saved, dict) and entry in saved), None)
+    weights = saved if entry is None else saved[entry]
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        msg = f"{path}: must hold weights by their names, alone or as 'model_ema' or 'model'"
+        raise ValueError(msg)
+    consume_prefix_in_state_dict_if_present(weights, "module.")
+    weights.pop("n_averaged", None)  # of an average that PyTorch has taken
+    for name in [name for name in weights if _OLD_DENSENET.search(name)]:
+        weights[_OLD_DENSENET.sub(r"\1", name)] = weights.pop(name)
+    return weights
