@@ -112,10 +112,10 @@ class Trainer:
         self.model = model_on(processes.device, options.model, len(self.data.classes), image_size=size)
         check_image_sizes(self.model, options)
         if run.pretrained and saved:
-            warn(f"{resume}: goes on from there; --pretrained is not read", enabled=processes.is_main)
+            warn(f"resuming from {resume}: --pretrained is not read", enabled=processes.is_main)
         elif run.pretrained:
-            head = load_pretrained(self.model, run.pretrained, len(self.data.classes), with_head=run.evaluate)
-            warn(f"{run.pretrained}: {head}", enabled=processes.is_main and head != "")
+            loaded = load_pretrained(self.model, run.pretrained, len(self.data.classes), with_head=run.evaluate)
+            warn(f"{run.pretrained}: {loaded}", enabled=processes.is_main)
         # All processes begin with these weights. What a step draws, such as dropout, differs between them.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)

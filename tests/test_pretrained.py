@@ -61,7 +61,9 @@ def test_the_weights_of_all_kinds_of_files_are_taken_with_the_average_first(kind
     saved = FILES[kind](wanted, trained(seed=2))
     torch.save(saved, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)
     model = make_model("mnasnet0_5", 7)
-    assert load_pretrained(model, tmp_path / "weights.pth", 7) == ""
+    entry = next((name for name in ("model_ema", "model") if name in saved), None)
+    loaded = f"loaded its weights of {entry!r}" if entry else "loaded its weights"
+    assert load_pretrained(model, tmp_path / "weights.pth", 7) == loaded
     expected = wanted.state_dict()
     assert expected.keys() == model.state_dict().keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
@@ -80,7 +82,8 @@ def test_only_the_last_layer_stays_fresh_where_there_are_other_classes(name, hea
     model = make_model(name, 5)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     said = load_pretrained(model, tmp_path / "seven.pth", 5)
-    assert said == f"holds weights for 7 classes, here are 5: {', '.join(head)} keep fresh weights"
+    heads = ", ".join(head)
+    assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep fresh weights"
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name in head else wanted.state_dict()[name])
     with pytest.raises(ValueError, match=r"seven\.pth: holds weights for 7 classes, here are 5$"):
@@ -92,7 +95,7 @@ def test_auxiliary_classifiers_are_left_out_and_the_rest_answers_as_torchvision_
     theirs = torchvision.models.googlenet(num_classes=7, init_weights=False, transform_input=True)
     torch.save(theirs.state_dict(), tmp_path / "googlenet.pth")
     ours = make_model("googlenet", 7)
-    assert load_pretrained(ours, tmp_path / "googlenet.pth", 7) == ""
+    assert load_pretrained(ours, tmp_path / "googlenet.pth", 7) == "loaded its weights"
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
@@ -103,7 +106,7 @@ def test_the_old_names_of_densenet_s_published_weights_are_known(tmp_path):
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "densenet.pth")
     model = make_model("densenet121", 7)
-    assert load_pretrained(model, tmp_path / "densenet.pth", 7) == ""
+    assert load_pretrained(model, tmp_path / "densenet.pth", 7) == "loaded its weights"
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -158,7 +161,7 @@ def test_a_training_begins_with_the_weights_and_its_checkpoint_counts_from_then_
     weights.unlink()
     ended = train_here(data_folder, *options, "--lr", "1e-9", "--max-steps", "1", "--training-only")
     assert ended.status == 0
-    assert f"{tmp_path / 'run' / LAST}: goes on from there; --pretrained is not read" in ended.err
+    assert f"resuming from {tmp_path / 'run' / LAST}: --pretrained is not read" in ended.err
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 2
 
 
@@ -183,5 +186,6 @@ def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp
     options = ("--pretrained", full_run[0] / BEST, "--max-steps", "1", "--output-dir", tmp_path / "run")
     ended = train_here(own_data, *TINY, *options)
     assert ended.status == 0
-    line = "holds weights for 8 classes, here are 7: fc.weight, fc.bias keep fresh weights"
+    what = "loaded its weights of 'model', which are for 8 classes, not 7"
+    line = f"{what}: fc.weight, fc.bias keep fresh weights"
     assert f"{full_run[0] / BEST}: {line}" in ended.err.splitlines()

@@ -18,7 +18,7 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers of GoogLeNet and In
 
 
 def load_pretrained(model: nn.Module, path: str | Path, num_classes: int, *, with_head: bool = False) -> str:
-    """Load the weights of a file into a model of `num_classes` classes; return what there is to say of its head.
+    """Load the weights of a file into a model of `num_classes` classes; return a line on what was loaded.
 
     The file holds a state dict, or a dictionary with one as "model_ema" or else "model"; names may begin with
     ``module.``. If it is of another number of classes, the parameters whose first dimension is that number keep the
@@ -26,7 +26,9 @@ def load_pretrained(model: nn.Module, path: str | Path, num_classes: int, *, wit
     no weights, or others than the model has: a name is missing or unknown, or a shape is another one.
     """
     with taken_from(path):
-        return _load(model, _read_weights(path), path, num_classes, with_head=with_head)
+        weights, entry = _read_weights(path)
+        head = _load(model, weights, path, num_classes, with_head=with_head)
+        return f"loaded its weights{f' of {entry!r}' if entry else ''}{head}"
 
 
 def _load(
@@ -53,14 +55,14 @@ def _load(
         raise ValueError(msg + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
     if not shapes:
         return ""
-    line = f"holds weights for {classes.pop()} classes, here are {num_classes}"
     if with_head:
-        msg = f"{path}: {line}"
+        msg = f"{path}: holds weights for {classes.pop()} classes, here are {num_classes}"
         raise ValueError(msg)
-    return f"{line}: {', '.join(shapes)} keep fresh weights"
+    return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep fresh weights"
 
 
-def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+def _read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Return the weights of a file, and the name of the entry that holds them, if there is one."""
     saved = read_tensors(path, argparse.Namespace)  # torchvision's scripts save their options so
     entry = next((entry for entry in ("model_ema", "model") if isinstance(saved, dict) and entry in saved), None)
     weights = saved if entry is None else saved[entry]
@@ -71,4 +73,4 @@ def _read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     weights.pop("n_averaged", None)  # of an average that PyTorch has taken
     for name in [name for name in weights if _OLD_DENSENET.search(name)]:
         weights[_OLD_DENSENET.sub(r"\1", name)] = weights.pop(name)
-    return weights
+    return weights, entry
