@@ -35,8 +35,14 @@ DTYPES = ("float32", "float16")
 # Of ImageNet's training images, for pixels in 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Mean and std in grey levels 0..255, as ``fn.crop_mirror_normalize`` and `dali_saliencymix.fn.Normalise` take them.
-IMAGENET_IN_GREY_LEVELS = [255 * mean for mean in IMAGENET_MEAN], [255 * std for std in IMAGENET_STD]
+
+
+def in_grey_levels(values: Sequence[float]) -> list[float]:
+    """Return a mean or std as ``fn.crop_mirror_normalize`` and `dali_saliencymix.fn.Normalise` take it: of 0..255."""
+    return [255 * value for value in values]
+
+
+IMAGENET_IN_GREY_LEVELS = in_grey_levels(IMAGENET_MEAN), in_grey_levels(IMAGENET_STD)
 
 _CHUNK = 16  # images for one thread at a time
 

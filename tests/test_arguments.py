@@ -96,6 +96,8 @@ OPTIONS = [
     ("--crop-padding 2", "crop_padding", 2),
     ("--synthetic-classes 10", "synthetic_classes", 10),
     ("--synthetic-steps 10", "synthetic_steps", 10),
+    ("--mean 0.5 0.4 0.3", "mean", [0.5, 0.4, 0.3]),
+    ("--std 0.2 0.3 0.4", "std", [0.2, 0.3, 0.4]),
     ("--val-resize-size 232", "val_resize_size", 232),
     ("--val-crop-size 200", "val_crop_size", 200),
 ]
@@ -244,6 +246,9 @@ WRONG = [
     ("data --mix none --mix-off-epochs 3", "--mix-off-epochs does nothing with --mix none"),
     ("data --progressive-size 128:0", "argument --progressive-size: must be SIZE@EPOCH, such as 160@6, got 128:0"),
     ("data --progressive-size 128@6 160@6", "--progressive-size must name later and later epochs, got 128@6 160@6"),
+    ("data --mean 123.7 116.3 103.5", "--mean must be in [0, 1], got 123.7"),
+    ("data --mean 0.5", "argument --mean: expected 3 arguments"),
+    ("data --std 0.2 0 0.2", "--std must be a positive number, got 0.0"),
     ("data --amp-dtype fp8", "argument --amp-dtype: invalid choice: 'fp8'"),
     ("data --data-backend ffcv", "argument --data-backend: invalid choice: 'ffcv'"),
     ("--dataset cifar10", "DATA is needed"),

@@ -240,8 +240,9 @@ def written(folder: Path, contents: dict[str, bytes]) -> ImageFolder:
 
 def val_loader(folder: ImageFolder, backend: str, **options):
     sizes = {"val_resize_size": SIDE, "val_crop_size": SIDE, "batch_size": 100, "workers": 1}
-    data = FolderData(folder.classes, len(folder), len(folder), folder.root, {}, folder, folder)
-    return data.val_loader(DataOptions(data_backend=backend, device="cpu", **sizes, **options), HERE)
+    wanted, count = DataOptions(data_backend=backend, device="cpu", **sizes, **options), len(folder)
+    data = FolderData(folder.classes, count, count, folder.root, {}, wanted.mean, wanted.std, folder, folder)
+    return data.val_loader(wanted, HERE)
 
 
 def pixels_of(loader) -> np.ndarray:

@@ -256,14 +256,29 @@ def test_all_validate_on_the_same_pixels_of_a_photograph_whatever_its_size(tmp_p
     torch.testing.assert_close(normalised.permute(0, 3, 1, 2), crops[1], atol=1e-4, rtol=0)
 
 
-def test_data_says_how_it_normalises(root):
-    args = options(root, "cifar10 pytorch")
-    data = open_data(args)
-    images, _ = next(iter(data.val_loader(args, process())))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-    assert np.allclose(255 * (images * std + mean).permute(0, 2, 3, 1), data.val.images[:4], atol=1e-3)
-    assert data.mean[0] == pytest.approx(125.3 / 255)
+@each_kind
+@pytest.mark.parametrize("mix", ["saliencymix", "mixup"])  # the former normalises in the same operator, on a CPU
+def test_all_images_are_normalised_with_what_the_options_say(root, kind, mix):
+    seen = []
+    for more in ((), ("--mean", "0.5", "0.4", "0.3", "--std", "0.2", "0.3", "0.4")):
+        args = options(root, kind, "--mix", mix, *more)
+        data = open_data(args)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+        assert (data.mean[1], data.std[1]) == ((0.4, 0.3) if more else (args.mean[1], args.std[1]))
+        loaders = data.train_loader(args, process()), data.val_loader(args, process())
+        seen.append(torch.cat([255 * (images * std + mean) for loader in loaders for images, *_ in epoch(loader)]))
+    assert torch.allclose(*seen, atol=1e-3)
+    assert torch.allclose(seen[0], seen[0].round(), atol=1e-3)
+    if kind.startswith("cifar"):
+        pixels = torch.from_numpy(data.val.images).permute(0, 3, 1, 2).float()
+        assert torch.allclose(seen[0][-len(pixels) :], pixels, atol=1e-3)
+
+
+def test_without_options_a_data_set_is_normalised_with_its_own_values(root):
     assert open_data(options(root)).mean == (0.485, 0.456, 0.406)
+    cifar = open_data(options(root, "cifar10 dali-cpu"))
+    assert 255 * np.array([cifar.mean, cifar.std]) == pytest.approx(np.array([[125.3, 123, 113.9], [63, 62.1, 66.7]]))
+    assert open_data(options(root, "folder synthetic")).std == (1, 1, 1)
 
 
 def test_pytorch_and_dali_crop_alike(root):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from dali_saliencymix import DETECTORS, fine_grained, saliency_peaks
 from dali_saliencymix._dali import mix_nodes as dali_mix
-from dali_saliencymix.loaders.cifar import MEAN, STD, cifar_training_pipeline
+from dali_saliencymix.datasets.cifar import MEAN, STD
+from dali_saliencymix.loaders.cifar import cifar_training_pipeline
 from dali_saliencymix.options import MixOptions
 
 SIZE, PADDING, COUNT = 32, 4, 40

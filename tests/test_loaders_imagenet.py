@@ -110,6 +110,11 @@ def test_sizes_that_cannot_be_are_refused(folder):
         outputs(training_pipeline, folder, min_crop_area=0)
     with pytest.raises(ValueError, match="crop_size must be at most resize_size, got 224 and 100"):
         outputs(validation_pipeline, folder, resize_size=100)
+    for definition in (training_pipeline, validation_pipeline):
+        with pytest.raises(ValueError, match=r"std must be positive, got \[0.2, 0, 0.2\]"):
+            outputs(definition, folder, std=[0.2, 0, 0.2])
+        with pytest.raises(ValueError, match="mean must have one finite number for each of the 3 channels"):
+            outputs(definition, folder, mean=[0.5])
 
 
 def test_of_several_modes_each_sample_gets_one(folder):

@@ -94,6 +94,7 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
     for options, told in (
         (("-b", "6"), "batch_size was 8, is now 6"),
         (("--seed", "1"), "seed was 0, is now 1"),
+        (("--std", "1", "1", "1"), "std was [0.229, 0.224, 0.225], is now [1.0, 1.0, 1.0]"),
         (("--mix", "none"), "mix was saliencymix, is now none"),
         (("--mix-prob", "0.5"), "mix_prob was 1.0, is now 0.5"),
         (("--train-crop-size", "40"), "train_crop_size was 32, is now 40"),
@@ -107,7 +108,10 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
     assert (half_run / LAST).read_bytes() == before
     assert len(read_log(half_run)) == 2
     best = (half_run / BEST).read_bytes()
-    save_checkpoint({**load_checkpoint(half_run / LAST), "best_top1": 99.0}, half_run / LAST)
+    saved = load_checkpoint(half_run / LAST)
+    for name in ("mean", "std"):  # a checkpoint that is older than these options
+        del saved["config"][name]
+    save_checkpoint({**saved, "best_top1": 99.0}, half_run / LAST)
     ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", "-j", "2")
     assert ended.status == 0
     assert read_log(half_run)[-1]["val"] == read_log(full_run[0])[-1]["val"]

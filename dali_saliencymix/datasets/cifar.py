@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZE = 32
+# Of the training images of CIFAR-10, in grey levels 0..255; in use for CIFAR-100 too.
+MEAN = (125.3, 123.0, 113.9)
+STD = (63.0, 62.1, 66.7)
 
 
 class _Layout(NamedTuple):

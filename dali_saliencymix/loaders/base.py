@@ -11,13 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 class LoaderError(RuntimeError):
@@ -66,10 +65,10 @@ class Data(ABC):
         How many images there are.
     root : Path
         Where the training images are.
-    mean, std : tuple of float
-        What images are normalised with, for pixels in 0..1.
     fingerprint : dict from str to str or int
         What decides the batches of a training beside its options. A resumed training has to find the same.
+    mean, std : tuple of float
+        What images are normalised with, for pixels in 0..1.
     """
 
     classes: list[str]
@@ -77,9 +76,8 @@ class Data(ABC):
     val_images: int
     root: Path
     fingerprint: dict[str, str | int]
-
-    mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
-    std: ClassVar[tuple[float, ...]] = IMAGENET_STD
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @abstractmethod
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:

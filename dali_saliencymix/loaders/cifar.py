@@ -26,13 +26,11 @@ from dali_saliencymix.fn import saliency_peaks
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
 from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, device_arguments, process_on
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions, check_with_peaks
-
-MEAN = (125.3, 123.0, 113.9)
-STD = (63.0, 62.1, 66.7)
+from dali_saliencymix.pixels import in_grey_levels
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -77,7 +75,8 @@ def cifar_training_pipeline(
     )
     shape = fn.peek_image_shape(encoded)[:2]
     images = decode_window(encoded, shape * 0, shape, device)
-    return _augmented(images, label, mix, size, padding, 0.5, False, device)
+    options = DataOptions(mix=mix, crop_padding=padding, **{**defaults_of("cifar10"), "train_crop_size": size})
+    return _augmented(images, label, options, device)
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -86,22 +85,15 @@ def _array_pipeline(
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Do what `cifar_training_pipeline` does to images that are in memory already."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
-    images, padding = to_device(process_on, images), options.crop_padding
-    return _augmented(images, label, options.mix, SIZE, padding, options.hflip_prob, options.channels_last, device)
+    return _augmented(to_device(process_on, images), label, options, device)
 
 
 @do_not_convert
 def _augmented(
-    images: DataNode,
-    label: DataNode,
-    mix: MixOptions | None,
-    size: int,
-    padding: int,
-    hflip_prob: float,
-    channels_last: bool,
-    device: str,
+    images: DataNode, label: DataNode, options: DataOptions, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Pad, crop at random, mix, mirror at random, normalise."""
+    mix, padding, size = options.mix, options.crop_padding, options.train_crop_size
     offsets = [float(offset) for offset in range(-padding, padding + 1)]
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
     peaks = None
@@ -121,11 +113,11 @@ def _augmented(
     images, label, source_label, lam = mixed(images, label, mix, peaks=peaks)
     images = fn.crop_mirror_normalize(
         to_device(device, images),
-        mirror=fn.random.coin_flip(probability=hflip_prob),
-        mean=MEAN,
-        std=STD,
+        mirror=fn.random.coin_flip(probability=options.hflip_prob),
+        mean=in_grey_levels(options.mean),
+        std=in_grey_levels(options.std),
         dtype=types.FLOAT,
-        output_layout="HWC" if channels_last else "CHW",
+        output_layout="HWC" if options.channels_last else "CHW",
     )
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
@@ -201,7 +193,7 @@ def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarD
         raise ValueError(msg)
     counts = len(train), len(val)
     fingerprint = fingerprint_of(options, *counts, train.images.tobytes(), train.labels.tobytes())
-    return CifarData(train.classes, *counts, Path(options.data), fingerprint, train, val)
+    return CifarData(train.classes, *counts, Path(options.data), fingerprint, options.mean, options.std, train, val)
 
 
 @dataclass(frozen=True)
@@ -210,8 +202,6 @@ class CifarData(Data):
 
     train: CifarImages
     val: CifarImages
-    mean = tuple(value / 255 for value in MEAN)
-    std = tuple(value / 255 for value in STD)
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
         """Return the training batches of this process, from where `state` stands."""

@@ -29,7 +29,7 @@ from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions
-from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
 # The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
@@ -47,6 +47,8 @@ def training_pipeline(
     hflip_prob: float = 0.5,
     color_jitter: float = 0.0,
     mix: MixOptions | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
@@ -73,6 +75,8 @@ def training_pipeline(
         before the mixing. In [0, 1].
     mix : MixOptions, optional
         How images are mixed. By default they are not: `lam` is 1 and `source_labels` are the labels.
+    mean, std : sequence of 3 floats
+        What images are normalised with, for pixels in 0..1; `std` is positive.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
@@ -105,6 +109,7 @@ def training_pipeline(
     if not 0 <= color_jitter <= 1:
         msg = f"color_jitter must be in [0, 1], got {color_jitter}"
         raise ValueError(msg)
+    mean, std = _scaling(mean, std)
     encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
@@ -123,11 +128,11 @@ def training_pipeline(
     layout = "HWC" if channels_last else "CHW"
     normalise, mode = None, mix.mode if mix is not None else None
     if mode in ("saliencymix", "cutmix") and pays_in_the_mix(process_on or device, device, fp16):
-        normalise = Normalise(*IMAGENET_IN_GREY_LEVELS, mirror, dtype="float16" if fp16 else "float32", layout=layout)
+        normalise = Normalise(mean, std, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
         # On the way to another device the pixels are still bytes.
-        images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout, mirror)
+        images = _normalised(to_device(device, images), crop_size, (mean, std), fp16, layout, mirror)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
@@ -138,6 +143,8 @@ def validation_pipeline(
     *,
     resize_size: int = 256,
     crop_size: int = 224,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
@@ -154,7 +161,7 @@ def validation_pipeline(
         Length of the short side before the crop.
     crop_size : int
         Height and width of the crop, at most `resize_size`.
-    files, labels, process_on, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
+    files, labels, mean, std, process_on, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
         As for `training_pipeline`. The last batch is filled up with its last image, for the iterator to cut off.
 
     Returns
@@ -165,6 +172,7 @@ def validation_pipeline(
     if crop_size > resize_size:
         msg = f"crop_size must be at most resize_size, got {crop_size} and {resize_size}"
         raise ValueError(msg)
+    scaling = _scaling(mean, std)
     encoded, label = read_files(files, labels, shard_id, num_shards)
     shape = image_shape(encoded)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
@@ -177,7 +185,7 @@ def validation_pipeline(
     # The centre is cut out here, not while normalising, where that would be all on the way to another device.
     images = fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[crop_size, crop_size], axis_names="HW")
     layout = "HWC" if channels_last else "CHW"
-    images = _normalised(to_device(device, images), (crop_size, crop_size), fp16, layout)
+    images = _normalised(to_device(device, images), crop_size, scaling, fp16, layout)
     return to_device(device, images), to_device(device, label)
 
 
@@ -257,13 +265,26 @@ def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
 
 
 @do_not_convert
+def _scaling(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return a valid mean and std in grey levels."""
+    check_scaling(mean, std, "float32", "CHW")
+    check_channels(3, mean, std)
+    return in_grey_levels(mean), in_grey_levels(std)
+
+
+@do_not_convert
 def _normalised(
-    images: DataNode, crop: tuple[int, int], fp16: bool, layout: str, mirror: DataNode | int = 0
+    images: DataNode,
+    size: int,
+    scaling: tuple[list[float], list[float]],
+    fp16: bool,
+    layout: str,
+    mirror: DataNode | int = 0,
 ) -> DataNode:
-    mean, std = IMAGENET_IN_GREY_LEVELS
+    mean, std = scaling
     return fn.crop_mirror_normalize(
         images,
-        crop=crop,
+        crop=(size, size),
         mirror=mirror,
         mean=mean,
         std=std,
@@ -361,6 +382,8 @@ def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, A
         "device": processes.device,
         "process_on": process_on(options, processes),
         "channels_last": options.channels_last,
+        "mean": options.mean,
+        "std": options.std,
         "rank": processes.rank,
         "world_size": processes.world_size,
     }
@@ -411,7 +434,7 @@ def open_folder(options: DataOptions, classes: list[str] | None = None) -> Folde
         val = _those_of_list(val, options.val_list, "--val-list")
     counts = len(train), len(val)
     fingerprint = fingerprint_of(options, *counts, *_names_and_sizes(train))
-    return FolderData(train.classes, *counts, train.root, fingerprint, train, val)
+    return FolderData(train.classes, *counts, train.root, fingerprint, options.mean, options.std, train, val)
 
 
 @dataclass(frozen=True)

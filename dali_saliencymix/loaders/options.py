@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix.datasets.cifar import DATASETS as CIFAR_DATASETS
+from dali_saliencymix.datasets import cifar
 from dali_saliencymix.options import PRESETS, MixOptions
+from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
-DATASETS = ("folder", *CIFAR_DATASETS)
+DATASETS = ("folder", *cifar.DATASETS)
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
 
@@ -63,6 +64,16 @@ class DataOptions:
         within="in [0, 1]",
     )
     crop_padding: int = option(4, "with CIFAR: zeros around an image to crop from", least=0)
+    mean: tuple[float, ...] = option(
+        IMAGENET_MEAN,
+        "mean of each channel to normalise with, for pixels in 0..1 (default: that of ImageNet or CIFAR)",
+        nargs=3,
+        metavar=("R", "G", "B"),
+        within="in [0, 1]",
+    )
+    std: tuple[float, ...] = option(
+        IMAGENET_STD, "the standard deviation", nargs=3, metavar=("R", "G", "B"), within="a positive number"
+    )
     val_resize_size: int = option(256, "short side of validation images", metavar="PIXELS")
     val_crop_size: int = option(224, "centre crop of validation images", metavar="PIXELS")
     synthetic_classes: int = option(1000, "classes of synthetic data")
@@ -77,3 +88,11 @@ class DataOptions:
         group="checkpoints and faults",
         least=0,
     )
+
+
+def defaults_of(dataset: str) -> dict[str, Any]:
+    """Return the options of `DataOptions` whose defaults follow from the data set, with these."""
+    if dataset == "folder":
+        return {name: getattr(DataOptions, name) for name in ("train_crop_size", "mean", "std")}
+    mean, std = (tuple(value / 255 for value in values) for values in (cifar.MEAN, cifar.STD))
+    return {"train_crop_size": cifar.SIZE, "mean": mean, "std": std}

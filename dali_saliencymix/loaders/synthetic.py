@@ -16,8 +16,8 @@ def open_synthetic(options: DataOptions, classes: list[str] | None = None) -> Sy
     """Return data of `options.synthetic_classes` classes, or of `classes`."""
     images = options.synthetic_steps * options.batch_size
     names = classes or [f"class {number}" for number in range(options.synthetic_classes)]
-    fingerprint = fingerprint_of(options, images, images)
-    return SyntheticData(names, images, images, Path("synthetic"), fingerprint, options.synthetic_steps)
+    fingerprint, scaling = fingerprint_of(options, images, images), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return SyntheticData(names, images, images, Path("synthetic"), fingerprint, *scaling, options.synthetic_steps)
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,6 @@ class SyntheticData(Data):
     """No data: one constant batch."""
 
     steps: int
-    mean = (0.0, 0.0, 0.0)
-    std = (1.0, 1.0, 1.0)
 
     def train_loader(
         self, options: DataOptions, processes: Processes, *, state: dict[str, int] | None = None

@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 import yaml
 
 from dali_saliencymix._errors import add_traceback, line_of, printable
-from dali_saliencymix.datasets.cifar import SIZE as CIFAR_SIZE
 from dali_saliencymix.datasets.damage import why_unusable
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
@@ -159,7 +158,7 @@ def make_parser(prog: str | None = None) -> _Parser:
         add_option(mixing, name)
     for declared in _DECLARED:
         _add_declared(groups[declared.metadata["group"]], declared)
-    parser.set_defaults(train_crop_size=None)  # it follows from the data set
+    parser.set_defaults(**dict.fromkeys(defaults_of(DataOptions.dataset)))  # None: they follow from the data set
     return parser
 
 
@@ -363,8 +362,9 @@ def _unused(choice: str, given: str) -> list[str]:
 
 def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:
     """Return the options in their groups."""
-    if args.train_crop_size is None:
-        args.train_crop_size = DataOptions.train_crop_size if args.dataset == "folder" else CIFAR_SIZE
+    for name, value in defaults_of(args.dataset).items():
+        if getattr(args, name) is None:
+            setattr(args, name, list(value) if isinstance(value, tuple) else value)
     del args.traceback  # which is none of the run
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.measure.results import naming, one_line
 from dali_saliencymix.training.options import EvaluationOptions, RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
@@ -236,7 +237,7 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
 # The options that decide which batches a run sees: a run that resumes has to keep them.
 DATA_OPTIONS = (
     *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
-    *("color_jitter", "progressive_size", "mix_off_epochs"),
+    *("color_jitter", "mean", "std", "progressive_size", "mix_off_epochs"),
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
 
@@ -290,6 +291,12 @@ def check_model(path: Path | None, saved: Mapping[str, Any], *, arch: str, class
         raise ValueError(msg)
 
 
+def _defaults(dataset: str) -> dict[str, Any]:
+    """Return the options of the data that hold where a checkpoint is older than they, as a configuration holds them."""
+    values = {each.name: each.default for each in dataclasses.fields(DataOptions)} | defaults_of(dataset)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
 def changed_data(
     path: Path | None,
     saved: Mapping[str, Any],
@@ -303,7 +310,8 @@ def changed_data(
     """
     # Where mixing ends depends on where the training ends.
     names = (*DATA_OPTIONS, "world_size", *(("epochs",) if options.schedule.mix_off_epochs else ()))
-    before = {name: saved["config"][name] for name in names} | saved["data"]
+    was = {**_defaults(saved["config"]["dataset"]), **saved["config"]}
+    before = {name: was[name] for name in names} | saved["data"]
     present = {name: config[name] for name in names} | dict(fingerprint)
     changed = differences(before, present)
     if changed and not options.run.restart_epoch:
