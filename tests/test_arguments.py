@@ -92,6 +92,8 @@ OPTIONS = [
     ("--train-list some.txt", "train_list", Path("some.txt")),
     ("--val-list some.txt", "val_list", Path("some.txt")),
     ("--hflip-prob 0", "hflip_prob", 0.0),
+    ("--auto-augment ra", "auto_augment", "ra"),
+    ("--aa ta_wide", "auto_augment", "ta_wide"),
     ("--color-jitter 0.4", "color_jitter", 0.4),
     ("--crop-padding 2", "crop_padding", 2),
     ("--synthetic-classes 10", "synthetic_classes", 10),
@@ -246,6 +248,10 @@ WRONG = [
     ("data --mix none --mix-off-epochs 3", "--mix-off-epochs does nothing with --mix none"),
     ("data --progressive-size 128:0", "argument --progressive-size: must be SIZE@EPOCH, such as 160@6, got 128:0"),
     ("data --progressive-size 128@6 160@6", "--progressive-size must name later and later epochs, got 128@6 160@6"),
+    ("data --aa imagenet", "argument --auto-augment/--aa: invalid choice: 'imagenet'"),
+    ("data --ra-magnitude 5", "--ra-magnitude does nothing without --auto-augment: leave it out"),
+    ("data --aa ta_wide --ra-magnitude 5", "--ra-magnitude does nothing with --auto-augment ta_wide: leave it out"),
+    ("data --aa ra --ra-magnitude 31", "--ra-magnitude must be in [0, 30], got 31"),
     ("data --mean 123.7 116.3 103.5", "--mean must be in [0, 1], got 123.7"),
     ("data --mean 0.5", "argument --mean: expected 3 arguments"),
     ("data --std 0.2 0 0.2", "--std must be a positive number, got 0.0"),
@@ -334,6 +340,13 @@ def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
     assert (args.config["saliency"], args.config["destination"]) == (None, None)
     none = parse_arguments(["data", "--config", path, "--mix", "none"])
     assert (none.data.mix, none.config["mix_alpha"]) == (None, 1)
+
+
+def test_a_recipe_can_be_tried_with_another_policy(config):
+    path = config("{auto-augment: ra, ra-magnitude: 5}")
+    assert parse_arguments(["data", "--config", path]).data.ra_magnitude == 5
+    data = parse_arguments(["data", "--config", path, "--aa", "ta_wide"]).data
+    assert (data.auto_augment, data.ra_magnitude) == ("ta_wide", 9)
 
 
 def test_a_recipe_can_be_tried_with_another_optimiser(config):

@@ -20,6 +20,7 @@ from shared.training_fixtures import TINY
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.loaders import imagenet
 from dali_saliencymix.loaders import torch as torch_loaders
 from dali_saliencymix.loaders.base import LoaderError, chosen_backend
 from dali_saliencymix.loaders.cifar import CifarData
@@ -208,7 +209,8 @@ def test_loaders_draw_nothing_from_the_generators_of_the_training(root, kind):
 
 
 def test_the_number_of_workers_changes_nothing(root):
-    batches = [epoch(train(options(root, "folder pytorch", "-j", workers))) for workers in ("1", "2")]
+    args = [options(root, "folder pytorch", "--aa", "ra", "-j", workers) for workers in ("1", "2")]
+    batches = [epoch(train(each)) for each in args]
     assert_equal_batches(*batches)
 
 
@@ -323,6 +325,69 @@ def test_colours_change_by_the_factors_that_are_allowed(root, backend):
     assert ((ratio > 0.5) & (ratio < 1.5)).all()
     saturation = [(images * std).std(dim=1).mean(dim=(1, 2)) for images in (plain, changed)]
     assert (saturation[1] / saturation[0] / ratio).std() > 0.05
+
+
+def grey_levels(root, kind, *more, epochs=1):
+    """Return all training images as grey levels, in the order of their files."""
+    args = options(root, kind, "--mix", "none", "--hflip-prob", "0", "-b", "10", *more)
+    loader, images, labels = train(args), [], []
+    for _ in range(epochs):
+        batches = epoch(loader)
+        images += [images for images, *_ in batches]
+        labels += ids(batches)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (args.mean, args.std))
+    return 255 * (torch.cat(images) * std + mean)[np.argsort(labels, kind="stable")]
+
+
+@pytest.mark.parametrize("policy", ["ra", "ta_wide"])
+@pytest.mark.parametrize(("dataset", "count"), [("folder", "32"), ("cifar10", "30")])
+def test_pytorch_and_dali_augment_about_as_much(root, dataset, count, policy):
+    same, changes = ("--min-crop-area", "1", "--crop-padding", "0", "-b", count), []
+    for kind in (f"{dataset} dali-cpu", f"{dataset} pytorch"):
+        plain = grey_levels(root, kind, *same).repeat_interleave(8, dim=0)
+        changed = grey_levels(root, kind, *same, "--aa", policy, epochs=8)
+        levels = (changed - plain).abs().mean(dim=(1, 2, 3))
+        changes.append(levels.mean())
+        assert 0.7 < (levels > 1).float().mean() < 1  # one operation of 14 changes nothing
+        # What comes in from beyond the image is grey.
+        grey = ((changed - 128).abs().amax(dim=1) < 0.1).float().mean(dim=(1, 2))
+        assert 0.15 < (grey > 0.05).float().mean() < 0.5
+    assert min(changes) > 15
+    assert 0.75 < changes[0] / changes[1] < 1.33
+
+
+@pytest.mark.parametrize("kind", ["folder dali-cpu", "cifar10 pytorch"])
+def test_a_larger_magnitude_changes_more(root, kind):
+    same = ("--min-crop-area", "1", "--crop-padding", "0")
+    plain = grey_levels(root, kind, *same)
+    weak, strong = (
+        (grey_levels(root, kind, *same, "--aa", "ra", "--ra-magnitude", magnitude) - plain).abs().mean()
+        for magnitude in ("2", "30")
+    )
+    assert strong > 1.5 * weak
+
+
+@each_kind
+@pytest.mark.parametrize("policy", ["ra", "ta_wide"])
+def test_augmented_batches_come_again_after_a_state_taken_anywhere(root, kind, policy):
+    args = options(root, kind, "-b", "10", "--aa", policy, "--mix-prob", "0.6")
+    data = numbered(open_data(args))
+    batches, states = epochs_with_states(train(args, data=data), 2)
+    for position in (1, 3, 5):
+        restored = train(args, data=data, state=pickle.loads(pickle.dumps(states[position - 1])))
+        rest = epoch(restored) + (epoch(restored) if position < 3 else [])
+        assert_equal_batches(rest, batches[position:])
+
+
+def test_what_goes_wrong_while_a_pipeline_is_defined_is_said_in_one_line(root, monkeypatch):
+    def mixed(*_, **__):
+        msg = "a package is missing"
+        raise ImportError(msg)
+
+    monkeypatch.setattr(imagenet, "mixed", mixed)
+    for more in ((), ("--aa", "ra")):
+        with pytest.raises(ImportError, match=r"^a package is missing$"):
+            train(options(root, "folder dali-cpu", *more))
 
 
 @pytest.mark.parametrize("mode", ["saliencymix", "cutmix", "mixup"])

@@ -23,12 +23,18 @@ from nvidia.dali.types import BatchInfo
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
+from dali_saliencymix.loaders.augmentation import auto_augmented
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
-from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, device_arguments, process_on
+from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, define, device_arguments, process_on
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import PaddedImages, torch_training_loader, torch_validation_loader
+from dali_saliencymix.loaders.torch import (
+    PaddedImages,
+    policy_of,
+    torch_training_loader,
+    torch_validation_loader,
+)
 from dali_saliencymix.options import MixOptions, check_with_peaks
 from dali_saliencymix.pixels import in_grey_levels
 
@@ -85,7 +91,10 @@ def _array_pipeline(
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Do what `cifar_training_pipeline` does to images that are in memory already."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
-    return _augmented(to_device(process_on, images), label, options, device)
+    images = to_device(process_on, images)
+    if options.auto_augment is not None:
+        images = auto_augmented(images, options.auto_augment, options.ra_magnitude, SIZE, 32 / 32)
+    return _augmented(images, label, options, device)
 
 
 @do_not_convert
@@ -150,7 +159,8 @@ class _CifarLoader(Batches):
             indices = shard[step * batch_size : (step + 1) * batch_size]
             return cifar.images[indices], cifar.labels[indices, None]
 
-        pipeline = _array_pipeline(
+        pipeline = define(
+            _array_pipeline,
             source,
             options,
             process_on(options, processes),
@@ -158,6 +168,7 @@ class _CifarLoader(Batches):
             num_threads=options.workers,
             seed=options.seed + rank,
             checkpoint=state["pipeline"] if state else None,
+            enable_conditionals=options.auto_augment is not None,
             **device_arguments(processes.device),
         )
         # The source never ends: epochs are counted here.
@@ -222,7 +233,8 @@ class CifarData(Data):
                 )
                 raise ValueError(msg)
         if chosen_backend(options) == "pytorch":
-            images = PaddedImages(self.train, padding, mix.saliency if mix is not None and before else None)
+            saliency = mix.saliency if mix is not None and before else None
+            images = PaddedImages(self.train, padding, saliency, policy_of(options))
             return torch_training_loader(self, images, options, processes, state)
         return _CifarLoader(self.train, options, processes, state)
 

@@ -205,6 +205,17 @@ def _decodes(file: str) -> bool:
     return True
 
 
+def define(definition: Callable[..., Pipeline], *arguments: Any, **options: Any) -> Pipeline:
+    """Return a pipeline of a definition, and raise what goes wrong in it as it was raised there."""
+    try:
+        return definition(*arguments, **options)
+    except Exception as error:
+        # With conditionals, DALI raises another error, of many lines and maybe of another type.
+        if hasattr(error, "ag_error_metadata") and error.__context__ is not None:
+            raise error.__context__ from None
+        raise
+
+
 def device_arguments(device: torch.device) -> dict[str, Any]:
     """Return the arguments by which a pipeline definition and DALI know a device, or refuse a GPU that is not there."""
     if device.type != "cuda":

@@ -19,15 +19,22 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 
+from dali_saliencymix._checks import check_choice
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import gpu_route, route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.loaders.augmentation import auto_augmented
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of
-from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, device_arguments, process_on
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
+from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import FolderImages, torch_training_loader, torch_validation_loader
+from dali_saliencymix.loaders.torch import (
+    FolderImages,
+    policy_of,
+    torch_training_loader,
+    torch_validation_loader,
+)
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
@@ -45,6 +52,8 @@ def training_pipeline(
     crop_size: int = 224,
     min_crop_area: float = 0.08,
     hflip_prob: float = 0.5,
+    auto_augment: str | None = None,
+    ra_magnitude: int = 9,
     color_jitter: float = 0.0,
     mix: MixOptions | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -58,7 +67,7 @@ def training_pipeline(
     shuffle_seed: int = 0,
     hw_decoder_load: float = 0.65,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Decode a random crop, resize, change colours, mix, mirror at random, normalise.
+    """Decode a random crop, resize, augment, change colours, mix, mirror at random, normalise.
 
     Parameters
     ----------
@@ -70,6 +79,11 @@ def training_pipeline(
         Smallest area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
     hflip_prob : float
         Probability that an image is mirrored.
+    auto_augment : {"ra", "ta_wide"}, optional
+        RandAugment with two operations, or TrivialAugment Wide, by ``nvidia.dali.auto_aug``, after the resize. The
+        pipeline then needs ``enable_conditionals=True``, a parameter of DALI's, too.
+    ra_magnitude : int
+        Magnitude of RandAugment, in [0, 30].
     color_jitter : float
         Brightness, contrast and saturation are multiplied by factors drawn from [1 - color_jitter, 1 + color_jitter],
         before the mixing. In [0, 1].
@@ -106,6 +120,11 @@ def training_pipeline(
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
         raise ValueError(msg)
+    if auto_augment is not None:
+        check_choice(auto_augment, "auto_augment", AUTO_AUGMENT)
+    if not 0 <= ra_magnitude <= 30:
+        msg = f"ra_magnitude must be in [0, 30], got {ra_magnitude}"
+        raise ValueError(msg)
     if not 0 <= color_jitter <= 1:
         msg = f"color_jitter must be in [0, 1], got {color_jitter}"
         raise ValueError(msg)
@@ -121,6 +140,8 @@ def training_pipeline(
     )
     images = decode_window(encoded, start, shape, process_on or device, hw_decoder_load)
     images = fn.resize(images, size=(crop_size, crop_size))
+    if auto_augment is not None:
+        images = auto_augmented(images, auto_augment, ra_magnitude, crop_size, 32 / 224)  # up to 32 pixels of 224
     if color_jitter:
         factors = [fn.random.uniform(range=[1 - color_jitter, 1 + color_jitter]) for _ in range(3)]
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
@@ -349,6 +370,7 @@ def training_loader(
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
     """Return what makes the pipeline of `training_loader`, which explains the options."""
+    options["enable_conditionals"] = options.get("auto_augment") is not None
     return _builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
 
 
@@ -363,7 +385,7 @@ def _builder(
 ) -> Build:
     options |= {"shard_id": rank, "num_shards": world_size, "prefetch_queue_depth": prefetch}
     options |= device_arguments(device)
-    return lambda files, labels, checkpoint: pipeline(files, labels, checkpoint=checkpoint, **options)
+    return lambda files, labels, checkpoint: define(pipeline, files, labels, checkpoint=checkpoint, **options)
 
 
 def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
@@ -371,7 +393,8 @@ def training_arguments(options: DataOptions, processes: Processes) -> dict[str, 
     return {
         **_common_arguments(options, processes),
         "crop_size": options.train_crop_size,
-        **{name: getattr(options, name) for name in ("min_crop_area", "color_jitter", "hflip_prob", "mix", "seed")},
+        **{name: getattr(options, name) for name in ("auto_augment", "ra_magnitude", "color_jitter")},
+        **{name: getattr(options, name) for name in ("min_crop_area", "hflip_prob", "mix", "seed")},
     }
 
 
@@ -448,7 +471,8 @@ class FolderData(Data):
         """Return the training batches of this process, from where `state` stands."""
         check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         if chosen_backend(options) == "pytorch":
-            images = FolderImages(self.train, options.train_crop_size, options.min_crop_area, options.color_jitter)
+            sizes = options.train_crop_size, options.min_crop_area
+            images = FolderImages(self.train, *sizes, options.color_jitter, policy=policy_of(options))
             return torch_training_loader(self, images, options, processes, state)
         arguments = training_arguments(options, processes)
         return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)

@@ -11,6 +11,7 @@ from dali_saliencymix.options import PRESETS, MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DATASETS = ("folder", *cifar.DATASETS)
+AUTO_AUGMENT = ("ra", "ta_wide")  # RandAugment, TrivialAugment Wide
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
 
@@ -57,6 +58,13 @@ class DataOptions:
         0.08, "smallest area of the random crop, as a share of the image", metavar="A", within="in (0, 1]"
     )
     hflip_prob: float = option(0.5, "probability of a horizontal flip", metavar="P", within="in [0, 1]")
+    auto_augment: str | None = option(
+        None,
+        "augment by a policy: RandAugment, with two operations, or TrivialAugment Wide",
+        *("--auto-augment", "--aa"),
+        choices=AUTO_AUGMENT,
+    )
+    ra_magnitude: int = option(9, "magnitude of RandAugment, out of 0 to 30", least=0, within="in [0, 30]")
     color_jitter: float = option(
         0.0,
         "brightness, contrast and saturation change by factors in [1 - X, 1 + X]",

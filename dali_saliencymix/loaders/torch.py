@@ -84,6 +84,7 @@ class FolderImages:
     min_crop_area: float = 0.08
     color_jitter: float = 0.0
     resize_size: int | None = None
+    policy: v2.Transform | None = None
 
     @property
     def labels(self) -> list[int]:
@@ -97,15 +98,16 @@ class FolderImages:
             steps = [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
         else:
             steps = [v2.RandomResizedCrop(self.crop_size, scale=(self.min_crop_area, 1.0), ratio=(3 / 4, 4 / 3))]
+            if self.policy is not None:
+                steps.append(self.policy)
             if self.color_jitter:
                 steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
         cut = v2.Compose(steps)
         images = np.empty((len(indices), self.crop_size, self.crop_size, 3), np.uint8)
-        # torchvision draws from PyTorch's own generator, which is given back as it was.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of many pixels
             for place, index in enumerate(indices):
-                torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
+                _seed_torchvision(seed, epoch, index)
                 file = self.folder.files[index]
                 try:
                     image = _decoded(file)
@@ -114,6 +116,19 @@ class FolderImages:
                     raise BadFileError(file, int(index), why) from error
                 images[place] = np.asarray(cut(image))
         return images, None
+
+
+def _seed_torchvision(seed: int, epoch: int, index: int) -> None:
+    """Seed what torchvision draws from, PyTorch's own generator, for an image; who calls this gives it back."""
+    torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
+
+
+def policy_of(options: DataOptions) -> v2.Transform | None:
+    """Return torchvision's transform for the option `auto_augment`, which interpolates and fills as DALI's does."""
+    common: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": 128}
+    if options.auto_augment == "ra":
+        return v2.RandAugment(num_ops=2, magnitude=options.ra_magnitude, **common)
+    return v2.TrivialAugmentWide(**common) if options.auto_augment is not None else None
 
 
 def _decoded(file: str) -> Image.Image:
@@ -125,12 +140,14 @@ def _decoded(file: str) -> Image.Image:
 class PaddedImages:
     """Small images in memory, each a random crop of the image with a border of zeros.
 
-    `saliency` is the detector that finds the most salient pixels before there is a border.
+    `saliency` is the detector that finds the most salient pixels before there is a border, in the images as `policy`
+    has changed them.
     """
 
     cifar: CifarImages
     padding: int = 0
     saliency: str | Detector | None = None
+    policy: v2.Transform | None = None
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -138,8 +155,13 @@ class PaddedImages:
         return self.cifar.labels
 
     def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Pad and crop."""
+        """Change by the policy, pad and crop."""
         images = self.cifar.images[indices]
+        if self.policy is not None:
+            with torch.random.fork_rng(devices=[]):
+                for place, index in enumerate(indices):
+                    _seed_torchvision(seed, epoch, index)
+                    images[place] = np.asarray(self.policy(Image.fromarray(images[place])))
         size = images.shape[1]
         peaks = None
         if self.saliency is not None:

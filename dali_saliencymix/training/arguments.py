@@ -46,6 +46,8 @@ _TITLES = (
 # The mixing options that there are, and what they are called here.
 _MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name in ("preset", *PRESET_OPTIONS)}
 
+_CHOICES = ("mix", "opt", "auto_augment")  # options that decide which others have a use
+
 _RANGES: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda value: 0 < value < math.inf,
     "a number of at least 0": lambda value: 0 <= value < math.inf,
@@ -54,6 +56,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
     "in (0, 1)": lambda value: 0 < value < 1,
+    "in [0, 30]": lambda value: 0 <= value <= 30,
 }
 
 _EPILOG = """
@@ -97,9 +100,9 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
     if path is not None:
         parser.reading = Path(path)
         from_file = _read_options(parser, _pairs(parser, parser.reading))
-    chosen = {choice: getattr(from_file, choice, None) for choice in ("mix", "opt")}
+    chosen = {choice: getattr(from_file, choice, None) for choice in _CHOICES}
     args = parser.parse_args(arguments, from_file)
-    for choice, before in chosen.items():  # a recipe tried with another mode or optimiser
+    for choice, before in chosen.items():  # a recipe tried with another mode, optimiser or policy
         for option in _unused(choice, getattr(args, choice)) if before not in (None, getattr(args, choice)) else ():
             setattr(args, option, parser.get_default(option))
     return args
@@ -301,10 +304,11 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:
     """End the script where options do not fit each other, or are out of range."""
-    for choice in ("mix", "opt"):
+    for choice in _CHOICES:
         for option in _unused(choice, given := getattr(args, choice)):
             if getattr(args, option) != parser.get_default(option):
-                parser.error(f"{_flag(option)} does nothing with --{choice} {given}: leave it out")
+                what = f"with {_flag(choice)} {given}" if given else f"without {_flag(choice)}"
+                parser.error(f"{_flag(option)} does nothing {what}: leave it out")
     if args.evaluate and not args.resume and not args.pretrained:
         parser.error("--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights")
     if args.restart_epoch and not args.resume:
@@ -352,8 +356,10 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _unused(choice: str, given: str) -> list[str]:
-    """Return the options that a mode, or an optimiser, has no use for: `choice` is "mix" or "opt"."""
+def _unused(choice: str, given: Any) -> list[str]:
+    """Return the options that a mode, an optimiser or a policy has no use for: `choice` is one of `_CHOICES`."""
+    if choice == "auto_augment":
+        return [] if given == "ra" else ["ra_magnitude"]
     if choice == "opt":
         return [option for opt, own in OPTIMIZERS.items() if opt != given for option in own]
     unused = [_MIX_OPTIONS[name] for name in unused_options(given) if name in _MIX_OPTIONS]
