@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 from shared.cifar_files import python2_pickle, write_cifar
 from shared.training_fixtures import TINY
+from torchvision.transforms import RandomErasing
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
-from dali_saliencymix.loaders import imagenet
+from dali_saliencymix.loaders import augmentation, imagenet
 from dali_saliencymix.loaders import torch as torch_loaders
 from dali_saliencymix.loaders.base import LoaderError, chosen_backend
 from dali_saliencymix.loaders.cifar import CifarData
@@ -370,13 +372,67 @@ def test_a_larger_magnitude_changes_more(root, kind):
 @each_kind
 @pytest.mark.parametrize("policy", ["ra", "ta_wide"])
 def test_augmented_batches_come_again_after_a_state_taken_anywhere(root, kind, policy):
-    args = options(root, kind, "-b", "10", "--aa", policy, "--mix-prob", "0.6")
+    args = options(root, kind, "-b", "10", "--aa", policy, "--mix-prob", "0.6", "--random-erase", "0.5")
     data = numbered(open_data(args))
     batches, states = epochs_with_states(train(args, data=data), 2)
     for position in (1, 3, 5):
         restored = train(args, data=data, state=pickle.loads(pickle.dumps(states[position - 1])))
         rest = epoch(restored) + (epoch(restored) if position < 3 else [])
         assert_equal_batches(rest, batches[position:])
+
+
+@each_kind
+@pytest.mark.parametrize("mix", ["saliencymix", "mixup"])  # the former normalises in the same operator, on a CPU
+@pytest.mark.parametrize("layout", [(), ("--channels-last",)], ids=["CHW", "HWC"])
+def test_a_rectangle_of_the_mixed_images_is_set_to_the_mean_and_nothing_else_changes(root, kind, mix, layout):
+    plain, changed = (
+        epoch(train(options(root, kind, "--mix", mix, "-b", "10", *layout, *more)))
+        for more in ((), ("--random-erase", "0.7"))
+    )
+    assert_equal_batches([others for _, *others in changed], [others for _, *others in plain])
+    before, after = (torch.cat([images for images, *_ in batches]) for batches in (plain, changed))
+    erased = (after == 0).all(dim=1)
+    assert not (before == 0).all(dim=1).any()
+    assert torch.equal(after, before.where(~erased[:, None], 0))
+    rows, columns = erased.any(dim=2), erased.any(dim=1)
+    assert torch.equal(erased, rows[:, :, None] & columns[:, None, :])
+    assert all((side.diff(dim=1).sum(dim=1) <= 2).all() for side in (rows, columns))  # without a gap
+    assert 13 < erased.any(dim=(1, 2)).sum() < 28
+
+
+@pipeline_def(batch_size=1000, num_threads=1, device_id=None, seed=4)
+def dali_erases(size):
+    return augmentation.erased(fn.constant(fdata=[1.0], shape=[3, size, size], layout="CHW"), 0.5, size)
+
+
+def test_erased_rectangles_are_like_those_of_torchvision(root):
+    size, count = 96, 1000
+    torch.manual_seed(0)
+    white = torch.ones(3, size, size)
+    expected = [RandomErasing.get_params(white, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
+    of_pytorch = torch.ones(count, 3, size, size)
+    TrainingBatches(PaddedImages(read_cifar(root, "cifar10")[0]), 8, random_erase=0.5).erase(of_pytorch, 0, 0)
+    of_dali = torch.tensor(np.array(dali_erases(size).run()[0].as_tensor()))
+
+    def described(boxes):
+        # The share of the area, the logarithm of the aspect ratio and the centre of (y, x, height, width).
+        corner, sides = torch.as_tensor(boxes).float().split(2, dim=1)
+        share, ratio = sides.prod(dim=1, keepdim=True) / size**2, sides[:, :1] / sides[:, 1:]
+        return torch.cat([share, ratio.log(), (corner + sides / 2) / size], dim=1)
+
+    theirs = described(expected)
+    for images in (of_dali, of_pytorch):
+        erased = images[:, 0] == 0
+        there = erased.any(dim=(1, 2))
+        assert abs(there.float().mean() - 0.5) < 0.06
+        sides = [erased[there].any(dim=dim).int() for dim in (2, 1)]  # which rows, and which columns
+        boxes = [side.argmax(dim=1) for side in sides] + [side.sum(dim=1) for side in sides]
+        ours = described(torch.stack(boxes, dim=1))
+        assert (ours[:, 0] > 0.017).all()
+        assert (ours[:, 0] < 0.34).all()
+        tolerance = 0.2 * theirs.std(dim=0)  # four standard errors of a mean
+        assert ((ours.mean(dim=0) - theirs.mean(dim=0)).abs() < tolerance).all()
+        assert ((ours.std(dim=0) - theirs.std(dim=0)).abs() < tolerance).all()
 
 
 def test_what_goes_wrong_while_a_pipeline_is_defined_is_said_in_one_line(root, monkeypatch):

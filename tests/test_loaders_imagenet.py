@@ -57,14 +57,17 @@ def test_validation_resizes_and_crops_as_pillow_does(tmp_path):
 
 @pytest.mark.parametrize("definition", [training_pipeline, validation_pipeline])
 def test_layouts_and_types_hold_the_same_values(folder, definition):
-    mix = {"mix": MixOptions()} if definition is training_pipeline else {}
-    chw, *rest = outputs(definition, folder, **mix)
+    training = {"mix": MixOptions(), "random_erase": 0.7} if definition is training_pipeline else {}
+    chw, *rest = outputs(definition, folder, **training)
     assert chw.shape == (8, 3, 224, 224)
     assert chw.dtype == np.float32
-    hwc, *same = outputs(definition, folder, channels_last=True, fp16=True, **mix)
+    hwc, *same = outputs(definition, folder, channels_last=True, fp16=True, **training)
     assert hwc.shape == (8, 224, 224, 3)
     assert hwc.dtype == np.float16
     np.testing.assert_allclose(hwc.transpose(0, 3, 1, 2), chw, atol=2e-3)
+    erased = (chw == 0).all(axis=1)
+    np.testing.assert_array_equal((hwc == 0).all(axis=3), erased)
+    assert erased.any() == (definition is training_pipeline)
     for ours, theirs in zip(rest, same, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -110,6 +113,13 @@ def test_sizes_that_cannot_be_are_refused(folder):
         outputs(training_pipeline, folder, min_crop_area=0)
     with pytest.raises(ValueError, match="crop_size must be at most resize_size, got 224 and 100"):
         outputs(validation_pipeline, folder, resize_size=100)
+    for option in ("color_jitter", "random_erase"):
+        with pytest.raises(ValueError, match=rf"{option} must be in \[0, 1\], got 2"):
+            outputs(training_pipeline, folder, **{option: 2})
+    with pytest.raises(ValueError, match="auto_augment must be one of ra, ta_wide, got 'imagenet'"):
+        outputs(training_pipeline, folder, auto_augment="imagenet")
+    with pytest.raises(ValueError, match=r"ra_magnitude must be in \[0, 30\], got 31"):
+        outputs(training_pipeline, folder, ra_magnitude=31)
     for definition in (training_pipeline, validation_pipeline):
         with pytest.raises(ValueError, match=r"std must be positive, got \[0.2, 0, 0.2\]"):
             outputs(definition, folder, std=[0.2, 0, 0.2])

@@ -109,7 +109,8 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
     assert len(read_log(half_run)) == 2
     best = (half_run / BEST).read_bytes()
     saved = load_checkpoint(half_run / LAST)
-    for name in ("mean", "std"):  # a checkpoint that is older than these options
+    # A checkpoint that is older than these options:
+    for name in ("auto_augment", "ra_magnitude", "random_erase", "mean", "std"):
         del saved["config"][name]
     save_checkpoint({**saved, "best_top1": 99.0}, half_run / LAST)
     ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", "-j", "2")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+from nvidia.dali import fn, math, types
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.auto_aug.trivial_augment import trivial_augment_wide
-from nvidia.dali.pipeline import DataNode
+from nvidia.dali.pipeline import DataNode, do_not_convert
+
+from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO
 
 
 # DALI has to convert this function: the policies have an `if` for each image.
@@ -24,3 +28,22 @@ def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, 
         else:
             images = trivial_augment_wide(images, shape=shape, max_translate_rel=ta_translation)
     return images
+
+
+@do_not_convert
+def erased(images: DataNode, probability: float, size: int, *, fp16: bool = False) -> DataNode:
+    """Return normalised images, each with a rectangle set to 0, which is the mean, or as it is.
+
+    `size` is their height and width. A side of a rectangle that is longer than the image is cut to it.
+    """
+    area = fn.random.uniform(range=ERASED_AREA)
+    ratio = math.exp(fn.random.uniform(range=np.log(ERASED_ASPECT_RATIO).tolist()))
+    place = fn.random.uniform(range=[0.0, 1.0], shape=[2])
+    sides = fn.stack(math.sqrt(area * ratio), math.sqrt(area / ratio))
+    sides = math.min(math.floor(sides * size + 0.5), size)
+    corner = math.min(math.floor(place * (size - sides + 1)), size - sides)  # also where 1 is drawn
+    sides *= fn.random.coin_flip(probability=probability)
+    if fp16:  # which the operator does not know on a GPU; all of its bits are 0 in either type
+        images = fn.reinterpret(images, dtype=types.INT16)
+    images = fn.erase(images, anchor=corner, shape=sides, axis_names="HW")
+    return fn.reinterpret(images, dtype=types.FLOAT16) if fp16 else images

@@ -23,7 +23,7 @@ from nvidia.dali.types import BatchInfo
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
-from dali_saliencymix.loaders.augmentation import auto_augmented
+from dali_saliencymix.loaders.augmentation import auto_augmented, erased
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
 from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, define, device_arguments, process_on
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
@@ -101,7 +101,7 @@ def _array_pipeline(
 def _augmented(
     images: DataNode, label: DataNode, options: DataOptions, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Pad, crop at random, mix, mirror at random, normalise."""
+    """Pad, crop at random, mix, mirror at random, normalise, erase."""
     mix, padding, size = options.mix, options.crop_padding, options.train_crop_size
     offsets = [float(offset) for offset in range(-padding, padding + 1)]
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
@@ -128,6 +128,8 @@ def _augmented(
         dtype=types.FLOAT,
         output_layout="HWC" if options.channels_last else "CHW",
     )
+    if options.random_erase:
+        images = erased(images, options.random_erase, size)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 

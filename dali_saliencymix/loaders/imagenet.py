@@ -24,7 +24,7 @@ from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import gpu_route, route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
-from dali_saliencymix.loaders.augmentation import auto_augmented
+from dali_saliencymix.loaders.augmentation import auto_augmented, erased
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of
 from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
 from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
@@ -58,6 +58,7 @@ def training_pipeline(
     mix: MixOptions | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    random_erase: float = 0.0,
     process_on: str | None = None,
     device: str = "cpu",
     fp16: bool = False,
@@ -67,7 +68,7 @@ def training_pipeline(
     shuffle_seed: int = 0,
     hw_decoder_load: float = 0.65,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Decode a random crop, resize, augment, change colours, mix, mirror at random, normalise.
+    """Decode a random crop, resize, augment, change colours, mix, mirror at random, normalise, erase.
 
     Parameters
     ----------
@@ -91,6 +92,9 @@ def training_pipeline(
         How images are mixed. By default they are not: `lam` is 1 and `source_labels` are the labels.
     mean, std : sequence of 3 floats
         What images are normalised with, for pixels in 0..1; `std` is positive.
+    random_erase : float
+        Probability that a rectangle of an image is set to 0, the mean. Its share of the area is uniform in [0.02, 0.33]
+        and the logarithm of its aspect ratio in that of [0.3, 3.3]; a side that is longer than the image is cut to it.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
@@ -128,6 +132,9 @@ def training_pipeline(
     if not 0 <= color_jitter <= 1:
         msg = f"color_jitter must be in [0, 1], got {color_jitter}"
         raise ValueError(msg)
+    if not 0 <= random_erase <= 1:
+        msg = f"random_erase must be in [0, 1], got {random_erase}"
+        raise ValueError(msg)
     mean, std = _scaling(mean, std)
     encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
@@ -154,6 +161,8 @@ def training_pipeline(
     if normalise is None:
         # On the way to another device the pixels are still bytes.
         images = _normalised(to_device(device, images), crop_size, (mean, std), fp16, layout, mirror)
+    if random_erase:
+        images = erased(images, random_erase, crop_size, fp16=fp16)
     return tuple(to_device(device, node) for node in (images, label, source_label, lam))
 
 
@@ -393,7 +402,7 @@ def training_arguments(options: DataOptions, processes: Processes) -> dict[str, 
     return {
         **_common_arguments(options, processes),
         "crop_size": options.train_crop_size,
-        **{name: getattr(options, name) for name in ("auto_augment", "ra_magnitude", "color_jitter")},
+        **{name: getattr(options, name) for name in ("auto_augment", "ra_magnitude", "color_jitter", "random_erase")},
         **{name: getattr(options, name) for name in ("min_crop_area", "hflip_prob", "mix", "seed")},
     }
 

@@ -12,6 +12,7 @@ from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DATASETS = ("folder", *cifar.DATASETS)
 AUTO_AUGMENT = ("ra", "ta_wide")  # RandAugment, TrivialAugment Wide
+ERASED_AREA, ERASED_ASPECT_RATIO = (0.02, 0.33), (0.3, 3.3)  # of --random-erase, as torchvision has them
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
 
@@ -69,6 +70,13 @@ class DataOptions:
         0.0,
         "brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
         metavar="X",
+        within="in [0, 1]",
+    )
+    random_erase: float = option(
+        0.0,
+        "probability that a rectangle of an image is set to the mean, after the mix",
+        *("--random-erase", "--reprob"),
+        metavar="P",
         within="in [0, 1]",
     )
     crop_padding: int = option(4, "with CIFAR: zeros around an image to crop from", least=0)

@@ -34,7 +34,7 @@ from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.draw import draw
 from dali_saliencymix.loaders.bad_files import BadFiles, in_place, replace_file
 from dali_saliencymix.loaders.base import Batches, Data, LoaderError
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO, DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MixOptions
@@ -63,7 +63,7 @@ class BadFileError(LoaderError):
 
 
 # What is drawn for: NumPy seeds alike what differs in zeros at the end only, so this comes first.
-_ORDER, _IMAGE, _BATCH = 1, 2, 3
+_ORDER, _IMAGE, _BATCH, _ERASED = 1, 2, 3, 4
 
 
 def _generator(purpose: int, *numbers: int) -> np.random.Generator:
@@ -190,6 +190,7 @@ class TrainingBatches:
     batch_size: int
     mix: MixOptions | None = None
     hflip_prob: float = 0.5
+    random_erase: float = 0.0
     seed: int = 0
     rank: int = 0
     world_size: int = 1
@@ -217,6 +218,24 @@ class TrainingBatches:
         mirrored = rng.random(len(images)) < self.hflip_prob
         images[mirrored] = images[mirrored, :, ::-1]
         return tuple(torch.from_numpy(array) for array in (images, labels, source_labels, lam))
+
+    def erase(self, images: torch.Tensor, epoch: int, step: int) -> None:
+        """Set a rectangle of some normalised images (N, C, H, W), which are square, to 0, the mean.
+
+        A side of a rectangle that is longer than the image is cut to it.
+        """
+        count, size = len(images), images.shape[-1]
+        rng = _generator(_ERASED, self.seed, epoch, step, self.rank)
+        chosen = rng.random(count) < self.random_erase
+        area = rng.uniform(*ERASED_AREA, count)
+        shortest, longest = np.log(ERASED_ASPECT_RATIO)
+        ratio = np.exp(rng.uniform(shortest, longest, count))
+        sides = np.sqrt(np.stack([area * ratio, area / ratio], axis=1))
+        sides = np.rint(sides * size).astype(np.int64).clip(max=size)
+        corners = rng.integers(0, size - sides, endpoint=True)
+        for index in np.flatnonzero(chosen):
+            (y, x), (height, width) = corners[index], sides[index]
+            images[index, :, y : y + height, x : x + width] = 0
 
 
 @dataclass(frozen=True)
@@ -274,6 +293,7 @@ class TorchLoader(Batches):
             at_most, report = options.max_bad_batches, batches.rank == 0
             self._bad = BadFiles(batches.source.folder, at_most, replace=trains, replaced=replaced, report=report)
         self._places: list[_Wanted] = []
+        self._batches = batches
         self._loader: data.DataLoader[Any] = data.DataLoader(
             _Attempts(batches, replace_bad=trains, one_thread=workers > 0),
             batch_size=None,
@@ -304,6 +324,8 @@ class TorchLoader(Batches):
                 raise LoaderError(str(batch))  # another one: its traceback leads here, where `batch` is
             pixels, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
             images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
+            if isinstance(self._batches, TrainingBatches):
+                self._batches.erase(images, self._epoch, self._step)
             self._step += 1
             yield images.contiguous(memory_format=self._memory_format), *others
         self._epoch, self._step = self._epoch + 1, 0
@@ -324,7 +346,7 @@ def torch_training_loader(
 ) -> TorchLoader:
     """Return the training batches of this process, from where `state` stands."""
     shard = options.seed, processes.rank, processes.world_size
-    batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, *shard)
+    batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, options.random_erase, *shard)
     return TorchLoader(batches, data_set, options, processes.device, workers=options.workers, state=state)
 
 

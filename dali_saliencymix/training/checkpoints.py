@@ -237,7 +237,8 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
 # The options that decide which batches a run sees: a run that resumes has to keep them.
 DATA_OPTIONS = (
     *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
-    *("auto_augment", "ra_magnitude", "color_jitter", "mean", "std", "progressive_size", "mix_off_epochs"),
+    *("auto_augment", "ra_magnitude", "color_jitter", "random_erase", "mean", "std"),
+    *("progressive_size", "mix_off_epochs"),
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
 )
 
