@@ -102,6 +102,7 @@ OPTIONS = [
     ("--synthetic-steps 10", "synthetic_steps", 10),
     ("--mean 0.5 0.4 0.3", "mean", [0.5, 0.4, 0.3]),
     ("--std 0.2 0.3 0.4", "std", [0.2, 0.3, 0.4]),
+    ("--val-steps 5", "val_steps", 5),
     ("--val-resize-size 232", "val_resize_size", 232),
     ("--val-crop-size 200", "val_crop_size", 200),
 ]
@@ -209,6 +210,7 @@ WRONG = [
     ("data --epochs 0", "argument --epochs: must be a whole number of at least 1, got 0"),
     ("data -p 0", "argument -p/--print-freq: must be a whole number of at least 1, got 0"),
     ("data --train-crop-size 0", "argument --train-crop-size: must be a whole number of at least 1, got 0"),
+    ("data --val-steps 0", "argument --val-steps: must be a whole number of at least 1, got 0"),
     ("data --lr fast", "argument --lr: invalid float value: 'fast'"),
     ("data --mix resizemix", "argument --mix: invalid choice: 'resizemix'"),
     ("data --preset timm", "argument --preset: invalid choice: 'timm'"),

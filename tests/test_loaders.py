@@ -137,6 +137,25 @@ def test_validation_gives_each_image_exactly_once(root, kind, processes, batch_s
         assert all(images.shape == (len(labels), 3, 32, 32) for shard in batches for images, labels in shard)
 
 
+@each_kind
+@pytest.mark.parametrize(("processes", "steps", "batches"), [(1, 2, 2), (2, 1, 1), (1, 9, None)])
+def test_a_short_validation_takes_images_from_all_over_the_data_set(root, kind, processes, steps, batches):
+    args = options(root, kind, "-b", "3", "--val-steps", str(steps))
+    data = numbered(open_data(args))
+    loaders = [data.val_loader(args, process(rank, processes)) for rank in range(processes)]
+    whole = epoch(data.val_loader(replace(args, val_steps=None), process()))
+    expected = list(range(data.val_images))
+    if batches is not None:  # of 3 images in each process
+        expected = np.linspace(0, data.val_images, 6, endpoint=False).astype(int).tolist()
+    for _ in range(2):
+        given = [epoch(loader) for loader in loaders]
+        assert {len(loader) for loader in loaders} == {len(shard) for shard in given} == {batches or len(whole)}
+        assert sorted(label for shard in given for label in ids(shard)) == expected
+    images, by_label = torch.cat([images for images, _ in whole]), np.argsort(ids(whole))
+    for batch, labels in (batch for shard in given for batch in shard):
+        assert torch.equal(batch, images[by_label[labels]])
+
+
 @pytest.mark.parametrize("kind", [*KINDS[1:], "folder synthetic"])
 def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(root, kind):
     args = options(root, kind, "-b", "7", "--mix-prob", "0.6", "--seed", "5", "--synthetic-steps", "4")
@@ -534,6 +553,7 @@ def test_a_synthetic_batch_comes_again_and_again_without_any_data(tmp_path):
     assert data.train_images == 24
     assert all(batch is batches[0] for batch in batches)
     assert [len(labels) for _, labels in data.val_loader(args, process())] == [4] * 6
+    assert len(data.val_loader(replace(args, val_steps=2), process())) == 2
 
 
 @pytest.mark.parametrize("option", ["train", "val"])

@@ -100,7 +100,15 @@ class Data(ABC):
 
     @abstractmethod
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image exactly once."""
+        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+
+
+def validated(images: int, options: DataOptions, processes: Processes) -> range | list[int]:
+    """Return which of the validation images count: all, or with --val-steps so many that are spread evenly."""
+    if options.val_steps is None:
+        return range(images)
+    count = min(images, options.val_steps * options.batch_size * processes.world_size)
+    return [number * images // count for number in range(count)]
 
 
 def chosen_backend(options: DataOptions) -> str:

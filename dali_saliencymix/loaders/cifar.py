@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
 from dali_saliencymix.fn import saliency_peaks
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
-from dali_saliencymix.loaders.base import Batches, Data, LoaderError, check_share, chosen_backend, fingerprint_of
+from dali_saliencymix.loaders.base import (
+    Batches,
+    Data,
+    LoaderError,
+    check_share,
+    chosen_backend,
+    fingerprint_of,
+    validated,
+)
 from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, define, device_arguments, process_on
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
@@ -241,6 +249,8 @@ class CifarData(Data):
         return _CifarLoader(self.train, options, processes, state)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image exactly once."""
+        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+        chosen = validated(len(self.val), options, processes)
+        val = replace(self.val, images=self.val.images[chosen], labels=self.val.labels[chosen])
         # There is nothing to do but to normalise: other processes would only get in the way.
-        return torch_validation_loader(self, PaddedImages(self.val), options, processes, workers=0)
+        return torch_validation_loader(self, PaddedImages(val), options, processes, workers=0)

@@ -25,7 +25,7 @@ from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import gpu_route, route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
-from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of
+from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of, validated
 from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
 from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
 from dali_saliencymix.loaders.processes import Processes
@@ -487,13 +487,14 @@ class FolderData(Data):
         return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image exactly once."""
+        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+        val = self.val.take(validated(len(self.val), options, processes))
         sizes = {"resize_size": options.val_resize_size, "crop_size": options.val_crop_size}
         if chosen_backend(options) == "pytorch":
-            images = FolderImages(self.val, **sizes)
+            images = FolderImages(val, **sizes)
             return torch_validation_loader(self, images, options, processes, workers=options.workers)
         arguments = {**_common_arguments(options, processes), **sizes}
-        return validation_loader(self.val, max_bad_batches=options.max_bad_batches, **arguments)
+        return validation_loader(val, max_bad_batches=options.max_bad_batches, **arguments)
 
 
 def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:

@@ -95,6 +95,11 @@ class DataOptions:
     synthetic_classes: int = option(1000, "classes of synthetic data")
     synthetic_steps: int = option(100, "steps of an epoch of synthetic data")
     mix: MixOptions | None = PRESETS["default"]  # None: no mixing
+    val_steps: int | None = option(
+        None,
+        "validate on N batches of each process only, images spread evenly over the validation set, always the same",
+        group="short runs",
+    )
     device: str = option("auto", "where to compute", group="speed and precision", choices=("auto", "cpu", "cuda"))
     channels_last: bool = False  # of the images in memory
     seed: int = option(0, "seed of weights, file order and augmentation", group="run", least=0)

@@ -36,7 +36,8 @@ class SyntheticData(Data):
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
         """Return the validation batches of this process."""
-        return _Constant(self._batch(options, processes, options.val_crop_size), self.steps)
+        steps = min(self.steps, options.val_steps or self.steps)
+        return _Constant(self._batch(options, processes, options.val_crop_size), steps)
 
     def _batch(self, options: DataOptions, processes: Processes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(options.seed)
