@@ -138,7 +138,8 @@ def in_groups(options):
 def trained(tmp_path):
     """A checkpoint of a training with options of its own."""
     config = {"arch": "resnet18", "val_crop_size": 48, "val_resize_size": 64, "model_ema": True, "lr": 7.0}
-    save_checkpoint({"model": {}, "epoch": 3, "config": config | {"dropout": None}}, tmp_path / LAST)
+    config |= {"dropout": None, "mean": [0.5, 0.4, 0.3]}
+    save_checkpoint({"model": {}, "epoch": 3, "config": config}, tmp_path / LAST)
     return tmp_path / LAST
 
 
@@ -150,6 +151,7 @@ def test_evaluate_takes_network_and_sizes_from_the_checkpoint_unless_they_are_gi
             assert options.run.evaluate
             assert (options.run.resume, options.run.output_dir) == (str(trained), tmp_path)
             assert (options.model.arch, data.val_crop_size, data.val_resize_size) == ("resnet18", 48, 64)
+            assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.229, 0.224, 0.225))  # it is older than --std
             assert options.optimizer.model_ema
             assert options.optimizer.lr == 0.1  # what evaluates nothing is not taken
             assert data.train_dir == data.val_dir == Path("data/val")
@@ -168,6 +170,7 @@ def test_evaluate_takes_network_and_sizes_from_the_checkpoint_unless_they_are_gi
         ("val_crop_size", "large", "argument --val-crop-size: must be a whole number of at least 1, got large"),
         ("val_crop_size", [1, 2], "val_crop_size must be one value, got [1, 2]"),
         ("dataset", "mnist", "argument --dataset: invalid choice: 'mnist'"),
+        ("std", [1.0, 2.0], "argument --std: expected 3 arguments"),
         ("model_ema", 3, "model_ema must be true or false, got 3"),
     ],
 )

@@ -200,7 +200,9 @@ class RunOptions:
 
 
 # What --evaluate takes from the checkpoint, unless it is given anew.
-AS_TRAINED = ("arch", "dropout", "model_ema", "dataset", "train_crop_size", "val_resize_size", "val_crop_size")
+AS_TRAINED = (
+    *("arch", "dropout", "model_ema", "dataset", "train_crop_size", "mean", "std", "val_resize_size", "val_crop_size"),
+)
 
 
 @dataclass(frozen=True)
