@@ -15,10 +15,25 @@ from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO
 
 # DALI has to convert this function: the policies have an `if` for each image.
 def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, ta_translation: float) -> DataNode:
-    """Return images (H, W, C), uint8, each changed as a policy says: see `AUTO_AUGMENT`.
+    """Return images augmented by a policy; the pipeline needs ``enable_conditionals=True``.
 
-    `size` is their height and width, and `ta_translation` the longest translation of ``"ta_wide"`` as a share of it.
-    The pipeline needs ``enable_conditionals=True``.
+    Parameters
+    ----------
+    images : DataNode
+        HWC, uint8, on the CPU or a GPU.
+    policy : {"ra", "ta_wide"}
+        RandAugment with two operations, or TrivialAugmentWide.
+    ra_magnitude : int
+        Magnitude of RandAugment, in [0, 30].
+    size : int
+        Height and width of the images.
+    ta_translation : float
+        Longest translation of TrivialAugmentWide, as a share of `size`.
+
+    Returns
+    -------
+    DataNode
+        As `images`. What comes in from beyond an image is grey 128.
     """
     shape = (size, size)
     # DALI 2.4 calls operators by names that it has deprecated, and shows its warnings whatever the filters say.
@@ -32,9 +47,26 @@ def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, 
 
 @do_not_convert
 def erased(images: DataNode, probability: float, size: int, *, fp16: bool = False) -> DataNode:
-    """Return normalised images, each with a rectangle set to 0, which is the mean, or as it is.
+    """Return normalised images, some of them with a rectangle set to 0, which is the mean.
 
-    `size` is their height and width. A side of a rectangle that is longer than the image is cut to it.
+    The share of the area is uniform in [0.02, 0.33], the aspect ratio log-uniform in [0.3, 3.3]. A side that is longer
+    than the image is cut to it.
+
+    Parameters
+    ----------
+    images : DataNode
+        CHW or HWC, with that layout, on the CPU or a GPU.
+    probability : float
+        Probability of a rectangle for each image, in [0, 1].
+    size : int
+        Height and width of the images.
+    fp16 : bool
+        The images are float16, else float32.
+
+    Returns
+    -------
+    DataNode
+        As `images`.
     """
     area = fn.random.uniform(range=ERASED_AREA)
     ratio = math.exp(fn.random.uniform(range=np.log(ERASED_ASPECT_RATIO).tolist()))

@@ -81,7 +81,7 @@ def training_pipeline(
     hflip_prob : float
         Probability that an image is mirrored.
     auto_augment : {"ra", "ta_wide"}, optional
-        RandAugment with two operations, or TrivialAugment Wide, by ``nvidia.dali.auto_aug``, after the resize. The
+        RandAugment with two operations, or TrivialAugmentWide, by ``nvidia.dali.auto_aug``, after the resize. The
         pipeline then needs ``enable_conditionals=True``, a parameter of DALI's, too.
     ra_magnitude : int
         Magnitude of RandAugment, in [0, 30].
@@ -93,8 +93,7 @@ def training_pipeline(
     mean, std : sequence of 3 floats
         What images are normalised with, for pixels in 0..1; `std` is positive.
     random_erase : float
-        Probability that a rectangle of an image is set to 0, the mean. Its share of the area is uniform in [0.02, 0.33]
-        and the logarithm of its aspect ratio in that of [0.3, 3.3]; a side that is longer than the image is cut to it.
+        Probability that a rectangle of an image is set to 0, the mean: see `dali_saliencymix.loaders.augmentation`.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
