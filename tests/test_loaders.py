@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 from shared.cifar_files import python2_pickle, write_cifar
@@ -20,6 +20,7 @@ from shared.training_fixtures import TINY
 from torchvision.transforms import RandomErasing
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
+from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders import augmentation, imagenet
@@ -388,14 +389,17 @@ def test_a_larger_magnitude_changes_more(root, kind):
     assert strong > 1.5 * weak
 
 
-@each_kind
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(f"{name} dali-gpu", marks=pytest.mark.gpu) for name in ("folder", "cifar10"))]
+)
 @pytest.mark.parametrize("policy", ["ra", "ta_wide"])
 def test_augmented_batches_come_again_after_a_state_taken_anywhere(root, kind, policy):
     args = options(root, kind, "-b", "10", "--aa", policy, "--mix-prob", "0.6", "--random-erase", "0.5")
     data = numbered(open_data(args))
-    batches, states = epochs_with_states(train(args, data=data), 2)
+    where = {"device": torch.device("cuda", 0) if "gpu" in kind else CPU}
+    batches, states = epochs_with_states(train(args, data=data, **where), 2)
     for position in (1, 3, 5):
-        restored = train(args, data=data, state=pickle.loads(pickle.dumps(states[position - 1])))
+        restored = train(args, data=data, **where, state=pickle.loads(pickle.dumps(states[position - 1])))
         rest = epoch(restored) + (epoch(restored) if position < 3 else [])
         assert_equal_batches(rest, batches[position:])
 
@@ -420,8 +424,18 @@ def test_a_rectangle_of_the_mixed_images_is_set_to_the_mean_and_nothing_else_cha
 
 
 @pipeline_def(batch_size=1000, num_threads=1, device_id=None, seed=4)
-def dali_erases(size):
-    return augmentation.erased(fn.constant(fdata=[1.0], shape=[3, size, size], layout="CHW"), 0.5, size)
+def dali_erases(size, device="cpu", fp16=False):
+    images = fn.constant(fdata=[1.0], shape=[3, size, size], layout="CHW")
+    images = fn.cast(to_device(device, images), dtype=types.FLOAT16 if fp16 else types.FLOAT)
+    return augmentation.erased(images, 0.5, size, fp16=fp16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_gpu_erases_what_a_cpu_does(fp16):
+    places = ({"device": "cpu"}, {"device": "gpu", "device_id": 0})
+    images = [np.array(dali_erases(32, fp16=fp16, **place).run()[0].as_cpu().as_tensor()) for place in places]
+    np.testing.assert_array_equal(*images)
 
 
 def test_erased_rectangles_are_like_those_of_torchvision(root):
