@@ -378,6 +378,14 @@ def test_pytorch_and_dali_augment_about_as_much(root, dataset, count, policy):
     assert 0.75 < changes[0] / changes[1] < 1.33
 
 
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+def test_the_padding_of_cifar_is_not_augmented(root, backend):
+    black = grey_levels(root, f"cifar10 {backend}", "--aa", "ra", "-b", "30", epochs=4).abs().amax(dim=1) < 0.1
+    rows, columns = black.all(dim=2), black.all(dim=1)
+    padded = rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1]
+    assert padded.float().mean() > 0.95  # all crops but the one in the middle
+
+
 @pytest.mark.parametrize("kind", ["folder dali-cpu", "cifar10 pytorch"])
 def test_a_larger_magnitude_changes_more(root, kind):
     same = ("--min-crop-area", "1", "--crop-padding", "0")

@@ -37,12 +37,7 @@ from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, d
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import (
-    PaddedImages,
-    policy_of,
-    torch_training_loader,
-    torch_validation_loader,
-)
+from dali_saliencymix.loaders.torch import PaddedImages, policy_of, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions, check_with_peaks
 from dali_saliencymix.pixels import in_grey_levels
 

@@ -29,12 +29,7 @@ from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_bac
 from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
 from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import (
-    FolderImages,
-    policy_of,
-    torch_training_loader,
-    torch_validation_loader,
-)
+from dali_saliencymix.loaders.torch import FolderImages, policy_of, torch_training_loader, torch_validation_loader
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
