@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix._packages import require_or_exit
+from dali_saliencymix.packages import require_or_exit
 
 require_or_exit("nvidia.dali", "torch", "torchvision", "tqdm", "PIL", "yaml")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dali_saliencymix._errors import add_traceback, flush_stdout, prepare_stdout, wants_traceback
-from dali_saliencymix._packages import require_or_exit
 from dali_saliencymix.options import whole_number
+from dali_saliencymix.packages import require_or_exit
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,8 +13,8 @@ from typing import Any
 
 from dali_saliencymix import __version__
 from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, prepare_stdout, write_error
-from dali_saliencymix._packages import require
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option, whole_number
+from dali_saliencymix.packages import require
 
 
 def main(arguments: list[str] | None = None) -> int:

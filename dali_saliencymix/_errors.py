@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from dali_saliencymix._packages import MissingPackageError
+from dali_saliencymix.packages import MissingPackageError
 
 EXPECTED: tuple[type[BaseException], ...] = (MissingPackageError, MemoryError, OSError, ValueError)
 

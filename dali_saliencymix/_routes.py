@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dali_saliencymix._array import Namespace, is_host
 from dali_saliencymix._checks import check_choice
-from dali_saliencymix._packages import is_installed, require
+from dali_saliencymix.packages import is_installed, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
-from dali_saliencymix._packages import require
+from dali_saliencymix.packages import require
 
 try:
     from nvidia.dali import fn, types

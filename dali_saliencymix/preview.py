@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dali_saliencymix._checks import check_at_least, check_fraction
-from dali_saliencymix._packages import require
 from dali_saliencymix.boxes import boxes_at, saliency_peaks
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.draw import MixParams, draw
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MODES, SOURCES, MixOptions
+from dali_saliencymix.packages import require
 from dali_saliencymix.saliency import DETECTORS, saliency_maps
 
 if TYPE_CHECKING:

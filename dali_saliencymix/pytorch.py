@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dali_saliencymix._packages import require
+from dali_saliencymix.packages import require
 
 try:
     import torch

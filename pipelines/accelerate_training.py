@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix._packages import require_or_exit
+from dali_saliencymix.packages import require_or_exit
 
 require_or_exit("accelerate", "nvidia.dali", "torch", "torchvision")
 

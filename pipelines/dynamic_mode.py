@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from dali_saliencymix._packages import require_or_exit
+from dali_saliencymix.packages import require_or_exit
 
 require_or_exit("nvidia.dali", "torch")
 

@@ -11,7 +11,7 @@ the mixing: a restored pipeline continues with the same batches.
 import argparse
 from typing import Any
 
-from dali_saliencymix._packages import require_or_exit
+from dali_saliencymix.packages import require_or_exit
 
 require_or_exit("PIL", "nvidia.dali")
 

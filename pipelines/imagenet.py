@@ -12,7 +12,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from dali_saliencymix._packages import require_or_exit
+from dali_saliencymix.packages import require_or_exit
 
 require_or_exit("nvidia.dali", "torch", "torchvision")
 

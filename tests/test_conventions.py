@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A part imports only what stands further up, wherever in its files and for whatever reason; parts of one line do not
 # know each other. Every module of the package belongs to a part. "" is the package itself, with its public names.
 ORDER = [
-    {"_packages"},
+    {"packages"},
     {"_array", "_tables", "_json", "_errors"},
     {"_checks", "_threads"},
     {"_routes"},

@@ -561,5 +561,5 @@ def test_a_job_is_one_file_that_needs_the_public_package_only(name):
     }
     assert not {module.partition(".")[0] for module in imported} & {"pipelines", *JOBS}
     of_package = {module for module in imported if module.startswith("dali_saliencymix")}
-    known = {"", ".fn", ".datasets.image_folder", ".pixels"}
+    known = {"", ".fn", ".datasets.image_folder", ".packages", ".pixels"}
     assert of_package <= {f"dali_saliencymix{module}" for module in known}

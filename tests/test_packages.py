@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from shared.programs import REPOSITORY, environment_of_program
 
-from dali_saliencymix._packages import EXTRAS, MissingPackageError, require
+from dali_saliencymix.packages import EXTRAS, MissingPackageError, require
 
 OF_EXTRAS = {module for brought in EXTRAS.values() for module in brought}
 # Run by Python before anything else: modules that no search finds.

@@ -24,9 +24,9 @@ from nvidia.dali.pipeline import Pipeline
 
 from dali_saliencymix._array import LentStream
 from dali_saliencymix._dali import bridge
-from dali_saliencymix._packages import require
 from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
+from dali_saliencymix.packages import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line_of, write_error
-from dali_saliencymix._packages import MissingPackageError, require
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
@@ -19,6 +18,7 @@ from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 from dali_saliencymix.options import whole_number
+from dali_saliencymix.packages import MissingPackageError, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable

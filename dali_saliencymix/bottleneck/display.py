@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix._packages import require
 from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
 from dali_saliencymix.measure.results import replace_file
+from dali_saliencymix.packages import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from dali_saliencymix._json import finite
 from dali_saliencymix._numba.stopwatch import compile_seconds
-from dali_saliencymix._packages import require
 from dali_saliencymix.measure.monitor import STARVING_SHARE
 from dali_saliencymix.measure.results import naming, replace_file, write_json
+from dali_saliencymix.packages import require
 from dali_saliencymix.training.lockstep import Preempted
 
 LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
