@@ -178,8 +178,8 @@ def test_a_recipe_mixes_as_the_paper_does_unless_it_is_told_otherwise(name):
 
 # Of its command for ConvNeXt, with which 8 processes trained: what has the same names and meaning here.
 TORCHVISION = """--model convnext_tiny --batch-size 128 --opt adamw --lr 1e-3 --lr-warmup-epochs 5 --epochs 600
-    --label-smoothing 0.1 --weight-decay 0.05 --norm-weight-decay 0.0 --train-crop-size 176 --model-ema
-    --val-resize-size 232"""
+    --auto-augment ta_wide --random-erase 0.1 --label-smoothing 0.1 --weight-decay 0.05 --norm-weight-decay 0.0
+    --train-crop-size 176 --model-ema --val-resize-size 232"""
 
 
 def test_the_recipe_for_convnext_is_torchvision_s():
