@@ -44,7 +44,7 @@ from dali_saliencymix._errors import flush_stdout, prepare_stdout, wants_traceba
 from dali_saliencymix._versions import versions
 from dali_saliencymix.bottleneck import Monitor
 from dali_saliencymix.bottleneck.command import profile_training
-from dali_saliencymix.loaders.base import Batches, chosen_backend
+from dali_saliencymix.loaders.base import Batches, chosen_backend, validated
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.processes import gather
@@ -380,7 +380,8 @@ def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
     if not processes.is_main:
         return RunLog(None, {})
     save_config(options, run.output_dir / "args.yaml")
-    counts = {"classes": len(data.classes), "train_images": data.train_images, "val_images": data.val_images}
+    counts = {"classes": len(data.classes), "train_images": data.train_images}
+    counts["val_images"] = len(validated(data.val_images, options.data, processes))
     steps, backend = len(trainer.train_loader()), chosen_backend(options.data)
     facts = report.run_facts(options, processes, data=counts, steps_per_epoch=steps, backend=backend)
     say(report.banner(options, facts))

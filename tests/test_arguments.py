@@ -256,7 +256,7 @@ WRONG = [
     ("data --progressive-size 128:0", "argument --progressive-size: must be SIZE@EPOCH, such as 160@6, got 128:0"),
     ("data --progressive-size 128@6 160@6", "--progressive-size must name later and later epochs, got 128@6 160@6"),
     ("data --aa imagenet", "argument --auto-augment/--aa: invalid choice: 'imagenet'"),
-    ("data --ra-magnitude 5", "--ra-magnitude does nothing without --auto-augment: leave it out"),
+    ("data --ra-magnitude 5", "--ra-magnitude does nothing with --auto-augment none: leave it out"),
     ("data --aa ta_wide --ra-magnitude 5", "--ra-magnitude does nothing with --auto-augment ta_wide: leave it out"),
     ("data --aa ra --ra-magnitude 31", "--ra-magnitude must be in [0, 30], got 31"),
     ("data --random-erase 25", "--random-erase must be in [0, 1], got 25.0"),
@@ -355,6 +355,8 @@ def test_a_recipe_can_be_tried_with_another_policy(config):
     assert parse_arguments(["data", "--config", path]).data.ra_magnitude == 5
     data = parse_arguments(["data", "--config", path, "--aa", "ta_wide"]).data
     assert (data.auto_augment, data.ra_magnitude) == ("ta_wide", 9)
+    data = parse_arguments(["data", "--config", path, "--aa", "none"]).data
+    assert (data.auto_augment, data.ra_magnitude) == ("none", 9)
 
 
 def test_a_recipe_can_be_tried_with_another_optimiser(config):

@@ -116,7 +116,7 @@ def test_sizes_that_cannot_be_are_refused(folder):
     for option in ("color_jitter", "random_erase"):
         with pytest.raises(ValueError, match=rf"{option} must be in \[0, 1\], got 2"):
             outputs(training_pipeline, folder, **{option: 2})
-    with pytest.raises(ValueError, match="auto_augment must be one of ra, ta_wide, got 'imagenet'"):
+    with pytest.raises(ValueError, match="auto_augment must be one of none, ra, ta_wide, got 'imagenet'"):
         outputs(training_pipeline, folder, auto_augment="imagenet")
     with pytest.raises(ValueError, match=r"ra_magnitude must be in \[0, 30\], got 31"):
         outputs(training_pipeline, folder, ra_magnitude=31)

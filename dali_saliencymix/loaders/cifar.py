@@ -95,7 +95,7 @@ def _array_pipeline(
     """Do what `cifar_training_pipeline` does to images that are in memory already."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
     images = to_device(process_on, images)
-    if options.auto_augment is not None:
+    if options.auto_augment != "none":
         images = auto_augmented(images, options.auto_augment, options.ra_magnitude, SIZE, 32 / 32)
     return _augmented(images, label, options, device)
 
@@ -173,7 +173,7 @@ class _CifarLoader(Batches):
             num_threads=options.workers,
             seed=options.seed + rank,
             checkpoint=state["pipeline"] if state else None,
-            enable_conditionals=options.auto_augment is not None,
+            enable_conditionals=options.auto_augment != "none",
             **device_arguments(processes.device),
         )
         # The source never ends: epochs are counted here.

@@ -47,7 +47,7 @@ def training_pipeline(
     crop_size: int = 224,
     min_crop_area: float = 0.08,
     hflip_prob: float = 0.5,
-    auto_augment: str | None = None,
+    auto_augment: str = "none",
     ra_magnitude: int = 9,
     color_jitter: float = 0.0,
     mix: MixOptions | None = None,
@@ -75,9 +75,9 @@ def training_pipeline(
         Smallest area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
     hflip_prob : float
         Probability that an image is mirrored.
-    auto_augment : {"ra", "ta_wide"}, optional
-        RandAugment with two operations, or TrivialAugmentWide, by ``nvidia.dali.auto_aug``, after the resize. The
-        pipeline then needs ``enable_conditionals=True``, a parameter of DALI's, too.
+    auto_augment : {"none", "ra", "ta_wide"}
+        Nothing, RandAugment with two operations, or TrivialAugmentWide, by ``nvidia.dali.auto_aug``, after the resize.
+        The pipeline then needs ``enable_conditionals=True``, a parameter of DALI's, too.
     ra_magnitude : int
         Magnitude of RandAugment, in [0, 30].
     color_jitter : float
@@ -118,8 +118,7 @@ def training_pipeline(
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
         raise ValueError(msg)
-    if auto_augment is not None:
-        check_choice(auto_augment, "auto_augment", AUTO_AUGMENT)
+    check_choice(auto_augment, "auto_augment", AUTO_AUGMENT)
     if not 0 <= ra_magnitude <= 30:
         msg = f"ra_magnitude must be in [0, 30], got {ra_magnitude}"
         raise ValueError(msg)
@@ -141,7 +140,7 @@ def training_pipeline(
     )
     images = decode_window(encoded, start, shape, process_on or device, hw_decoder_load)
     images = fn.resize(images, size=(crop_size, crop_size))
-    if auto_augment is not None:
+    if auto_augment != "none":
         images = auto_augmented(images, auto_augment, ra_magnitude, crop_size, 32 / 224)  # up to 32 pixels of 224
     if color_jitter:
         factors = [fn.random.uniform(range=[1 - color_jitter, 1 + color_jitter]) for _ in range(3)]
@@ -373,7 +372,7 @@ def training_loader(
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
     """Return what makes the pipeline of `training_loader`, which explains the options."""
-    options["enable_conditionals"] = options.get("auto_augment") is not None
+    options["enable_conditionals"] = options.get("auto_augment", "none") != "none"
     return _builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
 
 

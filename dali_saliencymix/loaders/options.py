@@ -11,7 +11,7 @@ from dali_saliencymix.options import PRESETS, MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 DATASETS = ("folder", *cifar.DATASETS)
-AUTO_AUGMENT = ("ra", "ta_wide")  # RandAugment, TrivialAugmentWide
+AUTO_AUGMENT = ("none", "ra", "ta_wide")  # RandAugment, TrivialAugmentWide
 ERASED_AREA, ERASED_ASPECT_RATIO = (0.02, 0.33), (0.3, 3.3)  # of --random-erase, as torchvision has them
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch", "synthetic")
 
@@ -59,8 +59,8 @@ class DataOptions:
         0.08, "smallest area of the random crop, as a share of the image", metavar="A", within="in (0, 1]"
     )
     hflip_prob: float = option(0.5, "probability of a horizontal flip", metavar="P", within="in [0, 1]")
-    auto_augment: str | None = option(
-        None,
+    auto_augment: str = option(
+        "none",
         "augment by a policy: RandAugment, with two operations, or TrivialAugmentWide",
         *("--auto-augment", "--aa"),
         choices=AUTO_AUGMENT,

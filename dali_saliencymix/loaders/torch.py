@@ -128,7 +128,7 @@ def policy_of(options: DataOptions) -> v2.Transform | None:
     common: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": 128}
     if options.auto_augment == "ra":
         return v2.RandAugment(num_ops=2, magnitude=options.ra_magnitude, **common)
-    return v2.TrivialAugmentWide(**common) if options.auto_augment is not None else None
+    return v2.TrivialAugmentWide(**common) if options.auto_augment == "ta_wide" else None
 
 
 def _decoded(file: str) -> Image.Image:

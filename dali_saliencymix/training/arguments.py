@@ -307,8 +307,7 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
     for choice in _CHOICES:
         for option in _unused(choice, given := getattr(args, choice)):
             if getattr(args, option) != parser.get_default(option):
-                what = f"with {_flag(choice)} {given}" if given else f"without {_flag(choice)}"
-                parser.error(f"{_flag(option)} does nothing {what}: leave it out")
+                parser.error(f"{_flag(option)} does nothing with {_flag(choice)} {given}: leave it out")
     if args.evaluate and not args.resume and not args.pretrained:
         parser.error("--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights")
     if args.restart_epoch and not args.resume:
@@ -356,7 +355,7 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _unused(choice: str, given: Any) -> list[str]:
+def _unused(choice: str, given: str) -> list[str]:
     """Return the options that a mode, an optimiser or a policy has no use for: `choice` is one of `_CHOICES`."""
     if choice == "auto_augment":
         return [] if given == "ra" else ["ra_magnitude"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dali_saliencymix.loaders.base import Batches, Data, chosen_backend
+from dali_saliencymix.loaders.base import Batches, Data, chosen_backend, validated
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
 from dali_saliencymix.measure.results import naming, write_json
@@ -200,7 +200,8 @@ def report_on_checkpoint(
     sizes = f"resized to {resize_size} and cropped to {crop_size} pixels by {backend}"
     after = f", after {place['epoch']} epochs and {place['step']} steps" if place else ""
     say(f"{path}: {network}{after}", enabled=processes.is_main)
-    say(f"{images}: {data.val_images} images, {sizes}", enabled=processes.is_main)
+    count = len(validated(data.val_images, options.data, processes))
+    say(f"{images}: {count} images, {sizes}", enabled=processes.is_main)
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
         result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
