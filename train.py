@@ -108,14 +108,7 @@ class Trainer:
         self.start_up.end_of("data set")
 
         torch.manual_seed(data.seed)
-        size = data.train_crop_size
-        self.model = model_on(processes.device, options.model, len(self.data.classes), image_size=size)
-        check_image_sizes(self.model, options)
-        if run.pretrained and saved:
-            warn(f"resuming from {resume}: --pretrained is not read", enabled=processes.is_main)
-        elif run.pretrained:
-            loaded = load_pretrained(self.model, run.pretrained, len(self.data.classes), with_head=run.evaluate)
-            warn(f"{run.pretrained}: {loaded}", enabled=processes.is_main)
+        self.model = self.new_model(resume)
         # All processes begin with these weights. What a step draws, such as dropout, differs between them.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
@@ -147,6 +140,19 @@ class Trainer:
         # Every process watches its own loader; the main one's warning is enough.
         self.monitor = Monitor(say=functools.partial(warn, enabled=processes.is_main))
         self.start_up.end_of("model")
+
+    def new_model(self, resume: Path | None) -> nn.Module:
+        """Return the model with fresh weights, or those of --pretrained where no checkpoint is resumed."""
+        options, classes, is_main = self.options, len(self.data.classes), self.processes.is_main
+        size, run = options.data.train_crop_size, options.run
+        model = model_on(self.processes.device, options.model, classes, image_size=size)
+        check_image_sizes(model, options)
+        if run.pretrained and resume:
+            warn(f"resuming from {resume}: --pretrained is not read", enabled=is_main)
+        elif run.pretrained:
+            loaded = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
+            warn(f"{run.pretrained}: {loaded}", enabled=is_main)
+        return model
 
     def restore(self, saved: dict[str, Any], path: Path | None) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""

@@ -43,12 +43,15 @@ def test_an_error_is_of_the_program_that_was_called(called, name, monkeypatch, t
 
 
 HELP = """
-import contextlib, sys
+import contextlib, runpy, sys
 from dali_saliencymix.__main__ import main
 
-for arguments in sys.argv[1:]:
+_, *commands = sys.argv
+for arguments in commands:
+    script, *rest = arguments.split()
+    sys.argv[:] = [script, *rest]
     with contextlib.suppress(SystemExit):
-        main(arguments.split())
+        runpy.run_path(script, run_name="__main__") if script.endswith(".py") else main([script, *rest])
 slow = {"torch", "torchvision", "nvidia.dali", "numba", "matplotlib"}
 print(sorted(slow & set(sys.modules)))
 """
@@ -59,7 +62,8 @@ def test_help_comes_at_once_since_nothing_slow_is_imported(capsys):
         main(["--help"])
     commands = re.search(r"\{(.*?)\}", capsys.readouterr().out)[1].split(",")
     assert {"bottleneck", "compile"} <= set(commands)
-    helps = ["--help", *(f"{command} --help" for command in commands)]
+    scripts = ["train.py", "transfer_voc.py"]
+    helps = ["--help", *(f"{command} --help" for command in [*commands, *scripts])]
     line = [sys.executable, "-c", HELP, *helps]
     ended = subprocess.run(
         line, env=environment_of_program(), cwd=REPOSITORY, capture_output=True, text=True, check=True
