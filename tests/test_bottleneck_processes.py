@@ -34,7 +34,7 @@ class Loader:
 
 class Step:
     taken = staticmethod(at_call(60, RuntimeError("no memory\\nis left")))
-    def __init__(self, options, optimizer, processes, num_classes):
+    def __init__(self, options, optimizer, processes, **of_model):
         pass
     def __call__(self, batch):
         self.taken()
