@@ -36,6 +36,7 @@ from dali_saliencymix._numba import stopwatch
 from dali_saliencymix._threads import in_chunks, limited_to
 from dali_saliencymix.saliency import grey
 
+numba = pytest.importorskip("numba")
 contrast = pytest.importorskip("dali_saliencymix._numba.contrast", reason="Numba is not installed")
 pixels = pytest.importorskip("dali_saliencymix._numba.pixels", reason="Numba is not installed")
 fft = pytest.importorskip("dali_saliencymix._numba.fft", reason="Numba is not installed")
@@ -431,6 +432,14 @@ def test_the_command_compiles_all_that_is_called_and_its_folder_may_be_read_only
     folder.chmod(0o555)
     called = run(*unprivileged(), sys.executable, "-c", ALL_CALLS)
     assert (called.stdout, called.stderr) == ("0.0\n", "")
+
+
+def test_functions_of_others_compile_as_before():
+    """Those that `exec` has made have no module."""
+    namespace = {}
+    exec("def twice(x): return 2 * x", namespace)
+    namespace["twice"].__module__ = None
+    assert numba.njit(namespace["twice"])(4) == 8
 
 
 def test_the_time_for_compiling_is_known_without_numba_and_includes_what_goes_on(monkeypatch):

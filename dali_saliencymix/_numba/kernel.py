@@ -156,7 +156,7 @@ class Compilations(event.Listener):  # type: ignore[misc]
 
 
 def _is_kernel(compiled: Any) -> bool:
-    return compiled.py_func.__module__.startswith("dali_saliencymix._numba.")
+    return (compiled.py_func.__module__ or "").startswith("dali_saliencymix._numba.")
 
 
 compilations = Compilations()
