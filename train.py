@@ -24,6 +24,7 @@ import gc
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class Trainer:
         self.lock = FolderLock(None)
         self.loader_state: Any = None
         self.resumed_from = resume
-        if saved:
+        if saved and resume:
             with checkpoints.taken_from(resume):
                 self.restore(saved, resume)
 
@@ -150,16 +151,24 @@ class Trainer:
         if run.pretrained and resume:
             warn(f"resuming from {resume}: --pretrained is not read", enabled=is_main)
         elif run.pretrained:
-            loaded = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
+            loaded, config = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
             warn(f"{run.pretrained}: {loaded}", enabled=is_main)
+            self.say_what_differs(run.pretrained, config, AS_TRAINED if run.evaluate else ("mean", "std"))
         return model
 
-    def restore(self, saved: dict[str, Any], path: Path | None) -> None:
+    def say_what_differs(self, path: Path, config: dict[str, Any], names: Sequence[str]) -> None:
+        """Say which of these options are not those of the training that a file comes from."""
+        others = checkpoints.changed_options({"config": config}, self.config, names)
+        warn(f"{path}: not as it was trained: {'; '.join(others)}", enabled=self.processes.is_main and bool(others))
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
         arch, classes = self.options.model.arch, self.data.classes
+        run, is_main = self.options.run, self.processes.is_main
+        if run.evaluate:
+            self.say_what_differs(path, saved["config"], AS_TRAINED)
         checkpoints.check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
         self.model.load_state_dict(saved["model"])
-        run, is_main = self.options.run, self.processes.is_main
         if self.updater.ema and "model_ema" not in saved:
             if run.evaluate:
                 msg = f"{path}: has no moving average of the weights, which --model-ema asks for"
@@ -168,8 +177,6 @@ class Trainer:
         self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
         if run.evaluate:
             self.updater.restore_average(saved)
-            if others := checkpoints.changed_options(saved, self.config, AS_TRAINED):
-                warn(f"{path}: not evaluated as it was trained: {'; '.join(others)}", enabled=is_main)
             return
         checkpoints.check_optimizer(path, saved, opt=self.options.optimizer.opt)
         self.updater.restore(saved)
@@ -251,11 +258,28 @@ class Trainer:
 
     def train_epoch(self) -> Figures:
         """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
-        loader, options, monitor = self.train_loader(), self.options, self.monitor
-        epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
-        steps, begun = len(loader), self.step
+        loader, monitor, begun, epochs = self.train_loader(), self.monitor, self.step, self.options.schedule.epochs
         self.network.train()
-        progress = Progress(f"epoch {self.epoch + 1}/{epochs}", steps, done=begun, enabled=self.processes.is_main)
+        name, is_main = f"epoch {self.epoch + 1}/{epochs}", self.processes.is_main
+        with Progress(name, len(loader), done=begun, enabled=is_main) as progress:
+            lr = self.train_steps(loader, progress)
+        seconds = monitor.seconds
+        sums = self.totals.over_processes()
+        done = (self.step - begun) * self.options.data.batch_size * self.processes.world_size
+        return {
+            "loss": sums["loss"] / sums["images"],
+            "mixed_top1": 100 * sums["correct"] / sums["images"],
+            "images": int(sums["images"]),
+            "images_per_second": done / seconds,
+            "data_wait_share": monitor.waited / seconds,
+            "lr": lr,
+            "seconds": seconds,
+        }
+
+    def train_steps(self, loader: Batches, progress: Progress) -> float:
+        """Train on the batches that are left of an epoch; return the learning rate of the last update."""
+        options, monitor, steps, begun = self.options, self.monitor, len(loader), self.step
+        epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
         lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
         # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
         for batch in self.lockstep.batches(loader if begun < steps else (), monitor):
@@ -306,19 +330,7 @@ class Trainer:
                 if self.lockstep.checkpoint_is_due(self.step):
                     self.save()
                 self.lockstep.stop_if_asked()
-        progress.close()
-        seconds = monitor.seconds
-        sums = self.totals.over_processes()
-        done = (self.step - begun) * options.data.batch_size * self.processes.world_size
-        return {
-            "loss": sums["loss"] / sums["images"],
-            "mixed_top1": 100 * sums["correct"] / sums["images"],
-            "images": int(sums["images"]),
-            "images_per_second": done / seconds,
-            "data_wait_share": monitor.waited / seconds,
-            "lr": lr,
-            "seconds": seconds,
-        }
+        return lr
 
     def save_samples(self, images: torch.Tensor, *of_samples: torch.Tensor) -> None:
         """Draw the first batch of each phase of this run, where --save-images asks for it."""
@@ -428,8 +440,8 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
             train(trainer, val_loader)
     took = f"in {duration(time.monotonic() - started)}"
     best = trainer.best_top1
-    result = "no whole epoch validated" if best == -math.inf else f"best validation top-1 {best:.2f} %"
-    say(f"{result} after {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
+    result = "no whole epoch validated after" if best == -math.inf else f"best validation top-1 {best:.2f} % of"
+    say(f"{result} {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
 
 
 def train(trainer: Trainer, val_loader: Batches | None) -> None:

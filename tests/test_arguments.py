@@ -65,7 +65,7 @@ OPTIONS = [
     ("--seed 3", "seed", 3),
     ("--output-dir out", "output_dir", Path("out")),
     ("--resume auto", "resume", "auto"),
-    ("--pretrained w.pth", "pretrained", Path("w.pth")),
+    (f"--pretrained {__file__}", "pretrained", Path(__file__)),
     ("--profile-loader", "profile_loader", True),
     ("--max-nan-steps 9", "max_nan_steps", 9),
     ("--checkpoint-every 500", "checkpoint_every", 500),
@@ -110,7 +110,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("given", "name", "value"), OPTIONS, ids=[given for given, _, _ in OPTIONS])
 def test_every_option_is_there_and_changes_what_it_says(given, name, value):
-    without, with_it = parse_arguments(["data"]), parse_arguments(["data", *given.split()])
+    data = ["data", *USED_WITH.get(name, "").split()]
+    without, with_it = parse_arguments(data), parse_arguments([*data, *given.split()])
     assert with_it.config[name] == (str(value) if isinstance(value, Path) else value)
     assert {key for key in without.config if without.config[key] != with_it.config[key]} == {name}
     if name == "mix":
@@ -124,6 +125,18 @@ def test_every_option_is_there_and_changes_what_it_says(given, name, value):
         changed -= {"MixOptions saliency"}
     assert changed == {key for key in before if key.split()[1] == name} != set()
     assert {after[key] for key in changed} == {tuple(value) if isinstance(value, list) else value}
+
+
+# What gives an option a use.
+USED_WITH = {
+    **dict.fromkeys(("lr_milestones", "lr_gamma"), "--lr-scheduler step"),
+    **dict.fromkeys(("opt_betas", "opt_eps"), "--opt adamw"),
+    "amp_dtype": "--amp",
+    "crop_padding": "--dataset cifar10",
+    "model_ema_decay": "--model-ema",
+    "ra_magnitude": "--auto-augment ra",
+    "wandb_project": "--log-wandb",
+}
 
 
 def in_groups(options):
@@ -170,12 +183,14 @@ def test_evaluate_takes_network_and_sizes_from_the_checkpoint_unless_they_are_gi
         ("val_crop_size", "large", "argument --val-crop-size: must be a whole number of at least 1, got large"),
         ("val_crop_size", [1, 2], "val_crop_size must be one value, got [1, 2]"),
         ("dataset", "mnist", "argument --dataset: invalid choice: 'mnist'"),
-        ("std", [1.0, 2.0], "argument --std: expected 3 arguments"),
+        ("std", [1.0, 2.0], "std must be 3 values, got [1.0, 2.0]"),
+        ("mean", [0.5, 0.5, 0.5, "--help"], "mean must be 3 values, got [0.5, 0.5, 0.5, '--help']"),
+        ("mean", [0.5, 0.5, "--help"], "mean must hold values, got [0.5, 0.5, '--help']"),
         ("model_ema", 3, "model_ema must be true or false, got 3"),
     ],
 )
 def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path, capsys, name, value, what):
-    save_checkpoint({"model": {}, "config": {name: value}}, tmp_path / LAST)
+    save_checkpoint({"model": {}, "config": {"arch": "resnet18", name: value}}, tmp_path / LAST)
     with pytest.raises(SystemExit):
         parse_arguments(["data", "--evaluate", "--resume", str(tmp_path / LAST)])
     assert f"error: {tmp_path / LAST}: {what}" in capsys.readouterr().err
@@ -230,7 +245,12 @@ WRONG = [
     ("data --evaluate --resume /no/such.pt", "--resume: /no/such.pt: no such checkpoint"),
     ("data --evaluate --resume auto", "--resume auto: output/checkpoint_last.pt: no such checkpoint"),
     ("data --resume /no/such.pt", "--resume: /no/such.pt: no such file"),
-    ("data --resume /", "--resume: /: is a folder, not a checkpoint"),
+    ("data --resume /", "--resume: /: is a folder, not a file"),
+    ("data --pretrained /no/such.pth", "--pretrained: /no/such.pth: no such file"),
+    ("data --lr-milestones 5", "--lr-milestones does nothing with --lr-scheduler cosine: leave it out"),
+    ("data --amp-dtype fp16", "--amp-dtype does nothing where --amp is not given: leave it out"),
+    ("data --dataset cifar10 --val-crop-size 48", "--val-crop-size does nothing with --dataset cifar10: leave it out"),
+    ("data --batch-siz 4", "unrecognized arguments: --batch-siz 4; the nearest are --batch-size"),
     ("data --seed -1", "argument --seed: must be a whole number of at least 0, got -1"),
     ("data --epochs 5 --lr-warmup-epochs 5", "--lr-warmup-epochs must be "),
     ("data --optimizer adam", "argument --opt/--optimizer: invalid choice: 'adam'"),
@@ -248,7 +268,7 @@ WRONG = [
     ("data --norm-weight-decay -1", "--norm-weight-decay must be a number of at least 0, got -1.0"),
     ("data --label-smoothing 1", "--label-smoothing must be in [0, 1), got 1.0"),
     ("data --clip-grad-norm 0", "--clip-grad-norm must be a positive number, got 0.0"),
-    ("data --model-ema-decay 1", "--model-ema-decay must be in (0, 1), got 1.0"),
+    ("data --model-ema --model-ema-decay 1", "--model-ema-decay must be in (0, 1), got 1.0"),
     ("data --stall-timeout -1", "--stall-timeout must be in [0, 1e6], got -1.0"),
     ("data --checkpoint-interval nan", "--checkpoint-interval must be a number of at least 0, got nan"),
     ("data --mix-off-epochs 301", "--mix-off-epochs must be at most --epochs 300, got 301"),
@@ -298,6 +318,7 @@ CONFIG = """
 arch: resnet18
 batch-size: 32
 lr: 1e-2
+lr-scheduler: step
 lr_milestones: [30, 60.5]
 wd: 5e-5
 mix: none
@@ -324,8 +345,8 @@ def config(tmp_path):
 def test_a_configuration_file_says_what_the_command_line_would(config):
     path = config(CONFIG)
     command_line = (
-        "-a resnet18 -b 32 --lr 0.01 --lr-milestones 30 60.5 --wd 5e-5 --mix none --amp --no-nesterov --no-checkpoints "
-        "--progressive-size 128@0 160@6"
+        "-a resnet18 -b 32 --lr 0.01 --lr-scheduler step --lr-milestones 30 60.5 --wd 5e-5 --mix none --amp "
+        "--no-nesterov --no-checkpoints --progressive-size 128@0 160@6"
     )
     for option in ("-c", "--config"):
         args = parse_arguments(["data", option, path])
@@ -335,8 +356,8 @@ def test_a_configuration_file_says_what_the_command_line_would(config):
 
 def test_the_command_line_comes_before_the_configuration_file(config):
     path = config(CONFIG + "data: some/data\n")
-    args = parse_arguments(["--no-amp", "--lr", "0.5", "--config", path, "--lr-milestones", "7"])
-    assert (args.model.amp, args.optimizer.lr, args.schedule.lr_milestones) == (False, 0.5, (7.0,))
+    args = parse_arguments(["--no-amp", "--lr", "0.5", "--config", path, "--weight-decay", "7"])
+    assert (args.model.amp, args.optimizer.lr, args.optimizer.weight_decay) == (False, 0.5, 7.0)
     assert (args.data.batch_size, args.data.train_dir) == (32, Path("some/data/train"))
     assert parse_arguments(["other", "--config", path]).data.train_dir == Path("other/train")
 
@@ -371,17 +392,17 @@ def test_a_recipe_can_be_tried_with_another_optimiser(config):
 
 
 WRONG_CONFIGS = [
-    ("learning-rate: 0.1", "config.yaml: learning-rate is no option"),
+    ("learning-rate: 0.1", "config.yaml: unknown option learning-rate"),
     ("lr: fast", "config.yaml: argument --lr: invalid float value: 'fast'"),
     ("batch_size: 0", "config.yaml: argument -b/--batch-size: must be a whole number of at least 1, got 0"),
     ("mix: resizemix", "config.yaml: argument --mix: invalid choice: 'resizemix'"),
-    ("no-amp: true", "config.yaml: no-amp is no option"),
+    ("no-amp: true", "config.yaml: unknown option no-amp; the nearest are amp"),
     ("amp: 1", "config.yaml: amp must be true or false, got 1"),
     ("lr: [0.1, 0.2]", "config.yaml: lr must be one value, got [0.1, 0.2]"),
     ("lr: {a: 1}", "config.yaml: lr must be a value, got {'a': 1}"),
-    ("config: other.yaml", "config.yaml: config is no option"),
-    ("help: true", "config.yaml: help is no option"),
-    ("data-dir: here", "config.yaml: data-dir is no option"),
+    ("config: other.yaml", "config.yaml: unknown option config"),
+    ("help: true", "config.yaml: unknown option help"),
+    ("data-dir: here", "config.yaml: unknown option data-dir"),
     ("{lr: 0.1, lr: 0.2}", "config.yaml: lr is given twice, first as lr"),
     ("{wd: 0.1, weight_decay: 0.2}", "config.yaml: weight_decay is given twice, first as wd"),
     ("- lr", "config.yaml: must hold options as 'name: value'"),

@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from shared.cifar_files import write_cifar
 from shared.programs import torchrun
-from shared.training_fixtures import CLASS_COUNT, TINY, VAL_PER_CLASS, read_log
+from shared.training_fixtures import CLASS_COUNT, TINY, TINY_FOR_CIFAR, VAL_PER_CLASS, read_log
 
 from dali_saliencymix.datasets.sample_data import CLASSES
 from dali_saliencymix.training.checkpoints import BEST, LAST
@@ -86,7 +87,7 @@ def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_fold
     options = (data_folder, "--device", "cpu", "-j", "1", "--evaluate", "--resume", alone)
     ended = train_here(*options)
     assert ended.status == 0, ended.err
-    assert "not evaluated as it was trained" not in ended.err
+    assert "as it was trained" not in ended.err
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["val"] == pytest.approx(val, rel=1e-5)
     assert (report["arch"], report["epoch"], report["resize_size"], report["crop_size"]) == ("tiny_resnet", 2, 32, 32)
@@ -94,18 +95,41 @@ def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_fold
     ended = train_here(*options, "--val-crop-size", "24", "--val-resize-size", "48")
     other = json.loads((tmp_path / "evaluation-2.json").read_text())
     assert other["val"]["loss"] != pytest.approx(val["loss"], rel=1e-3)
-    assert f"{data_folder / 'val'}: {VAL_IMAGES} images, resized to 48 and cropped to 24 pixels by" in ended.out
+    line = (
+        f"{data_folder / 'val'}: {VAL_IMAGES} images by dali-cpu, resized to 48 and cropped to 24 pixels, mean 0.485 "
+    )
+    assert line in ended.out
     (line,) = (line for line in ended.err.splitlines() if "trained" in line)
     sizes = "val_resize_size was 32, is now 48; val_crop_size was 32, is now 24"
-    assert line == f"{alone}: not evaluated as it was trained: {sizes}"
+    assert line == f"{alone}: not as it was trained: {sizes}"
+
+
+def test_a_checkpoint_of_cifar_knows_its_data_set_and_normalisation(tmp_path, train_here):
+    folder, output_dir = write_cifar(tmp_path, "cifar10", train=40, test=15), tmp_path / "run"
+    options = ("--dataset", "cifar10", "--mean", "0.5", "0.4", "0.3", "--epochs", "1", "--output-dir", output_dir)
+    assert train_here(folder, *TINY_FOR_CIFAR, *options).status == 0
+    val = read_log(output_dir)[-1]["val"]
+    evaluating = (folder, "--device", "cpu", "--evaluate", "--resume", output_dir / LAST)
+    ended = train_here(*evaluating)
+    assert ended.status == 0, ended.err
+    assert (
+        f"{folder}: 15 images by dali-cpu, 32 pixels, as they are, mean 0.5 0.4 0.3, std 0.247 0.244 0.262\n"
+        in ended.out
+    )
+    assert json.loads((output_dir / "evaluation.json").read_text())["val"] == pytest.approx(val, rel=1e-5)
+    assert (
+        "--train-crop-size must be 32 with --dataset cifar10, got 64"
+        in train_here(*evaluating, "--train-crop-size", "64").error
+    )
 
 
 def test_two_processes_count_exactly_what_one_counts(full_run, only_validation, tmp_path, train_here):
     """Of 19 images the processes get 9 and 10, so that one of them has an empty second batch."""
     output_dir, _ = full_run
-    asked = ("--evaluate", "--resume", output_dir / BEST, "--per-class-csv", "--fgsm", "4/255")
+    asked = ("--evaluate", "--resume", output_dir / BEST, "--per-class-csv", "--fgsm", "4/255", "--val-crop-size", "30")
     assert train_here(only_validation, *TINY, *asked, "--output-dir", tmp_path / "one", "-b", "4").status == 0
-    torchrun("train.py", only_validation, *TINY, *asked, "--output-dir", tmp_path / "two", "-b", "9")
+    ended = torchrun("train.py", only_validation, *TINY, *asked, "--output-dir", tmp_path / "two", "-b", "9")
+    assert ended.stderr.count(f"{output_dir / BEST}: not as it was trained: val_crop_size was 32, is now 30") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     images = (CLASS_COUNT - 2) * VAL_PER_CLASS + 1
     for part in ("val", "fgsm"):
@@ -137,9 +161,11 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         ((*evaluating, "--cam-class", "red_square"), 2, "--cam-class needs --cam"),
         ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),
         ((*evaluating, "--cam", picture, "--cam-class", "dog"), 1, "must be one of the 8 classes"),
+        ((*evaluating, "--output-dir", existing / "in"), 1, f"{existing / 'in'}: Not a directory; --output-dir names"),
         ((*evaluating, "--model-ema"), 1, f"{checkpoint}: has no moving average of the weights"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "out", *options)
         assert ended.status == status
         assert message in ended.error
+        assert "top-1" not in ended.out
     assert not list(tmp_path.rglob("evaluation.json"))

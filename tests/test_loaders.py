@@ -16,7 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 from shared.cifar_files import python2_pickle, write_cifar
-from shared.training_fixtures import TINY
+from shared.training_fixtures import TINY, TINY_FOR_CIFAR
 from torchvision.transforms import RandomErasing
 
 from dali_saliencymix._dali import mix_nodes as dali_mix
@@ -51,6 +51,10 @@ def root(tmp_path_factory):
     make_sample_data(root, train=4, val=1)
     write_cifar(root, "cifar10", train=30, test=15)
     return root
+
+
+# Of a training whose images are not cropped at random.
+WHOLE = {"folder": ("--min-crop-area", "1"), "cifar10": ("--crop-padding", "0")}
 
 
 def options(root, kind="folder dali-cpu", *more):
@@ -182,17 +186,8 @@ def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(root, kind):
 @pytest.mark.parametrize("kind", KINDS[1:3])
 def test_a_training_that_was_stopped_in_an_epoch_ends_with_the_same_weights(root, train_here, tmp_path, kind):
     dataset, backend = kind.split()
-    common = [
-        root,
-        *TINY,
-        "--dataset",
-        dataset,
-        "--data-backend",
-        backend,
-        "--train-crop-size",
-        "32",
-        "--training-only",
-    ]
+    tiny = TINY if dataset == "folder" else TINY_FOR_CIFAR
+    common = [root, *tiny, "--dataset", dataset, "--data-backend", backend, "--training-only"]
     weights = []
     for name, lines in (("whole", [()]), ("stopped", [("--max-steps", "4"), ("--resume", "auto")])):
         for line in lines:
@@ -364,7 +359,7 @@ def grey_levels(root, kind, *more, epochs=1):
 @pytest.mark.parametrize("policy", ["ra", "ta_wide"])
 @pytest.mark.parametrize(("dataset", "count"), [("folder", "32"), ("cifar10", "30")])
 def test_pytorch_and_dali_augment_about_as_much(root, dataset, count, policy):
-    same, changes = ("--min-crop-area", "1", "--crop-padding", "0", "-b", count), []
+    same, changes = (*WHOLE[dataset], "-b", count), []
     for kind in (f"{dataset} dali-cpu", f"{dataset} pytorch"):
         plain = grey_levels(root, kind, *same).repeat_interleave(8, dim=0)
         changed = grey_levels(root, kind, *same, "--aa", policy, epochs=8)
@@ -388,7 +383,7 @@ def test_the_padding_of_cifar_is_not_augmented(root, backend):
 
 @pytest.mark.parametrize("kind", ["folder dali-cpu", "cifar10 pytorch"])
 def test_a_larger_magnitude_changes_more(root, kind):
-    same = ("--min-crop-area", "1", "--crop-padding", "0")
+    same = WHOLE[kind.split()[0]]
     plain = grey_levels(root, kind, *same)
     weak, strong = (
         (grey_levels(root, kind, *same, "--aa", "ra", "--ra-magnitude", magnitude) - plain).abs().mean()
@@ -452,7 +447,11 @@ def test_erased_rectangles_are_like_those_of_torchvision(root):
     white = torch.ones(3, size, size)
     expected = [RandomErasing.get_params(white, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
     of_pytorch = torch.ones(count, 3, size, size)
-    TrainingBatches(PaddedImages(read_cifar(root, "cifar10")[0]), 8, random_erase=0.5).erase(of_pytorch, 0, 0)
+    batches = TrainingBatches(PaddedImages(read_cifar(root, "cifar10")[0]), 8, random_erase=0.5)
+    batches.erase(of_pytorch, 0, 0)
+    for place in ((0, 1), (1, 0)):
+        batches.erase(others := torch.ones(count, 3, size, size), *place)
+        assert ((others == 0) != (of_pytorch == 0)).any(dim=(1, 2, 3)).float().mean() > 0.5
     of_dali = torch.tensor(np.array(dali_erases(size).run()[0].as_tensor()))
 
     def described(boxes):

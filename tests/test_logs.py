@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -81,6 +82,15 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "epoch 2/5" in err
     assert "\n" not in err
+
+
+def test_a_bar_is_gone_before_anything_is_said_of_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with contextlib.suppress(ValueError), Progress("epoch 2/5", 8) as progress:
+        progress.advance()
+        raise ValueError
+    *_, bar, end = capsys.readouterr().err.split("\r")
+    assert (bar.strip(), end) == ("", "")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -63,7 +63,7 @@ def test_the_weights_of_all_kinds_of_files_are_taken_with_the_average_first(kind
     model = make_model("mnasnet0_5", 7)
     entry = next((name for name in ("model_ema", "model") if name in saved), None)
     loaded = f"loaded its weights of {entry!r}" if entry else "loaded its weights"
-    assert load_pretrained(model, tmp_path / "weights.pth", 7) == loaded
+    assert load_pretrained(model, tmp_path / "weights.pth", 7)[0] == loaded
     expected = wanted.state_dict()
     assert expected.keys() == model.state_dict().keys()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
@@ -81,7 +81,7 @@ def test_only_the_last_layer_stays_fresh_where_there_are_other_classes(name, hea
     torch.save(wanted.state_dict(), tmp_path / "seven.pth")
     model = make_model(name, 5)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
-    said = load_pretrained(model, tmp_path / "seven.pth", 5)
+    said, _ = load_pretrained(model, tmp_path / "seven.pth", 5)
     heads = ", ".join(head)
     assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep fresh weights"
     for name, value in model.state_dict().items():
@@ -95,7 +95,7 @@ def test_auxiliary_classifiers_are_left_out_and_the_rest_answers_as_torchvision_
     theirs = torchvision.models.googlenet(num_classes=7, init_weights=False, transform_input=True)
     torch.save(theirs.state_dict(), tmp_path / "googlenet.pth")
     ours = make_model("googlenet", 7)
-    assert load_pretrained(ours, tmp_path / "googlenet.pth", 7) == "loaded its weights"
+    assert load_pretrained(ours, tmp_path / "googlenet.pth", 7) == ("loaded its weights", {})
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
@@ -106,7 +106,7 @@ def test_the_old_names_of_densenet_s_published_weights_are_known(tmp_path):
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     torch.save(old, tmp_path / "densenet.pth")
     model = make_model("densenet121", 7)
-    assert load_pretrained(model, tmp_path / "densenet.pth", 7) == "loaded its weights"
+    assert load_pretrained(model, tmp_path / "densenet.pth", 7) == ("loaded its weights", {})
     assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -130,9 +130,17 @@ WRONG = {
         lambda state: state | {"fc.weight": torch.zeros(9, 512), "fc.bias": torch.zeros(8)},
         r"the model has: fc.weight is \[9, 512\], not \[7, 512\], and 1 more$",
     ),
+    "complex": (
+        lambda state: state | {"bn1.bias": torch.zeros(64, dtype=torch.complex64)},
+        "the model has: bn1.bias is complex64$",
+    ),
+    "not a number": (
+        lambda state: state | {"bn1.bias": torch.full((64,), torch.nan)},
+        "the model has: bn1.bias is not finite$",
+    ),
     "no weights": (lambda _: {"model": {"epoch": 3}}, "must hold weights by their names, alone or as"),
     "a tensor": (lambda _: torch.zeros(3), "must hold weights by their names, alone or as"),
-    "numbers as names": (lambda _: {3: torch.zeros(3)}, "holds what this run cannot go on from"),
+    "numbers as names": (lambda _: {3: torch.zeros(3)}, "must hold weights by their names, alone or as"),
 }
 
 
@@ -183,9 +191,23 @@ def test_weights_are_validated_without_training_images(full_run, own_data, tmp_p
 def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp_path, train_here):
     for split in ("train", "val"):
         shutil.rmtree(own_data / split / "red_square")
-    options = ("--pretrained", full_run[0] / BEST, "--max-steps", "1", "--output-dir", tmp_path / "run")
+    options = (
+        "--pretrained",
+        full_run[0] / BEST,
+        "--mean",
+        "0.5",
+        "0.5",
+        "0.5",
+        "--max-steps",
+        "1",
+        "--val-crop-size",
+        "24",
+    )
+    options += ("--output-dir", tmp_path / "run")
     ended = train_here(own_data, *TINY, *options)
     assert ended.status == 0
     what = "loaded its weights of 'model', which are for 8 classes, not 7"
     line = f"{what}: fc.weight, fc.bias keep fresh weights"
     assert f"{full_run[0] / BEST}: {line}" in ended.err.splitlines()
+    mean = "mean was [0.485, 0.456, 0.406], is now [0.5, 0.5, 0.5]"
+    assert f"{full_run[0] / BEST}: not as it was trained: {mean}" in ended.err.splitlines()

@@ -138,8 +138,10 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_log_and_leaves_the_run
         val = line["val"]
         path = output_dir / LAST if resume == "auto" else resume
         expected = f"{path}: tiny_resnet, fp32, 8 classes, after {line['epoch']} epochs and 0 steps\n"
-        expected += f"{data_folder / 'val'}: {VAL_IMAGES} images, resized to 32 and cropped to 32 pixels by dali-cpu\n"
-        expected += f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} validation images\n"
+        expected += f"{data_folder / 'val'}: {VAL_IMAGES} images by dali-cpu, resized to 32 and cropped to 32 pixels, "
+        expected += "mean 0.485 0.456 0.406, std 0.229 0.224 0.225\n"
+        expected += f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} %, loss {val['loss']:.3f} on {VAL_IMAGES} "
+        expected += "validation images\n"
         assert (ended.status, ended.out) == (0, f"{expected}result: {report}\n")
     assert {path: path.stat().st_mtime_ns for path in output_dir.iterdir()} == before
 
@@ -272,7 +274,7 @@ def test_the_output_folder_has_the_options_of_the_run_as_a_configuration_file(fu
 
 
 def test_the_last_line_says_how_long_it_took(full_run):
-    assert re.fullmatch(r"best .* after 2 epochs, in 0:\d\d:\d\d: .*", full_run[1].stdout.splitlines()[-1])
+    assert re.fullmatch(r"best .* % of 2 epochs, in 0:\d\d:\d\d: .*", full_run[1].stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,7 @@ def test_a_run_is_not_overwritten_and_a_finished_one_stays_as_it_is(full_run, da
     assert str(output_dir / LAST) in ended.error
     ended = train_here(data_folder, *TINY, "--output-dir", output_dir, "--resume", "auto")
     assert ended.status == 0
-    assert "after 2 epochs" in ended.out
+    assert " % of 2 epochs, in" in ended.out
     assert (output_dir / LAST).read_bytes() == before
 
 

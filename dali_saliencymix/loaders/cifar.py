@@ -203,6 +203,9 @@ def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarD
     if options.data is None:
         msg = f"data must be given with dataset {options.dataset!r}"
         raise ValueError(msg)
+    if options.train_crop_size != SIZE:
+        msg = f"--train-crop-size must be {SIZE} with --dataset {options.dataset}, got {options.train_crop_size}"
+        raise ValueError(msg)
     train, val = read_cifar(options.data, options.dataset)
     if classes is not None and classes != train.classes:
         msg = f"{options.data}: holds other classes than those asked for, the first of which is {classes[0]!r}"
@@ -221,9 +224,6 @@ class CifarData(Data):
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
-        if options.train_crop_size != SIZE:
-            msg = f"--train-crop-size must be {SIZE} with --dataset {options.dataset}, got {options.train_crop_size}"
-            raise ValueError(msg)
         if options.color_jitter:
             msg = f"--color-jitter must be 0 with --dataset {options.dataset}, got {options.color_jitter}"
             raise ValueError(msg)

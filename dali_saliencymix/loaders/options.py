@@ -30,8 +30,9 @@ def option(default: Any, text: str, *flags: str, group: str = "data", **about: A
     group : str
         Group of the help that lists it.
     **about
-        Further arguments of ``add_argument``; ``least``, the smallest integer, by default 1; or ``within``, the range
-        of a number, one of those in `dali_saliencymix.training.arguments`.
+        Further arguments of ``add_argument``; ``least``, the smallest integer, by default 1; ``within``, the range of
+        a number, one of those in `dali_saliencymix.training.arguments`; or ``only_with``, another option and its values
+        with which this one has a use.
     """
     return field(default=default, metadata={"help": text, "flags": flags, "group": group, **about})
 
@@ -56,7 +57,11 @@ class DataOptions:
     val_list: Path | None = option(None, "the same for validation", metavar="FILE")
     train_crop_size: int = option(224, "size of training images (default: 224, with CIFAR 32)", metavar="PIXELS")
     min_crop_area: float = option(
-        0.08, "smallest area of the random crop, as a share of the image", metavar="A", within="in (0, 1]"
+        0.08,
+        "smallest area of the random crop, as a share of the image",
+        metavar="A",
+        within="in (0, 1]",
+        only_with=("dataset", "folder"),
     )
     hflip_prob: float = option(0.5, "probability of a horizontal flip", metavar="P", within="in [0, 1]")
     auto_augment: str = option(
@@ -65,7 +70,9 @@ class DataOptions:
         *("--auto-augment", "--aa"),
         choices=AUTO_AUGMENT,
     )
-    ra_magnitude: int = option(9, "magnitude of RandAugment, out of 0 to 30", least=0, within="in [0, 30]")
+    ra_magnitude: int = option(
+        9, "magnitude of RandAugment, out of 0 to 30", least=0, within="in [0, 30]", only_with=("auto_augment", "ra")
+    )
     color_jitter: float = option(
         0.0,
         "brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
@@ -79,7 +86,9 @@ class DataOptions:
         metavar="P",
         within="in [0, 1]",
     )
-    crop_padding: int = option(4, "with CIFAR: zeros around an image to crop from", least=0)
+    crop_padding: int = option(
+        4, "with CIFAR: zeros around an image to crop from", least=0, only_with=("dataset", *cifar.DATASETS)
+    )
     mean: tuple[float, ...] = option(
         IMAGENET_MEAN,
         "mean of each channel to normalise with, for pixels in 0..1 (default: that of ImageNet or CIFAR)",
@@ -90,8 +99,12 @@ class DataOptions:
     std: tuple[float, ...] = option(
         IMAGENET_STD, "the standard deviation", nargs=3, metavar=("R", "G", "B"), within="a positive number"
     )
-    val_resize_size: int = option(256, "short side of validation images", metavar="PIXELS")
-    val_crop_size: int = option(224, "centre crop of validation images", metavar="PIXELS")
+    val_resize_size: int = option(
+        256, "short side of validation images", metavar="PIXELS", only_with=("dataset", "folder")
+    )
+    val_crop_size: int = option(
+        224, "centre crop of validation images", metavar="PIXELS", only_with=("dataset", "folder")
+    )
     synthetic_classes: int = option(1000, "classes of synthetic data")
     synthetic_steps: int = option(100, "steps of an epoch of synthetic data")
     mix: MixOptions | None = PRESETS["default"]  # None: no mixing

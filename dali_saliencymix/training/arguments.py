@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,6 @@ from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
     AS_TRAINED,
-    OPTIMIZERS,
     EvaluationOptions,
     ModelOptions,
     OptimizerOptions,
@@ -45,8 +45,6 @@ _TITLES = (
 
 # The mixing options that there are, and what they are called here.
 _MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name in ("preset", *PRESET_OPTIONS)}
-
-_CHOICES = ("mix", "opt", "auto_augment")  # options that decide which others have a use
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda value: 0 < value < math.inf,
@@ -100,10 +98,10 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
     if path is not None:
         parser.reading = Path(path)
         from_file = _read_options(parser, _pairs(parser, parser.reading))
-    chosen = {choice: getattr(from_file, choice, None) for choice in _CHOICES}
+    of_file = dict(vars(from_file))
     args = parser.parse_args(arguments, from_file)
-    for choice, before in chosen.items():  # a recipe tried with another mode, optimiser or policy
-        for option in _unused(choice, getattr(args, choice)) if before not in (None, getattr(args, choice)) else ():
+    for option, choice in _without_use(args).items():
+        if choice in of_file and of_file[choice] != getattr(args, choice):  # as where a recipe is tried without mixing
             setattr(args, option, parser.get_default(option))
     return args
 
@@ -118,6 +116,8 @@ def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argpar
         if path is None:
             parser.error(f"--resume auto: {args.output_dir / checkpoints.LAST}: no such checkpoint")
         saved = checkpoints.load_checkpoint(path, ("model", "config"), verify=False)["config"]
+        if not isinstance(saved.get("arch"), str):
+            parser.error(f"--resume: {path}: names no model")
     except (OSError, ValueError) as error:
         parser.error(f"--resume: {line_of(error, expected=True)}")
     parser.reading = path
@@ -167,7 +167,8 @@ def make_parser(prog: str | None = None) -> _Parser:
 
 def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
     """Add the option that a field declares, read as its annotation says."""
-    about = {key: value for key, value in declared.metadata.items() if key not in ("flags", "group", "least", "within")}
+    own = ("flags", "group", "least", "within", "only_with")
+    about = {key: value for key, value in declared.metadata.items() if key not in own}
     kind = str(declared.type).removesuffix(" | None")
     if kind == "bool":  # --amp and --no-amp: so that a configuration file can be overridden
         about.setdefault("action", argparse.BooleanOptionalAction)
@@ -192,7 +193,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         where = f"{self.reading}: " if self.reading else ""
+        if message.startswith("unrecognized arguments: "):
+            known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+            message += nearest(message.split()[2].lstrip("-").partition("=")[0], known, "--")
         self.exit(2, printable(f"{self.prog}: error: {where}{message}") + "\n")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return what a message about an unknown name says of the known ones."""
+    names = difflib.get_close_matches(name.replace("_", "-"), known)
+    return f"; the nearest are {', '.join(prefix + name for name in names)}" if names else ""
 
 
 class _SetIfGiven(argparse.Action):
@@ -227,7 +237,7 @@ def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Nam
     for key, value in pairs:
         action = actions.get(key.replace("-", "_"))
         if action is None or (action.dest == "data" and key != "data"):
-            parser.error(f"{key} is no option")
+            parser.error(f"unknown option {key}{nearest(key, (name.replace('_', '-') for name in actions))}")
         if action.dest in given:
             parser.error(f"{key} is given twice, first as {given[action.dest]}")
         given[action.dest] = key
@@ -264,7 +274,12 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
     if isinstance(value, list):
         if action.nargs in (None, "?"):
             parser.error(f"{key} must be one value, got {value!r}")
-        return [name, *map(str, value)] if value else []
+        texts = [str(part) for part in value]
+        if isinstance(action.nargs, int) and len(texts) != action.nargs:
+            parser.error(f"{key} must be {action.nargs} values, got {value!r}")
+        if any(text.startswith("--") for text in texts):  # another option, not a value of this one
+            parser.error(f"{key} must hold values, got {value!r}")
+        return [name, *texts] if texts else []
     if isinstance(value, dict):
         parser.error(f"{key} must be a value, got {value!r}")
     return [f"{name}={value}"]
@@ -304,10 +319,11 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:
     """End the script where options do not fit each other, or are out of range."""
-    for choice in _CHOICES:
-        for option in _unused(choice, given := getattr(args, choice)):
-            if getattr(args, option) != parser.get_default(option):
-                parser.error(f"{_flag(option)} does nothing with {_flag(choice)} {given}: leave it out")
+    for option, choice in _without_use(args).items():
+        if getattr(args, option) != parser.get_default(option):
+            given = getattr(args, choice)
+            with_it = f"with {_flag(choice)} {given}" if given else f"where {_flag(choice)} is not given"
+            parser.error(f"{_flag(option)} does nothing {with_it}: leave it out")
     if args.evaluate and not args.resume and not args.pretrained:
         parser.error("--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights")
     if args.restart_epoch and not args.resume:
@@ -325,9 +341,10 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error("--cam-class needs --cam, the images to draw")
     if args.data_backend == "synthetic" and (args.fgsm is not None or args.cam):
         parser.error("--fgsm and --cam need real images, not --data-backend synthetic")
-    if args.resume and args.resume != "auto" and not Path(args.resume).is_file():
-        what = "is a folder, not a checkpoint" if Path(args.resume).is_dir() else "no such file"
-        parser.error(f"--resume: {args.resume}: {what}")
+    for option, file in (("--resume", args.resume), ("--pretrained", None if args.resume else args.pretrained)):
+        if file and file != "auto" and not Path(file).is_file():
+            what = "is a folder, not a file" if Path(file).is_dir() else "no such file"
+            parser.error(f"{option}: {file}: {what}")
     for declared in _DECLARED:
         rule, value = declared.metadata.get("within"), getattr(args, declared.name)
         for number in value if isinstance(value, list) else [value]:
@@ -355,14 +372,14 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _unused(choice: str, given: str) -> list[str]:
-    """Return the options that a mode, an optimiser or a policy has no use for: `choice` is one of `_CHOICES`."""
-    if choice == "auto_augment":
-        return [] if given == "ra" else ["ra_magnitude"]
-    if choice == "opt":
-        return [option for opt, own in OPTIMIZERS.items() if opt != given for option in own]
-    unused = [_MIX_OPTIONS[name] for name in unused_options(given) if name in _MIX_OPTIONS]
-    return [*unused, "mix_off_epochs"] if given == "none" else unused
+def _without_use(args: argparse.Namespace) -> dict[str, str]:
+    """Return the options that do nothing beside the others, each with the option that decides this."""
+    useless = {_MIX_OPTIONS[name]: "mix" for name in unused_options(args.mix) if name in _MIX_OPTIONS}
+    for declared in _DECLARED:
+        choice, *values = declared.metadata.get("only_with", (None,))
+        if choice is not None and getattr(args, choice) not in values:
+            useless[declared.name] = choice
+    return useless
 
 
 def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:

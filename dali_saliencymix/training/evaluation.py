@@ -43,12 +43,11 @@ def sums_over_images(
     distributed.copy_buffers_from_main(model)
     model.eval()
     totals = metrics.Totals(*names, "images", device=processes.device)
-    progress = Progress(description, len(loader), enabled=processes.is_main)
-    for images, labels in loader:
-        if len(images):  # a shard that ends early gives empty batches
-            totals.add(*count(images, labels), len(images))
-        progress.advance()
-    progress.close()
+    with Progress(description, len(loader), enabled=processes.is_main) as progress:
+        for images, labels in loader:
+            if len(images):  # a shard that ends early gives empty batches
+                totals.add(*count(images, labels), len(images))
+            progress.advance()
     return totals.over_processes()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_saliencymix.loaders.options import DataOptions, option
+from dali_saliencymix.options import MODES
 
 _EPSILON = "8/255"  # of --fgsm
 
@@ -71,7 +72,13 @@ class ModelOptions:
     )
     dropout: float | None = _model(None, "dropout of a model that has it", metavar="P", within="in [0, 1)")
     amp: bool = _speed(False, "compute in 16 bits where that is safe")
-    amp_dtype: str = _speed("bf16", "of --amp; fp16 scales the loss", type=_amp_dtype, choices=("bf16", "fp16"))
+    amp_dtype: str = _speed(
+        "bf16",
+        "of --amp; fp16 scales the loss",
+        type=_amp_dtype,
+        choices=("bf16", "fp16"),
+        only_with=("amp", True),
+    )
     channels_last: bool = _speed(False, "channels-last memory, straight from DALI")
     compile: bool = _speed(False, "compile the model with torch.compile")
     deterministic: bool = _speed(False, "deterministic kernels of PyTorch: slower, repeatable")
@@ -87,10 +94,6 @@ class ModelOptions:
         return self.precision == "fp16"
 
 
-# What only one optimiser has a use for.
-OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("opt_betas", "opt_eps")}
-
-
 @dataclass(frozen=True)
 class OptimizerOptions:
     """From the gradients to new weights."""
@@ -102,9 +105,9 @@ class OptimizerOptions:
         "0.1 for each 256 images is the usual rule",
         within="a positive number",
     )
-    opt: str = _model("sgd", "optimiser", "--opt", "--optimizer", choices=tuple(OPTIMIZERS))
-    momentum: float = _model(0.9, "momentum of SGD", metavar="M", within="in [0, 1)")
-    nesterov: bool = _model(True, "Nesterov momentum of SGD")
+    opt: str = _model("sgd", "optimiser", "--opt", "--optimizer", choices=("sgd", "adamw"))
+    momentum: float = _model(0.9, "momentum of SGD", metavar="M", within="in [0, 1)", only_with=("opt", "sgd"))
+    nesterov: bool = _model(True, "Nesterov momentum of SGD", only_with=("opt", "sgd"))
     opt_betas: tuple[float, float] = _model(
         (0.9, 0.999),
         "decay of AdamW's averages of gradients and of their squares",
@@ -112,8 +115,11 @@ class OptimizerOptions:
         type=float,
         metavar=("B1", "B2"),
         within="in [0, 1)",
+        only_with=("opt", "adamw"),
     )
-    opt_eps: float = _model(1e-8, "epsilon of AdamW", metavar="EPS", within="a positive number")
+    opt_eps: float = _model(
+        1e-8, "epsilon of AdamW", metavar="EPS", within="a positive number", only_with=("opt", "adamw")
+    )
     weight_decay: float = _model(
         1e-4, "weight decay", "--wd", "--weight-decay", metavar="WD", within="a number of at least 0"
     )
@@ -128,7 +134,13 @@ class OptimizerOptions:
         None, "largest norm of the gradients", metavar="NORM", within="a positive number"
     )
     model_ema: bool = _model(False, "keep an exponential moving average (EMA) of the weights")
-    model_ema_decay: float = _model(0.9999, "how much of the EMA stays at each update", metavar="D", within="in (0, 1)")
+    model_ema_decay: float = _model(
+        0.9999,
+        "how much of the EMA stays at each update",
+        metavar="D",
+        within="in (0, 1)",
+        only_with=("model_ema", True),
+    )
 
 
 @dataclass(frozen=True)
@@ -140,15 +152,21 @@ class ScheduleOptions:
         "cosine", "the learning rate falls to 0 along half a cosine, or in steps", choices=("cosine", "step")
     )
     lr_warmup_epochs: float = _model(0.0, "epochs of linear warm-up", metavar="N", within="a number of at least 0")
-    lr_milestones: tuple[float, ...] = _model((75.0, 150.0, 225.0), "epochs of the steps", metavar="EPOCH")
-    lr_gamma: float = _model(0.1, "factor of each step", metavar="F", within="a positive number")
+    lr_milestones: tuple[float, ...] = _model(
+        (75.0, 150.0, 225.0), "epochs of the steps", metavar="EPOCH", only_with=("lr_scheduler", "step")
+    )
+    lr_gamma: float = _model(
+        0.1, "factor of each step", metavar="F", within="a positive number", only_with=("lr_scheduler", "step")
+    )
     progressive_size: tuple[str, ...] = option(
         (),
         "size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
         type=_size_at_epoch,
         metavar="SIZE@EPOCH",
     )
-    mix_off_epochs: int = option(0, "no mixing in the last N epochs", group="mixing", least=0)
+    mix_off_epochs: int = option(
+        0, "no mixing in the last N epochs", group="mixing", least=0, only_with=("mix", *MODES)
+    )
 
 
 @dataclass(frozen=True)
@@ -190,7 +208,9 @@ class RunOptions:
     max_nan_steps: int = _faults(3, "end with an error after N steps in a row whose loss is not finite")
     tensorboard: bool = _output(False, "write for TensorBoard as well")
     log_wandb: bool = _output(False, "log to Weights & Biases as well")
-    wandb_project: str = _output("dali-saliencymix", "project to log to there", metavar="NAME")
+    wandb_project: str = _output(
+        "dali-saliencymix", "project to log to there", metavar="NAME", only_with=("log_wandb", True)
+    )
     save_images: int = _output(0, "draw N images of the first batch, as mixed", least=0)
     print_freq: int = _output(10, "steps between two displays", "-p", "--print-freq")
     profile_loader: bool = _short(False, "only measure whether the loader is the bottleneck", action="store_true")

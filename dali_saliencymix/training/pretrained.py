@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,12 @@ _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers of GoogLeNet and Inception v3, which are made without them
 
 
-def load_pretrained(model: nn.Module, path: str | Path, num_classes: int, *, with_head: bool = False) -> str:
-    """Load the weights of a file into a model of `num_classes` classes; return a line on what was loaded.
+def load_pretrained(
+    model: nn.Module, path: str | Path, num_classes: int, *, with_head: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """Load the weights of a file into a model of `num_classes` classes.
+
+    Returns what was loaded, in words, and the options of the training that the file comes from; {} if it does not say.
 
     The file holds a state dict, or a dictionary with one as "model_ema" or else "model"; names may begin with
     ``module.``. If it is of another number of classes, the parameters whose first dimension is that number keep the
@@ -26,9 +31,9 @@ def load_pretrained(model: nn.Module, path: str | Path, num_classes: int, *, wit
     no weights, or others than the model has: a name is missing or unknown, or a shape is another one.
     """
     with taken_from(path):
-        weights, entry = _read_weights(path)
+        weights, entry, config = _read_weights(path)
         head = _load(model, weights, path, num_classes, with_head=with_head)
-        return f"loaded its weights{f' of {entry!r}' if entry else ''}{head}"
+        return f"loaded its weights{f' of {entry!r}' if entry else ''}{head}", config
 
 
 def _load(
@@ -45,11 +50,18 @@ def _load(
         for name, (there, here) in shapes.items()
         if not there or here != (num_classes, *there[1:]) or len(classes) > 1
     ]
+    wrong += [
+        f"{name} is {str(weights[name].dtype).removeprefix('torch.')}"
+        for name in own
+        if name in weights and weights[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    wrong += [f"{name} is not finite" for name in own if name in weights and not weights[name].isfinite().all()]
     for name in shapes:
         del weights[name]  # not rebuilt: PyTorch keeps the versions of its layers as an attribute of the dictionary
-    found = model.load_state_dict(weights, strict=False)
-    wrong += [f"{name} is missing" for name in found.missing_keys if name not in shapes]
-    wrong += [f"{name} is unknown" for name in found.unexpected_keys]
+    if not wrong:
+        found = model.load_state_dict(weights, strict=False)
+        wrong += [f"{name} is missing" for name in found.missing_keys if name not in shapes]
+        wrong += [f"{name} is unknown" for name in found.unexpected_keys]
     if wrong:
         msg = f"{path}: holds other weights than the model has: {wrong[0]}"
         raise ValueError(msg + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
@@ -61,16 +73,19 @@ def _load(
     return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep fresh weights"
 
 
-def _read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], str | None]:
-    """Return the weights of a file, and the name of the entry that holds them, if there is one."""
+def _read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], str | None, dict[str, Any]]:
+    """Return the weights of a file, the entry that holds them, if there is one, and the options of the training."""
     saved = read_tensors(path, argparse.Namespace)  # torchvision's scripts save their options so
     entry = next((entry for entry in ("model_ema", "model") if isinstance(saved, dict) and entry in saved), None)
     weights = saved if entry is None else saved[entry]
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         msg = f"{path}: must hold weights by their names, alone or as 'model_ema' or 'model'"
         raise ValueError(msg)
     consume_prefix_in_state_dict_if_present(weights, "module.")
     weights.pop("n_averaged", None)  # of an average that PyTorch has taken
     for name in [name for name in weights if _OLD_DENSENET.search(name)]:
         weights[_OLD_DENSENET.sub(r"\1", name)] = weights.pop(name)
-    return weights, entry
+    config = saved.get("config") if entry else None
+    return weights, entry, config if isinstance(config, dict) else {}

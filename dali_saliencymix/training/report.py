@@ -15,7 +15,7 @@ from torch import nn
 from dali_saliencymix.loaders.base import Batches, Data, chosen_backend, validated
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
-from dali_saliencymix.measure.results import naming, write_json
+from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training import evaluation
 from dali_saliencymix.training.activation_maps import last_layers, save_activation_maps
 from dali_saliencymix.training.options import TrainingOptions
@@ -23,6 +23,8 @@ from dali_saliencymix.training.robustness import attacked_accuracy
 from dali_saliencymix.training.run_log import duration, say
 
 Figures = dict[str, float]
+
+_ROOM = 2**18  # bytes: more than a result takes
 
 
 def run_facts(
@@ -45,7 +47,7 @@ def run_facts(
 
 
 def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
-    """Return four lines for the user: device, network and batch, mixing, data."""
+    """Return five lines for the user: device, network and batch, optimiser, augmentation, data."""
     here, data = facts["environment"], facts["data"]
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     driver = f", driver {here['driver']}" if here["driver"] and here["cuda"] else ""
@@ -55,6 +57,13 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
     mixing = "none" if mix is None else f"{mix.mode}, alpha {mix.alpha:g}, prob {mix.prob:g}"
     if schedule.mix_off_epochs:
         mixing += f", not in the last {schedule.mix_off_epochs} epochs"
+    optimizer, augmented = options.optimizer, options.data
+    updates = [f"{optimizer.opt}, lr {optimizer.lr:g}, {schedule.lr_scheduler}"]
+    updates += [f"{schedule.lr_warmup_epochs:g} epochs of warm-up"] if schedule.lr_warmup_epochs else []
+    updates += [f"weight decay {optimizer.weight_decay:g}"]
+    updates += [f"EMA {optimizer.model_ema_decay:g}"] if optimizer.model_ema else []
+    mixing += f"  |  auto-augment {augmented.auto_augment}" if augmented.auto_augment != "none" else ""
+    mixing += f"  |  random erasing {augmented.random_erase:g}" if augmented.random_erase else ""
     growing = f"  |  sizes {' '.join(schedule.progressive_size)}" if schedule.progressive_size else ""
     engine = {True: "yes", False: "no", None: "unknown" if data["backend"] == "dali-gpu" else "not used"}
     return "\n".join(
@@ -63,6 +72,7 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
             f"{options.model.arch}, {facts['precision']}, {facts['memory_format']}  |  "
             f"global batch {facts['global_batch']} ({', '.join(sizes)}), "
             f"{facts['steps_per_epoch']} steps per epoch, {schedule.epochs} epochs",
+            ", ".join(updates),
             f"mix {mixing}{growing}",
             f"{data['classes']} classes, {data['train_images']} images, {data['val_images']} for validation  |  "
             f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "
@@ -144,9 +154,13 @@ def has_hardware_decoder(device: torch.device) -> bool | None:
 
 def check_writable(folder: Path) -> None:
     """Create a folder, and raise an OSError that names it if no file can be written there."""
-    with naming(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(_ROOM))
+    except OSError as error:
+        msg = f"{folder}: {error.strerror}; --output-dir names another folder"
+        raise OSError(msg) from error
 
 
 def report_on_checkpoint(
@@ -181,8 +195,10 @@ def report_on_checkpoint(
     counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
     images = str(options.data.val_dir or options.data.data or backend)
     resize_size, crop_size = options.data.val_resize_size, options.data.val_crop_size
-    if options.data.dataset != "folder":  # images of CIFAR stay as they are
+    sizes = f"resized to {resize_size} and cropped to {crop_size} pixels"
+    if options.data.dataset != "folder":
         resize_size = crop_size = options.data.train_crop_size
+        sizes = f"{crop_size} pixels, as they are"
 
     report: dict[str, Any] = {
         "checkpoint": str(path),
@@ -197,14 +213,15 @@ def report_on_checkpoint(
         "amp": options.model.amp_dtype if options.model.amp else None,
     }
     network = f"{options.model.arch}, {options.model.precision}, {len(classes)} classes"
-    sizes = f"resized to {resize_size} and cropped to {crop_size} pixels by {backend}"
+    normalisation = "mean {} {} {}, std {} {} {}".format(*(f"{value:.3g}" for value in (*data.mean, *data.std)))
     after = f", after {place['epoch']} epochs and {place['step']} steps" if place else ""
     say(f"{path}: {network}{after}", enabled=processes.is_main)
     count = len(validated(data.val_images, options.data, processes))
-    say(f"{images}: {count} images, {sizes}", enabled=processes.is_main)
+    say(f"{images}: {count} images by {backend}, {sizes}, {normalisation}", enabled=processes.is_main)
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
-        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {val['images']} validation images"
+        result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} %, loss {val['loss']:.3f}"
+        result += f" on {val['images']} validation images"
         say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
     if asked.fgsm is not None:
         found = report["fgsm"] = attacked_accuracy(

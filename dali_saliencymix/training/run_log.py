@@ -98,11 +98,17 @@ class Progress:
             total=total,
             initial=done,
             desc=description,
-            unit="step",
+            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|",  # a narrow terminal cuts off the bar first
             disable=not enabled or self._lines,
             leave=False,
             dynamic_ncols=True,
         )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()  # before anything is said of an error
 
     def advance(self) -> None:
         """Count one step; where there is no bar, write a line if the last one is `_QUIET_SECONDS` old."""

@@ -21,10 +21,23 @@ from shared import tiny_model  # noqa: F401 (the network of `TINY`)
 from shared.programs import run_program, torchrun  # noqa: F401 (tests import `torchrun` from here, too)
 
 TRAIN_PER_CLASS, VAL_PER_CLASS, CLASS_COUNT = 6, 3, 8
-TINY = (
-    *("--device", "cpu", "-a", "tiny_resnet", "--epochs", "2", "--lr", "0.01", "-b", "8", "-j", "1", "-p", "4"),
-    *("--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32"),
+TINY_FOR_CIFAR = (
+    "--device",
+    "cpu",
+    "-a",
+    "tiny_resnet",
+    "--epochs",
+    "2",
+    "--lr",
+    "0.01",
+    "-b",
+    "8",
+    "-j",
+    "1",
+    "-p",
+    "4",
 )
+TINY = (*TINY_FOR_CIFAR, "--train-crop-size", "32", "--val-resize-size", "32", "--val-crop-size", "32")
 
 
 @dataclass
