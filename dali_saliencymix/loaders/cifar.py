@@ -96,7 +96,7 @@ def _array_pipeline(
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
     images = to_device(process_on, images)
     if options.auto_augment != "none":
-        images = auto_augmented(images, options.auto_augment, options.ra_magnitude, SIZE, 32 / 32)
+        images = auto_augmented(images, options.auto_augment, options.ra_magnitude, SIZE, 1.0)  # up to 32 pixels
     return _augmented(images, label, options, device)
 
 
