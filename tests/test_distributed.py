@@ -152,7 +152,8 @@ def test_one_process_finds_the_figures_of_two(full_run, odd_data, tmp_path, trai
     ended = train_here(odd_data, *TINY, "--evaluate", "--resume", output_dir / LAST, "--output-dir", tmp_path)
     val = read_log(output_dir)[-1]["val"]
     assert ended.status == 0
-    assert f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} % of {VAL_IMAGES} " in ended.out
+    figures = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} %, loss {val['loss']:.3f} on {VAL_IMAGES} "
+    assert figures in ended.out
 
 
 def test_a_killed_run_goes_on_in_two_processes_and_in_no_other_number(full_run, odd_data, train_here):

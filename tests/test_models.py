@@ -196,7 +196,7 @@ def sizes_fit(name, options):
         ("vit_b_32", "--train-crop-size 64 --training-only"),
         ("vit_b_32", "--dataset cifar10"),
         ("resnet18", "--train-crop-size 64 --progressive-size 32@0 96@3"),
-        ("alexnet", "--train-crop-size 32 --evaluate --pretrained w.pth"),
+        ("alexnet", f"--train-crop-size 32 --evaluate --pretrained {__file__}"),
     ],
 )
 def test_image_sizes_that_a_model_takes_are_accepted(name, options):
@@ -209,7 +209,7 @@ def test_image_sizes_that_a_model_takes_are_accepted(name, options):
         ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: the vit_b_32 of --train-crop-size 224 cannot take"),
         (
             "vit_b_32",
-            "--val-crop-size 256 --evaluate --pretrained w.pth",
+            f"--val-crop-size 256 --evaluate --pretrained {__file__}",
             "--val-crop-size 256: the vit_b_32 of --train-cr",
         ),
         (

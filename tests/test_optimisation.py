@@ -130,7 +130,6 @@ def test_the_loss_is_scaled_for_float16_only():
     for options, enabled in (
         ("", False),
         ("--amp", False),
-        ("--amp-dtype fp16", False),
         ("--amp --amp-dtype fp16", True),
     ):
         assert updater_of(small_model(), options).scaler.is_enabled() is enabled
