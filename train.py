@@ -24,7 +24,7 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,11 @@ class Trainer:
         elif run.pretrained:
             loaded, config = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
             warn(f"{run.pretrained}: {loaded}", enabled=is_main)
-            self.say_what_differs(run.pretrained, config, AS_TRAINED if run.evaluate else ("mean", "std"))
+            names = {*AS_TRAINED} - {"model_ema"} if run.evaluate else ("mean", "std")
+            self.say_what_differs(run.pretrained, config, names)
         return model
 
-    def say_what_differs(self, path: Path, config: dict[str, Any], names: Sequence[str]) -> None:
+    def say_what_differs(self, path: Path, config: dict[str, Any], names: Collection[str]) -> None:
         """Say which of these options are not those of the training that a file comes from."""
         others = checkpoints.changed_options({"config": config}, self.config, names)
         warn(f"{path}: not as it was trained: {'; '.join(others)}", enabled=self.processes.is_main and bool(others))

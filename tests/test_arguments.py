@@ -250,7 +250,10 @@ WRONG = [
     ("data --lr-milestones 5", "--lr-milestones does nothing with --lr-scheduler cosine: leave it out"),
     ("data --amp-dtype fp16", "--amp-dtype does nothing where --amp is not given: leave it out"),
     ("data --dataset cifar10 --val-crop-size 48", "--val-crop-size does nothing with --dataset cifar10: leave it out"),
-    ("data --batch-siz 4", "unrecognized arguments: --batch-siz 4; the nearest are --batch-size"),
+    ("data --batch-siz 4", "unrecognized arguments: --batch-siz 4; nearest: --batch-size"),
+    ("data --dataset cifar10 --color-jitter 0.4", "--color-jitter does nothing with --dataset cifar10: leave it out"),
+    ("data more", "unrecognized arguments: more"),
+    ("data --dataset cifar10 --progressive-size 24@1", "--progressive-size does nothing with --dataset cifar10"),
     ("data --seed -1", "argument --seed: must be a whole number of at least 0, got -1"),
     ("data --epochs 5 --lr-warmup-epochs 5", "--lr-warmup-epochs must be "),
     ("data --optimizer adam", "argument --opt/--optimizer: invalid choice: 'adam'"),
@@ -371,6 +374,26 @@ def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
     assert (none.data.mix, none.config["mix_alpha"]) == (None, 1)
 
 
+def test_what_the_command_line_says_is_never_left_out(config, capsys):
+    path = config("{mix: saliencymix, opt: sgd, lr-scheduler: step, lr-gamma: 0.2}")
+    for given, option in (
+        ("--mix none --mix-alpha 2", "--mix-alpha"),
+        ("--opt adamw --momentum 0.5", "--momentum"),
+        ("--lr-scheduler cosine --lr-gamma 0.5", "--lr-gamma"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(["data", "--config", path, *given.split()])
+        assert f"{option} does nothing with" in capsys.readouterr().err
+
+
+def test_what_follows_from_the_data_set_is_not_that_of_another_one(config):
+    path = config("{dataset: folder, mean: [0.4, 0.4, 0.4], train-crop-size: 176, color-jitter: 0.4}")
+    data = parse_arguments(["data", "--config", path, "--dataset", "cifar10"]).data
+    assert (data.train_crop_size, data.color_jitter) == (32, 0.0)
+    assert data.mean == parse_arguments(["data", "--dataset", "cifar10"]).data.mean
+    assert parse_arguments(["data", "--config", path]).data.mean == (0.4, 0.4, 0.4)
+
+
 def test_a_recipe_can_be_tried_with_another_policy(config):
     path = config("{auto-augment: ra, ra-magnitude: 5}")
     assert parse_arguments(["data", "--config", path]).data.ra_magnitude == 5
@@ -396,13 +419,14 @@ WRONG_CONFIGS = [
     ("lr: fast", "config.yaml: argument --lr: invalid float value: 'fast'"),
     ("batch_size: 0", "config.yaml: argument -b/--batch-size: must be a whole number of at least 1, got 0"),
     ("mix: resizemix", "config.yaml: argument --mix: invalid choice: 'resizemix'"),
-    ("no-amp: true", "config.yaml: unknown option no-amp; the nearest are amp"),
+    ("no-amp: true", "config.yaml: unknown option no-amp; nearest: amp"),
     ("amp: 1", "config.yaml: amp must be true or false, got 1"),
     ("lr: [0.1, 0.2]", "config.yaml: lr must be one value, got [0.1, 0.2]"),
     ("lr: {a: 1}", "config.yaml: lr must be a value, got {'a': 1}"),
     ("config: other.yaml", "config.yaml: unknown option config"),
     ("help: true", "config.yaml: unknown option help"),
-    ("data-dir: here", "config.yaml: unknown option data-dir"),
+    ("data-dir: here", "config.yaml: unknown option data-dir; nearest: train-dir, val-dir, data"),
+    ("progressive-size: [128@0, -b8]", "config.yaml: progressive-size must hold values, got ['128@0', '-b8']"),
     ("{lr: 0.1, lr: 0.2}", "config.yaml: lr is given twice, first as lr"),
     ("{wd: 0.1, weight_decay: 0.2}", "config.yaml: weight_decay is given twice, first as wd"),
     ("- lr", "config.yaml: must hold options as 'name: value'"),

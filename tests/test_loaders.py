@@ -656,7 +656,6 @@ def test_without_a_backend_dali_works_where_the_run_does(root):
         ("folder pytorch", "-b 33", "--batch-size must be at most 32, .* 32 images in .*, got 33"),
         ("cifar10 dali-cpu", "-b 31", "--batch-size must be at most 30, .* got 31"),
         ("cifar10 pytorch", "--train-crop-size 64", "--train-crop-size must be 32 with --dataset cifar10, got 64"),
-        ("cifar10 dali-cpu", "--color-jitter 0.4", "--color-jitter must be 0 with --dataset cifar10, got 0.4"),
     ],
 )
 def test_options_that_do_not_fit_are_named(root, kind, more, message):

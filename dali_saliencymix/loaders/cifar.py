@@ -224,9 +224,6 @@ class CifarData(Data):
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
         """Return the training batches of this process, from where `state` stands."""
-        if options.color_jitter:
-            msg = f"--color-jitter must be 0 with --dataset {options.dataset}, got {options.color_jitter}"
-            raise ValueError(msg)
         check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         mix, padding = options.mix, options.crop_padding
         before = mix is not None and _detects_before_padding(mix, padding)

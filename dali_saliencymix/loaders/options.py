@@ -78,6 +78,7 @@ class DataOptions:
         "brightness, contrast and saturation change by factors in [1 - X, 1 + X]",
         metavar="X",
         within="in [0, 1]",
+        only_with=("dataset", "folder"),
     )
     random_erase: float = option(
         0.0,

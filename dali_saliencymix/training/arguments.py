@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -98,12 +99,13 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
     if path is not None:
         parser.reading = Path(path)
         from_file = _read_options(parser, _pairs(parser, parser.reading))
-    of_file = dict(vars(from_file))
-    args = parser.parse_args(arguments, from_file)
-    for option, choice in _without_use(args).items():
-        if choice in of_file and of_file[choice] != getattr(args, choice):  # as where a recipe is tried without mixing
-            setattr(args, option, parser.get_default(option))
-    return args
+    # What the command line leaves without a use is taken out of the file: so a recipe is tried without mixing.
+    args = parser.parse_args(arguments, argparse.Namespace(**vars(from_file)))
+    follow = {**_without_use(args), **dict.fromkeys(defaults_of(args.dataset), "dataset")}
+    for option, choice in follow.items():
+        if choice in from_file and getattr(from_file, choice) != getattr(args, choice):
+            setattr(from_file, option, parser.get_default(option))
+    return parser.parse_args(arguments, from_file)
 
 
 def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argparse.Namespace) -> argparse.Namespace:
@@ -193,7 +195,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         where = f"{self.reading}: " if self.reading else ""
-        if message.startswith("unrecognized arguments: "):
+        if message.startswith("unrecognized arguments: --"):
             known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
             message += nearest(message.split()[2].lstrip("-").partition("=")[0], known, "--")
         self.exit(2, printable(f"{self.prog}: error: {where}{message}") + "\n")
@@ -202,7 +204,7 @@ class _Parser(argparse.ArgumentParser):
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return what a message about an unknown name says of the known ones."""
     names = difflib.get_close_matches(name.replace("_", "-"), known)
-    return f"; the nearest are {', '.join(prefix + name for name in names)}" if names else ""
+    return f"; nearest: {', '.join(prefix + name for name in names)}" if names else ""
 
 
 class _SetIfGiven(argparse.Action):
@@ -231,12 +233,14 @@ def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Nam
         for action in parser._actions
         for name in (*action.option_strings, action.dest)
         if action.option_strings and action.dest not in ("help", "config", "traceback") and not _negates(action, name)
+        if action.dest != "data"
     }
+    actions["data"] = next(action for action in parser._actions if action.dest == "data" and action.option_strings)
     arguments: list[str] = []
     given: dict[str, str] = {}
     for key, value in pairs:
         action = actions.get(key.replace("-", "_"))
-        if action is None or (action.dest == "data" and key != "data"):
+        if action is None:
             parser.error(f"unknown option {key}{nearest(key, (name.replace('_', '-') for name in actions))}")
         if action.dest in given:
             parser.error(f"{key} is given twice, first as {given[action.dest]}")
@@ -277,7 +281,7 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
         texts = [str(part) for part in value]
         if isinstance(action.nargs, int) and len(texts) != action.nargs:
             parser.error(f"{key} must be {action.nargs} values, got {value!r}")
-        if any(text.startswith("--") for text in texts):  # another option, not a value of this one
+        if any(re.match(r"-[^\d.]", text) for text in texts):  # another option, not a value of this one
             parser.error(f"{key} must hold values, got {value!r}")
         return [name, *texts] if texts else []
     if isinstance(value, dict):

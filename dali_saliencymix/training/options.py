@@ -163,6 +163,7 @@ class ScheduleOptions:
         "size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
         type=_size_at_epoch,
         metavar="SIZE@EPOCH",
+        only_with=("dataset", "folder"),
     )
     mix_off_epochs: int = option(
         0, "no mixing in the last N epochs", group="mixing", least=0, only_with=("mix", *MODES)
