@@ -200,6 +200,19 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
+def test_a_worker_that_is_starting_does_not_get_ctrl_c():
+    """Python unblocks the signal when it starts the first process, so this is one."""
+    program = "import multiprocessing; from shared import scan_tasks; from dali_saliencymix.datasets import scan\n"
+    program += "worker = multiprocessing.get_context('spawn').Process(target=scan_tasks.print_blocked)\n"
+    program += "with scan._interrupts_for_later(): worker.start()\n"
+    program += "worker.join()"
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, env=environment_of_program(), cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "True\n"
+
+
 def _opened_once_it_is_read(pipe: Path) -> int:
     while True:
         try:

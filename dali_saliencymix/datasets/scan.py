@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import TimeoutError as TaskTimeoutError
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def _interrupts_for_later() -> Iterator[None]:
     They inherit what is blocked. The main process gets it afterwards and ends them; a worker that is
     still starting would die of it with a traceback of its own.
     """
+    # Python starts this with the first process, and unblocks SIGINT after that.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,9 +1,10 @@
-"""Stand-ins for decoders that fail, which the processes of a scan import: so this imports little."""
+"""What tests have the processes of a scan do, which import it: so this imports little."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 from dali_saliencymix.datasets.damage import Examined
@@ -21,3 +22,8 @@ def hang_on_bad(file: str) -> Examined:
     while "bad" in file:
         time.sleep(1)
     return Examined({"words": file})
+
+
+def print_blocked() -> None:
+    """Print whether Ctrl-C is kept away from this process."""
+    sys.stdout.write(f"{signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())}\n")
