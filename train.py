@@ -159,7 +159,7 @@ class Trainer:
 
     def say_what_differs(self, path: Path, config: dict[str, Any], names: Collection[str]) -> None:
         """Say which of these options are not those of the training that a file comes from."""
-        others = checkpoints.changed_options({"config": config}, self.config, names)
+        others = checkpoints.changed_options(config, self.config, names)
         warn(f"{path}: not as it was trained: {'; '.join(others)}", enabled=self.processes.is_main and bool(others))
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
@@ -182,7 +182,7 @@ class Trainer:
         checkpoints.check_optimizer(path, saved, opt=self.options.optimizer.opt)
         self.updater.restore(saved)
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
-        if others := checkpoints.changed_options(saved, self.config):
+        if others := checkpoints.changed_options(saved["config"], self.config):
             what = "not all options are those of the checkpoint, and the new ones count"
             warn(f"warning: {path}: {what}: {'; '.join(others)}", enabled=is_main)
         self.restarts = saved.get("restarts", 0)

@@ -12,8 +12,9 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dali_saliencymix.packages import MissingPackageError
@@ -94,6 +95,21 @@ def flush_stdout() -> None:
         sys.stdout.flush()
     except OSError as error:
         raise OSError(error.errno, error.strerror, "stdout") from error
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have an OSError name this file or folder: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def try_writing(folder: str | Path, size: int) -> None:
+    """Raise an OSError that names the folder if no file of so many bytes can be written there; none stays."""
+    with naming(folder), tempfile.TemporaryFile(dir=folder) as trial:
+        trial.write(bytes(size))
 
 
 def _give_up_stdout_if_closed() -> None:

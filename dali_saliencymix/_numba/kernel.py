@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from numba.core import event
 from numba.core.caching import FunctionCache
 
 from dali_saliencymix._array import Array
+from dali_saliencymix._errors import line_of, naming, try_writing
 from dali_saliencymix._numba import stopwatch
 
 _NO_FOLDER = "there is no folder that can be written for what it has compiled"
@@ -49,8 +49,7 @@ def folder_for(compiled: Any) -> str:
     folder = compiled._cache.cache_path
     if folder is None:
         raise OSError(_NO_FOLDER)
-    with _naming(folder), tempfile.TemporaryFile(dir=folder) as trial:
-        trial.write(bytes(_ROOM))
+    try_writing(folder, _ROOM)
     return str(folder)
 
 
@@ -88,20 +87,11 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     @contextlib.contextmanager
     def _or_without_files(self) -> Iterator[None]:
         try:
-            with _naming(self.cache_path):
+            with naming(self.cache_path):
                 yield
         except OSError as error:
             self.disable()
-            _say_that_nothing_is_kept(str(error))
-
-
-@contextlib.contextmanager
-def _naming(folder: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        msg = f"{folder}: {error.strerror}"
-        raise OSError(msg) from error
+            _say_that_nothing_is_kept(line_of(error, expected=True))
 
 
 @functools.cache
@@ -147,7 +137,7 @@ class Compilations(event.Listener):  # type: ignore[misc]
         try:
             folder = folder_for(compiled)
         except OSError as error:
-            _say_that_nothing_is_kept(str(error))
+            _say_that_nothing_is_kept(line_of(error, expected=True))
         else:
             sys.stderr.write(
                 f"Numba compiles kernels: up to half a minute of processor time, once; it keeps them in {folder}; "

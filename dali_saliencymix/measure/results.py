@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dali_saliencymix._errors import naming
 from dali_saliencymix._json import finite
 
 
@@ -28,15 +28,6 @@ def shortened(text: str) -> str:
     """Return a text on one line of bounded length."""
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an OSError name this file: that of a full disk names none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_file(path: Path, text: str) -> None:

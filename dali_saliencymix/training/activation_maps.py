@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dali_saliencymix._errors import naming
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.image_folder import ImageFolder
-from dali_saliencymix.measure.results import naming
 from dali_saliencymix.packages import require
 from dali_saliencymix.training.evaluation import unused_path
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from dali_saliencymix._errors import naming
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
-from dali_saliencymix.measure.results import naming, one_line
+from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.training.options import EvaluationOptions, RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
 
@@ -251,14 +252,13 @@ _OTHER_OPTIONS = {
 
 
 def changed_options(
-    saved: Mapping[str, Any], config: Mapping[str, Any], names: Iterable[str] | None = None
+    before: Mapping[str, Any], config: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[str]:
-    """Return which options differ from those of a checkpoint, in words: see `differences`.
+    """Return which options differ from those `before`, as a checkpoint holds them, in words: see `differences`.
 
-    `config` holds the options by the names of their flags, of which `names` are compared; by default all that decide
-    the training beside its batches. A run may resume with other ones, and takes the new ones.
+    Both hold options by the names of their flags, of which `names` are compared; by default all that decide the
+    training beside its batches. A run may resume with other ones, and takes the new ones.
     """
-    before = saved["config"]
     if names is None:
         names = [name for name in config if name not in {*DATA_OPTIONS, *_OTHER_OPTIONS, "world_size"}]
     names = [name for name in names if name in before]

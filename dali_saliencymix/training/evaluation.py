@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dali_saliencymix._errors import naming
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.measure.results import naming
 from dali_saliencymix.training import distributed, metrics
 from dali_saliencymix.training.run_log import Progress
 

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from dali_saliencymix.measure.results import naming
+from dali_saliencymix._errors import naming
 from dali_saliencymix.training.distributed import end_at_once
 
 LOCK = "run.lock"

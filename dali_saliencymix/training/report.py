@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dali_saliencymix._errors import try_writing
 from dali_saliencymix.loaders.base import Batches, Data, chosen_backend, validated
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.environment import environment, resident_mib
@@ -156,8 +156,7 @@ def check_writable(folder: Path) -> None:
     """Create a folder, and raise an OSError that names it if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(bytes(_ROOM))
+        try_writing(folder, _ROOM)
     except OSError as error:
         msg = f"{folder}: {error.strerror}; --output-dir names another folder"
         raise OSError(msg) from error

@@ -17,10 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dali_saliencymix._errors import naming
 from dali_saliencymix._json import finite
 from dali_saliencymix._numba.stopwatch import compile_seconds
 from dali_saliencymix.measure.monitor import STARVING_SHARE
-from dali_saliencymix.measure.results import naming, replace_file, write_json
+from dali_saliencymix.measure.results import replace_file, write_json
 from dali_saliencymix.packages import require
 from dali_saliencymix.training.lockstep import Preempted
 
