@@ -101,7 +101,7 @@ from dali_saliencymix.training.voc import (
 )
 
 ENTRIES = ("model", "optimizer", "iteration", "config", "random")
-# The options that decide what is trained: a run that goes on has to keep them.
+# The options that decide what is trained: a run that resumes has to keep them.
 TRAINING_OPTIONS = (
     *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
     *("trainable_layers", "min_size", "max_size", "seed"),
@@ -241,32 +241,32 @@ class Transfer:
         )
         self.model.train()
         monitor = Monitor()
-        progress = Progress("training", args.iterations - self.iteration)
-        for batch, objects in monitor.watch(loader):
-            lr = args.lr * args.lr_gamma ** bisect_right(sorted(args.lr_milestones), self.iteration)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            targets = [training_target(each, self.device) for each in objects]
-            losses = self.model([image.to(self.device) for image in batch], targets)
-            loss = sum(losses.values())
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self.iteration += 1
-            progress.advance()
-            at_the_end = self.iteration == args.iterations
-            saved = self.iteration % args.save_freq == 0 or at_the_end
-            if self.iteration % args.print_freq == 0 or saved:
-                figures = {name: value.item() for name, value in {"loss": loss, **losses}.items()}
-                if not math.isfinite(figures["loss"]):
-                    msg = f"the loss became {figures['loss']} in iteration {self.iteration}; a smaller --lr may help"
-                    raise ValueError(msg)
-                share = monitor.epoch_wait_share
-                write_event(log, "train", iteration=self.iteration, lr=lr, data_wait_share=share, **figures)
-                progress.show(loss=f"{figures['loss']:.3f}", lr=f"{lr:g}", data_wait=f"{share:.0%}")
-            if saved:
-                self.save()
-        progress.close()
+        with Progress("training", args.iterations - self.iteration) as progress:
+            for batch, objects in monitor.watch(loader):
+                lr = args.lr * args.lr_gamma ** bisect_right(sorted(args.lr_milestones), self.iteration)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                targets = [training_target(each, self.device) for each in objects]
+                losses = self.model([image.to(self.device) for image in batch], targets)
+                loss = sum(losses.values())
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                self.iteration += 1
+                progress.advance()
+                at_the_end = self.iteration == args.iterations
+                saved = self.iteration % args.save_freq == 0 or at_the_end
+                if self.iteration % args.print_freq == 0 or saved:
+                    figures = {name: value.item() for name, value in {"loss": loss, **losses}.items()}
+                    if not math.isfinite(figures["loss"]):
+                        where = f"in iteration {self.iteration}"
+                        msg = f"the loss became {figures['loss']} {where}; a smaller --lr may help"
+                        raise ValueError(msg)
+                    share = monitor.epoch_wait_share
+                    write_event(log, "train", iteration=self.iteration, lr=lr, data_wait_share=share, **figures)
+                    progress.show(loss=f"{figures['loss']:.3f}", lr=f"{lr:g}", data_wait=f"{share:.0%}")
+                if saved:
+                    self.save()
 
     @torch.inference_mode()
     def test(self, images: VocImages) -> dict[str, Any]:
@@ -281,12 +281,11 @@ class Transfer:
             generator=torch.Generator(),
         )
         found: list[Detections] = []
-        progress = Progress("test", len(loader))
-        for batch, _ in loader:
-            for each in self.model([image.to(self.device) for image in batch]):
-                found.append(Detections(*(each[name].cpu() for name in ("boxes", "labels", "scores"))))
-            progress.advance()
-        progress.close()
+        with Progress("test", len(loader)) as progress:
+            for batch, _ in loader:
+                for each in self.model([image.to(self.device) for image in batch]):
+                    found.append(Detections(*(each[name].cpu() for name in ("boxes", "labels", "scores"))))
+                progress.advance()
         classes = {
             name: average_precision(found, images.objects, label)._asdict() for label, name in enumerate(CLASSES, 1)
         }

@@ -6,7 +6,6 @@ import argparse
 import collections
 import datetime
 import functools
-import importlib.util
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 from benchmarks import program
 from dali_saliencymix.measure.environment import cores, environment, resident_mib
+from dali_saliencymix.packages import is_installed
 
 # Beside those that the package itself works with; the second line is what benchmarks/peers.py measures.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
@@ -59,13 +59,7 @@ def wants_gpu(options: argparse.Namespace) -> bool:
     return device != "cpu" and has_gpu()
 
 
-@functools.cache
-def installed(name: str) -> bool:
-    """Tell whether a module can be imported."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        return False
+installed = functools.cache(is_installed)
 
 
 def resident_mb(pid: int | str = "self") -> float:

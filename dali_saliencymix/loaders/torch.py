@@ -224,6 +224,8 @@ class TrainingBatches:
 
         A side of a rectangle that is longer than the image is cut to it.
         """
+        if not self.random_erase:
+            return
         count, size = len(images), images.shape[-1]
         rng = _generator(_ERASED, self.seed, epoch, step, self.rank)
         chosen = rng.random(count) < self.random_erase

@@ -233,9 +233,8 @@ def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Nam
         for action in parser._actions
         for name in (*action.option_strings, action.dest)
         if action.option_strings and action.dest not in ("help", "config", "traceback") and not _negates(action, name)
-        if action.dest != "data"
+        if action.dest != "data" or name == "data"
     }
-    actions["data"] = next(action for action in parser._actions if action.dest == "data" and action.option_strings)
     arguments: list[str] = []
     given: dict[str, str] = {}
     for key, value in pairs:

@@ -95,8 +95,9 @@ def check_image_sizes(model: nn.Module, options: TrainingOptions) -> None:
     Nothing is computed: weights and images are on PyTorch's meta device.
     """
     data, run = options.data, options.run
-    sizes = {} if run.evaluate else {f"--train-crop-size {data.train_crop_size}": data.train_crop_size}
+    sizes = {}
     if not run.evaluate:
+        sizes[f"--train-crop-size {data.train_crop_size}"] = data.train_crop_size
         sizes |= {f"--progressive-size {at}": int(at.partition("@")[0]) for at in options.schedule.progressive_size}
     if data.dataset == "folder" and (run.evaluate or not run.training_only):
         sizes[f"--val-crop-size {data.val_crop_size}"] = data.val_crop_size

@@ -220,7 +220,7 @@ class RunOptions:
     no_checkpoints: bool = _short(False, "save no checkpoints", action="store_true")
 
 
-# What --evaluate takes from the checkpoint, unless it is given anew.
+# What --evaluate takes from the checkpoint, unless it is given.
 AS_TRAINED = (
     *("arch", "dropout", "model_ema", "dataset", "train_crop_size", "mean", "std", "val_resize_size", "val_crop_size"),
 )
