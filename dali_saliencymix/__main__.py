@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
     preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
-    for option in ("alpha", "prob", "preset", *PRESET_OPTIONS):
+    for option in ("alpha", "prob", "preset", *PRESET_OPTIONS, "label_weight"):
         add_option(preview, option)
     preview.add_argument("--seed", type=whole_number(0), default=0, help="seed of all randomness")
 

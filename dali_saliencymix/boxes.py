@@ -24,7 +24,7 @@ from dali_saliencymix._checks import (
 )
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import closeness_to_centre
-from dali_saliencymix._threads import in_chunks
+from dali_saliencymix._threads import for_each_chunk, in_chunks
 from dali_saliencymix.options import BOXES
 
 _CHUNK = 16  # maps that fit a core's cache
@@ -270,6 +270,77 @@ def lam_of_boxes(boxes: Array, height: int, width: int) -> Array:
     xp = array_namespace(boxes)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return (1 - area / (height * width)).astype(xp.float32)
+
+
+def lam_of_saliency(
+    maps: Array, receivers: Array, boxes: Array, sources: Array, source_boxes: Array, height: int, width: int
+) -> Array:
+    """Return the weight of each receiver by saliency, (N,) float32: kept / (kept + pasted).
+
+    `kept` is the share of the receiver's saliency outside its box, `pasted` that of the source's inside its own;
+    `receivers` and `sources` say which of the `maps` (M, h, w) belong to each pair. A map with negative values is
+    shifted by its minimum, and what is not finite in it counts as not salient. Where a map has nothing salient, or both
+    shares are 0, the area decides.
+    """
+    xp = array_namespace(maps)
+    kept, _, known = _shares_of_saliency(maps, receivers, boxes, height, width)
+    _, pasted, source_known = _shares_of_saliency(maps, sources, source_boxes, height, width)
+    known &= source_known & (kept + pasted > 0)
+    weight = kept / xp.where(known, kept + pasted, 1)
+    return xp.where(known, weight, lam_of_boxes(boxes, height, width)).astype(xp.float32)
+
+
+def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, width: int) -> tuple[Array, Array, Array]:
+    """Return the shares of the saliency of ``maps[index]`` outside and inside each box, and whether there is any.
+
+    A map is constant inside each of its cells: those that an edge of a box cuts count by the part that is covered.
+    """
+    xp = array_namespace(maps)
+    _, map_height, map_width = maps.shape
+    rows = _covered(boxes[:, ::2], height, map_height)
+    columns = _covered(boxes[:, 1::2], width, map_width)
+
+    def parts(chunk: slice) -> Array:
+        values = _not_negative(maps[index[chunk]])
+        of_rows = xp.stack([rows[chunk], 1 - rows[chunk]], axis=1)
+        of_columns = xp.stack([columns[chunk], 1 - columns[chunk]], axis=2)
+        return of_rows @ values @ of_columns
+
+    if is_host(xp):
+        found = np.empty((len(index), 2, 2))
+
+        def work(chunk: slice) -> None:
+            found[chunk] = parts(chunk)
+
+        for_each_chunk(work, len(index), _CHUNK)
+    else:
+        found = parts(slice(None))
+    # Sums of what is not negative: no difference would bring rounding to where nothing is.
+    inside = found[:, 0, 0]
+    outside = found[:, 0, 1] + found[:, 1, 0] + found[:, 1, 1]
+    whole = inside + outside
+    known = (whole > 0) & (whole < xp.inf)
+    whole = xp.where(known, whole, 1)
+    return outside / whole, inside / whole, known
+
+
+def _covered(edges: Array, size: int, cells: int) -> Array:
+    """Return how much of each of `cells`, which make up `size` pixels, lies between two edges: (N, cells) float64."""
+    xp = array_namespace(edges)
+    reached = xp.clip(edges[:, :, None] * cells / size - xp.arange(cells), 0, 1)
+    return reached[:, 1] - reached[:, 0]
+
+
+def _not_negative(maps: Array) -> Array:
+    """Return maps (N, h, w) as float64, shifted to be at least 0 where they are not, without what is not finite."""
+    xp = array_namespace(maps)
+    values = maps.astype(xp.float64)
+    finite = xp.isfinite(values)
+    if is_host(xp) and finite.all() and values.min() >= 0:  # as of all detectors of this package
+        return values
+    values = xp.where(finite, values, 0)
+    lowest = xp.minimum(values.min(axis=(1, 2), keepdims=True), 0)
+    return xp.where(finite, values - lowest, 0)
 
 
 def _size(height: int, width: int) -> np.ndarray:

@@ -80,6 +80,7 @@ def saliencymix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
+    label_weight: str = "area",
     algorithm: str = "auto",
     normalise: Normalise | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
@@ -116,6 +117,9 @@ def saliencymix(
     peaks : DataNode, optional
         Most salient pixel (y, x) of each image, of shape (2,), where it is known already, such as from
         `saliency_peaks` before a crop; in place of `saliency`.
+    label_weight : {"area", "saliency"}
+        What the returned `lam` is: the share of the pixels outside the box, or the share of the saliency kept, against
+        that pasted; see `dali_saliencymix.saliencymix`. With ``"saliency"`` there must be no `peaks`.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
     normalise : Normalise, optional
@@ -131,7 +135,7 @@ def saliencymix(
         The label of each image's source, on the device of `labels`.
     lam : DataNode
         Weight of `labels` in each sample, float32 scalars, on the device of `images`: exactly the share of the pixels
-        that are the image's own. 1 where a sample was not mixed.
+        that are the image's own, unless `label_weight` says otherwise. 1 where a sample was not mixed.
 
     Raises
     ------
@@ -163,6 +167,7 @@ def saliencymix(
         destination=destination,
         box=box,
         per_batch=per_batch,
+        label_weight=label_weight,
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
@@ -254,6 +259,7 @@ def mix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: DataNode | None = None,
+    label_weight: str = "area",
     algorithm: str = "auto",
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Mix each image of a batch in a way drawn from several: a mixing policy.
@@ -269,7 +275,7 @@ def mix(
         `lam` is drawn from Beta(alpha, alpha): one number for all modes, or one for each.
     choose : {"sample", "batch"}
         Whether each sample gets a mode of its own, or all samples of a batch the same one.
-    preset, saliency, source, destination, box
+    preset, saliency, source, destination, box, label_weight
         As for `saliencymix`, for the samples of that mode.
     per_batch : bool, optional
         If true, one draw of everything and one box serve the whole batch.
@@ -310,6 +316,7 @@ def mix(
         destination=destination,
         box=box,
         per_batch=per_batch,
+        label_weight=label_weight,
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)

@@ -18,7 +18,7 @@ from dali_saliencymix._array import Array, array_namespace, constant, is_host
 from dali_saliencymix._checks import check_fractions, check_mixing, check_per_image, check_points, check_range
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import MAP_SIZE
-from dali_saliencymix.boxes import find_peaks, lam_of_boxes, move_boxes, place_boxes, scale_points
+from dali_saliencymix.boxes import find_peaks, lam_of_boxes, lam_of_saliency, move_boxes, place_boxes, scale_points
 from dali_saliencymix.options import MODES, SOURCES, MixOptions, check_with_peaks
 from dali_saliencymix.pixels import blend, paste
 from dali_saliencymix.saliency import saliency_maps
@@ -40,7 +40,7 @@ class Mixed(NamedTuple):
         The mixed images, a new array; what `paste` made where it was given.
     lam : ndarray of shape (N,), float32
         Weight of each receiving image's label. Where a box was pasted, it is exactly the share of the pixels outside
-        the box.
+        the box; with ``label_weight="saliency"`` the weight by saliency.
     boxes : ndarray of shape (N, 4), int32
         Where the source's pixels are: (y0, x0, y1, x1), half-open. All 0 where nothing was pasted.
     source_boxes : ndarray of shape (N, 4), int32
@@ -66,6 +66,7 @@ def saliencymix(
     per_batch: bool | None = None,
     peaks: Array | None = None,
     point: Array | None = None,
+    label_weight: str = "area",
     algorithm: str = "auto",
     paste: Paste | None = None,
 ) -> Mixed:
@@ -98,6 +99,10 @@ def saliencymix(
         Most salient pixel (y, x) of each image, where it is known already: in place of `saliency`.
     point : ndarray of shape (N, 2), floating, optional
         Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
+    label_weight : {"area", "saliency"}
+        What the returned `lam` is: the share of the pixels outside the box, or ``kept / (kept + pasted)`` where `kept`
+        is the share of the receiver's saliency outside its box, and `pasted` that of the source's inside its own; see
+        the notes. With ``"saliency"`` there must be no `peaks`.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `fine_grained`. On a GPU ``"auto"`` means array
         operations: what the CUDA kernels gain in a loader has not been measured yet.
@@ -108,7 +113,7 @@ def saliencymix(
     Returns
     -------
     Mixed
-        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes.
+        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes, as `label_weight` says.
 
     Raises
     ------
@@ -122,6 +127,13 @@ def saliencymix(
     the schemes are those of its section 3.4, and salient to random, which the released code once had. The paper found
     salient to corresponding best.
 
+    With ``label_weight="saliency"`` a map is constant inside each of its cells, and cells that an edge of the box cuts
+    count by the part that is covered. A map with negative values is shifted by its minimum, so that it is at least 0;
+    pixels that are not finite count as not salient. Where the map of the receiver or the source is constant 0, or
+    neither share has anything, the area decides. `lam` stays 1 where nothing was pasted. With `per_batch` the box is
+    one, but each image's own map weighs its label. The published code of SaliencyMixPlus (SS-hj/SaliencyMixPlus, 2024)
+    weighs labels by saliency like this, with the saliency of input gradients.
+
     Examples
     --------
     >>> import numpy as np
@@ -130,6 +142,18 @@ def saliencymix(
     >>> mixed = saliencymix(images, np.array([1, 2, 3, 0]), np.full(4, 0.75, np.float32))
     >>> mixed.lam.tolist()
     [0.75, 0.75, 0.75, 0.75]
+
+    All that is bright in the source is pasted, and a third of what is bright in the receiver is kept; by area `lam`
+    is 0.75.
+
+    >>> images = np.zeros((2, 8, 8, 1), np.uint8)
+    >>> images[0, 2:4, 3:6] = images[1, 3:5, 3:5] = 200
+    >>> def brightness(images):
+    ...     return images[..., 0]
+    >>> arguments = (images, np.array([1, 0]), np.array([0.75, 1]))
+    >>> mixed = saliencymix(*arguments, saliency=brightness, label_weight="saliency")
+    >>> mixed.boxes[0].tolist(), mixed.lam.tolist()
+    ([1, 1, 5, 5], [0.25, 1.0])
     """
     options = MixOptions(
         preset=preset,
@@ -138,6 +162,7 @@ def saliencymix(
         destination=destination,
         box=box,
         per_batch=per_batch,
+        label_weight=label_weight,
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
@@ -248,6 +273,7 @@ def mix(
     box: str | None = None,
     per_batch: bool | None = None,
     peaks: Array | None = None,
+    label_weight: str = "area",
     algorithm: str = "auto",
 ) -> Mixed:
     """Mix each image in a way of its own: saliencymix, cutmix or mixup.
@@ -262,8 +288,8 @@ def mix(
     point : ndarray of shape (N, 2), floating
         Fractions (y, x) of height and width, in [0, 1], drawn uniformly: the centre of a cutmix box, and the place of
         a saliencymix patch with ``destination="random"``.
-    preset, saliency, source, destination, box, peaks, algorithm
-        As for `saliencymix`, and for its samples only: cutmix boxes are clipped.
+    preset, saliency, source, destination, box, peaks, label_weight, algorithm
+        As for `saliencymix`, and for its samples only: cutmix boxes are clipped, and cutmix labels weighed by area.
     per_batch : bool, optional
         If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source serve all images.
 
@@ -294,6 +320,7 @@ def mix(
         destination=destination,
         box=box,
         per_batch=per_batch,
+        label_weight=label_weight,
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
@@ -334,14 +361,13 @@ def apply(
     if options.mode == "mixup":
         return _mixup(options, batch)
     if options.mode == "cutmix":
-        boxes, source_boxes = _boxes_around_points(batch, options.box), None
-        if options.per_batch:
-            boxes = _first_for_all(boxes, count)
-    elif route == "cuda" and not options.per_batch:
+        boxes = _boxes_around_points(batch, options.box)
+        return _pasted(batch, _Boxes(_first_for_all(boxes, count) if options.per_batch else boxes), paste)
+    if route == "cuda" and not options.per_batch and options.label_weight == "area":
         return _saliencymix_in_kernels(options, batch, paste)
-    else:
-        boxes, source_boxes = _salient_boxes(options, batch, lam < 1, route=route)
-    return _pasted(batch, boxes, source_boxes, paste)
+    if options.per_batch:
+        batch = batch._replace(lam=_first_for_all(lam, count))
+    return _pasted(batch, _salient_boxes(options, batch, batch.lam < 1, route=route), paste)
 
 
 class _Batch(NamedTuple):
@@ -354,6 +380,14 @@ class _Batch(NamedTuple):
     mode: Array = None
     point: Array = None
     peaks: Array = None
+
+
+class _Boxes(NamedTuple):
+    """Where patches go, (N, 4) int32, and what this makes of `lam`."""
+
+    receivers: Array
+    sources: Array | None = None  # where in the source they are from; None: the same place
+    lam: Array | None = None  # None: by area
 
 
 def _mixup(options: MixOptions, batch: _Batch) -> Mixed:
@@ -371,19 +405,22 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
         batch = batch._replace(**first)
     images, source_index, lam, mode, _, _ = batch
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
-    boxes, source_boxes = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), route=route)
+    boxes, source_boxes, by_map = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), route=route)
     around_point = xp.where(by_point, _boxes_around_points(batch, "clip"), 0)
     boxes = xp.where(by_saliency, boxes, around_point)
     if source_boxes is not None:
         source_boxes = xp.where(by_saliency, source_boxes, around_point)
-    mixed = _pasted(batch, boxes, source_boxes)
+    mixed = _pasted(batch, _Boxes(boxes, source_boxes))
+    if by_map is not None:
+        mixed = mixed._replace(lam=xp.where(by_saliency[:, 0], by_map, mixed.lam))
     weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
     pixels = blend(mixed.images, images, source_index, weight)
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
 
 
-def _pasted(batch: _Batch, boxes: Array, source_boxes: Array | None, paste_them: Paste | None = None) -> Mixed:
+def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None) -> Mixed:
     images, source_index, *_ = batch
+    boxes, source_boxes, lam = placed
     xp = array_namespace(images)
     # An empty box can lie anywhere: let all of them look the same.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
@@ -391,83 +428,82 @@ def _pasted(batch: _Batch, boxes: Array, source_boxes: Array | None, paste_them:
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
     mixed = (paste_them or paste)(images, source_index, boxes, source_boxes=source_boxes)
-    lam = lam_of_boxes(boxes, *images.shape[1:3])
+    lam = lam_of_boxes(boxes, *images.shape[1:3]) if lam is None else lam
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 
 
-def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: str) -> tuple[Array, Array | None]:
-    """Return the boxes in the receivers, and those of the same sizes in the sources; None where they are the same.
+def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: str) -> _Boxes:
+    """Return boxes of the same sizes in the receivers and in the sources.
 
     `wanted`, (N,) bool, says which boxes are needed; the others are any boxes of the right size.
     """
     xp = array_namespace(wanted)
     count = len(wanted)
-    if options.per_batch:
-        rows: Any = slice(1)
+    if options.per_batch and options.label_weight == "area":
+        rows: Any = slice(1)  # its boxes are all that is asked for
     elif not is_host(xp) or wanted.all():
         rows = slice(count)
     else:  # on a CPU it pays to leave out maps that are not needed
         rows = np.flatnonzero(wanted)
         if not len(rows):
-            return np.zeros((count, 4), np.int32), None
+            return _Boxes(np.zeros((count, 4), np.int32))
     pairs = batch._replace(
         source_index=batch.source_index[rows],
         lam=batch.lam[rows],
         point=None if batch.point is None else batch.point[rows],
     )
     receivers = constant(xp, np.arange, count)[rows]
-    boxes, source_boxes = _boxes_of_pairs(options, pairs, receivers, route=route)
-
-    def for_all(boxes: Array) -> Array:
-        if options.per_batch:
-            return _first_for_all(boxes, count)
-        if isinstance(rows, slice):
-            return boxes
-        scattered = np.zeros((count, 4), np.int32)
-        scattered[rows] = boxes
-        return scattered
-
-    return for_all(boxes), None if source_boxes is None else for_all(source_boxes)
+    placed = _boxes_of_pairs(options, pairs, receivers, route=route)
+    if isinstance(rows, slice):
+        return placed
+    empty = (np.zeros((count, 4), np.int32), np.zeros((count, 4), np.int32), np.ones(count, np.float32))
+    for whole, part in zip(empty, placed, strict=True):
+        if part is not None:
+            whole[rows] = part
+    return _Boxes(*(None if part is None else whole for whole, part in zip(empty, placed, strict=True)))
 
 
-def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, route: str) -> tuple[Array, Array | None]:
+def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, route: str) -> _Boxes:
     """Return the boxes of some pairs of images; all arrays but images and peaks have one entry for each pair."""
     images, sources, lam, _, point, peaks = pairs
     size = images.shape[1:3]
-    asked = {"sources": (sources, options.source)}
+    by_map = options.label_weight == "saliency"
+    index = {"sources": sources, "receivers": receivers}
+    asked = {"sources": options.source}
     if options.destination in SOURCES:
-        asked["receivers"] = (receivers, options.destination)
+        asked["receivers"] = options.destination
     if peaks is not None:
-        found = {name: peaks[index] for name, (index, _) in asked.items()}
+        found = {name: peaks[index[name]] for name in asked}
     else:
-        found = _salient_points(options, images, asked, route=route)
+        maps, places = _maps_of(options, images, index if by_map else {name: index[name] for name in asked})
+        found = {which: find_peaks(maps, *size, least=which == "non_salient", route=route) for which in asked.values()}
+        found = {name: found[which][places[name]] for name, which in asked.items()}
     source_boxes = place_boxes(found["sources"], lam, *size, box=options.box)
-    if options.destination == "corresponding":
-        return source_boxes, None
-    centres = scale_points(point, *size) if options.destination == "random" else found["receivers"]
-    return move_boxes(source_boxes, centres, *size), source_boxes
+    boxes = source_boxes
+    if options.destination != "corresponding":
+        centres = scale_points(point, *size) if options.destination == "random" else found["receivers"]
+        boxes = move_boxes(source_boxes, centres, *size)
+    if options.per_batch:
+        boxes, source_boxes = (_first_for_all(each, len(images)) for each in (boxes, source_boxes))
+    weight = None
+    if by_map:
+        weight = lam_of_saliency(maps, places["receivers"], boxes, places["sources"], source_boxes, *size)
+    return _Boxes(boxes, None if options.destination == "corresponding" else source_boxes, weight)
 
 
-def _salient_points(
-    options: MixOptions, images: Array, asked: dict[str, tuple[Array, str]], *, route: str
-) -> dict[str, Array]:
-    """Return the most or least salient pixels of the images that are asked for by index."""
+def _maps_of(options: MixOptions, images: Array, needed: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Return maps of the images that are needed, by index, and where among them those of each index are."""
     xp = array_namespace(images)
-    index = xp.concatenate([index for index, _ in asked.values()])
+    index = xp.concatenate(list(needed.values()))
     position = index
     if is_host(xp):
-        needed, position = np.unique(index, return_inverse=True)  # no map is computed twice
-        images = images if len(needed) == len(images) else images[needed]
+        different, position = np.unique(index, return_inverse=True)  # no map is computed twice
+        images = images if len(different) == len(images) else images[different]
     elif len(index) < len(images):
         images, position = images[index], xp.arange(len(index))
     maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
-    found = {
-        which: find_peaks(maps, *images.shape[1:3], least=which == "non_salient", route=route)
-        for _, which in asked.values()
-    }
     # All parts have one entry for each pair.
-    positions = position.reshape(len(asked), -1)
-    return {name: found[which][places] for (name, (_, which)), places in zip(asked.items(), positions, strict=True)}
+    return maps, dict(zip(needed, position.reshape(len(needed), -1), strict=True))
 
 
 def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Paste | None = None) -> Mixed:

@@ -25,6 +25,7 @@ CHOOSE = ("sample", "batch")
 SOURCES = ("salient", "non_salient")
 DESTINATIONS = ("corresponding", "salient", "non_salient", "random")
 BOXES = ("fit", "clip")
+LABEL_WEIGHTS = ("area", "saliency")
 
 # What an option is where it is not given: this project's choice, the paper's, and the released code's geometry.
 _DEFAULT = {
@@ -81,6 +82,9 @@ class MixOptions:
         default is ``"clip"``.
     per_batch : bool, optional
         If true, the pair of image 0 and its source decides for the whole batch.
+    label_weight : {"area", "saliency"}
+        What `lam` of a saliencymix sample is: the receiver's share of the pixels, or of the saliency; see
+        `dali_saliencymix.saliencymix`. Not part of a preset.
     algorithm : {"auto", "array", "kernel"}
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.fine_grained`.
 
@@ -123,6 +127,12 @@ class MixOptions:
         ),
     )
     per_batch: bool | Any = field(default=None, metadata=_about("one box for the whole batch"))
+    label_weight: str = field(
+        default="area",
+        metadata=_about(
+            "weigh labels by area, or by saliency kept and pasted", choices=LABEL_WEIGHTS, modes=_SALIENCYMIX
+        ),
+    )
     algorithm: str = field(default="auto", metadata=_about("array operations or kernels", choices=ALGORITHMS))
 
     def __post_init__(self) -> None:
@@ -145,6 +155,9 @@ class MixOptions:
                 raise TypeError(msg)
             elif declared.metadata["choices"]:
                 check_choice(value, name, declared.metadata["choices"])
+        if self.label_weight != "area" and "saliencymix" not in self.modes:
+            msg = f"label_weight must be 'area' where saliencymix is not among the modes, got {self.label_weight!r}"
+            raise ValueError(msg)
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 of_cutmix = name == "box" and "saliencymix" not in self.modes
@@ -184,6 +197,9 @@ def check_with_peaks(options: MixOptions, peaks: Any, saliency: str | Detector |
         return
     if saliency is not None:
         msg = f"saliency must be left out where peaks are given, got {saliency!r}"
+        raise ValueError(msg)
+    if options.label_weight != "area":
+        msg = f"label_weight must be 'area' where peaks are given: there is no map, got {options.label_weight!r}"
         raise ValueError(msg)
     for name in ("source", "destination"):
         if getattr(options, name) == "non_salient":

@@ -37,6 +37,7 @@ def draw_mixed(
     destination: str | None = None,
     box: str | None = None,
     per_batch: bool | None = None,
+    label_weight: str = "area",
 ) -> Figure:
     """Mix a batch and draw one column for each sample: receiver, source, saliency map, result.
 
@@ -48,7 +49,7 @@ def draw_mixed(
         Partners, weights, modes and points, as from `dali_saliencymix.draw_mix_params`.
     names : sequence of str
         Class name of each image.
-    preset, saliency, source, destination, box, per_batch
+    preset, saliency, source, destination, box, per_batch, label_weight
         As for `dali_saliencymix.mix`.
 
     Returns
@@ -63,7 +64,13 @@ def draw_mixed(
         If Matplotlib is not installed.
     """
     options = MixOptions(
-        preset=preset, saliency=saliency, source=source, destination=destination, box=box, per_batch=per_batch
+        preset=preset,
+        saliency=saliency,
+        source=source,
+        destination=destination,
+        box=box,
+        per_batch=per_batch,
+        label_weight=label_weight,
     )
     mixed = apply(options, images, *params)
     maps = saliency_maps(images, options.saliency)
@@ -163,6 +170,7 @@ def save_preview(
     modes: Sequence[str] = ("saliencymix",),
     alpha: float = 1.0,
     prob: float = 1.0,
+    label_weight: str = "area",
     **options: Any,
 ) -> None:
     """Write a picture of mixed samples of a data set, or of what the detectors see in it.
@@ -187,6 +195,8 @@ def save_preview(
         Ways to mix, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
     alpha, prob
         As for `dali_saliencymix.draw_mix_params`.
+    label_weight : {"area", "saliency"}
+        As for `dali_saliencymix.mix`: what the `lam` is that is shown. ``"saliency"`` needs saliencymix in `modes`.
     **options
         `preset`, `saliency`, `source`, `destination`, `box`, `per_batch` as for `dali_saliencymix.mix`.
 
@@ -205,7 +215,8 @@ def save_preview(
         raise ValueError(msg)
     root = Path(root)
     rng = np.random.default_rng(seed)
-    params = draw(rng, count, MixOptions(modes=dict.fromkeys(modes, 1.0), alpha=alpha, prob=prob))
+    policy = MixOptions(modes=dict.fromkeys(modes, 1.0), alpha=alpha, prob=prob, label_weight=label_weight)
+    params = draw(rng, count, policy)
     folder = list_image_folder(root / "train" if (root / "train").is_dir() else root)
     chosen = rng.choice(len(folder), size=count, replace=len(folder) < count)
     files = [folder.files[i] for i in chosen]
@@ -218,7 +229,7 @@ def save_preview(
     if compare:
         figure = draw_detectors(images, names=names, box=options.get("box") or "fit")
     else:
-        figure = draw_mixed(images, params, names=names, **options)
+        figure = draw_mixed(images, params, names=names, label_weight=label_weight, **options)
     figure.savefig(path, dpi=110)
 
 

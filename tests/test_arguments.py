@@ -52,6 +52,7 @@ OPTIONS = [
     ("--saliency fine_grained", "saliency", "fine_grained"),
     ("--preset paper", "preset", "paper"),
     ("--source non_salient", "source", "non_salient"),
+    ("--label-weight saliency", "label_weight", "saliency"),
     ("--destination random", "destination", "random"),
     ("--box clip", "box", "clip"),
     ("--per-batch", "per_batch", True),

@@ -235,6 +235,7 @@ def check_against_the_array_function(calls, function, pipeline, device, batches=
         {"destination": "random"},
         {"destination": "salient", "preset": "paper"},
         {"preset": "released-code"},
+        {"label_weight": "saliency", "prob": 0.5},
     ],
     ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
 )
@@ -269,6 +270,7 @@ def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, devic
         {"modes": {"mixup": 1, "saliencymix": 3}, "alpha": {"saliencymix": 1.0, "mixup": 0.2}, "prob": 0.8},
         {"modes": {"mixup": 1, "cutmix": 1, "saliencymix": 1}, "choose": "batch"},
         {"modes": {"saliencymix": 1.0}, "destination": "random", "per_batch": True},
+        {"modes": {"saliencymix": 2, "cutmix": 1}, "label_weight": "saliency"},
     ],
     ids=str,
 )
@@ -615,6 +617,7 @@ def test_wrong_images_are_refused_while_the_pipeline_runs(files, kind, message):
         ({"saliency": "x"}, ValueError, "saliency must be one of fine_grained, .* got 'x'"),
         ({"saliency": 3}, TypeError, "saliency must be the name of a detector or a callable, got 3"),
         ({"destination": "x"}, ValueError, "destination must be one of corresponding, .* got 'x'"),
+        ({"label_weight": "x"}, ValueError, "label_weight must be one of area, saliency, got 'x'"),
         ({"preset": "x"}, ValueError, "preset must be one of default, paper, released-code, got 'x'"),
     ],
     ids=str,

@@ -171,6 +171,20 @@ def test_saliencymix(cupy, detector, destination, box, per_batch):
 
 
 @pytest.mark.parametrize("per_batch", PER_BATCH)
+@pytest.mark.parametrize("destination", DESTINATIONS)
+def test_labels_weighed_by_saliency(cupy, destination, per_batch):
+    given, images = drawn(), pictures()
+    options = {"destination": destination, "per_batch": per_batch, "label_weight": "saliency"}
+    arguments = images, given.source_index, given.lam
+    assert_runs(cupy, mix, *arguments, np.arange(COUNT) % len(MODES), given.point, **options, **of_arrays)
+    if destination == "random":
+        options["point"] = given.point
+    assert_runs(cupy, saliencymix, *arguments, **options, **of_arrays)
+    options["saliency"] = lambda images: images[..., 1] - 60.5  # negative here and there
+    assert_runs(cupy, saliencymix, *arguments, **options, **of_arrays)
+
+
+@pytest.mark.parametrize("per_batch", PER_BATCH)
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("destination", ["corresponding", "salient", "random"])
 def test_saliencymix_with_peaks(cupy, destination, box, per_batch):
@@ -304,6 +318,7 @@ def normalised(**options):
 WAYS = {name: 1.0 for name in MODES}
 OPERATORS = {
     "saliencymix": ("saliencymix", {"algorithm": "array", "prob": 0.7}),
+    "weighed by saliency": ("saliencymix", {"algorithm": "array", "prob": 0.7, "label_weight": "saliency"}),
     "to the most salient place": ("saliencymix", {"algorithm": "array", "destination": "salient"}),
     "to a random place": ("saliencymix", {"algorithm": "array", "destination": "random", "preset": "released-code"}),
     "with peaks": ("saliencymix", {"peaks": given_peaks, "destination": "random"}),
@@ -521,6 +536,12 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
     assert_same(called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options), expected)
     if destination == "corresponding" and detector != "frequency_tuned":
         assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 7}[detector]
+    # The maps have to be there, so the kernel that makes none is not used.
+    options["label_weight"] = "saliency"
+    weighed = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
+    assert_same(weighed._replace(lam=weighed.images), expected._replace(lam=expected.images))
+    by_saliency = saliencymix(*arguments, algorithm="array", **options).lam
+    np.testing.assert_allclose(on_host(weighed.lam), by_saliency, rtol=1e-5)
 
 
 @each_operator

@@ -568,6 +568,20 @@ def test_schemes_of_cifar_that_need_the_least_salient_pixel_do_without_padding(r
     assert len(epoch(train(args))) == 7
 
 
+@pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
+def test_labels_of_cifar_are_weighed_by_saliency_where_nothing_is_padded(root, backend):
+    weigh = ("-b", "30", "--label-weight", "saliency")
+    with pytest.raises(ValueError, match="--label-weight must be area with --crop-padding 4, got saliency"):
+        train(options(root, f"cifar10 {backend}", *weigh))
+    by_area, by_saliency = (
+        epoch(train(options(root, f"cifar10 {backend}", *given, "--crop-padding", "0"))) for given in (weigh[:2], weigh)
+    )
+    for (pixels, _, _, lam), (same_pixels, _, _, weight) in zip(by_area, by_saliency, strict=True):
+        assert torch.equal(pixels, same_pixels)
+        assert ((lam == 1) <= (weight == 1)).all()
+        assert not torch.equal(lam, weight)
+
+
 def test_a_synthetic_batch_comes_again_and_again_without_any_data(tmp_path):
     args = options(tmp_path / "nowhere", "folder synthetic", "--synthetic-classes", "5", "--synthetic-steps", "6")
     data = open_data(args)

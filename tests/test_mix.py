@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shared import reference
 
 from dali_saliencymix import MODES, PRESETS, MixOptions, cutmix, mix, mixup, saliencymix, spectral_residual
+from dali_saliencymix.boxes import lam_of_saliency
 from dali_saliencymix.mix import apply
 
 SHAPES = [(1, 9, 14, 3), (5, 14, 9, 3), (5, 37, 23, 1)]
@@ -150,6 +151,65 @@ def test_every_scheme_equals_the_oracle_whatever_the_options(put, fetch, case):
     check(mixed, reference.saliencymix(images, source_index, lam, maps, point=point, **options), fetch)
 
 
+@settings(max_examples=100)
+@given(cases(), st.sampled_from([0, 1, 3]))
+def test_labels_weighed_by_saliency_equal_the_oracle_and_nothing_else_changes(put, fetch, case, shift):
+    images, source_index, lam, maps, point, options = case
+    maps = maps - shift
+    batch = tuple(map(put, (images, source_index, lam)))
+    given_point = {"point": put(point)} if options["destination"] == "random" else {}
+    detector = map_of_each(images, maps, put, fetch)
+    mixed = saliencymix(*batch, saliency=detector, label_weight="saliency", **given_point, **options)
+    by_area = saliencymix(*batch, saliency=detector, **given_point, **options)
+    check(mixed._replace(lam=by_area.lam), [fetch(array) for array in by_area], fetch)
+    weight, boxes, source_boxes = fetch(mixed.lam), fetch(mixed.boxes), fetch(mixed.source_boxes)
+    assert weight.dtype == np.float32
+    assert ((weight >= 0) & (weight <= 1)).all()
+    assert (weight[~boxes.any(axis=1)] == 1).all()
+    expected = [
+        reference.weight_by_saliency(maps[i], boxes[i], maps[source], source_boxes[i], *images.shape[1:3])
+        for i, source in enumerate(source_index)
+    ]
+    np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=0)
+
+
+CORNERS, MIDDLE, DIAGONAL = (np.diag(values) for values in ([1.0, 0, 0, 1], [0, 1.0, 1, 0], [1.0, 1, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("own_map", "source_map", "expected"),
+    [
+        (np.ones((3, 5)), np.full((3, 5), 7.0), 0.75),  # here and below 0.75 is by area
+        (np.zeros((4, 4)), DIAGONAL, 0.75),
+        (DIAGONAL, np.zeros((4, 4)), 0.75),
+        (np.full((4, 4), np.nan), DIAGONAL, 0.75),
+        (np.ones((4, 4), bool), np.ones((4, 4), bool), 0.75),
+        (-np.ones((4, 4)), DIAGONAL, 0.75),  # shifted, it is 0
+        (MIDDLE, CORNERS, 0.75),  # nothing is kept and nothing pasted
+        (CORNERS, CORNERS, 1),
+        (MIDDLE * 1e-300, DIAGONAL * 1e300, 0),
+        (CORNERS, MIDDLE, 0.5),
+        (DIAGONAL, DIAGONAL, 0.5),
+        (DIAGONAL - 1, DIAGONAL - 3, 0.5),
+        (np.diag([1, 1, 1, np.nan]), np.diag([1, 1, -np.inf, np.inf]), (1 / 3) / (1 / 3 + 1 / 2)),
+    ],
+)
+def test_saliency_of_any_kind_makes_a_weight(own_map, source_map, expected, put, fetch):
+    box = put(np.array([[3, 5, 9, 15]]))  # the cells in the middle of 4 x 4
+    maps = put(np.stack([own_map, source_map]))
+    (weight,) = fetch(lam_of_saliency(maps, put(np.array([0])), box, put(np.array([1])), box, 12, 20))
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)
+
+
+def test_with_one_box_for_the_batch_each_image_s_own_map_weighs_its_label(put, fetch):
+    images, source_index, lam = random_batch((5, 16, 16, 1))
+    maps = np.random.default_rng(2).random((5, 8, 8), np.float32)
+    options = {"saliency": map_of_each(images, maps, put, fetch), "per_batch": True, "label_weight": "saliency"}
+    mixed = saliencymix(*map(put, (images, source_index, lam)), **options)
+    assert len(np.unique(fetch(mixed.boxes), axis=0)) == 1
+    assert len(np.unique(fetch(mixed.lam))) == 5
+
+
 @given(cases())
 def test_cutmix_equals_the_oracle_whatever_the_options(put, fetch, case):
     images, source_index, lam, _, point, options = case
@@ -172,18 +232,18 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
 
 
 @settings(max_examples=100)
-@given(cases(), st.lists(st.integers(0, 2), min_size=5, max_size=5))
-def test_mix_gives_each_image_what_its_mode_alone_would_give(put, fetch, case, modes):
+@given(cases(), st.lists(st.integers(0, 2), min_size=5, max_size=5), st.sampled_from(["area", "saliency"]))
+def test_mix_gives_each_image_what_its_mode_alone_would_give(put, fetch, case, modes, label_weight):
     images, source_index, lam, maps, point, options = case
     count = len(images)
     mode = np.array(modes[:count])
     batch = tuple(map(put, (images, source_index, lam)))
     detector = map_of_each(images, maps, put, fetch)
-    mixed = mix(*batch, put(mode), put(point), saliency=detector, **options)
+    mixed = mix(*batch, put(mode), put(point), saliency=detector, label_weight=label_weight, **options)
     per_batch = options["per_batch"]
     given_point = {"point": put(point)} if options["destination"] == "random" else {}
     alone = (
-        saliencymix(*batch, saliency=detector, **given_point, **options),
+        saliencymix(*batch, saliency=detector, label_weight=label_weight, **given_point, **options),
         cutmix(*batch, put(point), per_batch=per_batch),
         mixup(*batch, per_batch=per_batch),
     )
@@ -358,6 +418,11 @@ def test_an_unknown_detector_is_refused_before_anything_is_computed():
             ValueError,
             "destination must not be 'non_salient' where peaks are given",
         ),
+        (
+            {"peaks": np.zeros((5, 2), int), "label_weight": "saliency"},
+            ValueError,
+            "label_weight must be 'area' where peaks are given: there is no map, got 'saliency'",
+        ),
         ({"peaks": np.full((5, 2), 8)}, ValueError, r"peaks\[:, 0\] must be in \[0, 8\), the rows .* got 8 at \[0\]"),
     ],
     ids=str,
@@ -385,8 +450,9 @@ def test_presets_are_what_the_paper_and_its_code_do():
     assert released == ["fine_grained", "salient", "corresponding", "clip", True]
 
 
+@pytest.mark.parametrize("label_weight", ["area", "saliency"])
 @pytest.mark.parametrize("lam", [[1.0, 1, 1, 1, 1], [1, 0.5, 1, 1, 0.5]])
-def test_on_a_cpu_only_the_maps_that_are_needed_are_computed(lam):
+def test_on_a_cpu_only_the_maps_that_are_needed_are_computed(lam, label_weight):
     images, source_index, _ = random_batch((5, 8, 8, 3))
     asked = []
 
@@ -394,10 +460,14 @@ def test_on_a_cpu_only_the_maps_that_are_needed_are_computed(lam):
         asked.extend(image.tobytes() for image in batch)
         return spectral_residual(batch)
 
-    mixed = saliencymix(images, source_index, np.array(lam), saliency=detector)
-    needed = {images[source].tobytes() for source, share in zip(source_index, lam, strict=True) if share < 1}
+    mixed = saliencymix(images, source_index, np.array(lam), saliency=detector, label_weight=label_weight)
+    pairs = [pair for pair, share in zip(enumerate(source_index), lam, strict=True) if share < 1]
+    needed = {images[source].tobytes() for _, source in pairs}
+    if label_weight == "saliency":
+        needed |= {images[receiver].tobytes() for receiver, _ in pairs}
     assert sorted(asked) == sorted(needed)
-    check(mixed, saliencymix(images, source_index, np.array(lam)), np.asarray)
+    check(mixed, saliencymix(images, source_index, np.array(lam), label_weight=label_weight), np.asarray)
+    assert (mixed.lam == 1).tolist() == [share == 1 for share in lam]
 
 
 @pytest.mark.parametrize(

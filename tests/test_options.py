@@ -18,21 +18,24 @@ DECLARED = {field.name: field for field in dataclasses.fields(MixOptions)}
 SIGNATURES = {
     function.__module__ + "." + function.__qualname__: (function, set(names.split()))
     for function, names in [
-        (dali_saliencymix.saliencymix, "preset saliency source destination box per_batch algorithm"),
-        (dali_saliencymix.mix, "preset saliency source destination box per_batch algorithm"),
+        (dali_saliencymix.saliencymix, "preset saliency source destination box per_batch label_weight algorithm"),
+        (dali_saliencymix.mix, "preset saliency source destination box per_batch label_weight algorithm"),
         (dali_saliencymix.cutmix, "box per_batch"),
         (dali_saliencymix.mixup, "per_batch"),
         (dali_saliencymix.draw_params, "alpha prob"),
         (dali_saliencymix.draw_mix_params, "modes alpha prob choose"),
-        (fn.saliencymix, "alpha prob preset saliency source destination box per_batch algorithm"),
+        (fn.saliencymix, "alpha prob preset saliency source destination box per_batch label_weight algorithm"),
         (fn.cutmix, "alpha prob box per_batch"),
         (fn.mixup, "alpha prob per_batch"),
-        (fn.mix, "modes alpha prob choose preset saliency source destination box per_batch algorithm"),
+        (
+            fn.mix,
+            "modes alpha prob choose preset saliency source destination box per_batch label_weight algorithm",
+        ),
         (
             pytorch.SaliencyMix,
             "modes alpha prob choose preset saliency source destination box per_batch algorithm",
         ),
-        (preview.draw_mixed, "preset saliency source destination box per_batch"),
+        (preview.draw_mixed, "preset saliency source destination box per_batch label_weight"),
     ]
 }
 # Functions of one mode spell out what the option becomes for it.
@@ -106,6 +109,12 @@ def test_options_are_values():
         ({"destination": "top"}, ValueError, "destination must be one of corresponding, .*, got 'top'"),
         ({"box": "cut"}, ValueError, "box must be one of fit, clip, got 'cut'"),
         ({"per_batch": 1}, TypeError, "per_batch must be True or False, got 1"),
+        ({"label_weight": "mass"}, ValueError, "label_weight must be one of area, saliency, got 'mass'"),
+        (
+            {"label_weight": "saliency", "modes": {"cutmix": 1, "mixup": 1}},
+            ValueError,
+            "label_weight must be 'area' where saliencymix is not among the modes, got 'saliency'",
+        ),
         ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, array, kernel, got 'fast'"),
     ],
 )
@@ -116,8 +125,8 @@ def test_wrong_options_are_named(wrong, error, message):
 
 def test_each_mode_says_what_it_has_no_use_for():
     assert unused_options("saliencymix") == ()
-    assert unused_options("cutmix") == ("preset", "saliency", "source", "destination")
-    assert unused_options("mixup") == (*unused_options("cutmix"), "box")
+    assert unused_options("cutmix") == ("preset", "saliency", "source", "destination", "label_weight")
+    assert set(unused_options("mixup")) == {*unused_options("cutmix"), "box"}
     assert unused_options("none") == tuple(DECLARED)
 
 

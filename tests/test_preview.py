@@ -76,12 +76,14 @@ def shown_box(axis):
 
 
 @pytest.mark.parametrize("destination", ["corresponding", "random", "salient", "non_salient"])
-def test_the_picture_shows_what_was_mixed(destination):
+@pytest.mark.parametrize("label_weight", ["area", "saliency"])
+def test_the_picture_shows_what_was_mixed(destination, label_weight):
     rng = np.random.default_rng(5)
     images = rng.integers(0, 256, (4, 30, 40, 3), np.uint8)
     params = draw_mix_params(rng, 4, modes={"saliencymix": 1})
-    figure = draw_mixed(images, params, names=list("abcd"), destination=destination)
-    mixed = mix(images, *params, destination=destination)
+    options = {"destination": destination, "label_weight": label_weight}
+    figure = draw_mixed(images, params, names=list("abcd"), **options)
+    mixed = mix(images, *params, **options)
     peaks = saliency_peaks(spectral_residual(images), 30, 40)
     least = saliency_peaks(spectral_residual(images), 30, 40, least=True)
     with_map = destination in ("salient", "non_salient")

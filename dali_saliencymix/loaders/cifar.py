@@ -64,7 +64,7 @@ def cifar_training_pipeline(
     mix : MixOptions or None
         How images are mixed. With None they are not: `lam` is 1 and `source_labels` are the labels.
         Saliencymix takes the most salient pixels of the images as they were before the padding, so where there is a
-        `padding` its `source` and `destination` cannot be ``"non_salient"``.
+        `padding` its `source` and `destination` cannot be ``"non_salient"``, nor its `label_weight` ``"saliency"``.
     size : int
         Height and width of the images, before and after.
     padding : int
@@ -234,6 +234,12 @@ class CifarData(Data):
                     "one of the padding; --crop-padding 0 goes with it"
                 )
                 raise ValueError(msg)
+        if before and mix is not None and mix.label_weight != "area":
+            msg = (
+                f"--label-weight must be area with --crop-padding {padding}, got {mix.label_weight}: its maps would be "
+                "those of padded images; --crop-padding 0 goes with it"
+            )
+            raise ValueError(msg)
         if chosen_backend(options) == "pytorch":
             saliency = mix.saliency if mix is not None and before else None
             images = PaddedImages(self.train, padding, saliency, policy_of(options))

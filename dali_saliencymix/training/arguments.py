@@ -45,7 +45,8 @@ _TITLES = (
 )
 
 # The mixing options that there are, and what they are called here.
-_MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"} | {name: name for name in ("preset", *PRESET_OPTIONS)}
+_MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"}
+_MIX_OPTIONS |= {name: name for name in ("preset", *PRESET_OPTIONS, "label_weight")}
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     "a positive number": lambda value: 0 < value < math.inf,

@@ -339,6 +339,37 @@ def saliencymix(
     return mix(images, source_index, *saliencymix_boxes(images.shape[1:3], source_index, lam, maps, point, **options))
 
 
+def saliency_in(saliency_map: np.ndarray, box: Box, height: int, width: int) -> tuple[Fraction, Fraction]:
+    """Saliency inside a box and that of the whole map, over cells of the image's height and width."""
+    rows, columns = saliency_map.shape
+    y0, x0, y1, x1 = map(int, box)
+    lowest = min(0, min(Fraction(float(value)) for value in saliency_map.ravel()))
+    inside, whole = Fraction(0), Fraction(0)
+    for i, j in np.ndindex(rows, columns):
+        value = Fraction(float(saliency_map[i, j])) - lowest
+        whole += value
+        covered_rows = min(Fraction(y1 * rows, height), i + 1) - max(Fraction(y0 * rows, height), i)
+        covered_columns = min(Fraction(x1 * columns, width), j + 1) - max(Fraction(x0 * columns, width), j)
+        inside += value * max(covered_rows, Fraction(0)) * max(covered_columns, Fraction(0))
+    return inside, whole
+
+
+def weight_by_saliency(
+    own_map: np.ndarray, box: Box, source_map: np.ndarray, source_box: Box, height: int, width: int
+) -> float:
+    """Weight of the receiver's label: kept / (kept + pasted), and by area where that says nothing."""
+    y0, x0, y1, x1 = map(int, box)
+    by_area = 1 - Fraction((y1 - y0) * (x1 - x0), height * width)
+    (inside, whole), (taken, of_source) = (
+        saliency_in(saliency_map, edges, height, width)
+        for saliency_map, edges in ((own_map, box), (source_map, source_box))
+    )
+    if whole == 0 or of_source == 0:
+        return float(by_area)
+    kept, pasted = 1 - inside / whole, taken / of_source
+    return float(kept / (kept + pasted) if kept + pasted else by_area)
+
+
 def cutmix(images, source_index, lam, point, box, per_batch):
     """Mix `images` around points given as fractions of height and width."""
     size = images.shape[1:3]
