@@ -138,7 +138,7 @@ def in_no_graph(monkeypatch):
 @pytest.mark.parametrize("debugged", [True, False])
 def test_debug_mode_goes_the_documented_way(in_no_graph, debugged):
     in_no_graph._debug_on = debugged
-    node = python_operator(print, SimpleNamespace(device="cpu"), name="mix", stage=Stage("paste"))
+    node = python_operator(print, SimpleNamespace(device="cpu", shape=lambda: None), name="mix", stage=Stage("paste"))
     assert node.how == ("samples" if debugged else "whole batches")
 
 

@@ -12,20 +12,27 @@ from typing import TYPE_CHECKING, Any
 from dali_saliencymix._array import Array, Namespace, array_namespace, is_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
-def as_batch(samples: Sequence[Array]) -> Array:
+# What must have one shape, and what to do: `{}` are the shapes that there are.
+OF_IMAGES = "all images of a batch must have one shape, got {}; put fn.resize in front"
+
+
+def check_one_shape(shapes: Iterable[tuple[int, ...]], rule: str = OF_IMAGES) -> None:
+    """Require the samples of a batch to have one shape; `rule` says so in words."""
+    different = sorted(set(shapes))
+    if len(different) > 1:
+        raise ValueError(rule.format(f"{len(different)}: {', '.join(map(str, different[:4]))}"))
+
+
+def as_batch(samples: Sequence[Array], rule: str = OF_IMAGES) -> Array:
     """Return samples of one shape as one array (N, ...), without a copy where they are evenly spaced in memory.
 
     The result may be a view that does not keep the samples alive: hold on to them while it is in use.
     """
+    check_one_shape((sample.shape for sample in samples), rule)
     first = samples[0]
-    shapes = {sample.shape for sample in samples}
-    if len(shapes) > 1:
-        shown = ", ".join(str(shape) for shape in sorted(shapes)[:4])
-        msg = f"all images of a batch must have one shape, got {len(shapes)}: {shown}; put fn.resize in front"
-        raise ValueError(msg)
     xp = array_namespace(first)
     pointers = _pointers(samples, xp)
     step = pointers[1] - pointers[0] if len(samples) > 1 else first.nbytes
@@ -41,14 +48,16 @@ def as_samples(batch: Array) -> list[Array]:
     return [batch[i, ...] for i in range(len(batch))]
 
 
-def on_samples(function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array]) -> tuple[list[Array], ...]:
-    """Apply ``function(*batches) -> batches`` to lists of samples; return lists of samples."""
+def on_samples(
+    function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rule: str = OF_IMAGES
+) -> tuple[list[Array], ...]:
+    """Apply ``function(*batches) -> batches`` to lists of samples of one shape, as `rule` says; return such lists."""
     xp = array_namespace(inputs[0][0])
     if is_host(xp):
-        return _on_batches(function, inputs)
+        return _on_batches(function, inputs, rule)
     stream = xp.cuda.get_current_stream()
     try:
-        return in_lasting_thread(stream, xp, _on_batches, function, inputs)
+        return in_lasting_thread(stream, xp, _on_batches, function, inputs, rule)
     except BaseException:
         # DALI lends its stream to this one of CuPy, which would destroy it in the end, and takes it back only after a
         # call that returns. A destroyed one would come back in some later pipeline.
@@ -78,8 +87,8 @@ def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
 
 
-def _on_batches(function: Callable[..., Any], inputs: Any) -> tuple[list[Array], ...]:
-    return tuple(as_samples(batch) for batch in function(*map(as_batch, inputs)))
+def _on_batches(function: Callable[..., Any], inputs: Any, rule: str) -> tuple[list[Array], ...]:
+    return tuple(as_samples(batch) for batch in function(*(as_batch(samples, rule) for samples in inputs)))
 
 
 def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:

@@ -50,6 +50,7 @@ class Stage:
     name: str  # what it does, without the saliency
     # Makes the operator use a detector that costs nothing, for good; None where it has no detector.
     leave_out_saliency: Callable[[], None] | None = None
+    small: bool = False  # it works on a few numbers a sample, and counts with the next operator
 
 
 def python_operator(
@@ -59,11 +60,13 @@ def python_operator(
     stage: Stage,
     num_outputs: int = 1,
     layouts: Sequence[str] = (),
+    rule: str = bridge.OF_IMAGES,
 ) -> Any:
     """Put ``function(*batches) -> batches``, a tuple of `num_outputs`, into the pipeline that is being defined.
 
     Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
-    errors call the operator, where DALI lets it have a name. On a CPU `function` may use as many threads as the
+    errors call the operator, where DALI lets it have a name, and `rule` what they say where samples of the first input
+    have different shapes. On a CPU `function` may use as many threads as the
     pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
@@ -76,14 +79,18 @@ def python_operator(
     debugged = getattr(pipeline, "_debug_on", False)
     if (device == "cpu" or gpu_route.whole_batches) and whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
-        operator = _whole_batch_function()(limited, _module="dali_saliencymix.fn", _display_name=name, **options)
-        nodes = _marked(operator(*inputs), stage)
+        if device == "cpu":
+            # DALI refuses samples of different shapes in words that name JAX: these come before it does.
+            checked = _whole_batches(functools.partial(_only_one_shape, rule), name)(inputs[0].shape())
+            inputs = (*inputs, _marked(checked, Stage("shapes", small=True)))
+            limited = functools.partial(_without_last, limited)
+        nodes = _marked(_whole_batches(limited, name, **options)(*inputs), stage)
         # CuPy's pool may reuse a buffer once DALI or its user releases it, while they may still read it on streams of
         # their own. DALI's copy, on this one, is the one to keep.
         return nodes if device == "cpu" else fn.copy(nodes)
     if layouts:
         options["output_layouts"] = list(layouts)
-    on_samples = functools.partial(bridge.on_samples, limited)
+    on_samples = functools.partial(bridge.on_samples, limited, rule=rule)
     nodes = fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
     return nodes if debugged else _marked(nodes, stage)
 
@@ -102,6 +109,23 @@ def to_device(device: str, node: DataNode) -> DataNode:
 def whole_batches_work() -> bool:
     """Tell whether DALI is of a version in which its operator for whole batches was tried."""
     return nvidia.dali.__version__.startswith(_WHOLE_BATCHES_TRIED)
+
+
+def _without_last(function: Callable[..., Batches], *arrays: Array) -> Batches:
+    return function(*arrays[:-1])
+
+
+def _only_one_shape(rule: str, shapes: Array) -> Batches:
+    """Require equal rows of `shapes`, (N, axes); return something, for another operator to wait for."""
+    if (shapes != shapes[0]).any():
+        bridge.check_one_shape(map(tuple, shapes.tolist()), rule)
+    return (np.zeros(len(shapes), np.uint8),)
+
+
+def _whole_batches(function: Callable[..., Batches], name: str, **options: Any) -> Any:
+    """Return DALI's operator for whole batches that calls `function`."""
+    options = {"device": "cpu", **options}
+    return _whole_batch_function()(function, _module="dali_saliencymix.fn", _display_name=name, **options)
 
 
 @functools.cache

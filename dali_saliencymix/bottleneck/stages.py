@@ -51,7 +51,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before
     for number, operator in enumerate(operators, start=1):
         schema = _schema(operator)
-        if schema.lstrip("_").startswith(_SMALL):
+        if schema.lstrip("_").startswith(_SMALL) or getattr(getattr(operator, "stage", None), "small", False):
             continue
         ends.append((*_described(operator, schema), number))
         if len(ends) > 1 and ends[-1][:2] == ends[-2][:2] == ("read", "read"):
