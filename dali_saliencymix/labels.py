@@ -20,9 +20,9 @@ def soft_labels(
 
     Parameters
     ----------
-    labels, source_labels : ndarray of shape (N,), integer, or (N, K), real
+    labels, source_labels : ndarray of shape (N,) or (N, 1), integer, or (N, K), real
         Labels of the receiving and of the source images: class ids in [0, num_classes), or vectors of K weights, such
-        as one-hot or multi-hot ones.
+        as one-hot or multi-hot ones. Integers of shape (N, 1) are class ids.
     lam : ndarray of shape (N,), floating
         Weight of `labels`, in [0, 1].
     num_classes : int, optional
@@ -55,6 +55,10 @@ def soft_labels(
     if num_classes is None:
         return _mixed_vectors(labels, source_labels, lam, smoothing, xp)
     check_at_least(num_classes, "num_classes", 1)
+    if labels.ndim == 2 and _are_class_ids(labels):
+        labels = labels[:, 0]
+        if getattr(source_labels, "shape", ()) == (len(labels), 1):
+            source_labels = source_labels[:, 0]
     if labels.ndim == 2:
         msg = f"num_classes must be left out where labels are vectors, of shape {labels.shape}; got {num_classes}"
         raise ValueError(msg)
@@ -75,10 +79,20 @@ def soft_labels(
     return xp.where(known, targets, xp.float32(xp.nan))
 
 
-def _mixed_vectors(labels: Array, source_labels: Array, lam: Array, smoothing: float, xp: Namespace) -> Array:
-    if labels.ndim != 2:
-        msg = f"num_classes must be given where labels are class ids, of shape {labels.shape}"
+def _are_class_ids(labels: Array) -> bool:
+    """Tell whether labels (N, ...) are class ids: one number each, an integer where it could be a vector of one."""
+    return labels.ndim == 1 or (labels.shape[1:] == (1,) and labels.dtype.kind in "iu")
+
+
+def check_vectors(labels: Array) -> None:
+    """Require vectors of weights (N, K), and not class ids."""
+    if labels.ndim != 2 or _are_class_ids(labels):
+        msg = f"num_classes must be given where labels are class ids, got {labels.dtype} of shape {labels.shape}"
         raise ValueError(msg)
+
+
+def _mixed_vectors(labels: Array, source_labels: Array, lam: Array, smoothing: float, xp: Namespace) -> Array:
+    check_vectors(labels)
     if smoothing:
         msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
         raise ValueError(msg)

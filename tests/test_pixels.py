@@ -180,7 +180,17 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
             ValueError,
             r"num_classes must be left out .* vectors, of shape \(2, 3\); got 3",
         ),
-        ({"num_classes": None}, ValueError, r"num_classes must be given where labels are class ids, of shape \(2,\)"),
+        (
+            {"num_classes": None},
+            ValueError,
+            r"num_classes must be given where labels are class ids, got int64 of shape \(2,\)",
+        ),
+        (
+            {"num_classes": None, "labels": np.zeros((2, 1), np.int32), "source_labels": np.zeros((2, 1), np.int32)},
+            ValueError,
+            r"num_classes must be given where labels are class ids, got int32 of shape \(2, 1\)",
+        ),
+        ({"labels": np.zeros((2, 1))}, ValueError, r"num_classes must be left out where labels are vectors"),
         ({"smoothing": 1.5}, ValueError, r"smoothing must be in \[0, 1\], got 1.5"),
         ({"labels": np.array([0.0, 1.0])}, TypeError, "labels must be of integer dtype, got float64"),
         ({"labels": np.array([True, False])}, TypeError, "labels must be of integer dtype, got bool"),
@@ -198,6 +208,13 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
 def test_wrong_arguments_of_soft_labels_are_named(wrong, error, message):
     with pytest.raises(error, match=message):
         soft_labels(**{**GOOD, "num_classes": 3, **wrong})
+
+
+def test_class_ids_may_have_an_axis_of_their_own(put, fetch):
+    ids, lam = [np.array([0, 2], np.int32), np.array([1, 1], np.int32)], np.array([0.25, 1], np.float32)
+    expected = labels_of(put, fetch, *ids, lam, 3)
+    for labels, source_labels in ((ids[0][:, None], ids[1][:, None]), (ids[0][:, None], ids[1])):
+        np.testing.assert_array_equal(labels_of(put, fetch, labels, source_labels, lam, 3), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float32, np.float64])
