@@ -11,7 +11,7 @@ image and interpolates its colours, DALI the window that is kept, without interp
 ``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
 ``none, decoder X``       on a GPU: the same with the share X of the images for its JPEG engine; 0.65 is the default
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
-``saliencymix NAME``      the same with ``fn.saliencymix`` and the detector NAME in the graph
+``saliencymix NAME``      the same with our ``saliencymix`` and the detector NAME in the graph
 ``..., apart``            on a CPU: the operator mixes only, and DALI mirrors and normalises, as it does for ``none``.
                           Otherwise ``cutmix`` and ``saliencymix`` do all three on a CPU, as in ``train.py``
 ``..., samples``          on a GPU: DALI passes the operator a list of samples

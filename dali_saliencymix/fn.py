@@ -4,13 +4,16 @@ They are called inside a pipeline definition, as ``nvidia.dali.fn`` functions ar
 either device. All random numbers are drawn by DALI operators, so that the pipeline's seed and checkpoints cover them;
 the Python code that DALI calls for each batch is a pure function.
 
-`saliencymix`, `cutmix`, `mixup` and `mix` stand at the same place of a pipeline and return the same four nodes.
+`saliencymix`, `cutmix`, `mixup` and `mix` stand at the same place of a pipeline and return the same four nodes; with
+``return_boxes=True``, which mixup has no use for, a fifth one says where the patches are.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from dali_saliencymix.packages import require
 
 try:
     from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline, do_not_convert
+    from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 except ModuleNotFoundError:
     require("nvidia.dali", by=__name__)
     raise
@@ -35,14 +38,14 @@ from dali_saliencymix.pixels import check_scaling
 from dali_saliencymix.saliency import get_detector, saliency_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from nvidia.dali.pipeline import DataNode
+    from collections.abc import Callable
 
     from dali_saliencymix._array import Array
     from dali_saliencymix.saliency import Detector
 
-__all__ = ["Normalise", "cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
+Normalize = Normalise  # as it is spelled in American English
+
+__all__ = ["Normalise", "Normalize", "cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -50,7 +53,9 @@ _Nodes = TypeVar("_Nodes")
 
 
 def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _Nodes]:
-    """Refuse to be called where no pipeline is being defined; keep DALI's conditionals out of the function."""
+    """Refuse what no pipeline can have: no definition around it, nodes as options. Keep DALI's conditionals out."""
+    parameters = inspect.signature(function).parameters.values()
+    options = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} - {"peaks"}
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Nodes:
@@ -60,6 +65,14 @@ def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _N
                 f"on arrays, and in DALI's dynamic mode, use dali_saliencymix.{function.__name__}"
             )
             raise RuntimeError(msg)
+        for name in options & kwargs.keys():
+            value = kwargs[name]
+            for each in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(each, DataNode | types.ScalarConstant):
+                    msg = (
+                        f"{name} must be a plain value, the same for all batches, got a {type(each).__name__} of DALI's"
+                    )
+                    raise TypeError(msg)
         return function(*args, **kwargs)
 
     convert: Callable[[Callable[_Arguments, _Nodes]], Callable[_Arguments, _Nodes]] = do_not_convert
@@ -83,7 +96,8 @@ def saliencymix(
     label_weight: str = "area",
     algorithm: str = "auto",
     normalise: Normalise | None = None,
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    return_boxes: bool = False,
+) -> tuple[DataNode, ...]:
     """Mix each image of a batch with the most salient part of a random other one.
 
     Put it behind the resize, where all images of a batch have one shape and are still uint8, and in front of
@@ -124,6 +138,8 @@ def saliencymix(
         Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
     normalise : Normalise, optional
         If given, the mixed images are also flipped and normalised, in place of ``fn.crop_mirror_normalize``.
+    return_boxes : bool
+        If true, one more node is returned: where the patches are.
 
     Returns
     -------
@@ -136,6 +152,10 @@ def saliencymix(
     lam : DataNode
         Weight of `labels` in each sample, float32 scalars, on the device of `images`: exactly the share of the pixels
         that are the image's own, unless `label_weight` says otherwise. 1 where a sample was not mixed.
+    boxes : DataNode
+        Only with `return_boxes`. Where the patch is in the image that comes out, flipped with it if `normalise` flips:
+        (y0, x0, y1, x1), half-open, int32 of shape (4,) for each sample, on the device of `images`. All 0 where nothing
+        was pasted.
 
     Raises
     ------
@@ -171,7 +191,7 @@ def saliencymix(
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
-    return mix_nodes(images, labels, options, peaks=peaks, normalise=_checked(normalise))
+    return _mixed(images, labels, options, normalise, peaks=peaks, return_boxes=return_boxes)
 
 
 @_operator
@@ -184,20 +204,22 @@ def cutmix(
     box: str = "clip",
     per_batch: bool = False,
     normalise: Normalise | None = None,
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    return_boxes: bool = False,
+) -> tuple[DataNode, ...]:
     """Mix each image of a batch with a random part of a random other one: CutMix.
 
     Parameters
     ----------
-    images, labels, alpha, prob, per_batch, normalise
+    images, labels, alpha, prob, per_batch, normalise, return_boxes
         As for `saliencymix`.
     box : {"fit", "clip"}
         ``"clip"``, the default, is CutMix: what sticks out of the image is cut off. ``"fit"`` moves the box inside.
 
     Returns
     -------
-    images, labels, source_labels, lam : DataNode
-        As from `saliencymix`; the box is put around a point drawn uniformly from the image.
+    images, labels, source_labels, lam, boxes : DataNode
+        As from `saliencymix`, with `boxes` if `return_boxes` is true; the box is put around a point
+        drawn uniformly from the image.
 
     Raises
     ------
@@ -210,24 +232,31 @@ def cutmix(
     pipeline: this operator takes the same place.
     """
     options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
-    return mix_nodes(images, labels, options, normalise=_checked(normalise))
+    return _mixed(images, labels, options, normalise, return_boxes=return_boxes)
 
 
 @_operator
 def mixup(
-    images: DataNode, labels: DataNode, *, alpha: float = 1.0, prob: float = 1.0, per_batch: bool = False
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    images: DataNode,
+    labels: DataNode,
+    *,
+    alpha: float = 1.0,
+    prob: float = 1.0,
+    per_batch: bool = False,
+    normalise: Normalise | None = None,
+) -> tuple[DataNode, ...]:
     """Blend each image of a batch with a random other one: mixup.
 
     Parameters
     ----------
-    images, labels, alpha, prob, per_batch
+    images, labels, alpha, prob, per_batch, normalise
         As for `saliencymix`. Trainings on ImageNet commonly take an `alpha` of 0.2.
 
     Returns
     -------
     images, labels, source_labels, lam : DataNode
-        As from `saliencymix`; `lam` is the weight that the image was blended with. Pixels are rounded to uint8.
+        As from `saliencymix`; `lam` is the weight that the image was blended with. Pixels are rounded to uint8, also
+        in front of `normalise`. There are no boxes to return: nothing is pasted.
 
     Raises
     ------
@@ -240,7 +269,7 @@ def mixup(
     pipeline: this operator takes the same place.
     """
     options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
-    return mix_nodes(images, labels, options)
+    return _mixed(images, labels, options, normalise)
 
 
 @_operator
@@ -261,12 +290,14 @@ def mix(
     peaks: DataNode | None = None,
     label_weight: str = "area",
     algorithm: str = "auto",
-) -> tuple[DataNode, DataNode, DataNode, DataNode]:
+    normalise: Normalise | None = None,
+    return_boxes: bool = False,
+) -> tuple[DataNode, ...]:
     """Mix each image of a batch in a way drawn from several: a mixing policy.
 
     Parameters
     ----------
-    images, labels, prob, peaks, algorithm
+    images, labels, prob, peaks, algorithm, normalise, return_boxes
         As for `saliencymix`.
     modes : mapping from str to float
         Of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"`` those to draw from, with their weights: probabilities, or
@@ -282,8 +313,8 @@ def mix(
 
     Returns
     -------
-    images, labels, source_labels, lam : DataNode
-        As from `saliencymix`.
+    images, labels, source_labels, lam, boxes : DataNode
+        As from `saliencymix`, with `boxes` if `return_boxes` is true: all 0 for samples of mixup.
 
     Raises
     ------
@@ -320,7 +351,7 @@ def mix(
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
-    return mix_nodes(images, labels, options, peaks=peaks, policy=True)
+    return _mixed(images, labels, options, normalise, peaks=peaks, return_boxes=return_boxes, policy=True)
 
 
 @_operator
@@ -383,7 +414,7 @@ def saliency_peaks(
 def soft_labels(
     labels: DataNode,
     source_labels: DataNode,
-    lam: DataNode,
+    lam: DataNode | float,
     *,
     num_classes: int | None = None,
     smoothing: float = 0.0,
@@ -394,9 +425,11 @@ def soft_labels(
     ----------
     labels, source_labels : DataNode
         Class ids in [0, num_classes), scalars or of shape (1,), as the readers give them; or vectors of K weights,
-        such as one-hot or multi-hot ones.
-    lam : DataNode
-        Weight of `labels`: floating scalars.
+        such as one-hot or multi-hot ones. Without `num_classes`, floats of shape (1,) are vectors of one weight, and
+        integers of that shape are class ids.
+    lam : DataNode, float or types.Constant
+        Weight of `labels`: floating scalars, or one number in [0, 1] for all samples. With 1, and `labels` in the place
+        of `source_labels`, a validation pipeline has targets of the same form.
     num_classes : int, optional
         K, the number of classes. Needed for class ids, to be left out for vectors.
     smoothing : float
@@ -412,8 +445,9 @@ def soft_labels(
     ValueError
         While the pipeline is defined, if an option is wrong.
     RuntimeError
-        While the pipeline runs on the CPU, if a label is no whole number in [0, num_classes). On a GPU, which would
-        have to be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
+        While the pipeline runs, if labels are class ids and `num_classes` was not given, or the labels of a batch have
+        different shapes; on the CPU, if a label is no whole number in [0, num_classes). On a GPU, which would have to
+        be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
 
     Notes
     -----
@@ -431,19 +465,34 @@ def soft_labels(
     ...     return images, soft_labels(labels, source_labels, lam, num_classes=1000, smoothing=0.1)
     """
     smoothing = check_fraction(smoothing, "smoothing")
-    nodes = [labels, source_labels, lam]
+    if isinstance(lam, types.ScalarConstant):
+        lam = lam.value
+    if not isinstance(lam, DataNode):
+        lam = check_fraction(lam, "lam")
+    nodes = [node for node in (labels, source_labels, lam) if isinstance(node, DataNode)]
     device = "gpu" if any(node.device == "gpu" for node in nodes) else "cpu"
     if num_classes is None:
         if smoothing:
             msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
             raise ValueError(msg)
-        own, other, weight = (to_device(device, fn.cast(node, dtype=types.FLOAT)) for node in nodes)
+        rule = "all labels of a batch must have one shape, got {}"
+        labels = python_operator(_vectors, labels, name="soft_labels", stage=Stage("soft labels"), rule=rule)
+        own, other = (to_device(device, fn.cast(node, dtype=types.FLOAT)) for node in (labels, source_labels))
+        weight = to_device(device, fn.cast(lam, dtype=types.FLOAT)) if isinstance(lam, DataNode) else lam
         return weight * own + (1 - weight) * other
     check_at_least(num_classes, "num_classes", 1)
-    make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
+    given = None if isinstance(lam, DataNode) else lam
+    make = functools.partial(_soft_labels, lam=given, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
-    return python_operator(make, fn.cat(*flat), name="soft_labels", stage=Stage("soft labels"))
+    rule = "all labels of a batch must have one shape; with their source_labels and lam they are vectors of {}"
+    return python_operator(make, fn.cat(*flat), name="soft_labels", stage=Stage("soft labels"), rule=rule)
+
+
+def _mixed(
+    images: DataNode, labels: DataNode, options: MixOptions, normalise: Normalise | None, **given: Any
+) -> tuple[DataNode, ...]:
+    return mix_nodes(images, labels, options, normalise=_checked(normalise), **given)
 
 
 def _checked(normalise: Normalise | None) -> Normalise | None:
@@ -466,18 +515,26 @@ def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, al
     return (find_peaks(maps, *images.shape[1:3], least=least, route=route_of(algorithm, xp)),)
 
 
-def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
-    if packed.shape[1] != 3:
+def _vectors(labels: Array) -> tuple[Array]:
+    """Return labels (N, K), which must be vectors of weights, as float32."""
+    array_labels.check_vectors(labels)
+    return (labels.astype("float32"),)
+
+
+def _soft_labels(packed: Array, *, lam: float | None, num_classes: int, smoothing: float) -> tuple[Array]:
+    """Return the targets of float64 rows (label, source label, lam), where `lam` is not given for all of them."""
+    xp = array_namespace(packed)
+    count, numbers = packed.shape
+    ids = numbers - (lam is None)
+    if ids != 2:
         msg = (
             f"labels and source_labels must be class ids, one for each sample, where num_classes={num_classes} is "
-            f"given, and lam one number: these are {packed.shape[1]} numbers. Leave num_classes out where labels are "
-            "vectors"
+            f"given, and lam one number: these are {numbers} numbers. Leave num_classes out where labels are vectors"
         )
         raise ValueError(msg)
     labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
-    return (
-        array_labels.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),
-    )
+    weight = packed[:, 2] if lam is None else xp.full(count, lam, xp.float64)
+    return (array_labels.soft_labels(labels, source_labels, weight, num_classes=num_classes, smoothing=smoothing),)
 
 
 def _class_ids(values: Array, name: str) -> Array:

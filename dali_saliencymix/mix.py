@@ -221,7 +221,9 @@ def cutmix(
     return apply(options, images, source_index, lam, point=point, paste=paste)
 
 
-def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = False) -> Mixed:
+def mixup(
+    images: Array, source_index: Array, lam: Array, *, per_batch: bool = False, paste: Paste | None = None
+) -> Mixed:
     """Blend each image with its source: `lam` of the image, 1 - `lam` of the source.
 
     Parameters
@@ -232,6 +234,9 @@ def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = F
         Weight of each receiving image, in [0, 1].
     per_batch : bool
         If true, ``lam[0]`` serves all images.
+    paste : callable, optional
+        What is made of the mixed images, as for `saliencymix`: it gets the blended images, and boxes that are empty. So
+        `paste_normalised` flips and normalises them.
 
     Returns
     -------
@@ -256,7 +261,7 @@ def mixup(images: Array, source_index: Array, lam: Array, *, per_batch: bool = F
     ([25, 50], [0.75, 0.5])
     """
     options = MixOptions(modes={"mixup": 1.0}, per_batch=per_batch)
-    return apply(options, images, source_index, lam)
+    return apply(options, images, source_index, lam, paste=paste)
 
 
 def mix(
@@ -275,6 +280,7 @@ def mix(
     peaks: Array | None = None,
     label_weight: str = "area",
     algorithm: str = "auto",
+    paste: Paste | None = None,
 ) -> Mixed:
     """Mix each image in a way of its own: saliencymix, cutmix or mixup.
 
@@ -292,6 +298,8 @@ def mix(
         As for `saliencymix`, and for its samples only: cutmix boxes are clipped, and cutmix labels weighed by area.
     per_batch : bool, optional
         If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source serve all images.
+    paste : callable, optional
+        As for `mixup`: it gets the images once they are mixed in all ways, and boxes that are empty.
 
     Returns
     -------
@@ -324,7 +332,7 @@ def mix(
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
-    return apply(options, images, source_index, lam, mode, point, peaks=peaks)
+    return apply(options, images, source_index, lam, mode, point, peaks=peaks, paste=paste)
 
 
 def apply(
@@ -357,9 +365,9 @@ def apply(
     route = route_of(options.algorithm, xp)
     batch = _Batch(images, source_index, lam, mode, point, peaks)
     if mode is not None:
-        return _mix(options, batch, route=route)
+        return _finished(_mix(options, batch, route=route), source_index, paste)
     if options.mode == "mixup":
-        return _mixup(options, batch)
+        return _finished(_mixup(options, batch), source_index, paste)
     if options.mode == "cutmix":
         boxes = _boxes_around_points(batch, options.box)
         return _pasted(batch, _Boxes(_first_for_all(boxes, count) if options.per_batch else boxes), paste)
@@ -416,6 +424,14 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
     weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
     pixels = blend(mixed.images, images, source_index, weight)
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
+
+
+def _finished(mixed: Mixed, source_index: Array, paste_them: Paste | None) -> Mixed:
+    """Return what `paste_them` makes of mixed images, into which it has nothing to paste any more."""
+    if paste_them is None:
+        return mixed
+    no_boxes = array_namespace(mixed.images).zeros(mixed.boxes.shape, "int32")
+    return mixed._replace(images=paste_them(mixed.images, source_index, no_boxes, source_boxes=None))
 
 
 def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None) -> Mixed:

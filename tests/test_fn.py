@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from dali_saliencymix import (
     fine_grained,
     mix,
     mixup,
+    paste_normalised,
     saliency_peaks,
     saliencymix,
     soft_labels,
@@ -79,8 +81,94 @@ def before_and_after(files, options, device="cpu", op=dsfn.saliencymix):
     return images, *op(images, labels, **options)
 
 
+MIXED = functools.partial(dsfn.mix, modes={"saliencymix": 1, "cutmix": 1, "mixup": 1})
+each_op = pytest.mark.parametrize(
+    "op",
+    [dsfn.saliencymix, dsfn.cutmix, dsfn.mixup, MIXED],
+    ids=["saliencymix", "cutmix", "mixup", "mix"],
+)
+
+
+@each_op
+def test_normalising_along_has_the_bits_of_normalising_what_was_mixed(files, op, device):
+    scaling = {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}
+
+    @pipeline_def
+    def normalised(along):
+        images, labels = read(files, device)
+        mirror = fn.random.coin_flip(seed=4)
+        normalise = dsfn.Normalise(**scaling, mirror=mirror) if along else None
+        return mirror, *op(images, labels, prob=0.75, normalise=normalise)
+
+    ours, theirs = (build(normalised, along, device=device) for along in (True, False))
+    for _ in range(2):
+        (mirror, pixels, *others), (_, mixed, *same) = run(ours), run(theirs)
+        nothing = np.zeros((len(mixed), 4), np.int32)
+        expected = paste_normalised(mixed, np.arange(len(mixed)), nothing, mirror=mirror, **scaling)
+        np.testing.assert_array_equal(pixels, expected)
+        for other, as_it_was in zip(others, same, strict=True):
+            np.testing.assert_array_equal(other, as_it_was)
+
+
+@pytest.mark.parametrize("mirrored", [False, True], ids=["as it lies", "flipped"])
+@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix, MIXED], ids=["saliencymix", "cutmix", "mix"])
+@pytest.mark.parametrize("place", ["corresponding", "random"])
+def test_boxes_are_where_the_pixels_are(files, op, mirrored, place, device):
+    if op is dsfn.cutmix and place == "random":
+        pytest.skip("cutmix has one place")
+    options = {} if op is dsfn.cutmix else {"destination": place}
+
+    @pipeline_def
+    def with_boxes():
+        images, labels = read(files, device)
+        mirror = fn.random.coin_flip(seed=4)
+        normalise = dsfn.Normalise([0] * 3, [1] * 3, mirror, layout="HWC") if mirrored else None
+        return images, mirror, *op(images, labels, prob=0.75, normalise=normalise, return_boxes=True, **options)
+
+    pipeline = build(with_boxes, batch_size=12, device=device)
+    outputs = pipeline.run()
+    assert len(outputs) == 7
+    on_gpu_too = [type(outputs[number]).__name__ for number in (2, 6)]
+    assert on_gpu_too == ["TensorListGPU" if device == "gpu" else "TensorListCPU"] * 2
+    images, mirror, mixed, labels, source_labels, lam, boxes = (np.array(out.as_cpu().as_tensor()) for out in outputs)
+    assert (boxes.shape, boxes.dtype) == ((12, 4), np.int32)
+    if mirrored:
+        images = np.where(mirror[:, None, None, None] == 1, images[:, :, ::-1], images)
+    number_of = {label: number for number, label in enumerate(labels.ravel())}
+    pasted = 0
+    for number, (y0, x0, y1, x1) in enumerate(boxes):
+        inside = np.zeros((HEIGHT, WIDTH), bool)
+        inside[y0:y1, x0:x1] = True
+        source = images[number_of[source_labels[number, 0]]]
+        if mirrored and mirror[number] != mirror[number_of[source_labels[number, 0]]]:
+            source = source[:, ::-1]  # the patch is flipped as its receiver is
+        if not inside.any() and lam[number] < 1:  # blended
+            assert op is MIXED
+            continue
+        np.testing.assert_array_equal(mixed[number][~inside], images[number][~inside])
+        assert lam[number] == np.float32(1 - inside.mean())
+        if place == "corresponding":
+            np.testing.assert_array_equal(mixed[number][inside], source[inside])
+        else:  # any place of the source
+            height, width = y1 - y0, x1 - x0
+            windows = (
+                np.lib.stride_tricks.sliding_window_view(source, (height, width), (0, 1)) if inside.any() else None
+            )
+            patch = mixed[number, y0:y1, x0:x1].transpose(2, 0, 1)
+            assert windows is None or (windows == patch).all(axis=(2, 3, 4)).any()
+        pasted += inside.any()
+    assert pasted > 4
+    assert (boxes[lam == 1] == 0).all()
+
+
+def test_boxes_cost_nothing_where_nobody_asks(files):
+    assert len(run(build(before_and_after, files, {}))) == 5
+    with pytest.raises(TypeError, match="return_boxes"):
+        build(before_and_after, files, {"return_boxes": True}, "cpu", dsfn.mixup)
+
+
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
-@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix])
+@each_op
 def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout, device):
     mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
 
@@ -130,7 +218,7 @@ def test_wrong_normalisation_is_refused_while_the_pipeline_is_defined(files, wro
         build(before_and_after, files, {"normalise": normalise})
 
 
-@pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix])
+@each_op
 def test_what_is_no_normalise_is_refused_by_name(files, op):
     with pytest.raises(TypeError, match=r"normalise must be a dali_saliencymix\.fn\.Normalise, got {'mean': 0}"):
         build(before_and_after, files, {"normalise": {"mean": 0}}, "cpu", op)
@@ -592,7 +680,7 @@ def wrong_images(kind, files):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("ragged", r"all images of a batch must have one shape, got \d: .*; put fn\.resize in front|uniform shape"),
+        ("ragged", r"ValueError: all images of a batch must have one shape, got \d: \(.*; put fn\.resize in front"),
         ("float", r"images must be uint8 with pixel values 0\.\.255, got float32: .* Mix before normalising"),
         ("channels first", rf"\(N, H, W, C\) .* got \(8, 3, {HEIGHT}, {WIDTH}\): that looks like channels first"),
     ],
@@ -638,7 +726,142 @@ def test_wrong_numbers_of_classes_are_refused(files, num_classes):
         build(softened)
 
 
-@pytest.mark.parametrize("name", [name for name in dsfn.__all__ if name != "Normalise"])
+@pytest.mark.parametrize("form", ["ids", "vectors"])
+def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, form):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        labels = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
+        options = {"num_classes": FILES} if form == "ids" else {}
+        return dsfn.soft_labels(labels, labels, 1.0, **options)
+
+    shown = {
+        "ids": r"; with their source_labels and lam they are vectors of 3: \(4,\), \(6,\), ",
+        "vectors": r", got 3: \(2,\), ",
+    }
+    with pytest.raises(RuntimeError, match=f"ValueError: all labels of a batch must have one shape{shown[form]}"):
+        run(build(softened))
+
+
+def test_peaks_of_images_of_different_shapes_are_refused(files):
+    @pipeline_def
+    def ragged():
+        images, _ = read(files, size=None)
+        return dsfn.saliency_peaks(images)
+
+    with pytest.raises(RuntimeError, match="ValueError: all images of a batch must have one shape, got "):
+        run(build(ragged))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [([], types.INT32), ([1], types.INT64), ([1], types.UINT8), ([], types.FLOAT)]
+)
+def test_class_ids_without_num_classes_are_an_error_that_says_so(files, shape, dtype, device):
+    @pipeline_def
+    def softened():
+        images, labels = read(files, device)
+        labels = fn.cast(fn.reshape(labels, shape=shape), dtype=dtype)
+        return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:])
+
+    name = types.to_numpy_type(dtype).__name__
+    message = rf"ValueError: num_classes must be given where labels are class ids, got {name} of shape \(8,(| 1)\)"
+    with pytest.raises(RuntimeError, match=message):
+        run(build(softened, device=device))
+
+
+@pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16, types.BOOL])
+def test_one_weight_is_a_vector(files, dtype):
+    @pipeline_def
+    def softened():
+        images, labels = read(files)
+        weight = fn.cast(labels > 11, dtype=dtype)
+        return weight, *dsfn.saliencymix(images, weight)[2:], dsfn.soft_labels(*dsfn.saliencymix(images, weight)[1:])
+
+    weight, *_, targets = run(build(softened))
+    assert targets.shape == weight.shape == (8, 1)
+    assert targets.dtype == np.float32
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.25, types.Constant(1.0), types.Constant(np.float32(0.75)), 1])
+@pytest.mark.parametrize("form", ["ids", "vectors"])
+def test_lam_may_be_one_number_for_all(files, lam, form, device):
+    @pipeline_def
+    def softened():
+        _, labels = read(files, device)
+        labels = labels.gpu() if device == "gpu" else labels
+        if form == "vectors":
+            labels = fn.one_hot(labels, num_classes=FILES)
+        others = fn.permute_batch(labels, indices=[1, 2, 3, 4, 5, 6, 7, 0])
+        options = {"num_classes": FILES, "smoothing": 0.1} if form == "ids" else {}
+        return labels, others, dsfn.soft_labels(labels, others, lam, **options)
+
+    labels, others, targets = run(build(softened, device=device))
+    weight = np.full(8, getattr(lam, "value", lam), np.float32)
+    options = {"num_classes": FILES, "smoothing": 0.1} if form == "ids" else {}
+    np.testing.assert_array_equal(targets, soft_labels(labels, others, weight, **options))
+
+
+def test_a_constant_lam_serves_inside_of_a_conditional(files):
+    @pipeline_def(enable_conditionals=True)
+    def sometimes():
+        _, labels = read(files)
+        if labels[0] % 2 == 0:
+            targets = dsfn.soft_labels(labels, labels, 1.0, num_classes=FILES)
+        else:
+            targets = dsfn.soft_labels(labels, labels, types.Constant(0.5), num_classes=FILES)
+        return labels, targets
+
+    labels, targets = run(build(sometimes))
+    np.testing.assert_array_equal(targets, np.eye(FILES, dtype=np.float32)[labels[:, 0]])
+
+
+@pytest.mark.parametrize("lam", [1.5, -1, float("nan"), True, "1"])
+def test_a_wrong_constant_lam_is_refused(files, lam):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        return dsfn.soft_labels(labels, labels, lam, num_classes=FILES)
+
+    with pytest.raises(ValueError, match=rf"lam must be in \[0, 1\], got {lam!r}"):
+        build(softened)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("prob", dsfn.saliencymix), ("alpha", dsfn.cutmix), ("saliency", dsfn.saliencymix), ("per_batch", dsfn.mixup)],
+)
+def test_options_that_must_be_plain_values_refuse_nodes(files, name, op):
+    @pipeline_def
+    def drawn(value):
+        images, labels = read(files)
+        return op(images, labels, **{name: fn.random.uniform(range=[0.0, 1.0]) if value is None else value})
+
+    message = f"{name} must be a plain value, the same for all batches, got a DataNode of DALI's"
+    with pytest.raises(TypeError, match=message):
+        build(drawn, None)
+    with pytest.raises(TypeError, match=message.replace("DataNode", "ScalarConstant")):
+        build(drawn, types.Constant(0.5))
+
+
+def test_no_alpha_of_a_mode_is_a_node(files):
+    @pipeline_def
+    def drawn():
+        images, labels = read(files)
+        return dsfn.mix(images, labels, modes={"mixup": 1}, alpha={"mixup": fn.random.uniform(range=[0.1, 1.0])})
+
+    with pytest.raises(TypeError, match="alpha must be a plain value"):
+        build(drawn)
+
+
+OPERATORS = [name for name in dsfn.__all__ if not name.startswith("Normali")]
+
+
+def test_normalise_has_an_american_name():
+    assert dsfn.Normalize is dsfn.Normalise
+    assert "Normalize" in dsfn.__all__
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_outside_of_a_pipeline_the_operators_name_the_function_on_arrays(name):
     images, labels = np.zeros((2, 8, 8, 3), np.uint8), np.arange(2)
     arguments = {

@@ -296,7 +296,7 @@ def recorded(monkeypatch):
             if name == "saliency_peaks":
                 return dsfn.saliency_peaks(batch, **nodes)
             if name == "soft_labels":
-                lam = fn.random.uniform(range=[0.0, 1.0])
+                lam = nodes.pop("lam", None) or fn.random.uniform(range=[0.0, 1.0])
                 return dsfn.soft_labels(labels, fn.permute_batch(labels, indices=[1, 2, 3, 4, 0]), lam, **nodes)
             return getattr(dsfn, name)(batch, labels, **nodes)
 
@@ -329,6 +329,12 @@ OPERATORS = {
     ),
     "cutmix": ("cutmix", {}),
     "mixup": ("mixup", {"alpha": 0.4}),
+    "mixup, normalised": ("mixup", {"normalise": normalised}),
+    "boxes, flipped": ("saliencymix", {"algorithm": "array", "normalise": normalised, "return_boxes": True}),
+    "mix, normalised with boxes": (
+        "mix",
+        {"algorithm": "array", "modes": WAYS, "normalise": normalised, "return_boxes": True},
+    ),
     "mix": ("mix", {"algorithm": "array", "modes": WAYS, "destination": "random"}),
     "mix of batches": (
         "mix",
@@ -337,6 +343,7 @@ OPERATORS = {
     "mix with peaks": ("mix", {"modes": WAYS, "peaks": given_peaks, "per_batch": True}),
     "saliency_peaks": ("saliency_peaks", {"algorithm": "array", "least": True}),
     "soft_labels": ("soft_labels", {"num_classes": COUNT, "smoothing": 0.1}),
+    "soft_labels with one lam": ("soft_labels", {"num_classes": COUNT, "lam": 0.25}),
 }
 each_operator = pytest.mark.parametrize(("name", "options"), OPERATORS.values(), ids=OPERATORS)
 

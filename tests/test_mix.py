@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import cv2
@@ -229,6 +230,28 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
     np.testing.assert_array_equal(fetch(mixed.lam), weight.astype(np.float32))
     assert not fetch(mixed.boxes).any()
     assert not fetch(mixed.source_boxes).any()
+
+
+@given(cases())
+def test_what_blends_hands_its_images_to_paste_with_nothing_to_paste(put, fetch, case):
+    images, source_index, lam, _, point, options = case
+    batch, mode = tuple(map(put, (images, source_index, lam))), np.arange(len(images)) % 3
+    calls = []
+
+    def paste(images, source_index, boxes, *, source_boxes):
+        calls.append((images, source_index, boxes, source_boxes))
+        return images + put(np.uint8(1))
+
+    for function, others in ((mixup, ()), (functools.partial(mix, **options), (put(mode), put(point)))):
+        per_batch = {"per_batch": options["per_batch"]}
+        plain, finished = (function(*batch, *others, **per_batch, **given) for given in ({}, {"paste": paste}))
+        mixed, index, boxes, source_boxes = calls.pop()
+        np.testing.assert_array_equal(fetch(mixed), fetch(plain.images))
+        np.testing.assert_array_equal(fetch(index), source_index)
+        assert (boxes.shape, source_boxes) == ((len(images), 4), None)
+        assert not fetch(boxes).any()
+        np.testing.assert_array_equal(fetch(finished.images), fetch(plain.images) + np.uint8(1))
+        check(finished._replace(images=mixed), [fetch(array) for array in plain], fetch)
 
 
 @settings(max_examples=100)

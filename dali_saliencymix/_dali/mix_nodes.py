@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from dali_saliencymix._array import Array
 
-    Nodes = tuple[DataNode, DataNode, DataNode, DataNode]
-
 
 class Normalise(NamedTuple):
     """Flip and normalise in the same operator as the mix, instead of behind it.
@@ -64,11 +62,13 @@ def mix_nodes(
     *,
     peaks: DataNode | None = None,
     normalise: Normalise | None = None,
+    return_boxes: bool = False,
     policy: bool = False,
-) -> Nodes:
-    """Return mixed images, labels, labels of the sources, and weights: see `dali_saliencymix.fn.saliencymix`.
+) -> tuple[DataNode, ...]:
+    """Return mixed images, labels, labels of the sources, weights, and boxes if they are asked for.
 
-    Where `policy` is true, or `options` have several modes, a mode is drawn for each sample or batch.
+    See `dali_saliencymix.fn.saliencymix`. Where `policy` is true, or `options` have several modes, a mode is drawn for
+    each sample or batch.
     """
     policy = policy or options.mode is None
     mixed = fn.random.coin_flip(probability=options.prob) if options.prob < 1 else None
@@ -90,17 +90,17 @@ def mix_nodes(
         # Flat, so that peaks of any shape get as far as the check that names them.
         flat = fn.reshape(fn.cast(peaks, dtype=types.FLOAT), shape=[-1])
         params = fn.cat(params, to_device(images.device, flat))
-    mixing = _Mixing(options, columns, normalise)
-    images, lam = python_operator(
+    mixing = _Mixing(options, columns, normalise, return_boxes=return_boxes)
+    images, lam, *boxes = python_operator(
         mixing,
         images,
         params,
         name="mix" if policy else str(options.mode),
-        num_outputs=2,
+        num_outputs=2 + return_boxes,
         layouts=["HWC" if normalise is None else normalise.layout],
         stage=mixing.stage(),
     )
-    return images, labels, fn.permute_batch(labels, indices=source_index), lam
+    return images, labels, fn.permute_batch(labels, indices=source_index), lam, *boxes
 
 
 def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
@@ -111,14 +111,17 @@ def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
 class _Mixing:
     """What DALI calls for each batch: mixes images as `options` say, with what is packed in columns of params."""
 
-    def __init__(self, options: MixOptions, columns: dict[str, int], normalise: Normalise | None) -> None:
+    def __init__(
+        self, options: MixOptions, columns: dict[str, int], normalise: Normalise | None, *, return_boxes: bool
+    ) -> None:
         self._options = options
+        self._return_boxes = return_boxes
         self._columns = columns
         self._normalise = normalise
         self._buffers = Buffers()
 
-    def __call__(self, images: Array, params: Array) -> tuple[Array, Array]:
-        """Return the mixed images and lam; `params` are (N, P) float32."""
+    def __call__(self, images: Array, params: Array) -> tuple[Array, ...]:
+        """Return the mixed images, lam, and boxes if they are asked for; `params` are (N, P) float32."""
         options = self._options
         arrays, start = {}, 0
         for name, width in self._columns.items():
@@ -135,14 +138,19 @@ class _Mixing:
             arrays["peaks"] = params[:, start - self._columns["peaks"] :].astype("int64")
         on_host = is_host(array_namespace(params))
         mirror = arrays.pop("mirror", None)
-        if mirror is not None and on_host:
-            wrong = mirror[(mirror != 0) & (mirror != 1)]
+        if mirror is not None:
+            wrong = mirror[(mirror != 0) & (mirror != 1)] if on_host else mirror[:0]
             if wrong.size:
                 msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
                 raise ValueError(msg)
-        paste = functools.partial(self._paste, mirror=mirror) if on_host or self._normalise is not None else None
+            mirror = mirror[:, 0] != 0
+        # What blends makes a new array anyway.
+        into_buffer = on_host and "mode" not in arrays and options.mode != "mixup"
+        paste = functools.partial(self._paste, mirror=mirror) if into_buffer or self._normalise is not None else None
         mixed = apply(options, images, **arrays, paste=paste)
-        return mixed.images, mixed.lam
+        if not self._return_boxes:
+            return mixed.images, mixed.lam
+        return mixed.images, mixed.lam, _as_they_come_out(mixed.boxes, mirror, images.shape[2])
 
     def _paste(
         self, images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None, mirror: Array | None
@@ -156,9 +164,8 @@ class _Mixing:
         mean, std, _, dtype, layout = self._normalise
         pixels.check_channels(images.shape[3], mean, std)
         out = self._buffers.take(pixels.normalised_shape(images.shape, layout), dtype) if on_host else None
-        mirrored = None if mirror is None else mirror[:, 0] != 0
         shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
-        patches = images, source_index, boxes, source_boxes, mirrored
+        patches = images, source_index, boxes, source_boxes, mirror
         route = route_of(self._options.algorithm, xp)
         return pixels.paste_and_normalise(*patches, shift_and_scale, np.dtype(dtype), layout, route, out)
 
@@ -173,6 +180,16 @@ class _Mixing:
 
     def _leave_out_saliency(self) -> None:
         self._options = replace(self._options, saliency=_no_saliency)
+
+
+def _as_they_come_out(boxes: Array, mirror: Array | None, width: int) -> Array:
+    """Return boxes where the patches are in images of which some are flipped; those without a patch stay all 0."""
+    if mirror is None:
+        return boxes
+    xp = array_namespace(boxes)
+    y0, x0, y1, x1 = boxes.T
+    flipped = xp.stack([y0, width - x1, y1, width - x0], axis=1)
+    return xp.where((mirror & (x0 < x1))[:, None], flipped, boxes)
 
 
 def _no_saliency(images: Array) -> Array:

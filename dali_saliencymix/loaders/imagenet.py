@@ -111,8 +111,8 @@ def training_pipeline(
 
     Notes
     -----
-    The horizontal flip comes after the mixing: a patch is flipped with its image. The operator of saliencymix and
-    cutmix also flips and normalises where that is faster: on the CPU for float32, with Numba installed; on a GPU where
+    The horizontal flip comes after the mixing: a patch is flipped with its image. The operator that mixes also flips
+    and normalises where that is faster: on the CPU for float32, with Numba installed; on a GPU where
     `dali_saliencymix._routes.gpu_route` says so.
     """
     if not 0 < min_crop_area <= 1:
@@ -147,8 +147,8 @@ def training_pipeline(
         images = fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=factors[2])
     mirror = fn.random.coin_flip(probability=hflip_prob)
     layout = "HWC" if channels_last else "CHW"
-    normalise, mode = None, mix.mode if mix is not None else None
-    if mode in ("saliencymix", "cutmix") and pays_in_the_mix(process_on or device, device, fp16):
+    normalise = None
+    if mix is not None and pays_in_the_mix(process_on or device, device, fp16):
         normalise = Normalise(mean, std, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
@@ -277,7 +277,8 @@ def mixed(
     """Return images, labels, labels of the sources and weights, mixed or as they are."""
     if mix is None:
         return images, labels, labels, fn.constant(fdata=[1.0], shape=[], device="cpu")
-    return mix_nodes(images, labels, mix, peaks=peaks, normalise=normalise)
+    images, labels, source_labels, lam = mix_nodes(images, labels, mix, peaks=peaks, normalise=normalise)
+    return images, labels, source_labels, lam
 
 
 def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
