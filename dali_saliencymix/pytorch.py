@@ -6,7 +6,6 @@ being copied, and what comes back is a new tensor of the same layout in memory.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +15,21 @@ from dali_saliencymix.packages import require
 
 try:
     import torch
-    from torch.utils import data, dlpack
+    from torch.utils import data
 except ModuleNotFoundError:
     require("torch", by=__name__)
     raise
 
-from dali_saliencymix._array import LentStream
 from dali_saliencymix._checks import check_at_least, check_fraction
+from dali_saliencymix._tensors import on_the_device_of, on_torch_s_stream, to_array, to_tensor
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.draw import draw
 from dali_saliencymix.labels import soft_labels
 from dali_saliencymix.mix import apply
+from dali_saliencymix.network_saliency import NetworkSaliency
 from dali_saliencymix.options import MixOptions
-from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
-    from dali_saliencymix._array import Array
     from dali_saliencymix.saliency import Detector
 
 __all__ = ["NetworkSaliency", "SaliencyMix"]
@@ -176,26 +174,26 @@ class SaliencyMix:
             msg = f"labels must be of integer dtype, got {labels.dtype}"
             raise TypeError(msg)
         # Beside other workers a worker has one core; PyTorch does the same.
-        with limited_to(0 if data.get_worker_info() is None else 1), _on_torch_s_stream(images):
+        with limited_to(0 if data.get_worker_info() is None else 1), on_torch_s_stream(images):
             # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
-            batch = _to_array(images.permute(0, 2, 3, 1))
+            batch = to_array(images.permute(0, 2, 3, 1))
             params = draw(self._rng(), len(images), self._options)
             source_index, lam, mode, point = (
-                _to_array(_on_the_device_of(images, torch.from_numpy(array))) for array in params
+                to_array(on_the_device_of(images, torch.from_numpy(array))) for array in params
             )
             alone = self._options.mode == "saliencymix"
             mixed = apply(self._options, batch, source_index, lam, None if alone else mode, point)
-            ids = _to_array(_on_the_device_of(images, labels))
+            ids = to_array(on_the_device_of(images, labels))
             targets = soft_labels(
                 ids, ids[source_index], mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing
             )
             memory_format = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
-            pixels = _to_tensor(mixed.images).permute(0, 3, 1, 2)
+            pixels = to_tensor(mixed.images).permute(0, 3, 1, 2)
             if images.is_cuda:
                 # Into PyTorch's memory. CuPy would use its own again as soon as the tensor is dropped, even where
                 # another stream still reads it and `record_stream` was called.
-                return pixels.clone(memory_format=memory_format), _to_tensor(targets).clone()
-            return pixels.contiguous(memory_format=memory_format), _to_tensor(targets)
+                return pixels.clone(memory_format=memory_format), to_tensor(targets).clone()
+            return pixels.contiguous(memory_format=memory_format), to_tensor(targets)
 
     def collate(self, samples: Sequence[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Make a mixed batch of samples: the ``collate_fn`` of a ``DataLoader``.
@@ -239,77 +237,6 @@ class SaliencyMix:
         return np.random.default_rng(int(seed))
 
 
-class NetworkSaliency:
-    """Makes a detector of a PyTorch network, for the `saliency` of all mixing functions.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Takes normalised images (N, 3, H, W) float32, contiguous, and returns maps (N, h, w) or (N, 1, h, w), larger
-        where more salient. Put it on the device that images are mixed on, and into evaluation mode.
-    mean, std : sequence of float
-        Of the normalisation, for pixels in 0..1; by default ImageNet's.
-    size : int, optional
-        Height and width that images are resized to before; by default they keep theirs.
-
-    Raises
-    ------
-    ValueError
-        If an option is wrong.
-    TypeError
-        When it is called, if the network returns no tensor.
-
-    Notes
-    -----
-    The SaliencyMix paper tries such a network, BASNet at 224x224, in its ablation.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import torch
-    >>> from dali_saliencymix import saliencymix
-    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 3), torch.nn.Sigmoid()).eval()
-    >>> images = np.zeros((2, 32, 32, 3), np.uint8)
-    >>> NetworkSaliency(network)(images).shape
-    (2, 30, 30)
-    >>> mixed = saliencymix(images, np.array([1, 0]), np.full(2, 0.75), saliency=NetworkSaliency(network))
-    """
-
-    def __init__(
-        self,
-        network: torch.nn.Module,
-        *,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        size: int | None = None,
-    ) -> None:
-        if size is not None:
-            check_at_least(size, "size", 1)
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                msg = f"{name} must have 3 numbers, one for each channel, got {len(values)}"
-                raise ValueError(msg)
-        self._network = network
-        self._mean, self._std, self._size = tuple(mean), tuple(std), size
-
-    @torch.inference_mode()
-    def __call__(self, images: Array) -> Array:
-        """Return the maps (N, h, w) float32 of images (N, H, W, C) uint8, in their array library."""
-        with _torch_on_the_stream_of(images):
-            pixels = _to_tensor(images).permute(0, 3, 1, 2).float().div(255)
-            if self._size is not None:
-                size = (self._size, self._size)
-                pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-            # With numbers in place of tensors nothing is copied to a GPU, which would make the host wait.
-            channels = zip(pixels.expand(-1, 3, -1, -1).unbind(1), self._mean, self._std, strict=True)
-            maps = self._network(torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1))
-            if not isinstance(maps, torch.Tensor):
-                kind = f"{type(maps).__module__}.{type(maps).__qualname__}"
-                msg = f"network must return a tensor of shape (N, h, w) or (N, 1, h, w), got {kind}"
-                raise TypeError(msg)
-            return _to_array((maps.squeeze(1) if maps.ndim == 4 else maps).float())
-
-
 def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if generator is not None:
         if seed is not None:
@@ -344,51 +271,3 @@ def _check_tensor(tensor: Any, name: str) -> None:
 
 def _is_channels_last(images: torch.Tensor) -> bool:
     return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-
-
-def _to_array(tensor: torch.Tensor) -> Array:
-    """Return a tensor as a NumPy or CuPy array, without a copy."""
-    return (_cupy() if tensor.is_cuda else np).from_dlpack(tensor.detach())
-
-
-def _to_tensor(array: Array) -> torch.Tensor:
-    """Return a NumPy or CuPy array as a tensor, without a copy unless no tensor can be like it."""
-    read_only = isinstance(array, np.ndarray) and not array.flags.writeable
-    # A tensor cannot run backwards through memory: PyTorch ends the process when it is handed such an array.
-    backwards = any(stride < 0 for stride in array.strides)
-    return dlpack.from_dlpack(array.copy() if read_only or backwards else array)
-
-
-def _on_the_device_of(images: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device == images.device:
-        return tensor
-    # From pinned memory the copy does not stall the stream.
-    return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor.to(images.device)
-
-
-def _on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Let CuPy compute where PyTorch does, so that neither has to wait for the other."""
-    if not images.is_cuda:
-        return contextlib.nullcontext()
-    cupy, contexts = _cupy(), contextlib.ExitStack()
-    contexts.enter_context(cupy.cuda.Device(images.device.index))
-    lent = LentStream(torch.cuda.current_stream(images.device).cuda_stream)
-    contexts.enter_context(cupy.cuda.Stream.from_external(lent))
-    return contexts
-
-
-def _torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[Any]:
-    """Let PyTorch compute where CuPy does: on DALI's stream, inside a pipeline."""
-    if isinstance(images, np.ndarray):
-        return contextlib.nullcontext()
-    stream, device = _cupy().cuda.get_current_stream().ptr, images.device.id
-    if not stream:  # the default one, of which PyTorch would make a new one
-        return torch.cuda.stream(torch.cuda.default_stream(device))
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
-
-
-def _cupy() -> Any:
-    require("cupy", by="mixing on a GPU")
-    import cupy
-
-    return cupy

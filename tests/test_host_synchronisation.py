@@ -29,6 +29,7 @@ from dali_saliencymix import (
     MODES,
     _array,
     _routes,
+    _tensors,
     blend_images,
     cutmix,
     get_detector,
@@ -444,7 +445,7 @@ def torch_s_gpu(cupy, monkeypatch):
     def from_dlpack(array):
         return on_gpu(dlpack.from_dlpack(array)) if isinstance(array, ndarray) else dlpack.from_dlpack(array)
 
-    monkeypatch.setattr(pytorch, "dlpack", SimpleNamespace(from_dlpack=from_dlpack))
+    monkeypatch.setattr(_tensors, "dlpack", SimpleNamespace(from_dlpack=from_dlpack))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.as_subclass(Pinned))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: pointer)
