@@ -6,6 +6,8 @@ being copied, and what comes back is a new tensor of the same layout in memory.
 
 from __future__ import annotations
 
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NetworkSaliency", "SaliencyMix"]
 
+_BOXES_KEY = "mix_boxes"  # of the boxes in a batch that is a dict
+
 
 class SaliencyMix:
     """Mixes batches: ``images, targets = mix(images, labels)``.
@@ -55,7 +59,13 @@ class SaliencyMix:
     choose : {"sample", "batch"}
         Whether each image gets a mode of its own, or all images of a batch the same one.
     label_smoothing : float
-        Share of the weight that is spread evenly over all classes, in [0, 1].
+        Share of the weight that is spread evenly over all classes, in [0, 1]: each row of the targets becomes
+        ``(1 - label_smoothing) * row + label_smoothing / K``, as in ``torch.nn.CrossEntropyLoss``, of class ids and of
+        vectors alike.
+    return_boxes : bool
+        Whether the boxes of what was pasted are returned, too.
+    image_key, label_key : str
+        Where `collate` finds image and label in samples that are dicts.
     seed : int, optional
         Seed of the draws of this object. Give each process of a distributed run one of its own, or all mix alike.
     generator : torch.Generator, optional
@@ -74,9 +84,10 @@ class SaliencyMix:
     every epoch, and a `seed` or `generator` given here is combined with the worker's seed, which comes from the
     loader's generator.
 
-    In a function under ``torch.compile`` the call is a graph break, as it is with timm's and torchvision's mixes: what
-    is before and after it is compiled, and the result is that of the function alone. With ``fullgraph=True`` it is
-    an error; call the object before the compiled function then.
+    In a function under ``torch.compile`` the call is one operator of the graph, with ``fullgraph=True``, too. It draws
+    from the same generator and returns the same bits as without the compiler. A wrong shape or dtype is found when the
+    function is compiled, and is a ``torch._dynamo.exc.TorchRuntimeError`` then, with the same text. A CUDA graph
+    cannot hold the call, since it would repeat the draws that it was captured with: that is a ``RuntimeError``.
 
     Examples
     --------
@@ -97,6 +108,9 @@ class SaliencyMix:
         modes: Mapping[str, float] | None = None,
         choose: str = "sample",
         label_smoothing: float = 0.0,
+        return_boxes: bool = False,
+        image_key: str = "image",
+        label_key: str = "label",
         seed: int | None = None,
         generator: torch.Generator | None = None,
         preset: str = "default",
@@ -109,6 +123,10 @@ class SaliencyMix:
     ) -> None:
         check_at_least(num_classes, "num_classes", 1)
         check_fraction(label_smoothing, "label_smoothing")
+        if not isinstance(return_boxes, bool):
+            msg = f"return_boxes must be True or False, got {return_boxes!r}"
+            raise TypeError(msg)
+        _check_keys(image_key, label_key)
         self._options = MixOptions(
             modes=modes,
             alpha=alpha,
@@ -124,13 +142,14 @@ class SaliencyMix:
         )
         self._num_classes = num_classes
         self._smoothing = label_smoothing
+        self._return_boxes = return_boxes
+        self._image_key, self._label_key = image_key, label_key
         self._generator = _generator(seed, generator)
         self._own_seed = 0 if self._generator is None else self._generator.initial_seed()
         self._worker_seed: int | None = None
+        self._handle = _new_handle(self)
 
-    # NumPy, CuPy and compiled kernels see the memory of tensors, which those that the compiler traces with do not have.
-    @torch.compiler.disable(reason="it computes outside of PyTorch: call it before the compiled function")  # type: ignore[no-untyped-call]
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mix a batch.
 
         Parameters
@@ -138,41 +157,94 @@ class SaliencyMix:
         images : torch.Tensor of shape (N, C, H, W), uint8
             RGB images, or grey ones with C = 1, contiguous or channels-last in memory, on CPU or GPU. Not modified. On
             a GPU CuPy is needed.
-        labels : torch.Tensor of shape (N,), integer
-            Class ids in [0, num_classes).
+        labels : torch.Tensor of shape (N,) or (N, 1), integer, or (N, K), real
+            Class ids in [0, num_classes), or vectors of K = num_classes weights, such as one-hot, multi-hot or soft
+            ones. Integers of shape (N, 1) are class ids, also where K is 1: vectors of one weight are bool or floating.
 
         Returns
         -------
         images : torch.Tensor of shape (N, C, H, W), uint8
             The mixed images, in the memory format of `images` and on its device.
         targets : torch.Tensor of shape (N, K), float32
-            Rows that sum to 1, on the device of `images`: for ``torch.nn.CrossEntropyLoss``. On a GPU a label outside
-            [0, num_classes) is no error, but makes a row of NaN.
+            Rows that sum to 1 where those of `labels` do, and for class ids, on the device of `images`: for
+            ``torch.nn.CrossEntropyLoss``. On a GPU a label outside [0, num_classes) is no error, but makes a row of
+            NaN.
+        boxes : torch.Tensor of shape (N, 4), int32
+            With ``return_boxes=True``: where the source's pixels are, (y0, x0, y1, x1), half-open, on the device of
+            `images`. All 0 where nothing was pasted, as by mixup.
 
         Raises
         ------
         TypeError, ValueError
             If an argument has the wrong type, dtype, shape or value.
+        RuntimeError
+            If a CUDA graph is being captured.
         """
         _check_tensor(images, "images")
         _check_tensor(labels, "labels")
-        if images.dtype != torch.uint8:
-            msg = f"images must be uint8 with pixel values 0..255, got {images.dtype}: mix before normalising"
-            raise TypeError(msg)
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            msg = f"images must have shape (N, C, H, W) with C of 1 or 3, got {tuple(images.shape)}"
-            if images.ndim == 4 and images.shape[3] in (1, 3):
-                msg += ": that looks like channels last, (N, H, W, C)"
+        if torch.compiler.is_compiling():
+            mixed = _mix_in_graph(images, labels.detach(), self._handle, self._num_classes)
+        else:
+            _check_batch(images, labels, self._num_classes)
+            mixed = self._mix(images, labels)
+        return mixed if self._return_boxes else mixed[:2]
+
+    def collate(self, samples: Sequence[Any]) -> tuple[torch.Tensor, ...] | dict[str, Any]:
+        """Make a mixed batch of samples: the ``collate_fn`` of a ``DataLoader``.
+
+        Parameters
+        ----------
+        samples : sequence of (image, label), or of dict
+            Images (C, H, W) uint8, tensors or NumPy arrays, all of one shape; class ids, or vectors of K weights.
+            Dicts have them at `image_key` and `label_key`.
+
+        Returns
+        -------
+        images, targets : torch.Tensor
+            As from calling the object, with the boxes as a third member if there are any. Of dicts a dict with the
+            same keys: images and targets are in the places of images and labels, boxes at the key ``"mix_boxes"``,
+            and other values are put together by ``torch.utils.data.default_collate``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a sample is neither a pair nor a dict with both keys, or the batch cannot be mixed.
+        """
+        samples = list(samples)
+        if isinstance(samples[0], Mapping):
+            return self._collate_dicts(samples)
+        for sample in samples:
+            if not isinstance(sample, Sequence) or len(sample) != 2:
+                members = f" with {len(sample)} members" if isinstance(sample, Sequence) else ""
+                msg = (
+                    f"samples must be pairs (image, label), or dicts, which may hold more; got {_kind(sample)}{members}"
+                )
+                raise TypeError(msg)
+        images, labels = data.default_collate(samples)
+        return self(images, labels)
+
+    def _collate_dicts(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        for sample in samples:
+            for name, key in (("image_key", self._image_key), ("label_key", self._label_key)):
+                if key not in sample:
+                    keys = ", ".join(map(repr, sample))
+                    msg = f"{name} must be a key of each sample, got {key!r} where a sample has {keys}"
+                    raise ValueError(msg)
+        if self._return_boxes and _BOXES_KEY in samples[0]:
+            msg = f"return_boxes must be False where samples have a key {_BOXES_KEY!r} of their own"
             raise ValueError(msg)
-        if not images.numel():
-            msg = f"images must not be empty, got shape {tuple(images.shape)}"
-            raise ValueError(msg)
-        if labels.shape != images.shape[:1]:
-            msg = f"labels must have shape ({len(images)},), one class id for each image, got {tuple(labels.shape)}"
-            raise ValueError(msg)
-        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-            msg = f"labels must be of integer dtype, got {labels.dtype}"
-            raise TypeError(msg)
+        batch = dict(data.default_collate(samples))
+        images, targets, *boxes = self(batch[self._image_key], batch[self._label_key])
+        batch |= {self._image_key: images, self._label_key: targets}
+        if boxes:
+            (batch[_BOXES_KEY],) = boxes
+        return batch
+
+    def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mix a batch that has been checked; return images, targets and boxes, which share no memory."""
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            msg = "SaliencyMix must be called outside of a CUDA graph, which would repeat its draws: mix before it"
+            raise RuntimeError(msg)
         # Beside other workers a worker has one core; PyTorch does the same.
         with limited_to(0 if data.get_worker_info() is None else 1), on_torch_s_stream(images):
             # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
@@ -183,43 +255,32 @@ class SaliencyMix:
             )
             alone = self._options.mode == "saliencymix"
             mixed = apply(self._options, batch, source_index, lam, None if alone else mode, point)
-            ids = to_array(on_the_device_of(images, labels))
-            targets = soft_labels(
-                ids, ids[source_index], mixed.lam, num_classes=self._num_classes, smoothing=self._smoothing
+            vectors = _are_vectors(labels)
+            array = to_array(on_the_device_of(images, labels.float() if vectors else labels.flatten()))
+            targets = to_tensor(
+                soft_labels(array, array[source_index], mixed.lam, num_classes=None if vectors else self._num_classes)
             )
-            memory_format = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
-            pixels = to_tensor(mixed.images).permute(0, 3, 1, 2)
+            if self._smoothing:
+                targets = targets * (1 - self._smoothing) + self._smoothing / self._num_classes
+            memory_format = _memory_format(images)
+            pixels, boxes = to_tensor(mixed.images).permute(0, 3, 1, 2), to_tensor(mixed.boxes)
             if images.is_cuda:
                 # Into PyTorch's memory. CuPy would use its own again as soon as the tensor is dropped, even where
                 # another stream still reads it and `record_stream` was called.
-                return pixels.clone(memory_format=memory_format), to_tensor(targets).clone()
-            return pixels.contiguous(memory_format=memory_format), to_tensor(targets)
-
-    def collate(self, samples: Sequence[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a mixed batch of samples: the ``collate_fn`` of a ``DataLoader``.
-
-        Parameters
-        ----------
-        samples : sequence of (image, label)
-            Images (C, H, W) uint8, tensors or NumPy arrays, all of one shape; class ids.
-
-        Returns
-        -------
-        images, targets : torch.Tensor
-            As from calling the object.
-        """
-        images, labels = data.default_collate(list(samples))
-        return self(images, labels)
+                return pixels.clone(memory_format=memory_format), targets.clone(), boxes.clone()
+            return pixels.contiguous(memory_format=memory_format), targets, boxes
 
     def __getstate__(self) -> dict[str, Any]:
         # On the way to a worker that is spawned, PyTorch 2.10 frees the state of a generator before it has arrived.
         state = self.__dict__.copy()
+        del state["_handle"]
         if self._generator is not None:
             state["_generator"] = self._generator.get_state().numpy().tobytes()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._handle = _new_handle(self)
         if self._generator is not None:
             own = torch.frombuffer(bytearray(state["_generator"]), dtype=torch.uint8)
             self._generator = torch.Generator("cpu").set_state(own)
@@ -237,14 +298,60 @@ class SaliencyMix:
         return np.random.default_rng(int(seed))
 
 
+# A graph of torch.compile cannot hold an object of Python. It holds the tensor `_handle`, whose value leads back to the
+# object that it belongs to. To the compiler the operator writes to that tensor: so calls of one object are neither
+# merged nor left out, and keep their order, which a tag does not achieve.
+_objects: weakref.WeakValueDictionary[int, SaliencyMix] = weakref.WeakValueDictionary()
+
+
+def _new_handle(mix: SaliencyMix) -> torch.Tensor:
+    # A random number: in another process a saved graph must find no object, rather than a wrong one.
+    number = uuid.uuid4().int >> 65
+    _objects[number] = mix
+    with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+        return torch.tensor(number, device="cpu")
+
+
+_TAGS = [torch.Tag.nondeterministic_seeded]
+if hasattr(torch.Tag, "cudagraph_unsafe"):  # newer than the oldest PyTorch that will do
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
+
+
+@torch.library.custom_op(
+    "dali_saliencymix::mix",
+    mutates_args=("handle",),
+    schema="(Tensor images, Tensor labels, Tensor(a!) handle, SymInt num_classes) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+def _mix_in_graph(
+    images: torch.Tensor, labels: torch.Tensor, handle: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mix = _objects.get(int(handle))
+    if mix is None:
+        msg = "the SaliencyMix that this graph was compiled with must be in this process: compile the function here"
+        raise RuntimeError(msg)
+    return mix._mix(images, labels)
+
+
+@_mix_in_graph.register_fake
+def _(
+    images: torch.Tensor, labels: torch.Tensor, handle: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_batch(images, labels, num_classes)
+    return (
+        torch.empty_like(images, memory_format=_memory_format(images)),
+        images.new_empty((len(images), num_classes), dtype=torch.float32),
+        images.new_empty((len(images), 4), dtype=torch.int32),
+    )
+
+
 def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Generator | None:
     if generator is not None:
         if seed is not None:
             msg = f"seed must be left out where a generator is given, got {seed}"
             raise ValueError(msg)
         if not isinstance(generator, torch.Generator):
-            kind = f"{type(generator).__module__}.{type(generator).__qualname__}"
-            msg = f"generator must be a torch.Generator, got {kind}"
+            msg = f"generator must be a torch.Generator, got {_kind(generator)}"
             raise TypeError(msg)
         if generator.device.type != "cpu":
             msg = f"generator must be one of the CPU, got one of {generator.device}"
@@ -259,15 +366,70 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
     return torch.Generator("cpu").manual_seed(int(seed))
 
 
-def _check_tensor(tensor: Any, name: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        msg = f"{name} must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__}"
-        raise TypeError(msg)
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        msg = f"{name} must be a dense tensor on the CPU or a CUDA GPU, got {kind} on {tensor.device}"
+def _check_keys(image_key: str, label_key: str) -> None:
+    for name, key in (("image_key", image_key), ("label_key", label_key)):
+        if not isinstance(key, str):
+            msg = f"{name} must be a str, got {key!r}"
+            raise TypeError(msg)
+    if image_key == label_key:
+        msg = f"label_key must be another one than image_key, got {label_key!r} for both"
         raise ValueError(msg)
 
 
-def _is_channels_last(images: torch.Tensor) -> bool:
-    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+def _check_tensor(tensor: Any, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        msg = f"{name} must be a torch.Tensor, got {_kind(tensor)}"
+        raise TypeError(msg)
+
+
+def _check_batch(images: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
+    for name, tensor in (("images", images), ("labels", labels)):
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+            kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+            msg = f"{name} must be a dense tensor on the CPU or a CUDA GPU, got {kind} on {tensor.device}"
+            raise ValueError(msg)
+    if images.dtype != torch.uint8:
+        msg = f"images must be uint8 with pixel values 0..255, got {images.dtype}: mix before normalising"
+        raise TypeError(msg)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        msg = f"images must have shape (N, C, H, W) with C of 1 or 3, got {tuple(images.shape)}"
+        if images.ndim == 4 and images.shape[3] in (1, 3):
+            msg += ": that looks like channels last, (N, H, W, C)"
+        raise ValueError(msg)
+    if not images.numel():
+        msg = f"images must not be empty, got shape {tuple(images.shape)}"
+        raise ValueError(msg)
+    _check_labels(labels, len(images), num_classes)
+
+
+def _check_labels(labels: torch.Tensor, count: int, num_classes: int) -> None:
+    shape, vectors = tuple(labels.shape), _are_vectors(labels)
+    if shape not in ([(count, num_classes)] if vectors else [(count,), (count, 1)]):
+        msg = (
+            f"labels must have shape ({count},) or ({count}, 1) where they are integer class ids, or "
+            f"({count}, {num_classes}) where they are vectors of num_classes weights, got {shape}, {labels.dtype}"
+        )
+        raise ValueError(msg)
+    if labels.dtype.is_complex or not (vectors or _is_integer(labels)):
+        msg = f"labels must be of {'real' if vectors else 'integer'} dtype, got {labels.dtype} and shape {shape}"
+        raise TypeError(msg)
+
+
+def _are_vectors(labels: torch.Tensor) -> bool:
+    """Tell vectors of weights from class ids, by their shape and dtype alone."""
+    return labels.ndim == 2 and not (labels.shape[1] == 1 and _is_integer(labels))
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _memory_format(images: torch.Tensor) -> torch.memory_format:
+    """Return the format that the mixed images get."""
+    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

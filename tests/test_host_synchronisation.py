@@ -447,6 +447,7 @@ def torch_s_gpu(cupy, monkeypatch):
 
     monkeypatch.setattr(_tensors, "dlpack", SimpleNamespace(from_dlpack=from_dlpack))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.as_subclass(Pinned))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: pointer)
     monkeypatch.setattr(torch.cuda, "stream", stream)
@@ -466,11 +467,12 @@ MIXES = {
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
-@pytest.mark.parametrize("labels_on_gpu", [True, False])
-def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format, labels_on_gpu):
+@pytest.mark.parametrize(("labels", "labels_on_gpu"), [("class ids", True), ("class ids", False), ("vectors", True)])
+def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format, labels, labels_on_gpu):
     images = torch.from_numpy(pictures()).permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
-    labels = torch.arange(COUNT)
-    on_cpu, ours = (pytorch.SaliencyMix(COUNT, seed=3, algorithm="array", **options) for _ in range(2))
+    labels = torch.eye(COUNT) if labels == "vectors" else torch.arange(COUNT)
+    options = {"return_boxes": True, "algorithm": "array", **options}
+    on_cpu, ours = (pytorch.SaliencyMix(COUNT, seed=3, **options) for _ in range(2))
     for call in range(3):
         expected = on_cpu(images, labels)
         copies = cupy.copies_from_host

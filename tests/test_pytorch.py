@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -153,6 +155,98 @@ def test_labels_of_any_integer_type(dtype):
     images, labels = pixels(4, 3, 8, 8), class_ids(4)
     expected = SaliencyMix(K, seed=1)(images, labels)[1]
     assert torch.equal(SaliencyMix(K, seed=1)(images, labels.to(dtype))[1], expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_one_hot_vectors_are_the_same_as_class_ids(device, dtype, smoothing):
+    images, labels = pixels(6, 3, 16, 16).to(device), class_ids(6)
+    one_hot = torch.nn.functional.one_hot(labels, K).to(device, dtype)
+    expected = SaliencyMix(K, seed=1, label_smoothing=smoothing)(images, labels)
+    ours = SaliencyMix(K, seed=1, label_smoothing=smoothing)(images, one_hot)
+    assert equal_batches([ours], [expected]) == [True]
+
+
+@pytest.mark.parametrize("vectors", ["soft", "multi-hot"])
+def test_vectors_are_mixed_weight_by_weight(draws, vectors):
+    images, given = pixels(8, 3, 16, 16), torch.from_numpy(np.random.default_rng(0).random((8, K)))
+    labels = (given > 0.6) if vectors == "multi-hot" else given / given.sum(dim=1, keepdim=True)
+    _, targets = SaliencyMix(K, seed=3)(images, labels)
+    lam = mixed_arrays(hwc(images), *draws).lam
+    for row, source in enumerate(draws[0].source_index):
+        expected = [lam[row] * labels[row, k] + (1 - lam[row]) * labels[source, k] for k in range(K)]
+        np.testing.assert_allclose(targets[row], expected, rtol=0, atol=1e-6)
+    if vectors == "soft":
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
+
+
+@pytest.mark.parametrize("labels", [class_ids(8), torch.from_numpy(np.random.default_rng(0).random((8, K)))], ids=str)
+def test_smoothing_is_that_of_cross_entropy(labels):
+    images, logits = pixels(8, 3, 16, 16), torch.linspace(-3, 3, 8 * K).view(8, K).sin()
+    _, plain = SaliencyMix(K, seed=3)(images, labels)
+    _, smoothed = SaliencyMix(K, seed=3, label_smoothing=0.3)(images, labels)
+    cross_entropy = torch.nn.functional.cross_entropy
+    torch.testing.assert_close(
+        cross_entropy(logits, smoothed), cross_entropy(logits, plain, label_smoothing=0.3), rtol=0, atol=1e-6
+    )
+
+
+def test_a_column_of_class_ids_is_the_same_as_a_row_of_them():
+    images, labels = pixels(4, 3, 8, 8), class_ids(4)
+    expected = SaliencyMix(K, seed=1)(images, labels)
+    assert equal_batches([SaliencyMix(K, seed=1)(images, labels[:, None])], [expected]) == [True]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.zeros(3, dtype=torch.int64), 1.0),
+        (torch.zeros(3, 1, dtype=torch.int64), 1.0),
+        (torch.zeros(3, 1, dtype=torch.bool), 0.0),
+        (torch.full((3, 1), 0.25), 0.25),
+    ],
+    ids=["ids", "a column of ids", "a column of bool", "a column of weights"],
+)
+def test_with_one_class_only_the_dtype_tells_weights_from_class_ids(labels, expected):
+    _, targets = SaliencyMix(1, seed=1)(pixels(3, 3, 8, 8), labels)
+    torch.testing.assert_close(targets, torch.full((3, 1), expected))
+
+
+def test_labels_that_need_a_gradient_are_taken_and_get_none():
+    labels = torch.eye(K)[:4].requires_grad_()
+    _, targets = SaliencyMix(K, seed=1)(pixels(4, 3, 8, 8), labels)
+    assert not targets.requires_grad
+
+
+@pytest.mark.parametrize("options", [*MIXES, {"prob": 0.5}], ids=str)
+def test_boxes_are_those_of_the_array_functions(device, draws, options):
+    if options.get("preset", "default") == "default":
+        options = {"saliency": "fine_grained", **options}
+    images = pixels(6, 3, 32, 24).to(device)
+    mixed, targets, boxes = SaliencyMix(K, seed=1, return_boxes=True, **options)(images, class_ids(6))
+    np.testing.assert_array_equal(boxes.cpu(), mixed_arrays(hwc(images), *draws, **options).boxes)
+    assert (boxes.dtype, boxes.device, tuple(boxes.shape)) == (torch.int32, images.device, (6, 4))
+    without = SaliencyMix(K, seed=1, **options)(images, class_ids(6))
+    assert equal_batches([without], [(mixed, targets)]) == [True]
+
+
+@pytest.mark.parametrize("options", [{}, {"destination": "random"}, {"modes": {"cutmix": 1.0}}, {"prob": 0.5}], ids=str)
+def test_boxes_are_where_the_pixels_differ(draws, options):
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 20, 30)
+    mixed, targets, boxes = SaliencyMix(8, seed=2, return_boxes=True, **options)(images, torch.arange(8))
+    for row, source in enumerate(draws[0].source_index):
+        expected = images[row].clone()
+        y0, x0, y1, x1 = boxes[row].tolist()
+        expected[:, y0:y1, x0:x1] = int(source)
+        assert torch.equal(mixed[row], expected)
+        if source != row:
+            torch.testing.assert_close(targets[row, source], torch.tensor((y1 - y0) * (x1 - x0) / 600))
+    assert boxes.any(dim=1).sum() >= 2
+
+
+def test_mixup_has_no_boxes():
+    *_, boxes = SaliencyMix(K, seed=1, return_boxes=True, modes={"mixup": 1.0})(pixels(4, 3, 8, 8), class_ids(4))
+    assert not boxes.any()
 
 
 # Memory
@@ -356,14 +450,25 @@ BAD_CALLS = [
         "labels must be a dense tensor .* got layout torch.strided on meta",
     ),
     ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a torch.Tensor, got builtins.list"),
-    ({"labels": class_ids(3)}, ValueError, r"labels must have shape \(4,\), one class id for each image, got \(3,\)"),
-    ({"labels": torch.eye(K)[:4]}, ValueError, r"labels must have shape \(4,\), .* got \(4, 10\)"),
-    ({"labels": class_ids(4).float()}, TypeError, "labels must be of integer dtype, got torch.float32"),
+    (
+        {"labels": class_ids(3)},
+        ValueError,
+        r"labels must have shape \(4,\) or \(4, 1\) where they are integer class ids, or \(4, 10\) where they are "
+        r"vectors of num_classes weights, got \(3,\), torch.int64",
+    ),
+    ({"labels": class_ids(4).float()[:, None]}, ValueError, r"labels must have shape .*, got \(4, 1\), torch.float32"),
+    ({"labels": torch.eye(K)[:3]}, ValueError, r"labels must have shape .*, got \(3, 10\), torch.float32"),
+    ({"labels": torch.eye(K + 1)[:4]}, ValueError, r"labels must have shape .*, got \(4, 11\), torch.float32"),
+    ({"labels": torch.eye(K)[None, :4]}, ValueError, r"labels must have shape .*, got \(1, 4, 10\), torch.float32"),
+    ({"labels": torch.tensor(0)}, ValueError, r"labels must have shape .*, got \(\), torch.int64"),
+    ({"labels": class_ids(4).float()}, TypeError, r"labels must be of integer dtype, got torch.float32 .* \(4,\)"),
     ({"labels": class_ids(4).bfloat16()}, TypeError, "labels must be of integer dtype, got torch.bfloat16"),
     ({"labels": class_ids(4) > 1}, TypeError, "labels must be of integer dtype, got torch.bool"),
     ({"labels": class_ids(4).to(torch.complex64)}, TypeError, "labels must be of integer dtype, got torch.complex64"),
+    ({"labels": torch.eye(K, dtype=torch.complex64)[:4]}, TypeError, "labels must be of real dtype, got torch.complex"),
     ({"labels": torch.tensor([0, 1, K, 2])}, ValueError, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
     ({"labels": torch.tensor([0, -1, 1, 2])}, ValueError, r"labels must be in \[0, 10\), .* got -1 at \[1\]"),
+    ({"labels": torch.tensor([[0], [1], [K], [2]])}, ValueError, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
 ]
 
 
@@ -397,6 +502,20 @@ BAD_OPTIONS = [
 def test_a_bad_option_is_refused_at_once(wrong, text):
     with pytest.raises(ValueError, match=text):
         SaliencyMix(**{"num_classes": K, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
+        ({"return_boxes": 1}, TypeError, "return_boxes must be True or False, got 1"),
+        ({"image_key": 0}, TypeError, "image_key must be a str, got 0"),
+        ({"label_key": None}, TypeError, "label_key must be a str, got None"),
+        ({"label_key": "image"}, ValueError, "label_key must be another one than image_key, got 'image' for both"),
+    ],
+)
+def test_a_bad_form_of_batches_is_refused_at_once(wrong, kind, text):
+    with pytest.raises(kind, match=text):
+        SaliencyMix(K, **wrong)
 
 
 def test_a_generator_of_numpy_is_refused():
@@ -485,6 +604,115 @@ def test_collate_takes_tensors_and_arrays_and_gives_what_the_call_gives():
         assert equal_batches([SaliencyMix(K, seed=1).collate(samples)], [expected]) == [True]
 
 
+class Dicts(torch.utils.data.Dataset):
+    """Samples as Hugging Face's data sets have them."""
+
+    def __init__(self, count):
+        self.images, self.labels = pixels(count, 3, 16, 16), class_ids(count)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        sample = {"pixel_values": self.images[index], "labels": int(self.labels[index])}
+        return {**sample, "name": f"{index}.png", "size": {"height": index}}
+
+
+IN_DICTS = {"image_key": "pixel_values", "label_key": "labels"}
+
+
+@pytest.mark.parametrize("return_boxes", [False, True])
+def test_collate_takes_dicts_and_passes_on_what_else_is_in_them(return_boxes):
+    dataset = Dicts(5)
+    batch = SaliencyMix(K, seed=1, return_boxes=return_boxes, **IN_DICTS).collate([dataset[i] for i in range(5)])
+    images, targets, boxes = SaliencyMix(K, seed=1, return_boxes=True)(dataset.images, dataset.labels)
+    assert torch.equal(batch.pop("pixel_values"), images)
+    assert torch.equal(batch.pop("labels"), targets)
+    if return_boxes:
+        assert torch.equal(batch.pop("mix_boxes"), boxes)
+    assert batch.pop("name") == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert torch.equal(batch.pop("size")["height"], torch.arange(5))
+    assert batch == {}
+
+
+def test_collate_takes_vectors_and_arrays_in_dicts_and_returns_boxes_of_pairs():
+    images, labels = pixels(5, 3, 24, 40), torch.eye(K)[:5]
+    expected = SaliencyMix(K, seed=1, return_boxes=True)(images, labels)
+    assert len(expected) == 3
+    pairs = list(zip(images, labels, strict=True))
+    dicts = [{"image": image.numpy(), "label": label.numpy()} for image, label in pairs]
+    batch = SaliencyMix(K, seed=1, return_boxes=True).collate(dicts)
+    assert list(batch) == ["image", "label", "mix_boxes"]
+    assert equal_batches([tuple(batch.values())], [expected]) == [True]
+    assert equal_batches([SaliencyMix(K, seed=1, return_boxes=True).collate(pairs)], [expected]) == [True]
+
+
+def batches_of_dicts(start):
+    mix = SaliencyMix(K, seed=1, return_boxes=True, **IN_DICTS)
+    loader = DataLoader(
+        Dicts(24),
+        batch_size=6,
+        collate_fn=mix.collate,
+        num_workers=2,
+        multiprocessing_context=start,
+        generator=torch.Generator().manual_seed(3),
+    )
+    return [{name: copy.deepcopy(value) for name, value in batch.items()} for batch in loader]
+
+
+def test_workers_mix_dicts():
+    batches, again = batches_of_dicts("fork"), batches_of_dicts("fork")
+    assert [name for batch in batches for name in batch["name"]] == [f"{i}.png" for i in range(24)]
+    for batch, same in zip(batches, again, strict=True):
+        torch.testing.assert_close(batch["labels"].sum(dim=1), torch.ones(6))
+        assert all(torch.equal(batch[name], same[name]) for name in ("pixel_values", "labels", "mix_boxes"))
+    assert len({tuple(batch["labels"].flatten().tolist()) for batch in batches}) == len(batches)
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned_mix_dicts():
+    for batch, same in zip(batches_of_dicts("fork"), batches_of_dicts("spawn"), strict=True):
+        assert all(torch.equal(batch[name], same[name]) for name in ("pixel_values", "labels", "mix_boxes"))
+
+
+IMAGE = pixels(3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sample", "options", "kind", "text"),
+    [
+        (
+            {"img": IMAGE, "label": 1},
+            {},
+            ValueError,
+            "image_key must be a key of each sample, got 'image' where a sample has 'img', 'label'",
+        ),
+        (
+            {"image": IMAGE, "target": 1},
+            {"label_key": "labels"},
+            ValueError,
+            "label_key must be a key of each sample, got 'labels' where a sample has 'image', 'target'",
+        ),
+        (
+            {"image": IMAGE, "label": 1, "mix_boxes": 3},
+            {"return_boxes": True},
+            ValueError,
+            "return_boxes must be False where samples have a key 'mix_boxes' of their own",
+        ),
+        (
+            (IMAGE, 1, "a.png"),
+            {},
+            TypeError,
+            r"samples must be pairs \(image, label\), or dicts, which may hold more; got builtins.tuple with 3 members",
+        ),
+        (IMAGE[:2], {}, TypeError, "samples must be pairs .*; got torch.Tensor$"),
+    ],
+)
+def test_a_bad_sample_is_refused(sample, options, kind, text):
+    with pytest.raises(kind, match=text):
+        SaliencyMix(K, **options).collate([sample, sample])
+
+
 def test_a_bad_sample_reaches_the_user_out_of_a_worker():
     dataset = TensorDataset(pixels(4, 3, 8, 8), torch.full((4,), K))
     loader = DataLoader(dataset, batch_size=4, collate_fn=SaliencyMix(K).collate, num_workers=1)
@@ -495,43 +723,178 @@ def test_a_bad_sample_reaches_the_user_out_of_a_worker():
 # Under torch.compile
 
 
-def compiled_with(function, graphs, **options):
-    """Compile by a backend that runs each graph as it is, and appends it to `graphs`."""
+@pytest.fixture
+def compiled():
+    """Return `torch.compile`, which knows of nothing that was compiled before, and does without breaks of the graph."""
     torch._dynamo.reset()
-    return torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
+
+    def compile_with(backend, *, fullgraph=True, **options):
+        return lambda function: torch.compile(function, backend=backend, fullgraph=fullgraph, **options)
+
+    yield compile_with
+    torch._dynamo.reset()
+
+
+def step(mix, images, labels):
+    """Return all results of calls that a compiler must neither merge, leave out nor swap."""
+    first = mix(images, labels)
+    second = mix(images, labels)
+    mix(images, labels)
+    third = mix(second[0], labels)
+    return [*first, *second, *third]
+
+
+def assert_compiled_steps_equal(step_in_graph, shapes, labels_of=class_ids, **options):
+    ours, theirs = SaliencyMix(K, seed=1, **options), SaliencyMix(K, seed=1, **options)
+    for shape, memory_format in shapes:
+        images, labels = pixels(*shape).to(memory_format=memory_format), labels_of(shape[0])
+        mixed, expected = step_in_graph(ours, images, labels), step(theirs, images, labels)
+        assert equal_batches([mixed], [expected]) == [True]
+        assert [tensor.stride() for tensor in mixed] == [tensor.stride() for tensor in expected]
+        assert not torch.equal(mixed[0], mixed[len(mixed) // 3])
+
+
+BATCH_SHAPES = [
+    ((6, 3, 16, 16), torch.contiguous_format),
+    ((6, 3, 16, 16), torch.channels_last),
+    ((5, 3, 16, 16), torch.contiguous_format),
+    ((4, 3, 16, 20), torch.contiguous_format),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"return_boxes": True}, {"modes": {"saliencymix": 1.0, "mixup": 1.0}}, {"label_smoothing": 0.1}],
+    ids=str,
+)
+def test_a_step_in_one_graph_has_the_same_bits(compiled, options):
+    assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES, **options)
+
+
+def test_images_that_are_made_in_the_graph_are_mixed_with_the_same_bits(compiled):
+    def augmented(mix, images, labels):
+        return step(mix, images.flip(3).bitwise_not(), labels)
+
+    images, labels = pixels(6, 3, 16, 16).to(memory_format=torch.channels_last), class_ids(6)
+    expected = augmented(SaliencyMix(K, seed=1), images, labels)
+    assert equal_batches([compiled("aot_eager")(augmented)(SaliencyMix(K, seed=1), images, labels)], [expected]) == [
+        True
+    ]
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_step_compiled_by_inductor_has_the_same_bits(compiled):
+    shapes = [((count, 3, 16, 16), torch.channels_last) for count in (6, 5)]
+    assert_compiled_steps_equal(compiled("inductor", dynamic=True)(step), shapes, return_boxes=True)
+
+
+def test_vectors_are_taken_in_a_graph(compiled):
+    assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES[:1], lambda count: torch.eye(K)[:count] / 2)
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_on_the_gpu_has_the_same_bits(compiled):
+    in_graph = compiled("aot_eager")(lambda mix, images, labels: step(mix, images.cuda(), labels.cuda()))
+    ours, theirs = (SaliencyMix(K, seed=1, saliency="fine_grained") for _ in range(2))
+    images, labels = pixels(6, 3, 16, 16), class_ids(6)
+    expected = step(theirs, images.cuda(), labels.cuda())
+    assert equal_batches([in_graph(ours, images, labels)], [expected]) == [True]
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_refused():
+    mix, images, labels = SaliencyMix(K, seed=1), pixels(4, 3, 16, 16).cuda(), class_ids(4).cuda()
+    mix(images, labels)
+    with (
+        pytest.raises(RuntimeError, match="must be called outside of a CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        mix(images, labels)
+
+
 @pytest.mark.parametrize("saliency", ["spectral_residual", "a compiled network"])
-def test_a_compiled_step_breaks_its_graph_at_the_mix_and_has_the_same_result(saliency):
+def test_gradients_of_a_compiled_step_are_the_same(compiled, saliency):
     images, labels = pixels(6, 3, 16, 16), class_ids(6)
     network = torch.nn.Linear(3 * 16 * 16, K)
-    graphs = []
 
-    def step(mix):
+    def loss_of(mix):
         mixed, targets = mix(images.flip(3), labels)
         return torch.nn.functional.cross_entropy(network(mixed.flatten(1) / 255), targets)
 
-    def mix_by(compiled):
-        if saliency != "a compiled network":
-            return SaliencyMix(K, seed=1)
-        return SaliencyMix(K, seed=1, saliency=NetworkSaliency(compiled(Channel(1))))
+    def mix_by(wrap):
+        chosen = saliency if saliency != "a compiled network" else NetworkSaliency(wrap(Channel(1)))
+        return SaliencyMix(K, seed=1, saliency=chosen)
 
-    expected = step(mix_by(lambda network: network))
+    expected = loss_of(mix_by(lambda network: network))
     expected.backward()
     gradient, network.weight.grad = network.weight.grad, None
-    compiled = compiled_with(step, graphs)
-    loss = compiled(mix_by(lambda network: torch.compile(network, backend="eager")))
+    loss = compiled("aot_eager")(loss_of)(mix_by(lambda network: torch.compile(network, backend="eager")))
     loss.backward()
-    assert torch.equal(loss, expected)
-    assert torch.equal(network.weight.grad, gradient)
-    assert len(graphs) == 2  # before the mix, and after it
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(network.weight.grad, gradient)
 
 
-def test_a_step_compiled_as_one_graph_is_told_to_mix_before():
+def test_the_global_generator_draws_in_a_graph_too(compiled):
+    torch.manual_seed(3)
+    expected = drawn_batches(SaliencyMix(K))
+    torch.manual_seed(3)
+    assert equal_batches(drawn_batches(compiled("aot_eager")(SaliencyMix(K))), expected) == [True] * 3
+
+
+def test_one_graph_serves_other_objects_that_draw_for_themselves(compiled):
+    graphs = []
+    in_graph = compiled(lambda graph, _: graphs.append(graph) or graph.forward)(lambda mix, *batch: mix(*batch))
+    mixes = [SaliencyMix(K, seed=seed, modes=modes) for seed, modes in [(1, None), (2, None), (2, {"mixup": 1.0})]]
+    mixes += [pickle.loads(pickle.dumps(mixes[0])), copy.deepcopy(mixes[1])]
+    expected = [mix(**GOOD) for mix in copy.deepcopy(mixes)]
+    assert equal_batches([in_graph(mix, *GOOD.values()) for mix in mixes], expected) == [True] * 5
+    assert len(graphs) == 1
+
+
+def test_an_object_of_inference_mode_is_taken_outside_of_it(compiled):
+    in_graph = compiled("aot_eager")(lambda mix: mix(**GOOD))
+    with torch.inference_mode():
+        mix = SaliencyMix(K, seed=1)
+        expected = SaliencyMix(K, seed=1)(**GOOD)
+    assert equal_batches([in_graph(mix)], [expected]) == [True]
+
+
+def test_the_operator_keeps_the_rules_of_pytorch():
+    mix = SaliencyMix(K, prob=0.0)  # so that all calls return the same
+    for images in (GOOD["images"], pixels(2, 1, 8, 9).to(memory_format=torch.channels_last)):
+        torch.library.opcheck(pytorch._mix_in_graph, (images, class_ids(len(images)), mix._handle, K))
+
+
+def test_objects_end_although_graphs_know_them(compiled):
     mix = SaliencyMix(K, seed=1)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="call it before the compiled function"):
-        compiled_with(lambda: mix(**GOOD)[0] + 1, [], fullgraph=True)()
+    handle, ended = mix._handle, weakref.ref(mix)
+    compiled("eager")(lambda mix: mix(**GOOD))(mix)
+    del mix
+    gc.collect()
+    assert ended() is None
+    with pytest.raises(RuntimeError, match="the SaliencyMix that this graph was compiled with must be in this process"):
+        pytorch._mix_in_graph(*GOOD.values(), handle, K)
+
+
+@pytest.mark.filterwarnings("ignore:.*fake tensor raised")
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"images": GOOD["images"].float()}, "images must be uint8 with pixel values 0..255, got torch.float32"),
+        ({"labels": class_ids(3)}, r"labels must have shape \(4,\) or .*, got \(3,\)"),
+        ({"labels": [0, 1, 2, 3]}, "labels must be a torch.Tensor, got builtins.list"),
+        ({"labels": torch.tensor([0, 1, K, 2])}, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
+    ],
+)
+def test_mistakes_are_named_by_a_compiled_step(compiled, wrong, text, fullgraph):
+    in_graph = compiled("aot_eager", fullgraph=fullgraph)(lambda images, labels: SAME(images, labels))
+    with pytest.raises((TypeError, ValueError, torch._dynamo.exc.TorchDynamoException), match=text):
+        in_graph(**{**GOOD, **wrong})
+
+
+SAME = SaliencyMix(K)
 
 
 # Beside timm and torchvision
