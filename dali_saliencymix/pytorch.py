@@ -70,7 +70,7 @@ class SaliencyMix:
         Seed of the draws of this object. Give each process of a distributed run one of its own, or all mix alike.
     generator : torch.Generator, optional
         Where to draw from instead, on the CPU. By default it is PyTorch's global one.
-    preset, saliency, source, destination, box, per_batch, algorithm
+    preset, saliency, source, destination, box, per_batch, label_weight, algorithm
         As for `dali_saliencymix.saliencymix`.
 
     Raises
@@ -119,6 +119,7 @@ class SaliencyMix:
         destination: str | None = None,
         box: str | None = None,
         per_batch: bool | None = None,
+        label_weight: str = "area",
         algorithm: str = "auto",
     ) -> None:
         check_at_least(num_classes, "num_classes", 1)
@@ -138,6 +139,7 @@ class SaliencyMix:
             destination=destination,
             box=box,
             per_batch=per_batch,
+            label_weight=label_weight,
             algorithm=algorithm,
         )
         self._num_classes = num_classes

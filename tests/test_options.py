@@ -33,7 +33,7 @@ SIGNATURES = {
         ),
         (
             pytorch.SaliencyMix,
-            "modes alpha prob choose preset saliency source destination box per_batch algorithm",
+            "modes alpha prob choose preset saliency source destination box per_batch label_weight algorithm",
         ),
         (preview.draw_mixed, "preset saliency source destination box per_batch label_weight"),
     ]
