@@ -179,13 +179,21 @@ def test_code_is_formatted(page, tmp_path):
     assert process.returncode == 0, process.stdout
 
 
+def place_of(code):
+    if "transformers" in code:
+        return "with Transformers"
+    return "with workers" if "num_workers" in code else "one process"
+
+
 # In processes of their own: workers are forked, and may hang in one where PyTorch has computed before.
-@pytest.mark.parametrize("workers", [False, True], ids=["one process", "with workers"])
-def test_code_runs(workers, data):
+@pytest.mark.parametrize("place", ["one process", "with workers", "with Transformers"])
+def test_code_runs(place, data):
+    if place == "with Transformers":
+        pytest.importorskip("transformers", reason="Transformers is not installed")
     pages = {}
     for page in pages_with("run"):
         code = "\n".join(source for kind, source in blocks(page) if kind == "run")
-        if ("num_workers" in code) is workers:
+        if place_of(code) == place:
             pages[page_id(page)] = code
     assert pages
     # Pipelines of one page must not be left to the collector while those of the next one run: see conftest.py.
@@ -199,7 +207,7 @@ def test_code_runs(workers, data):
 
 
 def test_all_guides_have_code_that_runs():
-    guides = {f"guides/{name}.md" for name in ("dali", "mixupwrapper", "timm", "padding")}
+    guides = {f"guides/{name}.md" for name in ("dali", "mixupwrapper", "timm", "hugging_face", "padding")}
     assert guides <= {page_id(page) for page in pages_with("run")}
 
 
