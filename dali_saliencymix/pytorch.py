@@ -60,8 +60,8 @@ class SaliencyMix:
         Whether each image gets a mode of its own, or all images of a batch the same one.
     label_smoothing : float
         Share of the weight that is spread evenly over all classes, in [0, 1]: each row of the targets becomes
-        ``(1 - label_smoothing) * row + label_smoothing / K``, as in ``torch.nn.CrossEntropyLoss``, of class ids and of
-        vectors alike.
+        ``(1 - label_smoothing) * row + label_smoothing / K``, of class ids and of vectors alike, as in
+        ``torch.nn.CrossEntropyLoss``.
     return_boxes : bool
         Whether the boxes of what was pasted are returned, too.
     image_key, label_key : str
@@ -86,8 +86,8 @@ class SaliencyMix:
 
     In a function under ``torch.compile`` the call is one operator of the graph, with ``fullgraph=True``, too. It draws
     from the same generator and returns the same bits as without the compiler. A wrong shape or dtype is found when the
-    function is compiled, and is a ``torch._dynamo.exc.TorchRuntimeError`` then, with the same text. A CUDA graph
-    cannot hold the call, since it would repeat the draws that it was captured with: that is a ``RuntimeError``.
+    function is compiled: the error is one of ``torch._dynamo.exc`` then, with the text that it has otherwise. A CUDA
+    graph cannot hold the call, since it would repeat the draws that it was captured with: that is a ``RuntimeError``.
 
     Examples
     --------
@@ -123,7 +123,7 @@ class SaliencyMix:
         algorithm: str = "auto",
     ) -> None:
         check_at_least(num_classes, "num_classes", 1)
-        check_fraction(label_smoothing, "label_smoothing")
+        smoothing = check_fraction(label_smoothing, "label_smoothing")
         if not isinstance(return_boxes, bool):
             msg = f"return_boxes must be True or False, got {return_boxes!r}"
             raise TypeError(msg)
@@ -142,8 +142,8 @@ class SaliencyMix:
             label_weight=label_weight,
             algorithm=algorithm,
         )
-        self._num_classes = num_classes
-        self._smoothing = label_smoothing
+        self._num_classes = int(num_classes)  # to the compiler a number of NumPy is a tensor
+        self._smoothing = smoothing
         self._return_boxes = return_boxes
         self._image_key, self._label_key = image_key, label_key
         self._generator = _generator(seed, generator)

@@ -484,6 +484,14 @@ def test_batches_of_pytorch(cupy, torch_s_gpu, options, memory_format, labels, l
             assert torch.equal(our_tensor.as_subclass(torch.Tensor), their_tensor)
 
 
+def test_a_cuda_graph_is_refused(cupy, torch_s_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    images = torch.from_numpy(pictures()).permute(0, 3, 1, 2)
+    with pytest.raises(RuntimeError, match="SaliencyMix must be called outside of a CUDA graph"):
+        pytorch.SaliencyMix(COUNT)(on_gpu(images), on_gpu(torch.arange(COUNT)))
+    pytorch.SaliencyMix(COUNT)(images, torch.arange(COUNT))
+
+
 def test_detectors_get_pytorch_s_stream(cupy, torch_s_gpu):
     streams = []
 

@@ -799,6 +799,7 @@ def test_a_compiled_step_on_the_gpu_has_the_same_bits(compiled):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_cuda_graph_is_refused():
     mix, images, labels = SaliencyMix(K, seed=1), pixels(4, 3, 16, 16).cuda(), class_ids(4).cuda()
     mix(images, labels)
@@ -841,7 +842,9 @@ def test_the_global_generator_draws_in_a_graph_too(compiled):
 def test_one_graph_serves_other_objects_that_draw_for_themselves(compiled):
     graphs = []
     in_graph = compiled(lambda graph, _: graphs.append(graph) or graph.forward)(lambda mix, *batch: mix(*batch))
-    mixes = [SaliencyMix(K, seed=seed, modes=modes) for seed, modes in [(1, None), (2, None), (2, {"mixup": 1.0})]]
+    mixes = [
+        SaliencyMix(np.int64(K), seed=seed, modes=modes) for seed, modes in [(1, None), (2, None), (2, {"mixup": 1.0})]
+    ]
     mixes += [pickle.loads(pickle.dumps(mixes[0])), copy.deepcopy(mixes[1])]
     expected = [mix(**GOOD) for mix in copy.deepcopy(mixes)]
     assert equal_batches([in_graph(mix, *GOOD.values()) for mix in mixes], expected) == [True] * 5
