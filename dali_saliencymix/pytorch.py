@@ -314,16 +314,11 @@ def _new_handle(mix: SaliencyMix) -> torch.Tensor:
         return torch.tensor(number, device="cpu")
 
 
-_TAGS = [torch.Tag.nondeterministic_seeded]
-if hasattr(torch.Tag, "cudagraph_unsafe"):  # newer than the oldest PyTorch that will do
-    _TAGS.append(torch.Tag.cudagraph_unsafe)
-
-
 @torch.library.custom_op(
     "dali_saliencymix::mix",
     mutates_args=("handle",),
     schema="(Tensor images, Tensor labels, Tensor(a!) handle, SymInt num_classes) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe),
 )
 def _mix_in_graph(
     images: torch.Tensor, labels: torch.Tensor, handle: torch.Tensor, num_classes: int
