@@ -72,7 +72,7 @@ def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, s
     loader = FolderData.train_loader if "pytorch" in more else CifarData.train_loader
 
     def noted(self, args, *others, **named):
-        opened.append((args.workers, args.batch_size))
+        opened.append((args.workers, args.prefetch, args.batch_size))
         return loader(self, args, *others, **named)
 
     class Batches(windows.Batches):
@@ -93,8 +93,8 @@ def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, s
         return
     assert (found[0]["now"], found[0]["then"]) == (1, 2)
     assert found[0]["loader_images_per_second"].median > 0
-    assert opened == [(1, 4), (2, 4), (1, 2), (1, 8)]
-    assert aheads == ([2, 4, 2, 2] if setting == "workers" else [2] * 4)
+    assert opened == [(1, 2, 4), (2, 2, 4), (1, 4, 4), (1, 2, 2), (1, 2, 8)]
+    assert aheads == ([2, 4, 4, 2, 2] if setting == "workers" else [2, 2, 4, 2, 2])
 
 
 GROWING = ("--epochs", "8", "--progressive-size", "24@0", "40@4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -24,6 +25,7 @@ from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix.datasets.cifar import read_cifar
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders import augmentation, imagenet
+from dali_saliencymix.loaders import cifar as cifar_loaders
 from dali_saliencymix.loaders import torch as torch_loaders
 from dali_saliencymix.loaders.base import LoaderError, chosen_backend
 from dali_saliencymix.loaders.cifar import CifarData
@@ -229,6 +231,30 @@ def test_the_number_of_workers_changes_nothing(root):
     args = [options(root, "folder pytorch", "--aa", "ra", "-j", workers) for workers in ("1", "2")]
     batches = [epoch(train(each)) for each in args]
     assert_equal_batches(*batches)
+
+
+@each_kind
+def test_what_is_made_in_advance_changes_no_batch_also_after_resuming(root, kind):
+    args, deeper = options(root, kind), options(root, kind, "--prefetch", "3")
+    whole, loader = epoch(train(args)), train(args)
+    for _ in zip(range(2), loader, strict=False):
+        pass
+    assert_equal_batches(epoch(train(deeper)), whole)
+    assert_equal_batches(epoch(train(deeper, state=loader.state())), whole[2:])
+
+
+def test_a_loader_makes_as_many_batches_in_advance_as_asked_for(root, monkeypatch):
+    depths = []
+
+    def noted(make, *given, **options):
+        depths.append(options.get("prefetch_queue_depth", options.get("prefetch_factor")))
+        return make(*given, **options)
+
+    for module, name in ((imagenet, "define"), (cifar_loaders, "define"), (torch_loaders.data, "DataLoader")):
+        monkeypatch.setattr(module, name, functools.partial(noted, getattr(module, name)))
+    for kind in KINDS:
+        train(options(root, kind, "--prefetch", "3"))
+    assert depths == [3] * 4
 
 
 def test_an_epoch_that_was_left_goes_on_where_it_was(root):

@@ -31,6 +31,7 @@ class Source:
     dataset_bytes: float | None = None  # of the whole data set that the training will read
     ahead: int = 2  # batches that may be prefetched
     conditions: dict[str, Any] = field(default_factory=dict)  # for the report; `batch_size` is that of a full batch
+    options: dict[str, str] = field(default_factory=dict)  # of settings: the field of `DataOptions`, where it is one
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:

@@ -10,14 +10,25 @@ import torch
 
 from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
 from dali_saliencymix.loaders.base import chosen_backend
+from dali_saliencymix.loaders.dali import process_on
 from dali_saliencymix.loaders.data import open_data
-from dali_saliencymix.loaders.imagenet import FolderData, training_arguments, training_builder, training_loader
+from dali_saliencymix.loaders.imagenet import FolderData, training_arguments, training_builder
+from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 from dali_saliencymix.training.models import all_reduce, as_trained, model_on
 from dali_saliencymix.training.optimisation import Updater, train_on
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions, ScheduleOptions, TrainingOptions
 from dali_saliencymix.training.schedule import Phase, phase_at
+
+# Settings of the loaders by who makes the batches, each with the option of train.py that sets it.
+_OF_DALI = {"batch_size": "batch_size", "num_threads": "workers", "prefetch_queue_depth": "prefetch"}
+_SETTINGS = {
+    "dali-cpu": _OF_DALI,
+    "dali-gpu": {**_OF_DALI, "hw_decoder_load": "hw_decoder_load"},
+    "pytorch": {"batch_size": "batch_size", "workers": "workers", "prefetch_factor": "prefetch"},
+    "synthetic": {"batch_size": "batch_size"},
+}
 
 
 def training_source(training: TrainingOptions, processes: Processes, *, images: int) -> Source:
@@ -52,32 +63,29 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         conditions["notes"] = instead
     about: dict[str, Any] = {"files": files, "dataset_bytes": size, "conditions": conditions}
     mix = f"mix {'none' if options.mix is None else options.mix.mode}"
-    if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
-        arguments, folder = training_arguments(options, processes), data.train
-        settings: dict[str, Any] = {name: arguments[name] for name in ("batch_size", "num_threads")}
-        settings["prefetch_queue_depth"] = 2
-        if arguments["process_on"] == "gpu":
-            settings["hw_decoder_load"] = 0.65
-        arguments |= settings
+    process_on(options, processes)  # refuses work on a GPU in a run without one
+    names = _SETTINGS[backend]
+    if not isinstance(data, FolderData):
+        names = {name: option for name, option in names.items() if option != "hw_decoder_load"}
+    settings = {name: getattr(options, option) for name, option in names.items()}
+    ahead = options.prefetch * (options.workers if backend == "pytorch" else 1)
+    about |= {"ahead": ahead, "options": {name: option for name, option in names.items() if name != "batch_size"}}
 
-        def opened(changed: Settings) -> Iterable[Any]:
-            return training_loader(folder, max_bad_batches=options.max_bad_batches, **{**arguments, **changed})
+    def with_changes(changed: Settings) -> DataOptions:
+        return replace(options, **{names[name]: value for name, value in changed.items()})
+
+    def opened(changed: Settings) -> Iterable[Any]:
+        return data.train_loader(with_changes(changed), processes)
+
+    if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
+        folder = data.train
 
         def defined(changed: Settings) -> Any:
-            return training_builder(**{**arguments, **changed})(folder.files, folder.labels, None)
+            arguments = training_arguments(with_changes(changed), processes)
+            return training_builder(**arguments)(folder.files, folder.labels, None)
 
         return Source(f"training pipeline, {mix}", settings, opened, defined, **about)
-
-    workers = {"pytorch": "workers", "synthetic": None}.get(backend, "num_threads")  # what -j sets
-
-    def opened_whole(changed: Settings) -> Iterable[Any]:
-        changed = {"workers" if name == workers else name: value for name, value in changed.items()}
-        return data.train_loader(replace(options, **changed), processes)
-
-    settings = {"batch_size": options.batch_size, **({workers: options.workers} if workers else {})}
-    ahead = 2 * options.workers if backend == "pytorch" else 2
-    name = f"training loader, {options.dataset} by {backend}, {mix}"
-    return Source(name, settings, opened_whole, ahead=ahead, **about)
+    return Source(f"training loader, {options.dataset} by {backend}, {mix}", settings, opened, **about)
 
 
 def measured_phase(schedule: ScheduleOptions, crop_size: int) -> tuple[Phase, list[str]]:

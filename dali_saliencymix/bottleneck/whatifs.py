@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from dali_saliencymix.bottleneck.sources import Source, explained
+from dali_saliencymix.bottleneck.sources import Settings, Source, explained
+from dali_saliencymix.bottleneck.verdict import Series
 from dali_saliencymix.measure.environment import cores
-from dali_saliencymix.measure.figures import interval
+from dali_saliencymix.measure.figures import LEAST_ROUNDS, interval
 from dali_saliencymix.measure.processes import by_round, first_reason, gather
 from dali_saliencymix.measure.windows import Batches, Subject, measure_in_turns
 
@@ -22,6 +23,7 @@ _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "num_threads": ("DALI threads", _half_and_double),
     "workers": ("worker processes", _half_and_double),
     "prefetch_queue_depth": ("prefetch depth", lambda value: (value * 2,) if isinstance(value, int) else ()),
+    "prefetch_factor": ("batches in advance of each worker", lambda value: (value * 2,)),
     "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
     "batch_size": ("batch size", _half_and_double),
 }
@@ -32,36 +34,56 @@ def measured_rows(
 ) -> list[dict[str, Any]]:
     """Measure the loader alone with other settings, in turns with the present ones.
 
-    Returns a row for each setting and value; for a setting that this loader does not have, one with `change` None. Of
-    several processes the slowest counts.
+    Returns a row for each setting and value; for a setting that this loader does not have, one with `then` and `change`
+    None. Of several processes the slowest counts.
     """
     rows: list[dict[str, Any]] = []
-    variants: list[tuple[str, Any]] = [("now", None)]
-    other = "num_threads" if "workers" in source.settings else "workers"  # a loader has one of the two
+    variants: list[tuple[str, Any]] = []
+    of_workers = "workers" in source.settings
+    others = ("num_threads", "prefetch_queue_depth") if of_workers else ("workers", "prefetch_factor")
     for setting, (label, values) in _TRIED.items():
-        if setting == other:
+        if setting in others:
             continue
         present = source.settings.get(setting)
         tried = [value for value in values(present) if value != present] if present is not None else []
         if not tried:
-            rows.append(_row(label, present, None, f"this loader has no {setting} that could be changed"))
+            why = f"this loader has no {setting} that could be changed"
+            rows.append(_row(label, setting, present, None, compared(why, why)))
         variants += [(setting, value) for value in tried]
-    if len(variants) == 1:
+    if not variants:
         return rows
+    found = measure_settings(
+        source,
+        [{}, *({setting: value} for setting, value in variants)],
+        seconds=seconds,
+        synchronise=synchronise,
+        notify=notify,
+    )
+    for (setting, value), then in zip(variants, found[1:], strict=True):
+        rows.append(_row(_TRIED[setting][0], setting, source.settings[setting], value, compared(found[0], then)))
+    return rows
+
+
+def measure_settings(
+    source: Source,
+    variants: Sequence[Settings],
+    *,
+    seconds: float,
+    synchronise: Callable[[], None],
+    notify: Callable[[str], None],
+) -> list[Series | str]:
+    """Measure the loader alone with each of these settings, in turns.
+
+    Returns the milliseconds per image in each round, of several processes those of the slowest; or why a loader could
+    not be opened.
+    """
     subjects: dict[str, Subject] = {}
     images: dict[str, int] = {}
     refused: dict[str, str] = {}
-    for setting, value in variants:
-        key = f"{setting}={value}"
-        batches, why = None, None
+    for number, changed in enumerate(variants):
+        key, batches, why = str(number), None, None
         try:
-            loader = source.open({setting: value} if value is not None else {})
-            ahead = source.ahead
-            if setting == "prefetch_queue_depth" and isinstance(value, int):
-                ahead = value
-            elif setting == "workers":  # each of which reads ahead
-                ahead = ahead * value // source.settings["workers"]
-            batches = Batches(loader, ahead=ahead)
+            batches = Batches(source.open(changed), ahead=_ahead(source, changed))
             batches.first = None
         except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a MeasurementError
             why = explained(error) if isinstance(error, RuntimeError) else str(error)
@@ -70,23 +92,37 @@ def measured_rows(
             refused[key] = why or "could not be opened"
         else:
             subjects[key], images[key] = Subject(batches), batches.nominal
-    found = measure_in_turns(subjects, seconds=seconds, rounds=5, synchronise=synchronise, notify=notify)
+    found = measure_in_turns(subjects, seconds=seconds, rounds=LEAST_ROUNDS, synchronise=synchronise, notify=notify)
     gathered = gather({key: [ms / images[key] for ms in found.ms[key]] for key in subjects})
-    now = by_round(gathered, "now=None")  # per image, not per batch
-    for setting, value in variants[1:]:
-        key, (label, _), present = f"{setting}={value}", _TRIED[setting], source.settings[setting]
-        then = by_round(gathered, key)
-        if then is None or now is None:
-            rows.append(_row(label, present, value, refused.get(key, "no baseline")))
-            continue
-        change = interval([old / new for old, new in zip(now, then, strict=True)])
-        rows.append(_row(label, present, value, None, change, interval([1000 / ms for ms in then])))
-    return rows
+    return [by_round(gathered, key) or refused[key] for key in map(str, range(len(variants)))]
 
 
-def _row(label: str, now: Any, then: Any, why: str | None, change: Any = None, rate: Any = None) -> dict[str, Any]:
-    row = {"kind": "measured", "what": label, "now": now, "then": then, "loader_images_per_second": rate}
-    return {**row, "change": change, "not_measured": why}
+def _ahead(source: Source, changed: Settings) -> int:
+    """Return how many batches a loader with these settings may prefetch."""
+    ahead = source.ahead
+    for setting, value in changed.items():
+        if setting == "prefetch_queue_depth" and isinstance(value, int):
+            ahead = value
+        elif setting in ("workers", "prefetch_factor"):
+            ahead = ahead * value // source.settings[setting]
+    return ahead
+
+
+def compared(now: Series | str, then: Series | str) -> dict[str, Any]:
+    """Return a change of settings in figures, from milliseconds per image; or why there are none."""
+    if isinstance(now, str) or isinstance(then, str):
+        why = then if isinstance(then, str) else f"no baseline: {now}"
+        return {**dict.fromkeys(("now_images_per_second", "loader_images_per_second", "change")), "not_measured": why}
+    return {
+        "now_images_per_second": interval([1000 / ms for ms in now]),
+        "loader_images_per_second": interval([1000 / ms for ms in then]),
+        "change": interval([old / new for old, new in zip(now, then, strict=True)]),
+        "not_measured": None,
+    }
+
+
+def _row(label: str, setting: str, now: Any, then: Any, found: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "measured", "what": label, "setting": setting, "now": now, "then": then, **found}
 
 
 def predicted_rows(

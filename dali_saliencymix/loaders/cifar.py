@@ -171,6 +171,7 @@ class _CifarLoader(Batches):
             process_on(options, processes),
             batch_size=batch_size,
             num_threads=options.workers,
+            prefetch_queue_depth=options.prefetch,
             seed=options.seed + rank,
             checkpoint=state["pipeline"] if state else None,
             enable_conditionals=options.auto_augment != "none",

@@ -405,6 +405,8 @@ def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, A
     return {
         "batch_size": options.batch_size,
         "num_threads": options.workers,
+        "prefetch": options.prefetch,
+        "hw_decoder_load": options.hw_decoder_load,
         "device": processes.device,
         "process_on": process_on(options, processes),
         "channels_last": options.channels_last,

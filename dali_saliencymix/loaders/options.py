@@ -32,7 +32,7 @@ def option(default: Any, text: str, *flags: str, group: str = "data", **about: A
     **about
         Further arguments of ``add_argument``; ``least``, the smallest integer, by default 1; ``within``, the range of
         a number, one of those in `dali_saliencymix.training.arguments`; or ``only_with``, another option and its values
-        with which this one has a use.
+        with which this one has a use, or a list of several such options.
     """
     return field(default=default, metadata={"help": text, "flags": flags, "group": group, **about})
 
@@ -53,6 +53,18 @@ class DataOptions:
     val_dir: Path | None = option(None, "folder of validation images, instead of DATA/val")
     batch_size: int = option(256, "images of each process (GPU) in a step", "-b", "--batch-size")
     workers: int = option(4, "CPU threads of DALI, or worker processes of PyTorch, in each process", "-j", "--workers")
+    prefetch: int = option(
+        2,
+        "batches made in advance: by DALI's pipeline, or by each worker process of PyTorch",
+        only_with=("data_backend", None, *BACKENDS[:3]),
+    )
+    hw_decoder_load: float = option(
+        0.65,
+        "share of the JPEG files that go to the GPU's JPEG engine, where it has one",
+        metavar="SHARE",
+        within="in [0, 1]",
+        only_with=[("dataset", "folder"), ("data_backend", None, "dali-gpu"), ("device", "auto", "cuda")],
+    )
     train_list: Path | None = option(None, "take only the images whose paths are its lines", metavar="FILE")
     val_list: Path | None = option(None, "the same for validation", metavar="FILE")
     train_crop_size: int = option(224, "size of training images (default: 224, with CIFAR 32)", metavar="PIXELS")

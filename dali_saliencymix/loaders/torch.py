@@ -301,6 +301,7 @@ class TorchLoader(Batches):
             batch_size=None,
             sampler=self._places,
             num_workers=workers,
+            prefetch_factor=options.prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,

@@ -380,9 +380,10 @@ def _without_use(args: argparse.Namespace) -> dict[str, str]:
     """Return the options that do nothing beside the others, each with the option that decides this."""
     useless = {_MIX_OPTIONS[name]: "mix" for name in unused_options(args.mix) if name in _MIX_OPTIONS}
     for declared in _DECLARED:
-        choice, *values = declared.metadata.get("only_with", (None,))
-        if choice is not None and getattr(args, choice) not in values:
-            useless[declared.name] = choice
+        needs = declared.metadata.get("only_with", [])
+        for choice, *values in needs if isinstance(needs, list) else [needs]:
+            if getattr(args, choice) not in values:
+                useless.setdefault(declared.name, choice)
     return useless
 
 

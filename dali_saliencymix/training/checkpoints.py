@@ -246,7 +246,7 @@ DATA_OPTIONS = (
 
 # Those that decide nothing of the training, or where the data set's fingerprint says whether it is another one.
 _OTHER_OPTIONS = {
-    *("config", "data", "data_backend", "train_dir", "val_dir"),
+    *("config", "data", "data_backend", "train_dir", "val_dir", "workers", "prefetch"),
     *(each.name for group in (RunOptions, EvaluationOptions) for each in dataclasses.fields(group)),
 }
 
