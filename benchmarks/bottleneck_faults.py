@@ -7,6 +7,9 @@ enough to be the truth: in the reading, behind the resize, in the saliency detec
 sleeps stands for one on an accelerator, which the CPU waits for. Faults take turns, so that what else the machine does
 hits all of them alike. A verdict is right, INCONCLUSIVE, or wrong.
 
+Beside the live runs, the rounds of `RECORDED` are judged again: runs on machines that were busy with other work, whose
+truth is known. They are one row each.
+
 The second part compares the predicted rate, that of the slowest of step, loader and storage, with the measured one over
 small grids: with the files in memory, and with files that have to be fetched. Storage is made slow by a pause for each
 file whose pages are not in memory; files are dropped from it as the tool does.
@@ -37,8 +40,10 @@ from PIL import Image
 from benchmarks import machine, program
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
+from dali_saliencymix.bottleneck import Figures, RankFigures, Stage, decide
 from dali_saliencymix.measure import page_cache
 
+RECORDED = Path(__file__).with_name("recorded_rounds.json")
 BATCH = 8
 SLOW, FAST = 0.03, 0.001  # seconds a batch
 
@@ -261,6 +266,30 @@ def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callabl
     return 1000 * (time.perf_counter() - start) / count
 
 
+def recorded() -> dict[str, tuple[Figures, str]]:
+    """Return the figures of each recorded run by its name, and the verdict that is right."""
+    found = {}
+    for case in json.loads(RECORDED.read_text())["cases"]:
+        given = case["figures"]
+        series = {name: tuple(given[name]) for name in ("step_ms", "loader_ms", "end_ms", "waits")}
+        stages = tuple(Stage(each["name"], each["category"], tuple(each["ms"])) for each in given.get("stages", ()))
+        ranks = tuple(RankFigures(tuple(each["step_ms"]), tuple(each["loader_ms"])) for each in given.get("ranks", ()))
+        found[case["name"]] = Figures(**series, stages=stages or None, ranks=ranks), case["expected"]
+    return found
+
+
+def outcome(verdict: str, expected: str) -> str:
+    """Return "right", "undecided" or "wrong".
+
+    Undecided is INCONCLUSIVE, and LOADER-BOUND where a part of the loader was to be named.
+    """
+    if verdict == expected:
+        return "right"
+    parts = ("DISK-BOUND", "DECODE-BOUND", "CPU-PREP-BOUND", "MIX-BOUND")
+    undecided = verdict == "INCONCLUSIVE" or (verdict == "LOADER-BOUND" and expected in parts)
+    return "undecided" if undecided else "wrong"
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Return the median and both ends of values."""
     return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
@@ -278,6 +307,8 @@ def main() -> None:
     whys: dict[str, list[str]] = {fault: [] for fault in options.faults}
     result: dict[str, Any] = {"benchmark": "bottleneck_faults", "conditions": machine.conditions(options)}
     result |= {"expected": EXPECTED, "verdicts": table, "not_as_expected": whys}
+    judged = {name: (expected, decide(figures).name) for name, (figures, expected) in recorded().items()}
+    result["recorded"] = {name: {"expected": expected, "verdict": found} for name, (expected, found) in judged.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for run, fault in itertools.product(range(options.runs), options.faults):
@@ -299,12 +330,15 @@ def main() -> None:
             result[error] = spread([row["takes_longer_by"]["median"] for row in result[grid]])
     program.write(result, options.output)
     rows = []
-    for fault, verdicts in table.items():
-        right = verdicts[EXPECTED[fault]]
-        undecided = 0 if EXPECTED[fault] == "INCONCLUSIVE" else verdicts["INCONCLUSIVE"]
-        rows.append([fault, EXPECTED[fault], right, undecided, verdicts.total() - right - undecided])
+    of_names = {**{name: (EXPECTED[name], table[name]) for name in table}}
+    of_names |= {f"recorded: {name}": (expected, {found: 1}) for name, (expected, found) in judged.items()}
+    for name, (expected, verdicts) in of_names.items():
+        counts: collections.Counter[str] = collections.Counter()
+        for verdict, count in verdicts.items():
+            counts[outcome(verdict, expected)] += count
+        rows.append([name, expected, *(counts[kind] for kind in ("right", "undecided", "wrong"))])
     errors = {name: result.get(name) for name in ("prediction_error", "storage_prediction_error")}
-    shown = program.markdown_table(["fault", "expected", "right", "INCONCLUSIVE", "wrong"], rows)
+    shown = program.markdown_table(["fault", "expected", "right", "undecided", "wrong"], rows)
     sys.stdout.write(f"{shown}\n\n{json.dumps(errors)}\n")
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import bottleneck_faults as faults
 from dali_saliencymix.bottleneck.verdict import CATEGORIES, VERDICTS, Figures, RankFigures, Stage, decide
 from dali_saliencymix.measure.figures import COVERAGE, Interval, interval, rate
 
@@ -95,39 +96,86 @@ def test_made_up_figures(given_figures, expected):
     assert decide(given_figures).name == expected
 
 
-# Recorded on a machine with other users: a ResNet-50 on two cores, and a loader that is 58 times as fast.
-LOUD = {
-    "step_ms": (3616.0, 3342.0, 4210.0, 3701.0, 3498.0),
-    "loader_ms": (62.1, 60.4, 66.0, 61.2, 63.5),
-    "end_ms": (3702.0, 4305.0, 3998.0, 3580.0, 4391.0),
-}
+RECORDED = faults.recorded()
+LOUD = RECORDED["ResNet-50, other users"][0]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_rounds_of_a_busy_machine_are_never_judged_wrongly(name):
+    found, expected = RECORDED[name]
+    verdict = decide(found)
+    assert faults.outcome(verdict.name, expected) in {"right", "undecided"}
+    # What is known beyond the noise is said, whatever else is open.
+    assert verdict.name == {"DECODE-BOUND": "LOADER-BOUND"}.get(expected, expected)
+    assert verdict.contention in {"open", "no"}
 
 
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"waits": (0.0,) * 5}, "COMPUTE-BOUND"),
-        ({"waits": (0.0,) * 5, "device": "cuda"}, "GPU-BOUND"),
+        ({}, "COMPUTE-BOUND"),
+        ({"device": "cuda"}, "GPU-BOUND"),
         ({"waits": (0.01, 0.05, 0.02, 0.12, 0.03)}, "INCONCLUSIVE"),  # one round is above the limit
-        ({"waits": (0.0,) * 5, "loader_ms": (3500.0, 3300.0, 4300.0, 3600.0, 3400.0)}, "INCONCLUSIVE"),  # no faster
-        ({}, "INCONCLUSIVE"),  # nothing is known of the waits
+        ({"loader_ms": (3500.0, 3300.0, 4300.0, 3600.0, 3400.0)}, "INCONCLUSIVE"),  # no faster
+        ({"waits": None}, "INCONCLUSIVE"),  # nothing is known of the waits
     ],
 )
 def test_steps_that_never_wait_for_a_fast_loader_decide_where_the_stall_does_not(changed, name):
-    verdict = decide(Figures(**{**LOUD, **changed}))
+    verdict = decide(dataclasses.replace(LOUD, **changed))
     assert verdict.name == name
     assert ("waits for its batches for 0 % of the time" in verdict.why) == (name != "INCONCLUSIVE")
+    assert verdict.contention == "open"
+    assert ("Whether it slows the step down" in verdict.next_step) == (name != "INCONCLUSIVE")
+
+
+# Both together are slower by more than 10 % in each round, but all figures jump about.
+SLOWER_TOGETHER = Figures(
+    (60.0, 30.0, 200.0, 50.0, 90.0), (20.0, 10.0, 30.0, 15.0, 25.0), (110.0, 60.0, 320.0, 100.0, 160.0)
+)
+
+
+@pytest.mark.parametrize(("waits", "name"), [(0.0, "COMPUTE-BOUND"), (0.2, "INCONCLUSIVE"), (None, "INCONCLUSIVE")])
+def test_a_stall_without_waits_leaves_contention_open_where_all_figures_jump_about(waits, name):
+    verdict = decide(dataclasses.replace(SLOWER_TOGETHER, waits=waits if waits is None else (waits,) * 5))
+    assert verdict.stall.low > 0.1
+    assert (verdict.name, verdict.contention) == (name, "open")
+
+
+# The loader is slower than the step in each round.
+SLOW_LOADER = Figures((50.0, 40.0, 60.0, 50.0, 45.0), (70.0, 60.0, 90.0, 65.0, 70.0), (90.0, 42.0, 120.0, 70.0, 80.0))
+
+
+@pytest.mark.parametrize(("waits", "name"), [(0.3, "LOADER-BOUND"), (0.05, "INCONCLUSIVE"), (None, "INCONCLUSIVE")])
+def test_a_step_that_waits_for_a_loader_that_is_slower_decides_where_the_stall_does_not(waits, name):
+    verdict = decide(dataclasses.replace(SLOW_LOADER, waits=waits if waits is None else (waits,) * 5))
+    assert verdict.stall.low < 0.1 < verdict.stall.high
+    assert (verdict.name, verdict.contention) == (name, "open")
+    assert ("waits for its batches for 30 % of the time" in verdict.why) == (name == "LOADER-BOUND")
+
+
+def test_waits_name_the_loader_where_contention_costs_as_much():
+    """The loader lacks 20 ms, and 16 to 24 ms come on top: the former is certain, and said."""
+    end = (86.0, 94.0, 90.0, 89.0, 91.0)
+    verdict = decide(Figures((50.0,) * 5, (70.0,) * 5, end, waits=(0.4,) * 5))
+    assert (verdict.name, verdict.contention) == ("LOADER-BOUND", "yes")
+
+
+@pytest.mark.parametrize(
+    ("end", "contention"), [((101.0,) * 5, "no"), ((130.0,) * 5, "yes"), ((95.0, 140.0, 101.0, 120.0, 99.0), "open")]
+)
+def test_contention_is_a_question_of_its_own(end, contention):
+    verdict = decide(Figures((100.0,) * 5, (20.0,) * 5, end))
+    assert verdict.contention == contention
+    assert verdict.clash.median == pytest.approx(statistics.median([1 - 100 / ms for ms in end]))
 
 
 def test_figures_that_all_jump_about_are_no_contention():
     """Together is slower in each round, but not slower than each alone at its slowest."""
-    jumping = Figures(
-        (60.0, 30.0, 200.0, 50.0, 90.0), (20.0, 10.0, 30.0, 15.0, 25.0), (110.0, 60.0, 320.0, 100.0, 160.0)
-    )
-    verdict = decide(jumping)
+    verdict = decide(SLOWER_TOGETHER)
     assert verdict.name == "INCONCLUSIVE"
     assert "cannot be told apart" in verdict.why
-    assert decide(dataclasses.replace(jumping, end_ms=(210.0, 220.0, 320.0, 230.0, 240.0))).name == "CONTENTION"
+    later = dataclasses.replace(SLOWER_TOGETHER, end_ms=(210.0, 220.0, 320.0, 230.0, 240.0))
+    assert decide(later).name == "CONTENTION"
 
 
 def test_waits_do_not_hide_a_stall():
@@ -162,8 +210,9 @@ def test_stages_that_cost_the_same_are_not_told_apart():
     decode = Stage("decode", "decode", (25.0, 24.0, 26.0, 25.0, 23.0))
     mix = Stage("mix", "mix", (24.0, 25.0, 25.0, 26.0, 24.0))
     verdict = decide(figures(10, 50, 51, stages=(decode, mix)))
-    assert verdict.name == "INCONCLUSIVE"
-    assert "the loader is too slow" in verdict.why
+    assert verdict.name == "LOADER-BOUND"
+    assert "cannot be told within the spread" in verdict.why
+    assert "tells its parts apart" in verdict.next_step
     assert "decode" in verdict.why
     assert "mix" in verdict.why
 
@@ -302,7 +351,6 @@ def test_never_the_step_where_the_stall_may_be_above_the_line(found):
     if verdict.name in {"GPU-BOUND", "COMPUTE-BOUND"}:
         assert verdict.name == ("GPU-BOUND" if found.device == "cuda" else "COMPUTE-BOUND")
         if verdict.stall.high >= 0.1:  # then the waits decide
-            assert verdict.stall.low < 0.1
             assert interval(found.waits).high < 0.1
             assert statistics.median(found.loader_ms) < statistics.median(found.step_ms)
             return
@@ -323,6 +371,19 @@ def test_never_the_loader_unless_it_is_slower_than_the_step(found):
     if decide(found).name in {"LOADER-BOUND", "DECODE-BOUND", "CPU-PREP-BOUND", "MIX-BOUND"}:
         slower = [p > g for p, g in zip(found.loader_ms, found.step_ms, strict=True)]
         assert sum(slower) > len(slower) / 2
+
+
+@given(any_figures())
+def test_direct_evidence_is_never_left_unsaid(found):
+    """No wait and a faster loader, or waits and a slower one, in every round: such figures are never INCONCLUSIVE."""
+    found = dataclasses.replace(found, ranks=(), reads_cold=False)
+    verdict, ratios = decide(found), [g / p for p, g in zip(found.loader_ms, found.step_ms, strict=True)]
+    if len(ratios) < 5 or found.waits is None:
+        return
+    if max(found.waits) < 0.1 and min(ratios) > 1:
+        assert verdict.name in {"GPU-BOUND", "COMPUTE-BOUND", "CONTENTION"}
+    if min(found.waits) > 0.1 and max(ratios) < 0.9:
+        assert verdict.name != "INCONCLUSIVE"
 
 
 def rescaled(found: Figures, factor: float) -> Figures:
@@ -374,7 +435,7 @@ def test_equal_stages_are_confused_seldom():
     decided = 0
     for _ in range(400):
         parts = tuple(Stage(name, name, tuple(rng.normal(20, 5, 9))) for name in ("decode", "mix"))
-        decided += decide(figures(5, 50, 51, shape=(1.0,) * 9, stages=parts)).name != "INCONCLUSIVE"
+        decided += decide(figures(5, 50, 51, shape=(1.0,) * 9, stages=parts)).name != "LOADER-BOUND"
     # The range misses the median of the difference in 4 % of the cases (9 values); 400 draws leave some room.
     assert decided / 400 < 0.08
 

@@ -56,6 +56,7 @@ def diagnose(
     cache: str = "auto",
     storage: bool = True,
     what_ifs: bool = True,
+    tune: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a loader and a training step, and say what holds the training back.
@@ -83,6 +84,10 @@ def diagnose(
         Whether the training will find its files in memory; ``"auto"`` compares their size with the memory.
     storage, what_ifs : bool
         Whether to measure these.
+    tune : bool
+        Whether to search for a faster setting of a pipeline's function, with arguments of it that are called
+        ``num_threads``, ``prefetch_queue_depth`` and ``hw_decoder_load``, in the place of the measured what-ifs. The
+        result is ``report["tune"]``: ``best`` are the arguments, ``trials`` the figures.
     notify : callable
         Is given lines that say what is being measured.
 
@@ -94,7 +99,7 @@ def diagnose(
     Raises
     ------
     BottleneckError
-        If the loader or the step fail, with the reason in one line.
+        If the loader or the step fail, or with `tune` the loader has no setting to search, with the reason in one line.
 
     Examples
     --------
@@ -119,5 +124,6 @@ def diagnose(
         cache=cache,
         with_storage=storage,
         with_what_ifs=what_ifs,
+        with_tuning=tune,
         notify=notify,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +15,10 @@ from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
-from dali_saliencymix.bottleneck.sources import Source, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.sources import Source, flags_of, load_function, loader_source, pipeline_source
 from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
+from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 from dali_saliencymix.options import whole_number
 from dali_saliencymix.packages import MissingPackageError, require
@@ -71,6 +74,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     option("--no-storage", action="store_true", help="do not drop files from memory to read them again")
     option("--no-what-ifs", action="store_true", help="do not measure other settings")
+    option(
+        "--tune",
+        type=Path,
+        metavar="YAML",
+        help="search for a faster setting of the loader and write it: a file for train.py --config, or the arguments "
+        "of --pipeline by name",
+    )
     option("-o", "--output", type=Path, metavar="JSON", help="report to write")
     option("--html", type=Path, help="page to write; needs matplotlib")
     option("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
@@ -89,7 +99,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     from dali_saliencymix.training import distributed
 
     try:
-        status = _run(own, rest, prog)
+        status = _run(own, rest, prog, arguments)
         flush_stdout()
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
@@ -101,7 +111,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     return status
 
 
-def _run(own: argparse.Namespace, rest: list[str], prog: str) -> int:
+def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[str]) -> int:
     """Check the options, measure and show; return the exit status."""
     from dali_saliencymix.training import distributed
     from dali_saliencymix.training.arguments import parse_arguments
@@ -116,6 +126,8 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str) -> int:
         parser.error(f"--fail-above-stall {needs}")
     if not 0 < own.seconds < math.inf:
         parser.error(f"--seconds must be a positive number, got {own.seconds}")
+    if own.tune and own.loader:
+        parser.error("--tune is for DATA and --pipeline: --loader names no settings that could be changed")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
     if not own.step and not own.no_step:
@@ -124,6 +136,8 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str) -> int:
         choose_kernels(deterministic=training.model.deterministic)
     processes = distributed.start_processes(training.data.device)
     report = _measured_by_all(own, training, rest, processes)
+    if (change := report["change"]) and change["options"]:
+        change["command"] = changed_command(prog, arguments, change["options"])
     return _show(report, own) if processes.is_main else 0
 
 
@@ -200,6 +214,7 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
             cache=own.cache,
             with_storage=not own.no_storage,
             with_what_ifs=not own.no_what_ifs,
+            with_tuning=own.tune is not None,
             notify=notify,
         )
     except MeasurementError as error:
@@ -242,6 +257,28 @@ def _is_given(rest: list[str], short: str, long: str) -> bool:
     return long in names or (short != "" and any(name[:2] == short for name in names))
 
 
+def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) -> str:
+    """Return the command line with other values of options, which are fields of `DataOptions`, and without ``--tune``.
+
+    Examples
+    --------
+    >>> changed_command("tool", ["DATA", "-j", "1", "--tune=best.yaml"], {"workers": 2})
+    'tool DATA -j 2'
+    """
+    words = list(arguments)
+    for name in ("--tune", *(flag for option in changed for flag in flags_of(option))):
+        for place in reversed([place for place, word in enumerate(words) if word == name]):
+            del words[place : place + 2]
+        short = len(name) == 2
+        words = [word for word in words if not (word.startswith(name) and (short or word.startswith(f"{name}=")))]
+    for option, value in changed.items():
+        words += [flags_of(option)[0], str(value)]
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if processes and prog.startswith("python "):  # of torchrun
+        prog = f"torchrun --nproc_per_node={processes} {prog.removeprefix('python ')}"
+    return f"{prog} {shlex.join(words)}"
+
+
 def _listed(paths: list[Path] | None) -> list[str] | None:
     for path in paths or ():
         if not path.exists():
@@ -253,7 +290,13 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
 
 def _show(report: Report, own: argparse.Namespace) -> int:
     """Write the report to where it is wanted; return the exit status."""
+    if own.tune:
+        report["tune"]["file"] = str(own.tune)
     sys.stdout.write(report_text(report) + "\n")
+    if own.tune:
+        import yaml
+
+        replace_file(own.tune, yaml.safe_dump(report["tune"]["settings"], sort_keys=False))
     if own.output:
         save_report(report, own.output)
     if own.html:

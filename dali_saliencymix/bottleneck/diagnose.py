@@ -15,8 +15,9 @@ from dali_saliencymix.bottleneck.report import Report, build_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.bottleneck.stages import Cut, cut_pipeline
 from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage
-from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Series, Stage, decide
-from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
+from dali_saliencymix.bottleneck.tune import as_file, tunable, tune
+from dali_saliencymix.bottleneck.verdict import OF_THE_LOADER, Figures, RankFigures, Series, Stage, decide
+from dali_saliencymix.bottleneck.whatifs import best_change, measured_rows, predicted_rows
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.page_cache import memory_bytes
 from dali_saliencymix.measure.processes import agree, by_round, first_reason, gather
@@ -53,6 +54,7 @@ def measure_source(
     cache: str = "auto",
     with_storage: bool = True,
     with_what_ifs: bool = True,
+    with_tuning: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Measure a source and a training step, and say what holds the training back: see `bottleneck.diagnose`.
@@ -66,26 +68,33 @@ def measure_source(
     if not seconds > 0:
         msg = f"seconds must be positive, got {seconds!r}"
         raise ValueError(msg)
+    if with_tuning:
+        tunable(source)
     start = time.perf_counter()
     synchronise: Callable[[], None] = lambda: None  # noqa: E731
     if device == "cuda":
         from torch.cuda import synchronize as synchronise
     notify("loader, step and stages, in turns")
     cuts, stages_note = _cuts(source)
-    batches = Batches(source.open({}), nominal=source.conditions.get("batch_size"), ahead=source.ahead)
+    opened = source.open({})
+    epoch_images = getattr(opened, "epoch_images", None)
+    batches = Batches(opened, nominal=source.conditions.get("batch_size"), ahead=source.ahead)
     images = batches.nominal
     subjects = _subjects(batches, step, cuts)
     if cuts and "cut 0" not in subjects:
         cuts, stages_note = [], "a part of the pipeline could not be built or run"
-    main = seconds * (0.65 if with_storage or with_what_ifs else 1.0)
+    main = seconds * (0.45 if with_tuning else 0.65 if with_storage or with_what_ifs else 1.0)
     found = measure_in_turns(subjects, seconds=main, rounds=rounds, synchronise=synchronise, notify=notify)
     end = subjects.get("end to end")
     timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if end else None
-    epochs = batches.epochs
+    epochs, epoch_images = batches.epochs, source.conditions.get("images_in_data_set", epoch_images)
+    epoch_length = batches.epoch_length
     # The loaders' threads and mapped files would be in the way of what follows.
-    del subjects, batches, end
+    del subjects, batches, opened, end
     gc.collect()
 
+    shares = [sum(waits) / sum(steps) for waits, steps in zip(*timeline.values(), strict=True)] if timeline else None
+    gathered = gather({**found.ms, **({"waits": shares} if shares else {})})
     stored = StorageRates(not_measured="was not asked for")
     if with_storage:
         notify("storage: files dropped from memory and read again")
@@ -94,16 +103,25 @@ def measure_source(
             images=images,
             loader_ms=median(found.ms["loader"]),
             read_cut=cuts[0].make if cuts and cuts[0].category == "read" else None,
-            seconds=0.15 * seconds,
+            seconds=(0.1 if with_tuning else 0.15) * seconds,
             synchronise=synchronise,
         )
     what_ifs: list[dict[str, Any]] = []
-    if with_what_ifs:
+    tuned = None
+    if with_tuning:
+        notify("tune: other settings of the loader, in turns with the best so far")
+        tuned = tune(
+            source,
+            step=_of_an_image(gathered, "step", images),
+            loader=_of_an_image(gathered, "loader", images) or (),
+            seconds=0.45 * seconds,
+            synchronise=synchronise,
+            notify=notify,
+        )
+    elif with_what_ifs:
         notify("what-ifs: other settings of the loader")
         what_ifs = measured_rows(source, seconds=0.2 * seconds, synchronise=synchronise, notify=notify)
 
-    shares = [sum(waits) / sum(steps) for waits, steps in zip(*timeline.values(), strict=True)] if timeline else None
-    gathered = gather({**found.ms, **({"waits": shares} if shares else {})})
     memory = memory_bytes()
     too_large = source.dataset_bytes is not None and memory is not None and source.dataset_bytes > 0.9 * memory
     reads_cold = cache == "cold" or (cache == "auto" and too_large)
@@ -113,16 +131,30 @@ def measure_source(
     times = {name: getattr(figures, f"{name}_ms") for name in ("step", "loader", "end", "cold")}
     rates = {name: 1000 * images / median(ms) if ms else None for name, ms in times.items()}
     world = len(gathered)
-    what_ifs += predicted_rows(**rates, reads_cold=reads_cold, threads=threads, world=world, threads_are=called)
+    if epoch_images is None and epoch_length:
+        epoch_images = epoch_length * images * world
+    verdict = decide(figures)
+    change = best_change(source, what_ifs, tuned)
+    what_ifs += predicted_rows(
+        **rates,
+        reads_cold=reads_cold,
+        threads=threads,
+        world=world,
+        threads_are=called,
+        images=epoch_images,
+        stalls=verdict.stall is not None and verdict.stall.low > 0,
+    )
     notes = [*source.conditions.get("notes", ()), *_oversubscribed(threads, called)]
     return build_report(
         figures,
-        decide(figures),
+        verdict,
         images=images,
         until=until,
         stages_note=stages_note,
         stored=stored,
         what_ifs=what_ifs,
+        change=change if verdict.name in OF_THE_LOADER else None,
+        tuned=tuned and {**tuned, "settings": as_file(source, tuned["best"])},
         timeline=timeline,
         conditions={
             "source": source.name,
@@ -142,6 +174,12 @@ def measure_source(
             "command": " ".join(sys.argv),
         },
     )
+
+
+def _of_an_image(gathered: list[dict[str, list[float]]], name: str, images: int) -> Series | None:
+    """Return the milliseconds of an image, of several processes those of the slowest."""
+    series = by_round(gathered, name)
+    return series and tuple(ms / images for ms in series)
 
 
 def _cuts(source: Source) -> tuple[list[Cut], str | None]:

@@ -14,6 +14,8 @@ from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.packages import require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.axes import Axes
 
     from dali_saliencymix.bottleneck.report import Report
@@ -30,7 +32,7 @@ _RATE_NAMES = {
 def report_text(report: Report) -> str:
     """Return a report for the screen: the verdict first, then tables."""
     verdict, conditions = report["verdict"], report["conditions"]
-    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", ""]
+    lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", *_change_lines(report), ""]
     if stall := stall_lines(report):
         lines += [*stall, ""]
     lines += [*_rate_lines(report), "", *_stage_lines(report)]
@@ -43,11 +45,12 @@ def report_text(report: Report) -> str:
             lines.append(f"{each['rank']:<26}" + "".join(f"{rate:>18}" for rate in shown))
     host = conditions["host"]
     step = "".join(f"{name} " for name in _measured_of(report, "step"))
+    processes = f"{conditions['processes']} process{'es' * (conditions['processes'] > 1)}"
     where = host["device"] if host["cuda"] else f"CPU with {host['cores']} cores"
     lines += [
-        *("", *_what_if_lines(report), ""),
+        *("", *_what_if_lines(report), *_tune_lines(report), ""),
         f"{conditions['source']}; batches of {conditions['images_per_batch']}; "
-        f"{conditions['processes']} process(es), {step}on {where}, load average {host['load_average']:.1f}",
+        f"{processes}, {step}on {where}, load average {host['load_average']:.1f}",
         *(f"Note: {line}." for line in conditions.get("notes", ())),
         "Figures are medians of windows that took turns; in brackets the range that holds the median at 90 %.",
     ]
@@ -68,11 +71,17 @@ def stall_lines(report: Report) -> list[str]:
     if stall is None:
         return ["stall: not measured"]
     passes = {True: "passes", False: "does not pass", None: "whether it passes is within the spread"}[report["passes"]]
-    return [
-        f"stall {_percent(stall['median'])} ({_percent(stall['low'])} to {_percent(stall['high'])}), "
-        f"{stall['band']} (warning from 10 %, critical from 20 %)",
+    lines = [
+        f"stall {_spread(stall)}, {stall['band']} (warning from 10 %, critical from 20 %)",
         f"utilisation of the step {_percent(report['utilisation'])}: {passes} (90 % passes)",
     ]
+    if waits := report["waits"]:
+        lines.append(f"the step waits for its batches for {_spread(waits)} of the time, as the host sees it")
+    contention = report["contention"]
+    if contention["answer"] != "no" and report["verdict"]["name"] != "CONTENTION":
+        answer = "contention, too" if contention["answer"] == "yes" else "contention is an open question"
+        lines.append(f"{answer}: loader and step cost each other {_spread(contention)} of the time of a batch")
+    return lines
 
 
 def _rate_lines(report: Report) -> list[str]:
@@ -86,10 +95,9 @@ def _rate_lines(report: Report) -> list[str]:
         lines.append(f"{name:<26}{_median_and_range(speed)}{_number(ms['median']):>10}")
     prediction = report["prediction"]
     if prediction:
-        longer = prediction["end_to_end_takes_longer_by"]
         lines.append(
-            f"{'predicted, min(G, P)':<26}{_median_and_range(prediction['images_per_second'])}{'':>10}  E took "
-            f"{_percent(longer['median'])} longer ({_percent(longer['low'])} to {_percent(longer['high'])})"
+            f"{'predicted, min(G, P)':<26}{_median_and_range(prediction['images_per_second'])}{'':>10}  "
+            f"E took {_longer(prediction['end_to_end_takes_longer_by'])}"
         )
     if report["storage"]["training_reads_from_storage"]:
         if prediction:
@@ -106,7 +114,7 @@ def _stage_lines(report: Report) -> list[str]:
     of_step = "".join(f"{'of the step':>13}" for _ in _measured_of(report, "step"))
     lines = [f"{'stage':<26}{'added ms':>10}{'':>20}{'share':>8}{'images/s so far':>18}{of_step}"]
     for row in report["stages"]:
-        against = "" if row["against_step"] is None else f"{row['against_step']:>12.2f}x"
+        against = "" if row["against_step"] is None else f"{_times(row['against_step']):>13}"
         lines.append(
             f"{row['name']:<26}{_median_and_range(row['added_ms'])}{_percent(row['share']['median']):>8}"
             f"{_number(row['until_here_images_per_second']['median']):>18}{against}"
@@ -120,25 +128,95 @@ def _stage_lines(report: Report) -> list[str]:
     return lines
 
 
+def _change_lines(report: Report) -> list[str]:
+    """Return the change that makes the loader faster, where it is what holds the training back."""
+    change = report["change"]
+    if change is None:
+        return []
+    speed = change["loader_changes"]
+    where = "for train.py and for this tool" if change["of_train_py"] else "as arguments of the pipeline's function"
+    lines = [
+        f"  Change: {change['words']}, {where}: the loader alone is {_times(speed['median'])} as fast "
+        f"({_times(speed['low'])} to {_times(speed['high'])})"
+    ]
+    return lines if change["command"] is None else [*lines, f"    {change['command']}"]
+
+
 def _what_if_lines(report: Report) -> list[str]:
-    if not report["what_ifs"]:
-        return ["what if: not measured: was not asked for"]
+    """Return the what-ifs; without those settings that this loader does not have."""
+    rows = [row for row in report["what_ifs"] if "text" in row or row["then"] is not None]
+    if not rows:
+        return [] if report["tune"] or report["what_ifs"] else ["what if: not measured: was not asked for"]
     cold = report["storage"]["training_reads_from_storage"]
     lines = ["what if (other settings: with the files in memory)" if cold else "what if"]
-    for row in report["what_ifs"]:
+    for row in rows:
         if "text" in row:
-            lines.append(f"  {row['kind']:<10} {row['text']}")
+            lines.append(f"  {row['kind']:<12} {row['text']}")
         elif row["change"] is None:
-            then = "" if row["then"] is None else f" {row['then']}"
-            lines.append(f"  {'-':<10} {row['what']}{then}: not measured: {row['not_measured']}")
+            lines.append(f"  {'-':<12} {row['what']} {row['then']}: not measured: {row['not_measured']}")
         else:
-            speed, change = row["loader_images_per_second"], row["change"]
-            sure = "" if change["low"] > 1 or change["high"] < 1 else ", within the noise"
-            lines.append(
-                f"  {row['kind']:<10} {row['what']} {row['now']} -> {row['then']}: loader {_number(speed['median'])} "
-                f"images/s, {change['median']:.2f}x ({change['low']:.2f} to {change['high']:.2f}){sure}"
-            )
+            lines.append(f"  {row['kind']:<12} {_setting_line(row)}")
     return lines
+
+
+def _setting_line(row: dict[str, Any]) -> str:
+    speed, before = (row[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
+    return (
+        f"{row['what']} {row['now']} -> {row['then']}: {_number(speed)} images/s against {_number(before)} measured in "
+        f"turns, {_change(row['change'])}"
+    )
+
+
+def _tune_lines(report: Report) -> list[str]:
+    """Return what a search has tried, and its result."""
+    tune = report["tune"]
+    if tune is None:
+        return []
+    lines = ["", "tune (the loader alone, each setting in turns with the best before it)"]
+    for row in tune["trials"]:
+        if row["change"] is None:
+            tried = f"{row['what']} {row['now']} -> {row['then']}"
+            lines.append(f"  {'-':<12} {tried}: not measured: {row['not_measured']}")
+        else:
+            lines.append(f"  {'kept' if row['kept'] else 'not kept':<12} {_setting_line(row)}")
+    confirmed = tune["confirmed"]
+    if tune["is_better"]:
+        speed, before = (confirmed[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
+        lines.append(
+            f"  {'best':<12} {tune['words']}: {_number(speed)} images/s against {_number(before)} with the present "
+            f"setting, {_change(confirmed['change'])}"
+        )
+    else:
+        lines.append(f"  {'best':<12} {tune['words']}, the present setting: nothing was faster beyond the noise")
+    lines.append(f"  {'ended':<12} {tune['stopped']}")
+    if "file" in tune:
+        lines.append(f"  {'written to':<12} {tune['file']}")
+    return lines
+
+
+def _change(change: dict[str, float]) -> str:
+    sure = "" if change["low"] > 1 or change["high"] < 1 else ", within the noise"
+    return f"{_times(change['median'])} ({_times(change['low'])[:-1]} to {_times(change['high'])[:-1]}){sure}"
+
+
+def _longer(spread: dict[str, float]) -> str:
+    """Return by how much something took longer, in words."""
+    low, median, high = (spread[key] for key in ("low", "median", "high"))
+    if low <= 0 <= high:
+        return f"as long, within the noise ({_percent(low)} to {_percent(high)})"
+    if low > 0:
+        return f"{_percent(median)} longer ({_percent(low)} to {_percent(high)})"
+    return f"{_percent(-median)} less ({_percent(-high)} to {_percent(-low)})"
+
+
+def _spread(share: dict[str, float]) -> str:
+    return f"{_percent(share['median'])} ({_percent(share['low'])} to {_percent(share['high'])})"
+
+
+def _times(ratio: float) -> str:
+    """Return a ratio in three digits, more of them only before the point."""
+    digits = 2 if abs(ratio) < 9.995 else 1 if abs(ratio) < 99.95 else 0
+    return f"{ratio:,.{digits}f}x"
 
 
 def _median_and_range(spread: dict[str, float]) -> str:
@@ -147,11 +225,15 @@ def _median_and_range(spread: dict[str, float]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{_tenths(value):.1f}"
+
+
+def _tenths(value: float) -> float:
+    return round(value, 1) + 0.0  # no -0.0
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{round(100 * share) + 0:.0f} %"
 
 
 def comparison_text(found: dict[str, Any]) -> str:
@@ -164,17 +246,19 @@ def comparison_text(found: dict[str, Any]) -> str:
         lines += [f"  {key}: {was} -> {now}" for key, (was, now) in found["conditions"].items()]
     else:
         lines.append("measured under the same conditions")
-    for part, title, kind, form in (
-        ("rates", "images/s", "ratio", "{:>9.2f}x"),
-        ("stages", "added ms", "difference", "{:>+10.1f}"),
-    ):
+    forms: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+        ("rates", "images/s", "ratio", lambda change: f"{_times(change):>10}"),
+        ("stages", "added ms", "difference", lambda change: f"{_tenths(change):>+10.1f}"),
+    )
+    for part, title, kind, form in forms:
         if found[part]:
             lines += ["", f"{title:<24}{'before':>12}{'after':>12}"]
         for name, row in found[part].items():
             ends = "".join(
-                f"{'-':>12}" if row[end] is None else f"{row[end]['median']:>12,.1f}" for end in ("before", "after")
+                f"{'-':>12}" if row[end] is None else f"{_tenths(row[end]['median']):>12,.1f}"
+                for end in ("before", "after")
             )
-            change = "" if row[kind] is None else form.format(row[kind])
+            change = "" if row[kind] is None else form(row[kind])
             lines.append(f"{name.replace('_', ' '):<24}{ends}{change}{sure[row['more_than_noise']]}")
     stall = found["stall"]
     if stall["difference"] is not None:

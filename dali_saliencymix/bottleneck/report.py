@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dali_saliencymix.bottleneck.storage import StorageRates
 
 SCHEMA = "dali-saliencymix/bottleneck"
-VERSION = 2
+VERSION = 3
 
 Report = dict[str, Any]
 
@@ -43,13 +43,16 @@ def build_report(
     stages_note: str | None,
     stored: StorageRates,
     what_ifs: Sequence[dict[str, Any]],
+    change: dict[str, Any] | None = None,
+    tuned: dict[str, Any] | None = None,
     timeline: dict[str, list[list[float]]] | None,
     conditions: dict[str, Any],
 ) -> Report:
     """Put figures, verdict and conditions together.
 
     `until` has the times of the cut pipelines, each with all stages up to the one of that name; `stages_note` says why
-    there are none. `timeline` has ``waits_ms`` and ``steps_ms`` of each window, end to end.
+    there are none. `change` makes the loader faster, where it is what holds the training back; `tuned` is what a search
+    has found. `timeline` has ``waits_ms`` and ``steps_ms`` of each window, end to end.
     """
     stall, no_step = verdict.stall, "no training step was given"
     report = {
@@ -57,7 +60,10 @@ def build_report(
         "version": VERSION,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "verdict": {"name": verdict.name, "why": verdict.why, "next": verdict.next_step},
-        "stall": None if stall is None else {**_spread(stall), "band": _band(stall.median)},
+        "stall": None if stall is None else {**_spread(stall), "band": _band(stall)},
+        "waits": figures.waits and {**_spread(interval(figures.waits)), "windows_share": list(figures.waits)},
+        # Of loader and step together: how much slower than the slower one alone, and whether that is more than 10 %.
+        "contention": verdict.clash and {**_spread(verdict.clash), "answer": verdict.contention},
         "utilisation": None if stall is None else 1 - stall.median,
         # None where the range of the stall contains the limit.
         "passes": None if stall is None or stall.low <= PASS_STALL <= stall.high else stall.high < PASS_STALL,
@@ -82,7 +88,9 @@ def build_report(
             {"rank": number, "step": _figure(each.step_ms, images), "loader": _figure(each.loader_ms, images)}
             for number, each in enumerate(figures.ranks)
         ],
+        "change": change,
         "what_ifs": list(what_ifs),
+        "tune": tuned,
         "timeline": timeline,
         "conditions": {**conditions, "host": environment(str(conditions.get("device", "cpu")))},
     }
@@ -90,8 +98,13 @@ def build_report(
     return finite(json.loads(json.dumps(report, default=_without_type)))
 
 
-def _band(stall: float) -> str:
-    return "ok" if stall < PASS_STALL else "warning" if stall < CRITICAL_STALL else "critical"
+def _band(stall: Interval) -> str:
+    """Return the band that a stall lies in, or the bands that its range reaches over."""
+    low, high = (
+        "ok" if end < PASS_STALL else "warning" if end < CRITICAL_STALL else "critical"
+        for end in (stall.low, stall.high)
+    )
+    return low if low == high else f"{low} to {high}"
 
 
 def _without_type(value: Any) -> Any:

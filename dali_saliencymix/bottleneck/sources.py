@@ -10,9 +10,10 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
@@ -31,7 +32,26 @@ class Source:
     dataset_bytes: float | None = None  # of the whole data set that the training will read
     ahead: int = 2  # batches that may be prefetched
     conditions: dict[str, Any] = field(default_factory=dict)  # for the report; `batch_size` is that of a full batch
-    options: dict[str, str] = field(default_factory=dict)  # of settings: the field of `DataOptions`, where it is one
+    options: dict[str, str] = field(default_factory=dict)  # of settings: the field of `DataOptions` that sets each
+    is_training: bool = False  # whether it is the loader of ``train.py``, which has these options too
+
+    def in_words(self, settings: Settings) -> str:
+        """Return settings as they are given: options of ``train.py``, or arguments of the pipeline's function."""
+        if self.is_training:
+            return " ".join(f"{flags_of(self.options[name])[0]} {value}" for name, value in settings.items())
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def flags_of(option: str) -> tuple[str, ...]:
+    """Return the flags of a field of `DataOptions`.
+
+    Examples
+    --------
+    >>> flags_of("workers")
+    ('-j', '--workers')
+    """
+    (declared,) = (each for each in fields(DataOptions) if each.name == option)
+    return declared.metadata["flags"] or (f"--{option.replace('_', '-')}",)
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:
@@ -99,6 +119,10 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         "num_threads": first.num_threads,
         "prefetch_queue_depth": first.prefetch_queue_depth,
     }
+    # A share for the JPEG engine that the function has a default for.
+    load = inspect.signature(define).parameters.get("hw_decoder_load")
+    if load is not None and isinstance(load.default, (int, float)):
+        found["hw_decoder_load"] = load.default
     changeable = {name: value for name, value in found.items() if takes is None or name in takes}
     ahead = first.prefetch_queue_depth
     ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
@@ -115,6 +139,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         bytes_of(files),
         ahead,
         {**found, **given},
+        {"num_threads": "workers", "batch_size": "batch_size"},
     )
 
 
@@ -138,6 +163,8 @@ class PipelineBatches:
         self._raw = raw
         with in_one_line("the pipeline cannot be built", explained):
             pipeline.build()
+            sizes = [meta["epoch_size"] for meta in pipeline.reader_meta().values()]
+        self.epoch_images = max(sizes, default=None)  # of all processes
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches until the pipeline says that an epoch is over, which only external sources do."""

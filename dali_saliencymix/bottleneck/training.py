@@ -69,7 +69,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         names = {name: option for name, option in names.items() if option != "hw_decoder_load"}
     settings = {name: getattr(options, option) for name, option in names.items()}
     ahead = options.prefetch * (options.workers if backend == "pytorch" else 1)
-    about |= {"ahead": ahead, "options": {name: option for name, option in names.items() if name != "batch_size"}}
+    about |= {"ahead": ahead, "options": names, "is_training": True}
 
     def with_changes(changed: Settings) -> DataOptions:
         return replace(options, **{names[name]: value for name, value in changed.items()})

@@ -46,6 +46,17 @@ _NEXT = {
     "INCONCLUSIVE": "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
 }
 VERDICTS = tuple(_NEXT)
+# Of these, the verdicts that another setting of the loader can change.
+OF_THE_LOADER = (*(name for name in _CATEGORY_VERDICTS.values() if name != "DISK-BOUND"), "LOADER-BOUND", LOADER_ALONE)
+_NEXT_PARTS_OPEN = (
+    "Give the loader more threads (-j), on a GPU hw_decoder_load (see the what-ifs). A quieter machine or a longer "
+    "measurement tells its parts apart: --seconds 300."
+)
+# Where the stall itself says nothing, and the waits decide.
+_NEXT_KEEPS_UP = (
+    "Leave the loader as it is. Whether it slows the step down, on a CPU that they share above all, is told by a "
+    "quieter machine or a longer measurement: --seconds 300."
+)
 
 
 @dataclass(frozen=True)
@@ -122,12 +133,20 @@ class Verdict:
         What to do first.
     stall : Interval or None
         Share of the time, 0 to 1, by which the training is slower than its step alone; negative values are noise.
+    clash : Interval or None
+        Share of the time, 0 to 1, by which the training is slower than the slower one of loader and step alone, files
+        in memory: what the two cost each other. Negative values are noise.
+    contention : {"no", "yes", "open"} or None
+        Whether that is more than 10 %, a question apart from which of the two is slower; ``"open"`` where the windows
+        differ too much to say. None where they were not measured together.
     """
 
     name: str
     why: str
     next_step: str
     stall: Interval | None
+    clash: Interval | None = None
+    contention: str | None = None
 
 
 def decide(figures: Figures) -> Verdict:
@@ -149,11 +168,16 @@ def decide(figures: Figures) -> Verdict:
 
     Notes
     -----
-    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. So it is where that cannot be told by this
-    ratio, but the step waits for its batches for less than 10 % of the time and the loader alone is faster. Otherwise
-    the stalled time is divided between the loader, ``max(loader - step, 0)``, and what the two cost each other,
-    ``max(end - max(loader, step), 0)``; the larger part names the verdict, CONTENTION for the second one. The loader's
-    part goes to the category of stages that costs most. Reading counts as DISK-BOUND only where storage was measured.
+    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. Otherwise the stalled time is divided
+    between the loader, ``max(loader - step, 0)``, and what the two cost each other, ``max(end - max(loader, step),
+    0)``; the larger part names the verdict, CONTENTION for the second one. The loader's part goes to the category of
+    stages that costs most, and is LOADER-BOUND where that one cannot be told. Reading counts as DISK-BOUND only where
+    storage was measured.
+
+    Where the stall or its parts cannot be told by these, direct evidence decides: a step that waits for its batches for
+    less than 10 % of the time, with a loader that alone is faster, is the bottleneck; a loader that alone is too slow
+    by more than 10 %, for which the step waits for more than 10 % of the time, is it too. Whether the two slow each
+    other down as well is then a question of its own, `Verdict.contention`.
 
     Examples
     --------
@@ -162,6 +186,31 @@ def decide(figures: Figures) -> Verdict:
     'LOADER-BOUND'
     """
     _check(figures)
+    verdict = _decide(figures)
+    loader, step, end = figures.loader_ms, figures.step_ms, figures.end_ms
+    if verdict.stall is None or loader is None or step is None or end is None:
+        return verdict
+    clash = interval([1 - max(p, g) / e for e, p, g in zip(end, loader, step, strict=True)])
+    contention = "yes" if verdict.name == "CONTENTION" else _contention(clash, loader, step, end)
+    return dataclasses.replace(verdict, clash=clash, contention=contention)
+
+
+def _contention(clash: Interval, loader: Series, step: Series, end: Series) -> str:
+    """Say whether loader and step slow each other down, or that this is open."""
+    if clash.high < PASS_STALL:
+        return "no"
+    return "yes" if clash.low > PASS_STALL and _slower_than_apart(loader, step, end) else "open"
+
+
+def _slower_than_apart(loader: Series, step: Series, end: Series) -> bool:
+    """Return whether both together are slower than each alone at its slowest.
+
+    Not within the rounds alone: where all figures jump about, some series of rounds looks like a clash by chance.
+    """
+    return interval(end).low > max(interval(loader).high, interval(step).high)
+
+
+def _decide(figures: Figures) -> Verdict:
     step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
     if step is None and end is None and loader is not None and len(loader) >= LEAST_ROUNDS:
         return _verdict(LOADER_ALONE, f"No training step was asked for: the loader alone needs {_ms(loader)} a batch.")
@@ -194,41 +243,43 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
     if stall.high < PASS_STALL:
         why = f"The training runs at {_percent(1 - stall.median)} of the speed of its step alone: the loader keeps up."
         return _verdict(bound_by_step, why, stall)
-    if stall.low < PASS_STALL:
-        faster = interval([g / p for p, g in zip(loader, step, strict=True)])
-        if figures.waits and interval(figures.waits).high < PASS_STALL and faster.low > 1:
-            why = (
-                f"The step waits for its batches for {_percent(median(figures.waits))} of the time, and the loader "
-                f"alone is {faster.median:.1f} times as fast: it keeps up. Whether the two slow each other down is "
-                f"within the spread (stall {_range(stall)})."
-            )
-            return _verdict(bound_by_step, why, stall)
-        why = (
-            f"The stall is {_range(stall)}, on both sides of the {_percent(PASS_STALL)} line: the windows differ too "
-            "much to say whether the loader keeps up."
-        )
-        return _verdict("INCONCLUSIVE", why, stall)
 
     # The parts of the stalled time, in each round.
     slow = [p - g for p, g in zip(loader, step, strict=True)]
     clash = [e - max(p, g) for e, p, g in zip(end, loader, step, strict=True)]
     more = interval([max(a, 0) - max(b, 0) for a, b in zip(slow, clash, strict=True)])
-    # Not within the rounds alone: where all figures jump about, some series of rounds looks like a clash by chance.
-    apart_at_most = max(interval(loader).high, interval(step).high)
-    if more.high < 0 and interval(clash).low > 0 and interval(end).low > apart_at_most:
-        apart = max(median(loader), median(step))
+    if stall.low >= PASS_STALL:
+        if more.high < 0 and interval(clash).low > 0 and _slower_than_apart(loader, step, end):
+            apart = max(median(loader), median(step))
+            why = (
+                f"Together a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
+                f"{_ms(step)}: they hold each other up by {_ms(max(median(end) - apart, 0))}."
+            )
+            return _verdict("CONTENTION", why, stall)
+        if more.low > 0:
+            return _loader_verdict(figures, stall, step, loader)
+
+    waits = interval(figures.waits) if figures.waits else None
+    faster = interval([g / p for p, g in zip(loader, step, strict=True)])
+    if waits and waits.high < PASS_STALL and faster.low > 1:
         why = (
-            f"Together a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
-            f"{_ms(step)}: they hold each other up by {_ms(max(median(end) - apart, 0))}."
+            f"The step waits for its batches for {_percent(waits.median)} of the time, and the loader alone is "
+            f"{faster.median:.1f} times as fast: it keeps up."
         )
-        return _verdict("CONTENTION", why, stall)
-    if more.low <= 0:
+        return _verdict(bound_by_step, why, stall, _NEXT_KEEPS_UP)
+    if waits and waits.low > PASS_STALL and faster.high < 1 - PASS_STALL:
+        return _loader_verdict(figures, stall, step, loader, waits)
+    if stall.low < PASS_STALL:
         why = (
-            f"There is a stall of {_range(stall)}, but the loader's lack of speed ({_gap(slow)} a batch) and what the "
-            f"two cost each other ({_gap(clash)}) cannot be told apart within the spread."
+            f"The stall is {_range(stall)}, on both sides of the {_percent(PASS_STALL)} line: the windows differ too "
+            "much to say whether the loader keeps up."
         )
         return _verdict("INCONCLUSIVE", why, stall)
-    return _loader_verdict(figures, stall, step, loader)
+    why = (
+        f"There is a stall of {_range(stall)}, but the loader's lack of speed ({_gap(slow)} a batch) and what the "
+        f"two cost each other ({_gap(clash)}) cannot be told apart within the spread."
+    )
+    return _verdict("INCONCLUSIVE", why, stall)
 
 
 def _decide_with_storage(
@@ -267,9 +318,13 @@ def _decide_with_storage(
     return _verdict("INCONCLUSIVE", why, stall)
 
 
-def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Series) -> Verdict:
-    """Say which part of a loader that is too slow costs most."""
+def _loader_verdict(
+    figures: Figures, stall: Interval, step: Series, loader: Series, waits: Interval | None = None
+) -> Verdict:
+    """Say which part of a loader that is too slow costs most; `waits` are named where they decide that it is."""
     slow = f"The loader alone needs {_ms(loader)} a batch, the step {_ms(step)}"
+    if waits:
+        slow += f", which waits for its batches for {_percent(waits.median)} of the time"
     if not figures.stages:
         return _verdict("LOADER-BOUND", f"{slow}; it could not be cut into stages.", stall)
     costs = {
@@ -281,18 +336,20 @@ def _loader_verdict(figures: Figures, stall: Interval, step: Series, loader: Ser
     for other in others:
         if interval([a - b for a, b in zip(costs[first], costs[other], strict=True)]).low <= 0:
             why = (
-                f"{slow}, so the loader is too slow; but its most expensive parts, {first} ({_gap(costs[first])}) and "
-                f"{other} ({_gap(costs[other])}), cannot be told apart within the spread."
+                f"{slow}; which of the loader's most expensive parts costs most, {first} ({_gap(costs[first])}) or "
+                f"{other} ({_gap(costs[other])}), cannot be told within the spread."
             )
-            return _verdict("INCONCLUSIVE", why, stall)
+            return _verdict("LOADER-BOUND", why, stall, _NEXT_PARTS_OPEN)
     if interval(costs[first]).low <= 0:
-        return _verdict("INCONCLUSIVE", f"{slow}, but the cost of each of its stages is below the noise.", stall)
+        why = f"{slow}; the cost of each of the loader's stages is below the noise."
+        return _verdict("LOADER-BOUND", why, stall, _NEXT_PARTS_OPEN)
     share = median([a / b for a, b in zip(costs[first], loader, strict=True)])
     named = " and ".join(stage.name for stage in figures.stages if stage.category == first)
     why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {named}."
     name = _CATEGORY_VERDICTS.get(first, "LOADER-BOUND")
     if name == "DISK-BOUND" and not figures.storage_measured:
-        name, why = "LOADER-BOUND", f"{why[:-1]}, and whether that is the storage was not measured."
+        why = f"{why[:-1]}, and whether that is the storage was not measured."
+        return _verdict("LOADER-BOUND", why, stall, "Measure the storage: the report says why it was not measured.")
     return _verdict(name, why, stall)
 
 

@@ -12,8 +12,6 @@ from dali_saliencymix.measure.figures import LEAST_ROUNDS, interval
 from dali_saliencymix.measure.processes import by_round, first_reason, gather
 from dali_saliencymix.measure.windows import Batches, Subject, measure_in_turns
 
-IMAGENET_IMAGES = 1_281_167
-
 
 def _half_and_double(value: int) -> tuple[int, ...]:
     return max(value // 2, 1), value * 2
@@ -27,6 +25,7 @@ _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
     "batch_size": ("batch size", _half_and_double),
 }
+LABELS = {setting: label for setting, (label, _) in _TRIED.items()}
 
 
 def measured_rows(
@@ -97,6 +96,32 @@ def measure_settings(
     return [by_round(gathered, key) or refused[key] for key in map(str, range(len(variants)))]
 
 
+def best_change(source: Source, rows: Sequence[dict[str, Any]], tuned: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the change of settings that makes the loader faster by more than the noise: the largest one measured.
+
+    That is what a search has found, where there was one. Another batch size is no such change: it is another training.
+    """
+    if tuned is not None:
+        sure = [(tuned["best"], tuned["confirmed"]["change"])] if tuned["is_better"] else []
+    else:
+        measured = [row for row in rows if row["kind"] == "measured" and row["setting"] != "batch_size"]
+        sure = [({row["setting"]: row["then"]}, row["change"]) for row in measured if row["change"] is not None]
+    sure = [(settings, change) for settings, change in sure if change.low > 1]
+    if not sure:
+        return None
+    settings, change = max(sure, key=lambda pair: pair[1].median)
+    changed = {name: value for name, value in settings.items() if value != source.settings[name]}
+    on_command_line = changed.keys() <= source.options.keys()
+    return {
+        "settings": changed,
+        "words": source.in_words(changed),
+        "of_train_py": source.is_training,
+        "options": {source.options[name]: value for name, value in changed.items()} if on_command_line else None,
+        "loader_changes": change,
+        "command": None,
+    }
+
+
 def _ahead(source: Source, changed: Settings) -> int:
     """Return how many batches a loader with these settings may prefetch."""
     ahead = source.ahead
@@ -135,18 +160,22 @@ def predicted_rows(
     threads: int | None,
     world: int,
     threads_are: str = "DALI threads",
+    images: float | None = None,
+    stalls: bool = True,
 ) -> list[dict[str, Any]]:
     """Predict from rates in images/s of one process; None is what was not measured.
 
     `cold` is the rate of the loader from storage, which bounds the training if it `reads_cold`: if that was not
-    measured, nothing is known of the training. `threads` are those of the loader, `world` is the number of processes.
+    measured, nothing is known of the training. `threads` are those of the loader, `world` is the number of processes,
+    `images` are those of an epoch of all processes, where that is known. `stalls` says whether the training is slower
+    than its step alone by more than the noise. What would change nothing has no row.
 
     Examples
     --------
-    >>> rates = {"step": 1000.0, "loader": 500.0, "end": 400.0}
+    >>> rates = {"step": 1000.0, "loader": 2000.0, "end": 800.0}
     >>> rows = predicted_rows(**rates, cold=None, reads_cold=False, threads=4, world=1)
-    >>> rows[1]["text"]
-    "A GPU twice as fast: 400 images/s, 1.00 times today's"
+    >>> rows[0]["text"]
+    "a step twice as fast: 1600 images/s, 2.00 times today's"
     """
     bound = cold if reads_cold else None
     rows: list[dict[str, Any]] = []
@@ -154,13 +183,11 @@ def predicted_rows(
     def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
         rows.append({"kind": kind, "what": what, "value": value, "text": text})
 
-    if step and loader and threads:
+    if step and loader and threads and step > loader:
         needed = -(-threads * step // loader)
-        more = f"; this machine has {cores()} cores" if needed * world > cores() else ""
+        more = f"; this machine has {cores()} core{'s' * (cores() > 1)}" if needed * world > cores() else ""
         text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
-        if step <= loader:
-            text = f"{threads} are enough now"
-        if bound and bound < min(step, loader):
+        if bound and bound < loader:
             text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"
         add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
     known = cold is not None or not reads_cold
@@ -168,25 +195,38 @@ def predicted_rows(
     if step and loader and today:
         # What the parts cost each other today stays.
         kept = min(today / min(step, loader, bound or loader), 1.0)
-        value = max(min(2 * step, loader, bound or loader) * kept, today)  # noise may say that it gets slower
-        text = f"A GPU twice as fast: {value:.0f} images/s, {value / today:.2f} times today's"
-        add("a step twice as fast", value, text)
-    limit = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
-    alone = min(loader, bound or loader) if loader and known and not step else None
-    for name, rate, text, kind in (
-        ("epoch as it is", today, limit, "measured"),
-        ("epoch without a stall", step, "if the loader cost nothing", "predicted"),
-        ("epoch of the loader alone", alone, "by the loader alone", "measured"),
-    ):
-        if rate:  # which was measured, for a number of images that were not read
-            seconds = IMAGENET_IMAGES / (rate * world)
-            add(name, seconds, f"An epoch of {IMAGENET_IMAGES:,} images: {_hours(seconds)} {text}", kind)
+        value = min(2 * step, loader, bound or loader) * kept
+        if value > 1.02 * today:
+            add(
+                "a step twice as fast",
+                value,
+                f"a step twice as fast: {value:.0f} images/s, {value / today:.2f} times today's",
+            )
+    if not images:
+        return rows
+    epoch = f"an epoch of {images:,.0f} images"
     if not known:
         why = "not measured: the training reads from storage, which was not measured"
-        add("epoch as it is", None, f"An epoch of {IMAGENET_IMAGES:,} images: {why}", "-")
+        add("epoch as it is", None, f"{epoch}: {why}", "-")
+        return rows
+    limit = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
+    alone = min(loader, bound or loader) if loader and not step else None
+    found = (("epoch as it is", today, limit), ("epoch of the loader alone", alone, "by the loader alone"))
+    for name, rate, text in found:
+        if rate:
+            seconds = images / (rate * world)
+            add(name, seconds, f"{epoch}: {_duration(seconds)} {text}", "extrapolated")
+    if step and today:
+        if step > today and (stalls or today != end):
+            seconds = images / (step * world)
+            add("epoch without a stall", seconds, f"{epoch}: {_duration(seconds)} if the loader cost nothing")
+        else:
+            add("epoch without a stall", None, f"{epoch}: as long, within the noise, if the loader cost nothing")
     return rows
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

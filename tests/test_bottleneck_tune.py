@@ -1,0 +1,348 @@
+"""The search for faster settings, of loaders whose speed follows from their settings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from shared.training_fixtures import torchrun
+
+from benchmarks import bottleneck_faults as faults
+from dali_saliencymix.__main__ import main
+from dali_saliencymix.bottleneck import BottleneckError, command, load_report, report_text, tune
+from dali_saliencymix.bottleneck.diagnose import measure_source
+from dali_saliencymix.bottleneck.sources import Source, pipeline_source
+from dali_saliencymix.bottleneck.training import training_source
+from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.training.arguments import parse_arguments
+
+QUIET = {"synchronise": lambda: None, "notify": lambda line: None}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleeping moves: what is measured is then exact, whatever else the machine does."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """Two classes with eight images each."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        faults.make_files(tmp_path / "data" / name, count=8, size=48)
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def sixteen_cores(monkeypatch):
+    monkeypatch.setattr(tune, "cores", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+class Paced:
+    """Fifty batches of one image, each after a while."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __iter__(self):
+        for _ in range(50):
+            time.sleep(self.seconds)
+            yield np.zeros((1, 3))
+
+
+def source_of(seconds, **settings):
+    """A source whose batches take ``seconds(**settings)``, and a list of the settings that it was opened with."""
+    opened = []
+
+    def open_with(changed):
+        opened.append({**settings, **changed})
+        return Paced(seconds(**opened[-1]))
+
+    return Source("loader", settings, open_with), opened
+
+
+def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=1000.0, **others):
+    return tune.tune(source, step=step, loader=loader, seconds=seconds, **{**QUIET, **others})
+
+
+def by_threads_and_depth(num_threads, prefetch_queue_depth):
+    """Threads help up to eight, a queue of four is better than all others by a fifth."""
+    return 0.08 / min(num_threads, 8) * (1 if prefetch_queue_depth == 4 else 1.2)
+
+
+@pytest.mark.parametrize(("threads", "depth"), [(1, 2), (16, 16), (8, 4), (3, 8)])
+def test_the_best_setting_is_found_from_anywhere(threads, depth, clock):
+    source, _ = source_of(by_threads_and_depth, num_threads=threads, prefetch_queue_depth=depth)
+    found = tuned(source)
+    wanted = {"num_threads": 8, "prefetch_queue_depth": 4}
+    # From three threads six, and then twelve are tried, which are as fast as eight.
+    assert found["best"] == ({**wanted, "num_threads": 12} if threads == 3 else wanted)
+    assert found["is_better"] == ((threads, depth) != (8, 4))
+    assert found["stopped"] == "no neighbour of the best setting is faster beyond the noise"
+    if found["is_better"]:
+        was, now = (by_threads_and_depth(**found[name]) for name in ("present", "best"))
+        assert found["confirmed"]["change"].median == pytest.approx(was / now)
+        assert found["confirmed"]["loader_images_per_second"].median == pytest.approx(1 / now)
+
+
+def test_of_two_that_are_as_fast_the_smaller_one_is_taken(clock):
+    source, _ = source_of(lambda num_threads: 0.01 / min(num_threads, 2), num_threads=16)
+    found = tuned(source)
+    assert found["best"] == {"num_threads": 2}
+    assert [(row["now"], row["then"], row["kept"]) for row in found["trials"]] == [
+        *((16, 8, True), (8, 4, True), (4, 2, True), (2, 1, False))
+    ]
+
+
+def test_no_more_threads_than_the_cores_that_processes_share(monkeypatch, clock):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    source, opened = source_of(lambda num_threads: 0.1 / num_threads, num_threads=3)
+    assert tuned(source)["best"] == {"num_threads": 4}
+    assert max(settings["num_threads"] for settings in opened) == 4
+
+
+def test_noise_changes_nothing(clock):
+    """Every other batch is slow, at random: no change is beyond the noise."""
+    random = np.random.default_rng(3)
+    source, _ = source_of(lambda num_threads: None, num_threads=4)
+    source.open = lambda changed: Noisy(random)
+    found = tuned(source, seconds=300)
+    assert found["best"] == found["present"] == {"num_threads": 4}
+    assert found["confirmed"] is None
+
+
+class Noisy(Paced):
+    def __init__(self, random):
+        self.random = random
+
+    def __iter__(self):
+        slow = self.random.lognormal(0, 1.5)  # as long as this lasts
+        for number in itertools.count():
+            slow = self.random.lognormal(0, 1.5) if number % 8 == 0 else slow
+            time.sleep(0.02 * slow)
+            yield np.zeros((1, 3))
+
+
+@pytest.mark.parametrize(("step", "threads"), [(18.0, 8), (40.0, 4), (None, 16)])
+def test_the_search_ends_where_the_loader_exceeds_the_step_with_a_margin(step, threads, clock):
+    source, _ = source_of(lambda num_threads: 0.12 / num_threads, num_threads=1)
+    found = tuned(source, step=step and (step,) * 5, loader=(120.0,) * 5)
+    assert found["best"] == {"num_threads": threads}
+    assert ("exceeds the rate of the step by more than 10 %" in found["stopped"]) == (step is not None)
+
+
+def test_a_loader_that_is_fast_enough_is_left_alone(clock):
+    source, opened = source_of(lambda num_threads: 0.01, num_threads=4)
+    found = tuned(source, step=(12.0,) * 5, loader=(10.0,) * 5)
+    assert (found["best"], found["trials"], opened) == ({"num_threads": 4}, [], [])
+    assert found["stopped"] == "the loader exceeds the rate of the step by more than 10 % as it is"
+
+
+def test_the_share_of_the_jpeg_engine_is_searched_both_ways(clock):
+    source, _ = source_of(lambda hw_decoder_load: 0.02 + abs(hw_decoder_load - 0.25) / 50, hw_decoder_load=0.65)
+    assert tuned(source)["best"] == {"hw_decoder_load": 0.25}
+
+
+def test_the_time_is_kept(clock):
+    source, _ = source_of(lambda num_threads, prefetch_queue_depth: 0.1 / num_threads, num_threads=1,
+                          prefetch_queue_depth=2)  # fmt: skip
+    start = time.perf_counter()
+    found = tuned(source, seconds=20)
+    assert found["stopped"] == "the time is over (--seconds)"
+    assert found["best"]["num_threads"] > 1
+    assert time.perf_counter() - start < 30
+
+
+def test_a_setting_that_cannot_be_opened_is_a_row_with_the_reason(clock):
+    def seconds(num_threads):
+        if num_threads > 2:
+            msg = "no threads\nleft"
+            raise RuntimeError(msg)
+        return 0.1 / num_threads
+
+    source, _ = source_of(seconds, num_threads=1)
+    found = tuned(source)
+    assert found["best"] == {"num_threads": 2}
+    assert found["trials"][-1]["not_measured"] == "RuntimeError: no threads left"
+
+
+def test_what_is_not_confirmed_at_the_end_is_not_taken(clock):
+    """A setting that is faster only for a while."""
+    source, opened = source_of(lambda num_threads: 0.1 if len(opened) > 6 else 0.1 / num_threads, num_threads=1)
+    found = tuned(source)
+    assert found["trials"][0]["kept"]
+    assert found["best"] == found["present"]
+    assert not found["is_better"]
+    assert found["confirmed"]["change"].median == pytest.approx(1)
+    assert found["stopped"].endswith("it was not faster beyond the noise")
+
+
+def test_a_loader_without_settings_is_refused():
+    with pytest.raises(BottleneckError, match=r"tune needs a loader that takes one of num_threads, workers, .* none"):
+        measure_source(Source("loader", {"batch_size": 4}, lambda _: []), None, with_tuning=True)
+
+
+# In a report.
+
+
+def test_a_report_has_the_search_and_the_change(tmp_path, clock):
+    source, _ = source_of(lambda num_threads: 0.12 / num_threads, num_threads=1)
+    told = []
+    found = measure_source(
+        source, lambda batch: time.sleep(0.02), seconds=200, with_storage=False, with_tuning=True, notify=told.append
+    )
+    assert found["verdict"]["name"] == "LOADER-BOUND"
+    assert found["tune"]["settings"] == {"num_threads": 8}
+    assert found["change"]["words"] == "num_threads=8"
+    assert json.loads(json.dumps(found)) == found
+    assert "tune: DALI threads 1 -> 2: 2.00x, kept" in told
+    text = report_text(found)
+    assert "  Change: num_threads=8, as arguments of the pipeline's function: the loader alone is 8.00x as fast" in text
+    assert (
+        "  kept         DALI threads 1 -> 2: 16.7 images/s against 8.3 measured in turns, 2.00x (2.00 to 2.00)" in text
+    )
+    assert "  best         num_threads=8: 66.7 images/s against 8.3 with the present setting, 8.00x" in text
+    assert "  ended        the loader exceeds the rate of the step by more than 10 %" in text
+
+
+def test_a_step_that_holds_the_training_back_gets_no_change(clock):
+    source, _ = source_of(lambda num_threads: 0.12 / num_threads, num_threads=4)
+    found = measure_source(source, lambda batch: time.sleep(0.5), seconds=100, with_storage=False)
+    assert found["verdict"]["name"] == "COMPUTE-BOUND"
+    assert found["change"] is None
+    assert "Change:" not in report_text(found)
+    alone = measure_source(source, None, seconds=100, with_storage=False)
+    assert alone["change"]["settings"] == {"num_threads": 8}
+
+
+# As options and files.
+
+ALONE = Processes(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["D", "-j", "1"], "D -j 4 --prefetch 8"),
+        (["-j1", "--prefetch=2", "D", "--workers=3"], "D -j 4 --prefetch 8"),
+        (["D", "--workers", "2", "--tune", "best.yaml", "-b", "8"], "D -b 8 -j 4 --prefetch 8"),
+        (["a folder", "--tune=x"], "'a folder' -j 4 --prefetch 8"),
+    ],
+)
+def test_the_new_command_is_the_old_one_with_the_options_changed(line, words, monkeypatch):
+    changed = {"workers": 4, "prefetch": 8}
+    assert command.changed_command("python -m x", line, changed) == f"python -m x {words}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command.changed_command("python -m x", line, changed) == f"torchrun --nproc_per_node=2 -m x {words}"
+
+
+def test_train_py_takes_the_file_and_its_command_line_comes_first(data_folder, tmp_path, capfd, monkeypatch):
+    best = {"num_threads": 3, "prefetch_queue_depth": 5}
+    found = {"present": {}, "best": best, "words": "", "is_better": False, "trials": [], "confirmed": None}
+    diagnose = sys.modules["dali_saliencymix.bottleneck.diagnose"]  # the package has a function of this name
+    monkeypatch.setattr(diagnose, "tune", lambda *_, **__: {**found, "stopped": ""})
+    path = tmp_path / "made" / "loader.yaml"
+    line = ["bottleneck", str(data_folder), "--no-step", "-b", "4", "-j", "1", "--train-crop-size", "32"]
+    line += ["--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-storage", "--tune", str(path)]
+    assert main(line) == 0
+    assert f"written to   {path}" in capfd.readouterr().out
+    assert yaml.safe_load(path.read_text()) == {"workers": 3, "prefetch": 5}
+    data = parse_arguments(["data", "--config", str(path)]).data
+    assert (data.workers, data.prefetch) == (3, 5)
+    data = parse_arguments(["data", "--config", str(path), "-j", "2"]).data
+    assert (data.workers, data.prefetch) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("more", "file"),
+    [
+        ((), {"workers": 8, "prefetch": 4}),
+        (("--data-backend", "pytorch"), {"workers": 8, "prefetch": 4}),
+    ],
+)
+def test_settings_of_a_training_become_its_options(data_folder, more, file):
+    options = parse_arguments([str(data_folder), "-b", "4", "-j", "1", "--device", "cpu", *more], validates=False)
+    source = training_source(options, ALONE, images=64)
+    best = {name: 4 if "prefetch" in name else 8 for name in tune.tunable(source)}
+    assert tune.as_file(source, best) == file
+    assert source.in_words(best) == "-j 8 --prefetch 4"
+    parse_arguments(["data", *source.in_words(best).split(), *more])
+    jpeg = Source("x", {}, lambda _: [], options={"hw_decoder_load": "hw_decoder_load"}, is_training=True)
+    assert tune.as_file(jpeg, {"hw_decoder_load": 0.9}) == {"hw-decoder-load": 0.9}
+
+
+def test_a_pipeline_is_tuned(tmp_path, capfd, monkeypatch):
+    """Of a real pipeline, which pauses with one thread and not with two: what is written are arguments by name."""
+    files = faults.make_files(tmp_path, count=16, size=64)
+
+    def made(num_threads=1, hw_decoder_load=0.65):
+        return faults.pipeline(files, prep=0.01 if num_threads == 1 else 0, mixed=False, num_threads=num_threads)
+
+    monkeypatch.setattr(command, "load_function", lambda name, option: made)
+    monkeypatch.setattr(tune, "cores", lambda: 2)
+    assert pipeline_source(made, {}).settings == {"num_threads": 1, "hw_decoder_load": 0.65}
+    path, output = tmp_path / "best.yaml", tmp_path / "r.json"
+    line = ["bottleneck", "--pipeline", "m:f", "--no-step", "--device", "cpu", "--seconds", "2", "--rounds", "5"]
+    assert main([*line, "--no-storage", "--tune", str(path), "-o", str(output)]) == 0
+    out, err = capfd.readouterr()
+    assert yaml.safe_load(path.read_text())["num_threads"] == 2
+    found = load_report(output)
+    assert found["tune"]["best"]["num_threads"] == 2
+    assert found["change"]["command"].endswith("-o " + str(output) + " -j 2") == (len(found["change"]["settings"]) == 1)
+    assert "Change: num_threads=2" in out
+    assert "tune: DALI threads 1 -> 2: " in err
+
+
+RANKS = """
+import json, os, sys, time
+import numpy as np
+from dali_saliencymix.bottleneck import tune
+from dali_saliencymix.bottleneck.sources import Source
+from dali_saliencymix.measure.processes import gather
+from dali_saliencymix.training.distributed import start_processes, stop_processes
+
+start_processes("cpu")
+tune.cores = lambda: 16
+rank = int(os.environ["RANK"])
+
+class Loader:
+    def __init__(self, threads):
+        # More than two threads help process 0 alone.
+        self.seconds = 0.01 / (threads if rank == 0 else min(threads, 2))
+    def __iter__(self):
+        for _ in range(50):
+            time.sleep(self.seconds)
+            yield np.zeros((4, 2))
+
+source = Source("loader", {"num_threads": 1}, lambda changed: Loader(changed.get("num_threads", 1)))
+found = tune.tune(source, step=None, loader=(1.0,) * 5, seconds=1.0, synchronise=lambda: None, notify=lambda line: None)
+seen = gather([found["best"], [(row["now"], row["then"]) for row in found["trials"]]])
+if rank == 0:
+    open(sys.argv[1], "w").write(json.dumps(seen))
+stop_processes()
+"""
+
+
+def test_processes_try_the_same_and_the_slowest_counts(tmp_path):
+    (tmp_path / "worker.py").write_text(RANKS)
+    torchrun(tmp_path / "worker.py", tmp_path / "seen.json")
+    first, second = json.loads(Path(tmp_path / "seen.json").read_text())
+    assert first == second
+    assert first[0] == {"num_threads": 2}
+
+
+def test_only_numbers_are_searched():
+    """A queue's depth can be two numbers, for CPU and GPU."""
+    settings = {"batch_size": 4, "num_threads": 2, "prefetch_queue_depth": {"cpu_size": 2, "gpu_size": 1}}
+    assert tune.tunable(Source("x", settings, lambda _: [])) == {"num_threads": 2}
