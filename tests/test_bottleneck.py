@@ -74,7 +74,8 @@ def decided(loader, step, **options) -> dict:
     """A report with a verdict: on a busy machine the tool may rightly not know, and is asked again."""
     for _ in range(4):
         found = bottleneck.diagnose(loader, step, **options)
-        if found["verdict"]["name"] != "INCONCLUSIVE":
+        verdict = found["verdict"]
+        if verdict["name"] != "INCONCLUSIVE" and "tells its parts apart" not in verdict["next"]:
             break
     return found
 
@@ -226,7 +227,9 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
         if row["kind"] == "measured" and row["change"]:
             now, then = (row[key]["median"] for key in ("now_images_per_second", "loader_images_per_second"))
             assert then / now == pytest.approx(row["change"]["median"], rel=0.5)  # medians of the same rounds
-    assert re.search(r"DALI threads 2 -> 4: [\d,.]+ images/s against [\d,.]+ measured in turns, [\d.]+x", text)
+    sure = r"[\d,.]+ images/s against [\d,.]+ measured in turns"
+    found = rf"DALI threads 2 -> 4: [\d.]+x \([\d.]+ to [\d.]+\), ({sure}|within the noise)$"
+    assert re.search(found, text, re.MULTILINE)
     rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
     assert rows["epoch as it is", None]["value"] == pytest.approx(16 / rate, rel=1e-6)  # of the files that there are
     assert re.search(r"^  extrapolated an epoch of 16 images: [\d.]+ s at today's rate$", text, re.MULTILINE)

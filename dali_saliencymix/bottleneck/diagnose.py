@@ -83,7 +83,7 @@ def measure_source(
     subjects = _subjects(batches, step, cuts)
     if cuts and "cut 0" not in subjects:
         cuts, stages_note = [], "a part of the pipeline could not be built or run"
-    main = seconds * (0.45 if with_tuning else 0.65 if with_storage or with_what_ifs else 1.0)
+    main = seconds * (0.35 if with_tuning else 0.65 if with_storage or with_what_ifs else 1.0)
     found = measure_in_turns(subjects, seconds=main, rounds=rounds, synchronise=synchronise, notify=notify)
     end = subjects.get("end to end")
     timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if end else None
@@ -114,7 +114,7 @@ def measure_source(
             source,
             step=_of_an_image(gathered, "step", images),
             loader=_of_an_image(gathered, "loader", images) or (),
-            seconds=0.45 * seconds,
+            seconds=0.55 * seconds,
             synchronise=synchronise,
             notify=notify,
         )

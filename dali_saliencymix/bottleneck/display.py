@@ -73,14 +73,16 @@ def stall_lines(report: Report) -> list[str]:
     passes = {True: "passes", False: "does not pass", None: "whether it passes is within the spread"}[report["passes"]]
     lines = [
         f"stall {_spread(stall)}, {stall['band']} (warning from 10 %, critical from 20 %)",
-        f"utilisation of the step {_percent(report['utilisation'])}: {passes} (90 % passes)",
+        f"utilisation of the step {_percent(min(report['utilisation'], 1))}: {passes} (90 % passes)",
     ]
     if waits := report["waits"]:
         lines.append(f"the step waits for its batches for {_spread(waits)} of the time, as the host sees it")
     contention = report["contention"]
     if contention["answer"] != "no" and report["verdict"]["name"] != "CONTENTION":
         answer = "contention, too" if contention["answer"] == "yes" else "contention is an open question"
-        lines.append(f"{answer}: loader and step cost each other {_spread(contention)} of the time of a batch")
+        low, high = contention["low"], contention["high"]
+        lost = _spread(contention) if low > 0 else f"nothing, or up to {_percent(high)}"
+        lines.append(f"{answer}: loader and step cost each other {lost} of the time of a batch")
     return lines
 
 
@@ -160,11 +162,7 @@ def _what_if_lines(report: Report) -> list[str]:
 
 
 def _setting_line(row: dict[str, Any]) -> str:
-    speed, before = (row[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
-    return (
-        f"{row['what']} {row['now']} -> {row['then']}: {_number(speed)} images/s against {_number(before)} measured in "
-        f"turns, {_change(row['change'])}"
-    )
+    return f"{row['what']} {row['now']} -> {row['then']}: {_change(row)}"
 
 
 def _tune_lines(report: Report) -> list[str]:
@@ -181,22 +179,24 @@ def _tune_lines(report: Report) -> list[str]:
             lines.append(f"  {'kept' if row['kept'] else 'not kept':<12} {_setting_line(row)}")
     confirmed = tune["confirmed"]
     if tune["is_better"]:
-        speed, before = (confirmed[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
-        lines.append(
-            f"  {'best':<12} {tune['words']}: {_number(speed)} images/s against {_number(before)} with the present "
-            f"setting, {_change(confirmed['change'])}"
-        )
+        lines.append(f"  {'best':<12} {tune['words']}, against the present setting: {_change(confirmed)}")
     else:
-        lines.append(f"  {'best':<12} {tune['words']}, the present setting: nothing was faster beyond the noise")
+        why = "nothing that was tried was faster beyond the noise" if tune["trials"] else "no other was tried"
+        lines.append(f"  {'best':<12} {tune['words']}, the present setting: {why}")
     lines.append(f"  {'ended':<12} {tune['stopped']}")
     if "file" in tune:
         lines.append(f"  {'written to':<12} {tune['file']}")
     return lines
 
 
-def _change(change: dict[str, float]) -> str:
-    sure = "" if change["low"] > 1 or change["high"] < 1 else ", within the noise"
-    return f"{_times(change['median'])} ({_times(change['low'])[:-1]} to {_times(change['high'])[:-1]}){sure}"
+def _change(found: dict[str, Any]) -> str:
+    """Return a change of the loader's rate in words; within the noise the two rates would only mislead."""
+    change = found["change"]
+    ratio = f"{_times(change['median'])} ({_times(change['low'])[:-1]} to {_times(change['high'])[:-1]})"
+    if change["low"] <= 1 <= change["high"]:
+        return f"{ratio}, within the noise"
+    speed, before = (found[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
+    return f"{ratio}, {_number(speed)} images/s against {_number(before)} measured in turns"
 
 
 def _longer(spread: dict[str, float]) -> str:
