@@ -31,7 +31,7 @@ from dali_saliencymix.bottleneck.display import comparison_text, page_html, repo
 from dali_saliencymix.bottleneck.report import build_report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
 from dali_saliencymix.bottleneck.storage import PASSES, StorageRates, measure_storage
-from dali_saliencymix.bottleneck.verdict import Figures, decide
+from dali_saliencymix.bottleneck.verdict import Figures, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
 from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
@@ -350,6 +350,54 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
     # A step slower than the storage is the bound itself.
     slow = dataclasses.replace(cold, step_ms=(60.0,) * 5, end_ms=(61.0,) * 5)
     assert built(slow, stored)["prediction"]["from_storage_images_per_second"]["median"] == 1000 * 84 / 60
+
+
+def text_of(figures: Figures, report: dict) -> str:
+    """The text of a report of these figures, under the conditions of another one."""
+    rest = {"images": 32, "until": {}, "stages_note": "x", "what_ifs": [], "timeline": None}
+    stored, conditions = StorageRates(not_measured="was not asked for"), report["conditions"]
+    return report_text(build_report(figures, decide(figures), stored=stored, conditions=conditions, **rest))
+
+
+RECORDED = faults.recorded()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_text_of_a_busy_machine_does_not_contradict_itself(name, report):
+    figures, _ = RECORDED[name]
+    verdict, text = decide(figures), text_of(figures, report)
+    band = re.search(r"^stall .*\), ([a-z ]+) \(warning", text, re.MULTILINE)[1]
+    if verdict.name in ("COMPUTE-BOUND", "INCONCLUSIVE"):
+        assert band.startswith("ok")  # as the range of the stall, which reaches over the line
+    assert ("contention is an open question" in text) == (verdict.contention == "open")
+    assert "the step waits for its batches for" in text
+    assert not re.search(r"-\d+ % (longer|less)|step 1(0[1-9]|[1-9]\d) %|\d{3}\.\d+x", text)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ((99.0, 101.0, 100.0, 102.0, 98.0), "E took as long, within the noise (-2 % to 2 %)"),
+        ((110.0, 111.0, 112.0, 111.0, 110.0), "E took 11 % longer (10 % to 12 %)"),
+        ((95.0, 94.0, 96.0, 95.0, 95.0), "E took 5 % less (4 % to 6 %)"),
+    ],
+)
+def test_what_is_faster_is_not_said_to_take_longer(end, said, report):
+    assert said in text_of(Figures((100.0,) * 5, (20.0,) * 5, end), report)
+
+
+@pytest.mark.parametrize(("loader", "ratio"), [(0.02, "5,000x"), (2.0, "50.0x"), (30.0, "3.33x"), (400.0, "0.25x")])
+def test_ratios_have_sensible_digits(loader, ratio, report):
+    stages = (Stage("read", "read", (loader,) * 5),)
+    text = text_of(Figures((100.0,) * 5, (loader,) * 5, (100.0 + loader,) * 5, stages), report)
+    assert re.search(rf"^read .* {re.escape(ratio)}$", text, re.MULTILINE)
+
+
+def test_contention_is_named_beside_a_verdict_that_it_did_not_decide(report):
+    text = text_of(Figures((50.0,) * 5, (80.0,) * 5, (100.0,) * 5), report)
+    assert text.startswith("LOADER-BOUND")
+    assert "contention, too: loader and step cost each other 20 % (20 % to 20 %) of the time of a batch" in text
+    assert "contention, too" not in text_of(Figures((50.0,) * 5, (50.0,) * 5, (100.0,) * 5), report)
 
 
 def test_the_timeline_has_the_steps_of_all_windows(report):
@@ -1186,6 +1234,7 @@ def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
         (["DATA", "--no-step", "--fail-above-stall", "20"], "leave out --no-step"),
         (["DATA", "--fail-above-stall", "nan"], "--fail-above-stall must be a number of percent, got nan"),
         (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),
+        (["--loader", "a:b", "--tune", "x"], "--tune is for DATA and --pipeline: --loader names no settings"),
         (["DATA", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )

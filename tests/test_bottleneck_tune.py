@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from shared.cifar_files import write_cifar
 from shared.training_fixtures import torchrun
 
 from benchmarks import bottleneck_faults as faults
@@ -228,8 +229,6 @@ def test_a_step_that_holds_the_training_back_gets_no_change(clock):
 
 # As options and files.
 
-ALONE = Processes(0, 0, 1, torch.device("cpu"))
-
 
 @pytest.mark.parametrize(
     ("line", "words"),
@@ -265,21 +264,29 @@ def test_train_py_takes_the_file_and_its_command_line_comes_first(data_folder, t
 
 
 @pytest.mark.parametrize(
-    ("more", "file"),
+    ("device", "more", "best"),
     [
-        ((), {"workers": 8, "prefetch": 4}),
-        (("--data-backend", "pytorch"), {"workers": 8, "prefetch": 4}),
+        ("cpu", (), "-j 8 --prefetch 4"),
+        ("cpu", ("--data-backend", "pytorch"), "-j 8 --prefetch 4"),
+        ("cpu", ("--dataset", "cifar10"), "-j 8 --prefetch 4"),
+        ("cuda", (), "-j 8 --prefetch 4 --hw-decoder-load 0.9"),
+        ("cuda", ("--dataset", "cifar10"), "-j 8 --prefetch 4"),
     ],
 )
-def test_settings_of_a_training_become_its_options(data_folder, more, file):
-    options = parse_arguments([str(data_folder), "-b", "4", "-j", "1", "--device", "cpu", *more], validates=False)
-    source = training_source(options, ALONE, images=64)
-    best = {name: 4 if "prefetch" in name else 8 for name in tune.tunable(source)}
-    assert tune.as_file(source, best) == file
-    assert source.in_words(best) == "-j 8 --prefetch 4"
-    parse_arguments(["data", *source.in_words(best).split(), *more])
-    jpeg = Source("x", {}, lambda _: [], options={"hw_decoder_load": "hw_decoder_load"}, is_training=True)
-    assert tune.as_file(jpeg, {"hw_decoder_load": 0.9}) == {"hw-decoder-load": 0.9}
+def test_settings_of_a_training_become_its_options(data_folder, device, more, best):
+    line = [str(data_folder), "-b", "4", "-j", "1", "--device", device, *more]
+    if "cifar10" in more:
+        write_cifar(data_folder, "cifar10", train=30, test=5)
+    processes = Processes(0, 0, 1, torch.device(device))
+    source = training_source(parse_arguments(line, validates=False), processes, images=64)
+    of_kinds = {"prefetch": 4, "workers": 8, "hw_decoder_load": 0.9}
+    settings = {name: of_kinds[source.options[name]] for name in tune.tunable(source)}
+    assert source.in_words(settings) == best
+    file = tune.as_file(source, settings)
+    args = parse_arguments([*line, *best.split()], validates=False).config
+    (data_folder / "best.yaml").write_text(yaml.safe_dump(file))
+    taken = parse_arguments([*line[:3], *line[5:], "--config", str(data_folder / "best.yaml")], validates=False).config
+    assert taken == {**args, "config": taken["config"]}
 
 
 def test_a_pipeline_is_tuned(tmp_path, capfd, monkeypatch):
