@@ -160,7 +160,7 @@ def test_the_time_is_kept(clock):
                           prefetch_queue_depth=2)  # fmt: skip
     start = time.perf_counter()
     found = tuned(source, seconds=20)
-    assert found["stopped"] == "the time is over (--seconds)"
+    assert found["stopped"].startswith("the time is over")
     assert found["best"]["num_threads"] > 1
     assert time.perf_counter() - start < 30
 

@@ -108,7 +108,7 @@ def tune(
                     if not others:
                         break
                     if longest(time.perf_counter() - start) + 2 * takes > seconds:  # the last one confirms
-                        return "the time is over (--seconds)"
+                        return "the time is over: more of it (--seconds) searches further"
                     now, *then = measured(*others)
                     chosen = _chosen(name, best, others, now, then)
                     for settings, series in zip(others, then, strict=True):
