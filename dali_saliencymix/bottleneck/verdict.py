@@ -175,9 +175,9 @@ def decide(figures: Figures) -> Verdict:
     storage was measured.
 
     Where the stall or its parts cannot be told by these, direct evidence decides: a step that waits for its batches for
-    less than 10 % of the time, with a loader that alone is faster, is the bottleneck; a loader that alone is too slow
-    by more than 10 %, for which the step waits for more than 10 % of the time, is it too. Whether the two slow each
-    other down as well is then a question of its own, `Verdict.contention`.
+    less than 10 % of the time, with a loader that alone is faster, is the bottleneck; a loader is it that alone is
+    slower, by more than 10 % in the median, and for which the step waits for more than 10 % of the time. Whether the
+    two slow each other down as well is then a question of its own, `Verdict.contention`.
 
     Examples
     --------
@@ -267,7 +267,7 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
             f"{faster.median:.1f} times as fast: it keeps up."
         )
         return _verdict(bound_by_step, why, stall, _NEXT_KEEPS_UP)
-    if waits and waits.low > PASS_STALL and faster.high < 1 - PASS_STALL:
+    if waits and waits.low > PASS_STALL and faster.high < 1 and faster.median < 1 - PASS_STALL:
         return _loader_verdict(figures, stall, step, loader, waits)
     if stall.low < PASS_STALL:
         why = (
