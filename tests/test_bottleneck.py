@@ -27,7 +27,8 @@ from dali_saliencymix.__main__ import main
 from dali_saliencymix.bottleneck import BottleneckError, stages, whatifs
 from dali_saliencymix.bottleneck.command import step_of
 from dali_saliencymix.bottleneck.diagnose import measure_source
-from dali_saliencymix.bottleneck.display import comparison_text, page_html, report_text, save_page
+from dali_saliencymix.bottleneck.display import comparison_text, report_text
+from dali_saliencymix.bottleneck.page import page_html, save_page
 from dali_saliencymix.bottleneck.report import build_report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
 from dali_saliencymix.bottleneck.storage import PASSES, StorageRates, measure_storage

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, line_of, write_error
 from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
-from dali_saliencymix.bottleneck.display import comparison_text, report_text, save_page
+from dali_saliencymix.bottleneck.display import comparison_text, report_text
+from dali_saliencymix.bottleneck.page import save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import Source, flags_of, load_function, loader_source, pipeline_source
 from dali_saliencymix.datasets.image_folder import list_files
