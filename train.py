@@ -421,6 +421,8 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
     if options.run.profile_loader:
         profile_training(options, processes)
         return
+    if crowded := report.oversubscribed(options, processes):
+        warn(f"warning: {crowded}", enabled=processes.is_main)
     is_writer = processes.is_main and not options.run.evaluate
     with FolderLock(options.run.output_dir if is_writer else None) as lock:
         resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's

@@ -39,8 +39,8 @@ def _why_no_gpu() -> str:
 SLOW = {
     *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "damaged_input"),
     *("distributed", "docs", "dynamic_mode", "evaluate_run", "faults", "folder_lock", "gpu_checks", "gpu_suite"),
-    *("jobs", "loaders", "loaders_dali", "lockstep", "peers", "preview", "recipes", "run_record", "scan", "slurm"),
-    *("train", "train_errors", "transfer_voc", "watchdog", "wheel"),
+    *("jobs", "loaders", "loaders_dali", "lockstep", "oversubscription", "peers", "preview", "recipes", "run_record"),
+    *("scan", "slurm", "train", "train_errors", "transfer_voc", "watchdog", "wheel"),
 }
 
 

@@ -276,7 +276,7 @@ def test_what_ifs_of_several_processes_are_those_of_the_slowest(monkeypatch):
     ],
 )  # fmt: skip
 def test_a_report_tells_of_more_threads_than_cores(monkeypatch, clock, threads, processes, note):
-    monkeypatch.setattr(sys.modules["dali_saliencymix.bottleneck.diagnose"], "cores", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     source = Source("loader", {"num_threads": threads}, lambda changed: Slow(0.01))
     found = measure_source(source, None, seconds=1, with_storage=False, with_what_ifs=False)

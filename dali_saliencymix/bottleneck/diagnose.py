@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage
 from dali_saliencymix.bottleneck.tune import as_file, tunable, tune
 from dali_saliencymix.bottleneck.verdict import OF_THE_LOADER, Figures, RankFigures, Series, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import best_change, measured_rows, predicted_rows
-from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.environment import oversubscription
 from dali_saliencymix.measure.page_cache import memory_bytes
 from dali_saliencymix.measure.processes import agree, by_round, first_reason, gather
 from dali_saliencymix.measure.windows import Batches, MeasurementError, Step, Subject, copied, measure_in_turns
@@ -144,7 +143,8 @@ def measure_source(
         images=epoch_images,
         stalls=verdict.stall is not None and verdict.stall.low > 0,
     )
-    notes = [*source.conditions.get("notes", ()), *_oversubscribed(threads, called)]
+    crowded = oversubscription(threads, called, computes=step is not None and device == "cpu")
+    notes = [*source.conditions.get("notes", ()), *filter(None, [crowded])]
     return build_report(
         figures,
         verdict,
@@ -259,13 +259,3 @@ def _threads(source: Source) -> tuple[int | None, str]:
     if workers is not None:
         return workers, "worker processes"
     return source.settings.get("num_threads", source.conditions.get("num_threads")), "DALI threads"
-
-
-def _oversubscribed(threads: int | None, called: str) -> list[str]:
-    """Return a note where the loaders of this machine have more threads than it has cores."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not threads or threads * here <= cores():
-        return []
-    each = f"{here} processes with {threads} {called} each" if here > 1 else f"{threads} {called}"
-    share = f"{each} share {cores()} core{'s' * (cores() > 1)}"
-    return [f"{share}: more than there are do not help, and take time from the steps"]

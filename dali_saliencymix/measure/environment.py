@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_saliencymix._versions import versions
+from dali_saliencymix.measure.processes import gather
 
 _DRIVER = r"Kernel Module.*?\s(\d+\.[\d.]+)"  # not the number in "for x86_64"
 
@@ -53,6 +54,43 @@ def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def oversubscription(loader: int | None, called: str = "DALI threads", *, computes: bool) -> str | None:
+    """Say that the processes of this machine have more threads than cores; all of them have to call this.
+
+    Parameters
+    ----------
+    loader : int, optional
+        Threads or worker processes of each loader; None where they are not known, and then not counted.
+    called : str
+        What they are called, in the plural.
+    computes : bool
+        Whether the training step runs on a CPU, where PyTorch's own threads count: beside a GPU they wait. One thread
+        of each loader is not counted then, since no loader has fewer.
+
+    Returns
+    -------
+    str or None
+        A sentence with the numbers and without a full stop; None where the cores are enough.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host, torch = platform.node(), sys.modules.get("torch")
+    of_step = torch.get_num_threads() if computes and torch is not None else 0
+    gathered = gather((host, os.sched_getaffinity(0)))  # a launcher may have given each process cores of its own
+    available = len(set().union(*(allowed for name, allowed in gathered if name == host)))
+    if here * max(loader or 0, max((loader or 0) - 1, 0) + of_step) <= available:
+        return None
+    kinds = {called: loader, "PyTorch threads": of_step}
+    each = " and ".join(_counted(count, kind) for kind, count in kinds.items() if count)
+    who = f"{here} processes with {each} each" if here > 1 else each
+    setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step else ""
+    more = "more than there are do not help, and take time from the steps"
+    return f"{who} share {_counted(available, 'cores')}: {more}{setting}"
+
+
+def _counted(count: int, plural: str) -> str:
+    return f"{count} {plural if count > 1 else re.sub('(?<=ss)es$|s$', '', plural)}"
 
 
 def resident_mib(pid: int | str = "self") -> float | None:

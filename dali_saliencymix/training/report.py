@@ -14,7 +14,7 @@ from torch import nn
 from dali_saliencymix._errors import try_writing
 from dali_saliencymix.loaders.base import Batches, Data, chosen_backend, validated
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.measure.environment import environment, resident_mib
+from dali_saliencymix.measure.environment import environment, oversubscription, resident_mib
 from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training import evaluation
 from dali_saliencymix.training.activation_maps import last_layers, save_activation_maps
@@ -78,6 +78,15 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
             f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "
             f"{engine[facts['hardware_decoder']]}",
         ]
+    )
+
+
+def oversubscribed(options: TrainingOptions, processes: Processes) -> str | None:
+    """Say that the processes of this machine have more threads than cores; all of them have to call this."""
+    backend, threads = chosen_backend(options.data), options.data.workers
+    called = "worker processes" if backend == "pytorch" else "DALI threads"
+    return oversubscription(
+        None if backend == "synthetic" else threads, called, computes=processes.device.type == "cpu"
     )
 
 
