@@ -15,7 +15,7 @@ EXTRAS = {
     "tensorboard": {"tensorboard": "TensorBoard"},
     "wandb": {"wandb": "Weights & Biases"},
     "preview": {"matplotlib": "Matplotlib", "PIL": "Pillow", "simplejpeg": "simplejpeg"},
-    "test": {"accelerate": "Accelerate"},
+    "test": {"accelerate": "Accelerate", "lightning": "PyTorch Lightning", "transformers": "Transformers"},
 }
 
 

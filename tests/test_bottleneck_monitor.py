@@ -94,6 +94,40 @@ def test_the_line_can_be_moved():
     assert len(said) == 1
 
 
+def test_hooks_count_the_wait_and_the_step_and_nothing_else():
+    clock = Clock()
+    monitor = Monitor(clock=clock, batch_size=6)
+    for wait in (100.0, 1.0, 1.0):  # the first batch pays for the loader's start
+        monitor.ask()
+        clock.now += 50.0  # a validation, behind which the loop asks again
+        monitor.ask()
+        clock.now += wait
+        monitor.arrived()
+        clock.now += 3.0
+        monitor.ended()
+        clock.now += 1000.0  # a checkpoint
+    assert (monitor.steps, monitor.data_wait_share, monitor.step_ms) == (3, 0.25, 4000.0)
+    assert monitor.images_per_second == pytest.approx(1.5)
+    for out_of_turn in (monitor.arrived, monitor.ended):
+        out_of_turn()
+    assert (monitor.steps, monitor.share_of_all) == (3, 0.25)
+
+
+def test_the_verdict_is_on_all_steps():
+    monitor, _ = watched([5.0, *[2.0] * 10, *[0.0] * 10], [8.0] * 21, window=5)
+    assert monitor.data_wait_share == 0
+    assert monitor.share_of_all == pytest.approx(20 / 180)
+    assert monitor.verdict() == (
+        "data wait 11% of the time (1000.0 of 9000.0 ms a step, as the host sees it): the loader keeps up"
+    )
+    monitor, _ = watched([5.0, 2.0], [8.0] * 2)
+    assert monitor.verdict() == (
+        "data wait 20% of the time (2000.0 of 10000.0 ms a step, as the host sees it): the loader starves the step; on "
+        "a GPU this is an upper bound. What to do about it: python -m dali_saliencymix bottleneck --help"
+    )
+    assert Monitor().verdict() == "data wait: not measured: no step was seen but the first of an epoch"
+
+
 def test_the_warning_goes_to_stderr_by_default(capsys):
     clock = Clock()
     monitor = Monitor(clock=clock, patience=1.0)

@@ -35,7 +35,7 @@ ORDER = [
     {"measure"},
     {"_dali", "_tensors"},
     {"network_saliency"},
-    {"pytorch"},
+    {"pytorch", "callbacks"},
     {"fn", "datasets"},
     {"preview", "loaders"},
     {"training"},

@@ -25,7 +25,7 @@ from PIL import Image
 from shared.programs import run_program
 
 import dali_saliencymix
-from dali_saliencymix import datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
+from dali_saliencymix import callbacks, datasets, fn, loaders, preview, pytorch, saliencymix, soft_labels
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._dali.python_operator import Stage, python_operator
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -62,7 +62,7 @@ def public_names():
         for package in (datasets, loaders)
         for _, name, _ in pkgutil.iter_modules(package.__path__)
     ]
-    for module in (dali_saliencymix, fn, pytorch):
+    for module in (dali_saliencymix, callbacks, fn, pytorch):
         yield from (f"{module.__name__}.{name}" for name in module.__all__)
     for module in (preview, *modules):
         for name, value in vars(module).items():

@@ -89,6 +89,16 @@ def test_importing_a_module_without_its_package_says_what_to_install(module, nee
     assert message in ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("function", "needed"), [("lightning_callback", "PyTorch Lightning"), ("transformers_callback", "Transformers")]
+)
+def test_a_callback_without_its_package_says_what_to_install(function, needed, tmp_path):
+    script = f"from dali_saliencymix import callbacks; callbacks.{function}()"
+    ended = run_without({"lightning", "pytorch_lightning", "transformers"}, ("-c", script), tmp_path)
+    message = f"{function} needs {needed}, which is not installed; the extra test brings it: pip install '.[test]' "
+    assert message in ended.stderr.splitlines()[-1]
+
+
 def test_another_missing_module_is_a_fault(tmp_path):
     ended = run_without({"dali_saliencymix.datasets.scan"}, (*COMMAND, "scan", "DATA"), tmp_path)
     assert ended.returncode == 2

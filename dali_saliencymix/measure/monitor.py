@@ -19,9 +19,11 @@ Batch = TypeVar("Batch")
 
 STARVING_SHARE = 0.2  # of the time: from here on the loader starves the step
 _OWN_COST_STEPS = 200
+_CURE = "What to do about it: python -m dali_saliencymix bottleneck --help"
 
 
-def _write(line: str) -> None:
+def write_line(line: str) -> None:
+    """Write a line to stderr."""
     sys.stderr.write(line + "\n")
 
 
@@ -71,12 +73,13 @@ class Monitor:
             raise ValueError(msg)
         self._patience = check_positive(patience, "patience")
         self._batch_size = batch_size
-        self._say = say or _write
+        self._say = say or write_line
         self._clock = clock
         self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds waited, seconds in all
         self._waited = self._total = 0.0  # sums of what is in there
+        self._recorded, self._ever_waited, self._ever_total = 0, 0.0, 0.0  # of all steps
         self._starving_for = 0.0
-        self._step: tuple[float, float] | None = None  # when the batch in use was asked for, and its wait
+        self._step: tuple[float, float | None] | None = None  # when its batch was asked for, and the wait once over
         self.steps = 0
         self.warned = False
         self.start()
@@ -113,20 +116,39 @@ class Monitor:
 
     def next(self, iterator: Iterator[Batch]) -> Batch:
         """Return the next batch, for loops that ask for it themselves: after `start`, and for the end as well."""
-        asked = self._clock()
-        if self._step is not None:
-            begun, waited = self._step
-            if self._is_first:
-                self._is_first = False
-                self.steps += 1
-            else:
-                self.record(waited, asked - begun)
+        self.ask()
         try:
             return next(iterator)
         finally:
+            self.arrived()
+
+    def ask(self) -> None:
+        """Note that the loop asks for a batch, for loops that call hooks: the wait for it begins.
+
+        A step that has not `ended` yet ends here; an `ask` before that got no batch is forgotten.
+        """
+        self.ended()
+        self._step = self._clock(), None
+
+    def arrived(self) -> None:
+        """Note that the batch has come: the step on it begins. Without `ask` before, nothing is noted."""
+        if self._step is not None:
+            asked, _ = self._step
             waited = self._clock() - asked
             self._step = asked, waited
             self.waited += waited
+
+    def ended(self) -> None:
+        """Note that the step has ended: what comes until the next `ask` counts neither as wait nor as step."""
+        step, self._step = self._step, None
+        if step is None or (waited := step[1]) is None:
+            return
+        asked = step[0]
+        if self._is_first:
+            self._is_first = False
+            self.steps += 1
+        else:
+            self.record(waited, self._clock() - asked)
 
     def record(self, waited: float, total: float) -> None:
         """Take in a step, for loops that `watch` does not suit.
@@ -146,6 +168,9 @@ class Monitor:
         steps.append((waited, total))
         self._waited += waited
         self._total += total
+        self._recorded += 1
+        self._ever_waited += waited
+        self._ever_total += total
         self.steps += 1
         if self._waited >= self._warn_share * self._total and len(steps) > 1:
             self._starving_for += total
@@ -186,6 +211,21 @@ class Monitor:
             "images_per_second": self.images_per_second,
         }
 
+    @property
+    def share_of_all(self) -> float:
+        """Share, 0 to 1, of the time of all steps so far in which the host waited for data; 0 before the second."""
+        return self._ever_waited / self._ever_total if self._ever_total else 0.0
+
+    def verdict(self) -> str:
+        """Say in one line what all steps so far show: how long they waited for data, and what to do about it."""
+        steps, share = self._recorded, self.share_of_all
+        if not steps:
+            return "data wait: not measured: no step was seen but the first of an epoch"
+        starves = f"the loader starves the step; on a GPU this is an upper bound. {_CURE}"
+        judged = "the loader keeps up" if share < self._warn_share else starves
+        figures = _of_a_step(self._ever_waited / steps, self._ever_total / steps)
+        return f"data wait {share:.0%} of the time ({figures}): {judged}"
+
     def own_cost_ms(self) -> float:
         """Measure what this monitor adds to a step on this machine, in milliseconds."""
         trial = Monitor(batch_size=1, window=self._steps.maxlen or 2, say=lambda line: None, patience=1e9)
@@ -199,9 +239,12 @@ class Monitor:
         return self.own_cost_ms() / self.step_ms if self.step_ms else None
 
     def _warning(self) -> str:
-        share, step, wait = self.data_wait_share, self.step_ms, self.data_wait_ms
+        count = len(self._steps)
         return (
-            f"warning: the training waits for its data: {share:.0%} of the time, and that for {self._starving_for:.0f} "
-            f"s ({wait:.1f} of {step:.1f} ms a step, as the host sees it). What to do about it: "
-            "python -m dali_saliencymix bottleneck --help"
+            f"warning: the training waits for its data: {self.data_wait_share:.0%} of the time, and that for "
+            f"{self._starving_for:.0f} s ({_of_a_step(self._waited / count, self._total / count)}). {_CURE}"
         )
+
+
+def _of_a_step(waited: float, total: float) -> str:
+    return f"{1000 * waited:.1f} of {1000 * total:.1f} ms a step, as the host sees it"
