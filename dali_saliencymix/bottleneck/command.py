@@ -83,7 +83,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "of --pipeline by name",
     )
     option("-o", "--output", type=Path, metavar="JSON", help="report to write")
-    option("--html", type=Path, help="page to write; needs matplotlib")
+    option("--html", type=Path, help="page to write")
     option("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
     add_traceback(parser)
     return parser
