@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Bar = tuple[str, str, float, Mapping[str, float]]  # name, class, start, spread of what it is long
 
-_TONES = {"GPU-BOUND": "good", "COMPUTE-BOUND": "good", LOADER_ALONE: "open", "INCONCLUSIVE": "open"}  # others: bad
+_TONES = {"GPU-BOUND": "good", "COMPUTE-BOUND": "good", LOADER_ALONE: "plain", "INCONCLUSIVE": "open"}  # others: bad
 _KINDS = {"step": "step", "loader": "loader", "storage": "read", "loader_from_storage": "loader", "end_to_end": "end"}
 _OUT_OF_SIGHT = 8  # times as long as the others: they could not be seen beside such a bar
 _COLUMNS = 400  # of the timeline at most
@@ -57,6 +57,7 @@ i.loader { background: var(--loader); } i.step { background: var(--step); }
 i.end { background: var(--end); }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 0; }
 .key.step { background: var(--step); opacity: .45; } .key.wait { background: var(--wait); margin-left: 1em; }
+@media (max-width: 40rem) { td.track { width: 45%; } }
 svg { display: block; width: 100%; min-width: 46rem; height: auto; font-size: 13px; }
 svg text { fill: var(--ink); } svg line { stroke: var(--soft); stroke-width: .5; }
 svg .step { fill: var(--step); opacity: .45; } svg .wait { fill: var(--wait); }

@@ -127,8 +127,9 @@ class Monitor:
 
         A step that has not `ended` yet ends here; an `ask` before that got no batch is forgotten.
         """
-        self.ended()
-        self._step = self._clock(), None
+        now = self._clock()
+        self._end(now)
+        self._step = now, None
 
     def arrived(self) -> None:
         """Note that the batch has come: the step on it begins. Without `ask` before, nothing is noted."""
@@ -140,15 +141,20 @@ class Monitor:
 
     def ended(self) -> None:
         """Note that the step has ended: what comes until the next `ask` counts neither as wait nor as step."""
+        self._end(self._clock())
+
+    def _end(self, now: float) -> None:
         step, self._step = self._step, None
-        if step is None or (waited := step[1]) is None:
+        if step is None:
             return
-        asked = step[0]
+        asked, waited = step
+        if waited is None:
+            return
         if self._is_first:
             self._is_first = False
             self.steps += 1
         else:
-            self.record(waited, self._clock() - asked)
+            self.record(waited, now - asked)
 
     def record(self, waited: float, total: float) -> None:
         """Take in a step, for loops that `watch` does not suit.
