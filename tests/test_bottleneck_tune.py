@@ -243,7 +243,10 @@ def test_the_new_command_is_the_old_one_with_the_options_changed(line, words, mo
     changed = {"workers": 4, "prefetch": 8}
     assert command.changed_command("python -m x", line, changed) == f"python -m x {words}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.changed_command("python -m x", line, changed) == f"torchrun --nproc_per_node=2 -m x {words}"
+    monkeypatch.setenv("WORLD_SIZE", "4")  # on two machines
+    assert command.changed_command("python -m x", line, changed) == f"torchrun ... -m x {words}"
 
 
 def test_train_py_takes_the_file_and_its_command_line_comes_first(data_folder, tmp_path, capfd, monkeypatch):

@@ -275,8 +275,9 @@ def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) ->
     for option, value in changed.items():
         words += [flags_of(option)[0], str(value)]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
-    if processes and prog.startswith("python "):  # of torchrun
-        prog = f"torchrun --nproc_per_node={processes} {prog.removeprefix('python ')}"
+    if processes and prog.startswith("python "):  # of torchrun, whose options for several machines are not known here
+        alone = os.environ.get("WORLD_SIZE", processes) == processes
+        prog = f"torchrun {f'--nproc_per_node={processes}' if alone else '...'} {prog.removeprefix('python ')}"
     return f"{prog} {shlex.join(words)}"
 
 

@@ -193,7 +193,7 @@ def _change(found: dict[str, Any]) -> str:
 def _longer(spread: dict[str, float]) -> str:
     """Return by how much something took longer, in words."""
     low, median, high = (spread[key] for key in ("low", "median", "high"))
-    if low <= 0 <= high:
+    if round(100 * low) <= 0 <= round(100 * high):  # as they are shown
         return f"as long, within the noise ({_percent(low)} to {_percent(high)})"
     if low > 0:
         return f"{_percent(median)} longer ({_percent(low)} to {_percent(high)})"
