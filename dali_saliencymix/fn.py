@@ -218,8 +218,8 @@ def cutmix(
     Returns
     -------
     images, labels, source_labels, lam, boxes : DataNode
-        As from `saliencymix`, with `boxes` if `return_boxes` is true; the box is put around a point
-        drawn uniformly from the image.
+        As from `saliencymix`, with `boxes` if `return_boxes` is true; the box is put around a point drawn uniformly
+        from the image.
 
     Raises
     ------

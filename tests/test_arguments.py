@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dali_saliencymix.options import MixOptions
-from dali_saliencymix.training.arguments import parse_arguments, save_config
-from dali_saliencymix.training.checkpoints import DATA_OPTIONS, LAST, save_checkpoint
+from dali_saliencymix.training.arguments import _MIX_OPTIONS, parse_arguments, save_config
+from dali_saliencymix.training.checkpoints import DATA_OPTIONS, LAST, changed_data, save_checkpoint
 
 # Option and value as given, name and value that come out.
 OPTIONS = [
@@ -220,6 +220,18 @@ def test_cifar_is_one_folder_of_small_images_and_synthetic_data_is_none():
 
 def test_the_options_that_must_not_change_on_resuming_exist():
     assert set(DATA_OPTIONS) < set(parse_arguments(["data"]).config)
+    assert set(_MIX_OPTIONS.values()) < set(DATA_OPTIONS)
+
+
+def test_a_checkpoint_from_before_an_option_goes_on_where_that_is_at_its_default():
+    trained = parse_arguments(["data", "--preset", "paper"])
+    saved = {"config": {**trained.config, "world_size": 1}, "data": {}, "epoch": 0}
+    for name in ("color_jitter", "label_weight"):
+        del saved["config"][name]
+    assert changed_data(None, saved, {**trained.config, "world_size": 1}, {}, trained) == []
+    other = parse_arguments(["data", "--preset", "paper", "--label-weight", "saliency"])
+    with pytest.raises(ValueError, match=r"cannot go on with other data: label_weight .*saliency"):
+        changed_data(None, saved, {**other.config, "world_size": 1}, {}, other)
 
 
 WRONG = [
@@ -236,6 +248,9 @@ WRONG = [
     ("data --mix resizemix", "argument --mix: invalid choice: 'resizemix'"),
     ("data --preset timm", "argument --preset: invalid choice: 'timm'"),
     ("data --mix cutmix --saliency fine_grained", "--saliency does nothing with --mix cutmix: leave it out"),
+    ("data --mix cutmix --label-weight saliency", "--label-weight does nothing with --mix cutmix: leave it out"),
+    ("data --mix none --label-weight saliency", "--label-weight does nothing with --mix none: leave it out"),
+    ("data --label-weight mass", "argument --label-weight: invalid choice: 'mass'"),
     ("data --mix mixup --box clip", "--box does nothing with --mix mixup: leave it out"),
     ("data --mix none --mix-alpha 0.2", "--mix-alpha does nothing with --mix none: leave it out"),
     ("data --mix none --per-batch", "--per-batch does nothing with --mix none: leave it out"),

@@ -139,11 +139,7 @@ class _Mixing:
         on_host = is_host(array_namespace(params))
         mirror = arrays.pop("mirror", None)
         if mirror is not None:
-            wrong = mirror[(mirror != 0) & (mirror != 1)] if on_host else mirror[:0]
-            if wrong.size:
-                msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
-                raise ValueError(msg)
-            mirror = mirror[:, 0] != 0
+            mirror = _flipped(mirror[:, 0])
         # What blends makes a new array anyway.
         into_buffer = on_host and "mode" not in arrays and options.mode != "mixup"
         paste = functools.partial(self._paste, mirror=mirror) if into_buffer or self._normalise is not None else None
@@ -180,6 +176,16 @@ class _Mixing:
 
     def _leave_out_saliency(self) -> None:
         self._options = replace(self._options, saliency=_no_saliency)
+
+
+def _flipped(mirror: Array) -> Array:
+    """Return which images are flipped, (N,) bool; in host memory anything but 0 and 1 is refused."""
+    if is_host(array_namespace(mirror)):
+        wrong = mirror[(mirror != 0) & (mirror != 1)]
+        if wrong.size:
+            msg = f"mirror must be 0 or 1 for each image, got {wrong[0]}"
+            raise ValueError(msg)
+    return mirror != 0
 
 
 def _as_they_come_out(boxes: Array, mirror: Array | None, width: int) -> Array:

@@ -66,8 +66,8 @@ def python_operator(
 
     Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
     errors call the operator, where DALI lets it have a name, and `rule` what they say where samples of the first input
-    have different shapes. On a CPU `function` may use as many threads as the
-    pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
+    have different shapes. On a CPU `function` may use as many threads as the pipeline has. Those of the pipeline wait
+    meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
     if device == "gpu":

@@ -24,6 +24,7 @@ import torch
 from dali_saliencymix._errors import naming
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.measure.results import one_line
+from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.options import EvaluationOptions, RunOptions, TrainingOptions
 from dali_saliencymix.training.run_log import say, warn
 
@@ -241,6 +242,7 @@ DATA_OPTIONS = (
     *("auto_augment", "ra_magnitude", "color_jitter", "random_erase", "mean", "std"),
     *("progressive_size", "mix_off_epochs"),
     *("mix", "mix_alpha", "mix_prob", "preset", "saliency", "source", "destination", "box", "per_batch"),
+    "label_weight",
 )
 
 
@@ -295,6 +297,7 @@ def check_model(path: Path | None, saved: Mapping[str, Any], *, arch: str, class
 def _defaults(dataset: str) -> dict[str, Any]:
     """Return the options of the data that hold where a checkpoint is older than they, as a configuration holds them."""
     values = {each.name: each.default for each in dataclasses.fields(DataOptions)} | defaults_of(dataset)
+    values["label_weight"] = MixOptions.label_weight
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
