@@ -631,7 +631,7 @@ def test_an_error_on_a_gpu_leaves_dali_its_stream(lent, monkeypatch):
 
 
 def test_on_a_gpu_a_stream_keeps_its_thread(lent, monkeypatch):
-    monkeypatch.setattr(bridge, "as_batch", np.stack)
+    monkeypatch.setattr(bridge, "as_batch", lambda samples, rule: np.stack(samples))
     kept, calls = threading.local(), []
 
     def function(batch):
