@@ -29,7 +29,8 @@ def lightning_callback(**options: Any) -> Any:
     """Return a callback for the ``Trainer`` of PyTorch Lightning, from ``lightning`` or ``pytorch_lightning``.
 
     It logs ``data/wait_share`` and, with `batch_size`, ``data/images_per_second`` of the last steps through the
-    LightningModule. A step is one batch, also where gradients are accumulated.
+    LightningModule. A step is one batch, also where gradients are accumulated. What callbacks before it in the list do
+    at the end of a step counts as a part of the step.
 
     Parameters
     ----------
@@ -69,7 +70,8 @@ def transformers_callback(**options: Any) -> Any:
     It adds ``data/wait_share`` and ``data/images_per_second`` of the last steps to the Trainer's logs of its loss: they
     are in ``trainer_state.json`` and on the console, but not in TensorBoard or Weights & Biases, which are given the
     logs before any callback of the user. A step is an update: the Trainer asks for all batches that it accumulates
-    before it uses the first.
+    before it uses the first. Let it be the last of the callbacks: what others behind it do at the end of a step counts
+    as wait.
 
     Parameters
     ----------
@@ -169,7 +171,8 @@ class _LightningHooks(_Hooks):
 
     def _listen_no_more(self) -> None:
         if self._profiler is not None:
-            del self._profiler.start, self._profiler.stop  # those of its class are back
+            for name in ("start", "stop"):  # those of its class are back; another monitor may have seen to it
+                vars(self._profiler).pop(name, None)
             self._profiler = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -80,13 +80,13 @@ def run_lightning(package: str, seconds: dict[str, float], options: dict) -> dic
             return torch.optim.SGD(self.parameters(), 0.01)
 
     monitor = callbacks.lightning_callback(**options)
-    copied = pickle.loads(pickle.dumps(callbacks.lightning_callback()))  # as for a process that is spawned
+    copied = pickle.loads(pickle.dumps(callbacks.lightning_callback(say=str)))  # as for a process that is spawned
     assert isinstance(copied, type(monitor))
     with tempfile.TemporaryDirectory() as folder:
         saves = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(folder, every_n_train_steps=2)
         trainer = pl.Trainer(
             accelerator="cpu",
-            callbacks=[monitor, saves],
+            callbacks=[copied, monitor, saves],  # one monitor does not disturb the other
             logger=Log(folder),
             max_epochs=EPOCHS,
             accumulate_grad_batches=ACCUMULATED,
@@ -98,6 +98,7 @@ def run_lightning(package: str, seconds: dict[str, float], options: dict) -> dic
         loader = DataLoader(Images(seconds["loader"], STEPS), IMAGES)
         trainer.fit(Model(), loader, DataLoader(Images(VALIDATION, 2), IMAGES))
         left = {"start", "stop"} & vars(trainer.profiler).keys()
+    assert copied.monitor.steps == monitor.monitor.steps
     return {"monitor": monitor.monitor, "logged": [each for each in logged if "data/wait_share" in each], "left": left}
 
 
