@@ -9,9 +9,11 @@ import pytest
 from shared.programs import run_program
 from shared.training_fixtures import TINY, torchrun
 
+from dali_saliencymix.measure import environment
+
 pytest_plugins = ["shared.training_fixtures"]
 
-TAKE = "more than there are do not help, and take time from the steps"
+TAKE = "more than one per core does not help, and takes time from the steps"
 OMP = "; OMP_NUM_THREADS sets those of PyTorch"
 # (processes, threads of each loader, what they are, PyTorch's threads; None: the step runs on a GPU), on one core.
 ON_ONE_CORE = {
@@ -52,3 +54,25 @@ def test_the_training_script_says_it_once(data_folder, tmp_path, threads):
     assert len(said) == (threads == "64")
     if said:
         assert said[0].startswith("warning: 2 processes with 64 DALI threads and 1 PyTorch thread each share ")
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, 4),
+        ({"cpu.max": "max 100000\n"}, 4),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "800000 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+    ],
+)
+def test_a_container_may_use_as_many_cores_as_its_quota_has_time_for(files, count, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(environment, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert environment.cores() == count
+    said = environment.oversubscription(4, computes=False)
+    assert said == (None if count == 4 else f"4 DALI threads share {count} core{'s' * (count > 1)}: {TAKE}")

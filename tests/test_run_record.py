@@ -275,7 +275,7 @@ def test_the_environment_names_processor_and_state_of_the_code():
     assert "tensorboard" in found["versions"]
     assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
     assert found["cuda"] is None
-    assert found["cores"] == len(os.sched_getaffinity(0))
+    assert 1 <= found["cores"] <= len(os.sched_getaffinity(0))  # a container may have a quota
     if "COMMIT" not in os.environ and (Path(__file__).parents[1] / ".git").exists():
         assert len(found["git_commit"].rstrip("+")) == 40
     json.dumps(found)

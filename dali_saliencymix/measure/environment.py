@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from dali_saliencymix._versions import versions
 from dali_saliencymix.measure.processes import gather
 
+_CGROUP = Path("/sys/fs/cgroup")
 _DRIVER = r"Kernel Module.*?\s(\d+\.[\d.]+)"  # not the number in "for x86_64"
 
 
@@ -52,8 +54,17 @@ def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores that this process may use: those of its affinity, or fewer by a container's quota."""
+    return _within_quota(len(os.sched_getaffinity(0)))
+
+
+def _within_quota(count: int) -> int:
+    """Return a number of cores, or fewer where the control group of a container has time for no more, rounded up."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # the latter of the word "max": no limit, as is -1
+            quota, period = (int(word) for name in names for word in (_CGROUP / name).read_text().split())
+            return min(count, math.ceil(quota / period)) if quota > 0 else count
+    return count
 
 
 def oversubscription(loader: int | None, called: str = "DALI threads", *, computes: bool) -> str | None:
@@ -78,14 +89,14 @@ def oversubscription(loader: int | None, called: str = "DALI threads", *, comput
     host, torch = platform.node(), sys.modules.get("torch")
     of_step = torch.get_num_threads() if computes and torch is not None else 0
     gathered = gather((host, os.sched_getaffinity(0)))  # a launcher may have given each process cores of its own
-    available = len(set().union(*(allowed for name, allowed in gathered if name == host)))
+    available = _within_quota(len(set().union(*(allowed for name, allowed in gathered if name == host))))
     if here * max(loader or 0, max((loader or 0) - 1, 0) + of_step) <= available:
         return None
     kinds = {called: loader, "PyTorch threads": of_step}
     each = " and ".join(_counted(count, kind) for kind, count in kinds.items() if count)
     who = f"{here} processes with {each} each" if here > 1 else each
     setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step else ""
-    more = "more than there are do not help, and take time from the steps"
+    more = "more than one per core does not help, and takes time from the steps"
     return f"{who} share {_counted(available, 'cores')}: {more}{setting}"
 
 
