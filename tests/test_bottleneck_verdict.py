@@ -82,6 +82,25 @@ def stages(**ms: float) -> tuple[Stage, ...]:
             "DECODE-BOUND",
             id="storage adds less than decoding",
         ),
+        pytest.param(
+            figures(
+                10, 50, 51, cold_ms=series(54, (0.9, 1.0, 1.1, 1.05, 0.95)), storage_measured=True, reads_cold=True
+            ),
+            "LOADER-BOUND",
+            id="a slow loader, to which storage may add a little",
+        ),
+        pytest.param(
+            figures(10, 50, 51, cold_ms=series(80, (0.6, 1.0, 3.0, 1.5, 0.7)), storage_measured=True, reads_cold=True),
+            "INCONCLUSIVE",
+            id="a slow loader, to which storage may add much",
+        ),
+        pytest.param(
+            Figures(
+                *((10.0,) * 5, (10.8,) * 5, (10.9,) * 5, None, (11.3,) * 5), storage_measured=True, reads_cold=True
+            ),
+            "INCONCLUSIVE",
+            id="a stall below the line, and storage that brings it above",
+        ),
         pytest.param(figures(50, 50, 100), "CONTENTION", id="no overlap"),
         pytest.param(figures(50, 60, 100), "CONTENTION", id="mostly no overlap"),
         pytest.param(figures(10, 60, 70), "LOADER-BOUND", id="no overlap, but a slow loader"),

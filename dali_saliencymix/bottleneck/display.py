@@ -66,14 +66,15 @@ def stall_lines(report: Report) -> list[str]:
         f"stall {_spread(stall)}, {stall['band']} (warning from 10 %, critical from 20 %)",
         f"utilisation of the step {_percent(min(report['utilisation'], 1))}: {passes} (90 % passes)",
     ]
+    warm = ", with the files in memory" if report["storage"]["training_reads_from_storage"] else ""
     if waits := report["waits"]:
-        lines.append(f"the step waits for its batches for {_spread(waits)} of the time, as the host sees it")
+        lines.append(f"the step waits for its batches for {_spread(waits)} of the time, as the host sees it{warm}")
     contention = report["contention"]
     if contention["answer"] != "no" and report["verdict"]["name"] != "CONTENTION":
         answer = "contention, too" if contention["answer"] == "yes" else "contention is an open question"
         low, high = contention["low"], contention["high"]
         lost = _spread(contention) if low > 0 else f"nothing, or up to {_percent(high)}"
-        lines.append(f"{answer}: loader and step cost each other {lost} of the time of a batch")
+        lines.append(f"{answer}: loader and step cost each other {lost} of the time of a batch{warm}")
     return lines
 
 

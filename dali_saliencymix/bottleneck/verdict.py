@@ -293,24 +293,28 @@ def _decide_with_storage(
         1 - step.median / cold.median, 1 - step.high / cold.low, 1 - step.low / cold.high, min(step.count, cold.count)
     )
     other = max(loader.high, step.high, end.high)
-    if cold.low <= other or stall.low < PASS_STALL:
-        why = (
-            f"From storage a batch takes {_ms(cold.low)} to {_ms(cold.high)}, from memory up to {_ms(end.high)}: "
-            "within the spread it cannot be said whether the storage keeps up."
-        )
-        return _verdict("INCONCLUSIVE", why, stall)
+    slows = stall.low >= PASS_STALL and cold.low > other
     # Storage is the slowest of all, or it adds more than what is slow already.
     slowest = figures.reading_ms is not None and interval(figures.reading_ms).low > other
     adds, before = cold.low - other, max(end.high - step.low, 0)
-    if slowest or adds > before:
+    if slows and (slowest or adds > before):
         why = (
             f"The data do not fit into memory, and from storage a batch takes {_ms(cold.median)}, against "
             f"{_ms(end.median)} with the files in memory and {_ms(step.median)} for the step alone."
         )
         return _verdict("DISK-BOUND", why, stall)
-    if cold.high - min(loader.low, end.low) < end.low - step.high:
+    if stall.low >= PASS_STALL and not slowest and cold.high - min(loader.low, end.low) < end.low - step.high:
+        # Whatever storage adds, what is slow without it costs more.
         verdict = _decide_warm(figures, warm_stall, step_ms, loader_ms, end_ms)
-        return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=stall)
+        if verdict.name not in {"GPU-BOUND", "COMPUTE-BOUND"}:
+            return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=stall)
+    if not slows:
+        unsure = "whether the storage keeps up" if stall.low < PASS_STALL else "how much of the stall the storage costs"
+        why = (
+            f"From storage a batch takes {_ms(cold.low)} to {_ms(cold.high)}, from memory up to {_ms(end.high)}: "
+            f"within the spread it cannot be said {unsure}."
+        )
+        return _verdict("INCONCLUSIVE", why, stall)
     why = (
         f"Storage ({_ms(cold.median)} a batch) and the rest ({_ms(end.median)} with the files in memory) both hold the "
         "training back, and neither clearly more."
