@@ -269,9 +269,9 @@ def test_what_ifs_of_several_processes_are_those_of_the_slowest(monkeypatch):
     ("threads", "processes", "note"),
     [
         (2, "2", []),
-        (8, "1", ["8 DALI threads share 4 cores: more than there are do not help, and take time from the steps"]),
-        (3, "2", ["2 processes with 3 DALI threads each share 4 cores: more than there are do not help, and take "
-                  "time from the steps"]),
+        (8, "1", ["8 DALI threads share 4 cores: more than one per core does not help, and takes time from the steps"]),
+        (3, "2", ["2 processes with 3 DALI threads each share 4 cores: more than one per core does not help, and "
+                  "takes time from the steps"]),
     ],
 )  # fmt: skip
 def test_a_report_tells_of_more_threads_than_cores(monkeypatch, clock, threads, processes, note):
@@ -295,6 +295,8 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     assert rows["epoch as it is"]["value"] == pytest.approx(10_000 / 100)
     assert rows["epoch as it is"]["text"].endswith("from storage, with which the loader does not keep up")
     assert rows["epoch without a stall"]["value"] == pytest.approx(10_000 / 400)
+    rates |= {"loader": 370, "end": 365}
+    assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)  # which a stall of 9 % is not
     rates |= {"loader": 300, "end": 280}
     few = rows_of(cold=100, reads_cold=True)["threads to reach the step's rate"]
     assert (few["value"], few["text"].endswith("from storage the loader gives 100 images/s")) == (3, True)
@@ -344,6 +346,13 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
     assert found["stall"]["median"] == pytest.approx(1 - 10 / 42)
     assert re.search(r"^predicted from storage +2,000 +\(1,909 to 2,100\)$", report_text(found), re.MULTILINE)
     assert "files in memory" in report_text(found)
+    waited = dataclasses.replace(cold, waits=(0.4,) * 5, end_ms=(30.0,) * 5)
+    text = report_text(built(waited, stored))
+    assert (
+        "waits for its batches for 40 % (40 % to 40 %) of the time, as the host sees it, with the files in memory"
+        in text
+    )
+    assert "of the time of a batch, with the files in memory" in text
     assert re.search(r"^predicted from storage +-  not measured$", report_text(built(unknown, why)), re.MULTILINE)
     assert "predicted from storage" not in report_text(built(warm, why))
     # A step slower than the storage is the bound itself.
@@ -1207,6 +1216,8 @@ def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
         (["DATA", "--fail-above-stall", "nan"], "--fail-above-stall must be a number of percent, got nan"),
         (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),
         (["--loader", "a:b", "--tune", "x"], "--tune is for DATA and --pipeline: --loader names no settings"),
+        (["--loader", "a:b", "-j4"], "--workers does nothing with --loader: leave it out"),
+        (["--loader", "a:b", "--prefetch", "4"], "--prefetch does nothing with --loader: leave it out"),
         (["DATA", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )
@@ -1215,3 +1226,18 @@ def test_arguments_that_make_no_sense_end_with_usage(arguments, text, capfd):
         main(["bottleneck", *arguments])
     assert ended.value.code == 2
     assert text in lines_of(capfd)[1]
+
+
+@pytest.mark.parametrize("option", ["--tune", "-o", "--html"])
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_measured(
+    option, here, files, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setitem(globals(), "user_files", files)
+    monkeypatch.setattr("dali_saliencymix.bottleneck.command.measure_source", None)
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    for path, text in ((folder, f"error: {folder}: Is a directory\n"), (file / "x.yaml", f"error: {file}: ")):
+        line = ["bottleneck", "--pipeline", f"{here}:user_pipeline", "--no-step", *FAST_COMMAND, option, str(path)]
+        assert main(line) == 1
+        assert text in lines_of(capfd)[1]

@@ -16,10 +16,18 @@ from dali_saliencymix.bottleneck.diagnose import CACHES, ROUNDS, measure_source
 from dali_saliencymix.bottleneck.display import comparison_text, report_text
 from dali_saliencymix.bottleneck.page import save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
-from dali_saliencymix.bottleneck.sources import Source, flags_of, load_function, loader_source, pipeline_source
+from dali_saliencymix.bottleneck.sources import (
+    OF_PIPELINES,
+    Source,
+    flags_of,
+    load_function,
+    loader_source,
+    pipeline_source,
+)
+from dali_saliencymix.bottleneck.tune import tunable
 from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
-from dali_saliencymix.measure.results import replace_file
+from dali_saliencymix.measure.results import check_replaceable, replace_file
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 from dali_saliencymix.options import whole_number
 from dali_saliencymix.packages import MissingPackageError, require
@@ -36,8 +44,8 @@ STALLED = 3  # exit status of --fail-above-stall
 _EPILOG = """
 DATA is measured with the loader and the training step of train.py. All of its options that shape a batch or a step are
 taken: -a, -b, -j, --dataset, --mix, --saliency, --mix-prob, --train-crop-size, --amp, --channels-last, --device, ...
-"python train.py --help" lists them. Folders of images that DALI reads are cut into stages. With --pipeline, -b and -j
-set batch_size and num_threads where they are given.
+"python train.py --help" lists them. Folders of images that DALI reads are cut into stages. With --pipeline, -b, -j,
+--prefetch and --hw-decoder-load set batch_size, num_threads, prefetch_queue_depth and hw_decoder_load where given.
 
 Several processes: torchrun --nproc_per_node=2 -m dali_saliencymix bottleneck ...
 
@@ -129,6 +137,9 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
         parser.error(f"--seconds must be a positive number, got {own.seconds}")
     if own.tune and own.loader:
         parser.error("--tune is for DATA and --pipeline: --loader names no settings that could be changed")
+    for option in OF_PIPELINES.values():
+        if own.loader and option != "batch_size" and _is_given(rest, option):
+            parser.error(f"{flags_of(option)[-1]} does nothing with --loader: leave it out")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
     if not own.step and not own.no_step:
@@ -160,6 +171,9 @@ def _measured_by_all(
     from dali_saliencymix.training import distributed
 
     try:
+        if processes.is_main:
+            for path in filter(None, (own.tune, own.output, own.html)):
+                check_replaceable(path)  # now, not after minutes of measuring
         return _measured(own, training, rest, processes)
     except EXPECTED as error:
         text = line_of(error, expected=True)
@@ -183,18 +197,18 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
 
     from dali_saliencymix.bottleneck import training as of_train_py
 
-    given_batch = training.data.batch_size if _is_given(rest, "-b", "--batch-size") else None
+    given = {name: getattr(training.data, option) for name, option in OF_PIPELINES.items() if _is_given(rest, option)}
     files = _listed(own.files)
     source: Source
     if not own.pipeline and not own.loader:
         source = of_train_py.training_source(training, processes, images=own.images)
     elif own.pipeline:
-        threads = training.data.workers if _is_given(rest, "-j", "--workers") else None
-        settings: dict[str, Any] = {"batch_size": given_batch, "num_threads": threads}
-        source = pipeline_source(load_function(own.pipeline, "--pipeline"), settings, files=files)
+        source = pipeline_source(load_function(own.pipeline, "--pipeline"), given, files=files)
     else:
         assert own.loader
-        source = loader_source(load_function(own.loader, "--loader"), batch_size=given_batch, files=files)
+        source = loader_source(load_function(own.loader, "--loader"), batch_size=given.get("batch_size"), files=files)
+    if own.tune:
+        tunable(source)  # else an error, for which no file is to blame
     step = None
     if own.step:
         step = step_of(load_function(own.step, "--step"))
@@ -253,9 +267,10 @@ def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return step
 
 
-def _is_given(rest: list[str], short: str, long: str) -> bool:
-    names = [part.split("=")[0] for part in rest]
-    return long in names or (short != "" and any(name[:2] == short for name in names))
+def _is_given(rest: list[str], option: str) -> bool:
+    """Return whether the option of a field of `DataOptions` stands on a command line."""
+    flags = flags_of(option)
+    return any(word.partition("=")[0] in flags or word[:2] in flags for word in rest)
 
 
 def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) -> str:

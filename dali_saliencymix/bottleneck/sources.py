@@ -19,6 +19,14 @@ from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 Settings = Mapping[str, Any]
 
+# Of a DALI pipeline, each with the field of `DataOptions` that sets it.
+OF_PIPELINES = {
+    "batch_size": "batch_size",
+    "num_threads": "workers",
+    "prefetch_queue_depth": "prefetch",
+    "hw_decoder_load": "hw_decoder_load",
+}
+
 
 @dataclass
 class Source:
@@ -119,10 +127,11 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         "num_threads": first.num_threads,
         "prefetch_queue_depth": first.prefetch_queue_depth,
     }
-    # A share for the JPEG engine that the function has a default for.
-    load = inspect.signature(define).parameters.get("hw_decoder_load")
-    if load is not None and isinstance(load.default, (int, float)):
-        found["hw_decoder_load"] = load.default
+    # A share for the JPEG engine that is given, or that the function has a default for.
+    share = inspect.signature(define).parameters.get("hw_decoder_load")
+    load = given.get("hw_decoder_load", share.default if share else None)
+    if isinstance(load, (int, float)):
+        found["hw_decoder_load"] = load
     changeable = {name: value for name, value in found.items() if takes is None or name in takes}
     ahead = first.prefetch_queue_depth
     ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
@@ -139,7 +148,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         bytes_of(files),
         ahead,
         {**found, **given},
-        {"num_threads": "workers", "batch_size": "batch_size"},
+        OF_PIPELINES,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dali_saliencymix.bottleneck.sources import Settings, Source, bytes_of
+from dali_saliencymix.bottleneck.sources import OF_PIPELINES, Settings, Source, bytes_of
 from dali_saliencymix.loaders.base import chosen_backend
 from dali_saliencymix.loaders.dali import process_on
 from dali_saliencymix.loaders.data import open_data
@@ -21,11 +21,10 @@ from dali_saliencymix.training.optimisation import Updater, train_on
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions, ScheduleOptions, TrainingOptions
 from dali_saliencymix.training.schedule import Phase, phase_at
 
-# Settings of the loaders by who makes the batches, each with the option of train.py that sets it.
-_OF_DALI = {"batch_size": "batch_size", "num_threads": "workers", "prefetch_queue_depth": "prefetch"}
+# Settings of the loaders by who makes the batches, each with the field of `DataOptions` that sets it.
 _SETTINGS = {
-    "dali-cpu": _OF_DALI,
-    "dali-gpu": {**_OF_DALI, "hw_decoder_load": "hw_decoder_load"},
+    "dali-cpu": {name: option for name, option in OF_PIPELINES.items() if name != "hw_decoder_load"},
+    "dali-gpu": OF_PIPELINES,
     "pytorch": {"batch_size": "batch_size", "workers": "workers", "prefetch_factor": "prefetch"},
     "synthetic": {"batch_size": "batch_size"},
 }

@@ -130,7 +130,7 @@ def tune(
         confirmed = compared(now, then)
         said = _said({**confirmed, "kept": False})
         notify(f"tune: {source.in_words(found)} against {source.in_words(present)}: {said}")
-        smaller = all(found[name] <= present[name] for name in present)
+        smaller = all(_is_smaller(name, value, present[name]) for name, value in _changed(present, found).items())
         if confirmed["change"] is not None and confirmed["change"].low > (AS_FAST if smaller else 1):
             best = found
         else:
@@ -184,10 +184,13 @@ def _chosen(
     faster = [(change.median, settings) for change, settings in found if change.low > 1]
     if faster:
         return max(faster, key=lambda pair: pair[0])[1]
-    if name == "hw_decoder_load":  # of which less is not cheaper
-        return None
-    smaller = (settings for change, settings in found if change.low >= AS_FAST and settings[name] < best[name])
+    smaller = (each for change, each in found if change.low >= AS_FAST and _is_smaller(name, each[name], best[name]))
     return next(smaller, None)
+
+
+def _is_smaller(name: str, value: Any, than: Any) -> bool:
+    """Return whether a value costs less than another one: fewer threads, fewer batches; of a share less does not."""
+    return bool(value < than) and name != "hw_decoder_load"
 
 
 def _is_fast_enough(loader: Series | str, step: Series | None) -> bool:

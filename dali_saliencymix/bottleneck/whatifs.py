@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dali_saliencymix.bottleneck.sources import Settings, Source, explained
-from dali_saliencymix.bottleneck.verdict import Series
+from dali_saliencymix.bottleneck.verdict import PASS_STALL, Series
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.figures import LEAST_ROUNDS, interval
 from dali_saliencymix.measure.processes import by_round, first_reason, gather
@@ -183,7 +183,7 @@ def predicted_rows(
     def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
         rows.append({"kind": kind, "what": what, "value": value, "text": text})
 
-    if step and loader and threads and step > loader:
+    if step and loader and threads and loader < (1 - PASS_STALL) * step:  # else it keeps up
         needed = -(-threads * step // loader)
         more = f"; this machine has {cores()} core{'s' * (cores() > 1)}" if needed * world > cores() else ""
         text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"

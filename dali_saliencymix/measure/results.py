@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dali_saliencymix._errors import naming
+from dali_saliencymix._errors import naming, try_writing
 from dali_saliencymix._json import finite
 
 
@@ -40,6 +41,15 @@ def replace_file(path: Path, text: str) -> None:
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise an OSError where `replace_file` would; folders are made, a file is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        try_writing(path.parent, 1)
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
