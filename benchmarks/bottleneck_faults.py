@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +330,7 @@ def main() -> None:
             result[error] = spread([row["takes_longer_by"]["median"] for row in result[grid]])
     program.write(result, options.output)
     rows = []
-    of_names = {**{name: (EXPECTED[name], table[name]) for name in table}}
+    of_names: dict[str, tuple[str, Mapping[str, int]]] = {name: (EXPECTED[name], table[name]) for name in table}
     of_names |= {f"recorded: {name}": (expected, {found: 1}) for name, (expected, found) in judged.items()}
     for name, (expected, verdicts) in of_names.items():
         counts: collections.Counter[str] = collections.Counter()

@@ -189,6 +189,8 @@ def test_the_timeline_is_drawn_to_scale_and_its_legend_stands_outside():
     labels = page.texts("text")
     assert labels == ["0", "10", "20", "30", "40", "1", "step", "5"]
     assert not any("wait" in text for text in page.texts("svg"))
+    (label,) = (attributes["aria-label"] for tag, attributes, _ in page.elements if tag == "svg")
+    assert label == "5 steps of up to 40.0 ms, which wait for data for up to 30.0 ms"
 
 
 def test_a_long_timeline_has_columns_of_several_steps():

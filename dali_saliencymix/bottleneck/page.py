@@ -225,10 +225,11 @@ def _timeline(report: Report) -> str | None:
     ):
         marks.append(f'<text x="{x}" y="{ground + 18}" text-anchor="{anchor}">{text}</text>')
     longest = f"; each column is the longest of {together} steps" if together > 1 else ""
+    said = f"{len(steps):,} steps of up to {_number(top)} ms, which wait for data for up to {_number(max(waits))} ms"
     keys = '<span class="key step"></span>step with its wait <span class="key wait"></span>wait for data'
     return (
         f'<p class="caption">{keys}</p><div class="scroll">'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT - 16}" role="img" aria-label="Waits and steps over time">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT - 16}" role="img" aria-label="{said}">'
         f"{area(steps, 'step')}{area(waits, 'wait')}{''.join(marks)}</svg></div>"
         + _caption(f"ms, as the host sees it; upright lines: between two windows{longest}")
     )
