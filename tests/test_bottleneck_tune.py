@@ -200,7 +200,7 @@ def test_what_is_not_confirmed_at_the_end_is_not_taken(clock):
     assert found["best"] == found["present"]
     assert not found["is_better"]
     assert found["confirmed"]["change"].median == pytest.approx(1)
-    assert found["stopped"].endswith("it was not faster beyond the noise")
+    assert found["stopped"].endswith("in turns with the present setting, num_threads=8 was not faster beyond the noise")
 
 
 def test_a_loader_without_settings_is_refused():

@@ -25,7 +25,7 @@ ON_ONE_CORE = {
     (1, 1, "DALI threads", 3): f"1 DALI thread and 3 PyTorch threads share 1 core: {TAKE}{OMP}",
     (1, None, "DALI threads", 2): f"2 PyTorch threads share 1 core: {TAKE}{OMP}",
     (1, 1, "worker processes", 2): f"1 worker process and 2 PyTorch threads share 1 core: {TAKE}{OMP}",
-    (2, 8, "DALI threads", 1): (f"2 processes with 8 DALI threads and 1 PyTorch thread each share 1 core: {TAKE}{OMP}"),
+    (2, 8, "DALI threads", 1): f"2 processes with 8 DALI threads and 1 PyTorch thread each share 1 core: {TAKE}",
     (2, 1, "worker processes", None): f"2 processes with 1 worker process each share 1 core: {TAKE}",
 }
 

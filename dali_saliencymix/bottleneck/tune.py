@@ -134,7 +134,9 @@ def tune(
         if confirmed["change"] is not None and confirmed["change"].low > (AS_FAST if smaller else 1):
             best = found
         else:
-            stopped += "; measured in turns with the present setting it was not faster beyond the noise"
+            lacks = "as fast" if smaller else "faster beyond the noise"
+            changed = source.in_words(_changed(present, found))
+            stopped += f"; at last, in turns with the present setting, {changed} was not {lacks}"
     return {
         "present": present,
         "best": best,

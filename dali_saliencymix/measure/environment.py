@@ -95,7 +95,7 @@ def oversubscription(loader: int | None, called: str = "DALI threads", *, comput
     kinds = {called: loader, "PyTorch threads": of_step}
     each = " and ".join(_counted(count, kind) for kind, count in kinds.items() if count)
     who = f"{here} processes with {each} each" if here > 1 else each
-    setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step else ""
+    setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step > 1 else ""
     more = "more than one per core does not help, and takes time from the steps"
     return f"{who} share {_counted(available, 'cores')}: {more}{setting}"
 
