@@ -251,6 +251,7 @@ def test_a_step_that_holds_the_training_back_gets_no_change(clock):
         (["-j1", "--prefetch=2", "D", "--workers=3"], "D -j 4 --prefetch 8"),
         (["D", "--workers", "2", "--tune", "best.yaml", "-b", "8"], "D -b 8 -j 4 --prefetch 8"),
         (["a folder", "--tune=x"], "'a folder' -j 4 --prefetch 8"),
+        (["--no-step", "-j", "2", "--", "D"], "--no-step -j 4 --prefetch 8 -- D"),
     ],
 )
 def test_the_new_command_is_the_old_one_with_the_options_changed(line, words, monkeypatch):
@@ -259,6 +260,7 @@ def test_the_new_command_is_the_old_one_with_the_options_changed(line, words, mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command.changed_command("python -m x", line, changed) == f"torchrun --nproc_per_node=2 -m x {words}"
+    assert command.changed_command("x", line, changed) == f"torchrun --nproc_per_node=2 --no-python x {words}"
     monkeypatch.setenv("WORLD_SIZE", "4")  # on two machines
     assert command.changed_command("python -m x", line, changed) == f"torchrun ... -m x {words}"
 

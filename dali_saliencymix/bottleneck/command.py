@@ -287,12 +287,12 @@ def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) ->
             del words[place : place + 2]
         short = len(name) == 2
         words = [word for word in words if not (word.startswith(name) and (short or word.startswith(f"{name}=")))]
-    for option, value in changed.items():
-        words += [flags_of(option)[0], str(value)]
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    if processes and prog.startswith("python "):  # of torchrun, whose options for several machines are not known here
+    end = words.index("--") if "--" in words else len(words)  # no option stands behind that
+    words[end:end] = [word for option, value in changed.items() for word in (flags_of(option)[0], str(value))]
+    if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # of torchrun, whose options for several machines are not known
         alone = os.environ.get("WORLD_SIZE", processes) == processes
-        prog = f"torchrun {f'--nproc_per_node={processes}' if alone else '...'} {prog.removeprefix('python ')}"
+        program = prog.removeprefix("python ") if prog.startswith("python ") else f"--no-python {prog}"
+        prog = f"torchrun {f'--nproc_per_node={processes}' if alone else '...'} {program}"
     return f"{prog} {shlex.join(words)}"
 
 
