@@ -241,6 +241,20 @@ def test_a_step_that_holds_the_training_back_gets_no_change(clock):
     assert alone["change"]["settings"] == {"num_threads": 8}
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_where_no_setting_helps_that_is_said_beside_the_advice(searched, clock):
+    source, _ = source_of(lambda num_threads: 0.12, num_threads=4)
+    options = {"seconds": 100, "with_storage": False, "with_tuning": searched}
+    found = measure_source(source, lambda batch: time.sleep(0.02), **options)
+    assert (found["verdict"]["name"], found["change"]) == ("LOADER-BOUND", None)
+    said = "  Change: no other setting that was measured makes the loader faster beyond the noise\n"
+    assert said in report_text(found)
+    unknown = measure_source(
+        source, lambda batch: time.sleep(0.02), **{**options, "with_tuning": False}, with_what_ifs=False
+    )
+    assert "Change:" not in report_text(unknown)
+
+
 # As options and files.
 
 

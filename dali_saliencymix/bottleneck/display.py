@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
+from dali_saliencymix.bottleneck.verdict import LOADER_ALONE, OF_THE_LOADER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +126,10 @@ def _change_lines(report: Report) -> list[str]:
     """Return the change that makes the loader faster, where it is what holds the training back."""
     change = report["change"]
     if change is None:
-        return []
+        rows = report["tune"]["trials"] if report["tune"] else report["what_ifs"]
+        measured = any(row.get("change") and row["setting"] != "batch_size" for row in rows)
+        none = "  Change: no other setting that was measured makes the loader faster beyond the noise"
+        return [none] if measured and report["verdict"]["name"] in OF_THE_LOADER else []
     speed = change["loader_changes"]
     where = "for train.py and for this tool" if change["of_train_py"] else "as arguments of the pipeline's function"
     lines = [
