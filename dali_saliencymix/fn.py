@@ -442,12 +442,13 @@ def soft_labels(
 
     Raises
     ------
-    ValueError
-        While the pipeline is defined, if an option is wrong.
+    TypeError, ValueError
+        While the pipeline is defined, if labels are no nodes, or `lam` or an option is wrong.
     RuntimeError
-        While the pipeline runs, if labels are class ids and `num_classes` was not given, or the labels of a batch have
-        different shapes; on the CPU, if a label is no whole number in [0, num_classes). On a GPU, which would have to
-        be waited for, such a label makes a row of NaN instead, and so a loss of NaN.
+        While the pipeline runs, if labels are class ids and `num_classes` was not given, or labels and source labels
+        of a batch have different shapes; on the CPU, if a label is no whole number in [0, num_classes), or `lam` lies
+        outside [0, 1]. On a GPU, which would have to be waited for, such a label makes a row of NaN instead, and so a
+        loss of NaN.
 
     Notes
     -----
@@ -468,25 +469,26 @@ def soft_labels(
     if isinstance(lam, types.ScalarConstant):
         lam = lam.value
     if not isinstance(lam, DataNode):
-        lam = check_fraction(lam, "lam")
-    nodes = [node for node in (labels, source_labels, lam) if isinstance(node, DataNode)]
+        lam = fn.constant(fdata=check_fraction(lam, "lam"), shape=[])
+    for name, node in (("labels", labels), ("source_labels", source_labels)):
+        if not isinstance(node, DataNode):
+            msg = f"{name} must be a DataNode, got {node!r}"
+            raise TypeError(msg)
+    nodes = [labels, source_labels, lam]
     device = "gpu" if any(node.device == "gpu" for node in nodes) else "cpu"
+    operator = functools.partial(python_operator, name="soft_labels", stage=Stage("soft labels"))
     if num_classes is None:
         if smoothing:
             msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
             raise ValueError(msg)
         rule = "all labels of a batch must have one shape, got {}"
-        labels = python_operator(_vectors, labels, name="soft_labels", stage=Stage("soft labels"), rule=rule)
-        own, other = (to_device(device, fn.cast(node, dtype=types.FLOAT)) for node in (labels, source_labels))
-        weight = to_device(device, fn.cast(lam, dtype=types.FLOAT)) if isinstance(lam, DataNode) else lam
-        return weight * own + (1 - weight) * other
+        return operator(_mixed_vectors, *(to_device(device, node) for node in nodes), rule=rule)
     check_at_least(num_classes, "num_classes", 1)
-    given = None if isinstance(lam, DataNode) else lam
-    make = functools.partial(_soft_labels, lam=given, num_classes=num_classes, smoothing=smoothing)
+    make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
     rule = "all labels of a batch must have one shape; with their source_labels and lam they are vectors of {}"
-    return python_operator(make, fn.cat(*flat), name="soft_labels", stage=Stage("soft labels"), rule=rule)
+    return operator(make, fn.cat(*flat), rule=rule)
 
 
 def _mixed(
@@ -515,26 +517,26 @@ def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, al
     return (find_peaks(maps, *images.shape[1:3], least=least, route=route_of(algorithm, xp)),)
 
 
-def _vectors(labels: Array) -> tuple[Array]:
-    """Return labels (N, K), which must be vectors of weights, as float32."""
+def _mixed_vectors(labels: Array, source_labels: Array, lam: Array) -> tuple[Array]:
+    """Return the targets of vectors of weights (N, K)."""
     array_labels.check_vectors(labels)
-    return (labels.astype("float32"),)
+    own, other, weight = (array.astype("float32") for array in (labels, source_labels, lam.reshape(-1)))
+    return (array_labels.soft_labels(own, other, weight),)
 
 
-def _soft_labels(packed: Array, *, lam: float | None, num_classes: int, smoothing: float) -> tuple[Array]:
-    """Return the targets of float64 rows (label, source label, lam), where `lam` is not given for all of them."""
-    xp = array_namespace(packed)
-    count, numbers = packed.shape
-    ids = numbers - (lam is None)
-    if ids != 2:
+def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
+    """Return the targets of float64 rows (label, source label, lam)."""
+    if packed.shape[1] != 3:
         msg = (
             f"labels and source_labels must be class ids, one for each sample, where num_classes={num_classes} is "
-            f"given, and lam one number: these are {numbers} numbers. Leave num_classes out where labels are vectors"
+            f"given, and lam one number: these are {packed.shape[1]} numbers. Leave num_classes out where labels are "
+            "vectors"
         )
         raise ValueError(msg)
     labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
-    weight = packed[:, 2] if lam is None else xp.full(count, lam, xp.float64)
-    return (array_labels.soft_labels(labels, source_labels, weight, num_classes=num_classes, smoothing=smoothing),)
+    return (
+        array_labels.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),
+    )
 
 
 def _class_ids(values: Array, name: str) -> Array:

@@ -736,7 +736,7 @@ def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, fo
         return dsfn.soft_labels(labels, labels, 1.0, **options)
 
     shown = {
-        "ids": r"; with their source_labels and lam they are vectors of 3: \(4,\), \(6,\), ",
+        "ids": r"; with their source_labels and lam they are vectors of 3: \(5,\), \(7,\), ",
         "vectors": r", got 3: \(2,\), ",
     }
     with pytest.raises(RuntimeError, match=f"ValueError: all labels of a batch must have one shape{shown[form]}"):
@@ -769,17 +769,53 @@ def test_class_ids_without_num_classes_are_an_error_that_says_so(files, shape, d
         run(build(softened, device=device))
 
 
+@pytest.mark.parametrize("dtype", [types.FLOAT, types.UINT8])
+def test_vectors_are_not_mixed_with_class_ids(files, dtype):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        return dsfn.soft_labels(fn.one_hot(labels, num_classes=FILES), fn.cast(labels, dtype=dtype), 0.5)
+
+    message = rf"ValueError: source_labels must have shape \(8, {FILES}\), one entry for each image, got \(8, 1\)"
+    with pytest.raises(RuntimeError, match=message):
+        run(build(softened))
+
+
+@pytest.mark.parametrize("form", ["ids", "vectors"])
+def test_a_lam_outside_of_0_to_1_is_refused_while_the_pipeline_runs(files, form):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        labels, options = (labels, {"num_classes": FILES}) if form == "ids" else (fn.one_hot(labels), {})
+        return dsfn.soft_labels(labels, labels, fn.constant(fdata=1.5, shape=[]), **options)
+
+    with pytest.raises(RuntimeError, match=r"ValueError: lam must be in \[0, 1\], got 1\.5 at \[0\]"):
+        run(build(softened))
+
+
+def test_labels_that_are_no_nodes_are_refused_by_name(files):
+    @pipeline_def
+    def softened(name):
+        _, labels = read(files)
+        given = {"labels": labels, "source_labels": labels, name: types.Constant(3)}
+        return dsfn.soft_labels(**given, lam=0.5, num_classes=FILES)
+
+    for name in ("labels", "source_labels"):
+        with pytest.raises(TypeError, match=f"^{name} must be a DataNode, got 3"):
+            build(softened, name)
+
+
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16, types.BOOL])
 def test_one_weight_is_a_vector(files, dtype):
     @pipeline_def
     def softened():
         images, labels = read(files)
-        weight = fn.cast(labels > 11, dtype=dtype)
-        return weight, *dsfn.saliencymix(images, weight)[2:], dsfn.soft_labels(*dsfn.saliencymix(images, weight)[1:])
+        _, weight, other, lam = dsfn.saliencymix(images, fn.cast(labels % 2, dtype=dtype))
+        return weight, other, lam, dsfn.soft_labels(weight, other, lam)
 
-    weight, *_, targets = run(build(softened))
-    assert targets.shape == weight.shape == (8, 1)
-    assert targets.dtype == np.float32
+    *vectors, lam, targets = run(build(softened))
+    assert (targets.shape, targets.dtype) == ((8, 1), np.float32)
+    np.testing.assert_array_equal(targets, soft_labels(*vectors, lam))
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.25, types.Constant(1.0), types.Constant(np.float32(0.75)), 1])

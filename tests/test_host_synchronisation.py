@@ -297,7 +297,9 @@ def recorded(monkeypatch):
             if name == "saliency_peaks":
                 return dsfn.saliency_peaks(batch, **nodes)
             if name == "soft_labels":
-                lam = nodes.pop("lam", None) or fn.random.uniform(range=[0.0, 1.0])
+                if "num_classes" not in nodes:
+                    labels = fn.one_hot(labels, num_classes=COUNT)
+                lam = fn.random.uniform(range=[0.0, 1.0])
                 return dsfn.soft_labels(labels, fn.permute_batch(labels, indices=[1, 2, 3, 4, 0]), lam, **nodes)
             return getattr(dsfn, name)(batch, labels, **nodes)
 
@@ -344,7 +346,7 @@ OPERATORS = {
     "mix with peaks": ("mix", {"modes": WAYS, "peaks": given_peaks, "per_batch": True}),
     "saliency_peaks": ("saliency_peaks", {"algorithm": "array", "least": True}),
     "soft_labels": ("soft_labels", {"num_classes": COUNT, "smoothing": 0.1}),
-    "soft_labels with one lam": ("soft_labels", {"num_classes": COUNT, "lam": 0.25}),
+    "soft_labels of vectors": ("soft_labels", {}),
 }
 each_operator = pytest.mark.parametrize(("name", "options"), OPERATORS.values(), ids=OPERATORS)
 
