@@ -170,6 +170,13 @@ def check_fraction(value: float, name: str) -> float:
     return float(value)
 
 
+def check_flag(value: bool, name: str) -> None:
+    """Require True or False."""
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r}"
+        raise TypeError(msg)
+
+
 def check_at_least(value: int, name: str, least: int) -> None:
     """Require an integer of at least `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:

@@ -28,7 +28,7 @@ except ModuleNotFoundError:
 
 from dali_saliencymix import labels as array_labels
 from dali_saliencymix._array import array_namespace, is_host
-from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images
+from dali_saliencymix._checks import check_at_least, check_choice, check_flag, check_fraction, check_images
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import Stage, python_operator, to_device
 from dali_saliencymix._routes import ALGORITHMS, route_of
@@ -492,9 +492,16 @@ def soft_labels(
 
 
 def _mixed(
-    images: DataNode, labels: DataNode, options: MixOptions, normalise: Normalise | None, **given: Any
+    images: DataNode,
+    labels: DataNode,
+    options: MixOptions,
+    normalise: Normalise | None,
+    *,
+    return_boxes: bool = False,
+    **given: Any,
 ) -> tuple[DataNode, ...]:
-    return mix_nodes(images, labels, options, normalise=_checked(normalise), **given)
+    check_flag(return_boxes, "return_boxes")
+    return mix_nodes(images, labels, options, normalise=_checked(normalise), return_boxes=return_boxes, **given)
 
 
 def _checked(normalise: Normalise | None) -> Normalise | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from dali_saliencymix._checks import check_choice, check_fraction, check_positive
+from dali_saliencymix._checks import check_choice, check_flag, check_fraction, check_positive
 from dali_saliencymix._errors import printable
 from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.saliency import DETECTORS, get_detector
@@ -150,9 +150,8 @@ class MixOptions:
                 _check_alpha(value, self.modes)
             elif name == "prob":
                 check_fraction(value, name)
-            elif name == "per_batch" and not isinstance(value, bool):
-                msg = f"per_batch must be True or False, got {value!r}"
-                raise TypeError(msg)
+            elif name == "per_batch":
+                check_flag(value, name)
             elif declared.metadata["choices"]:
                 check_choice(value, name, declared.metadata["choices"])
         if self.label_weight != "area" and "saliencymix" not in self.modes:

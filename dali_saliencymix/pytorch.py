@@ -22,7 +22,7 @@ except ModuleNotFoundError:
     require("torch", by=__name__)
     raise
 
-from dali_saliencymix._checks import check_at_least, check_fraction
+from dali_saliencymix._checks import check_at_least, check_flag, check_fraction
 from dali_saliencymix._tensors import on_the_device_of, on_torch_s_stream, to_array, to_tensor
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.draw import draw
@@ -124,9 +124,7 @@ class SaliencyMix:
     ) -> None:
         check_at_least(num_classes, "num_classes", 1)
         smoothing = check_fraction(label_smoothing, "label_smoothing")
-        if not isinstance(return_boxes, bool):
-            msg = f"return_boxes must be True or False, got {return_boxes!r}"
-            raise TypeError(msg)
+        check_flag(return_boxes, "return_boxes")
         _check_keys(image_key, label_key)
         self._options = MixOptions(
             modes=modes,

@@ -161,7 +161,7 @@ def test_boxes_are_where_the_pixels_are(files, op, mirrored, place, device):
     assert (boxes[lam == 1] == 0).all()
 
 
-def test_boxes_cost_nothing_where_nobody_asks(files):
+def test_boxes_come_out_only_where_they_are_asked_for(files):
     assert len(run(build(before_and_after, files, {}))) == 5
     with pytest.raises(TypeError, match="return_boxes"):
         build(before_and_after, files, {"return_boxes": True}, "cpu", dsfn.mixup)
@@ -706,6 +706,7 @@ def test_wrong_images_are_refused_while_the_pipeline_runs(files, kind, message):
         ({"saliency": 3}, TypeError, "saliency must be the name of a detector or a callable, got 3"),
         ({"destination": "x"}, ValueError, "destination must be one of corresponding, .* got 'x'"),
         ({"label_weight": "x"}, ValueError, "label_weight must be one of area, saliency, got 'x'"),
+        ({"return_boxes": 2}, TypeError, "return_boxes must be True or False, got 2"),
         ({"preset": "x"}, ValueError, "preset must be one of default, paper, released-code, got 'x'"),
     ],
     ids=str,
