@@ -225,6 +225,9 @@ class SaliencyMix:
 
     def _collate_dicts(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         for sample in samples:
+            if not isinstance(sample, Mapping):
+                msg = f"samples must all be dicts where the first one is, got {_kind(sample)}"
+                raise TypeError(msg)
             for name, key in (("image_key", self._image_key), ("label_key", self._label_key)):
                 if key not in sample:
                     keys = ", ".join(map(repr, sample))

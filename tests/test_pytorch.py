@@ -709,6 +709,11 @@ def test_a_bad_sample_is_refused(sample, options, kind, text):
         SaliencyMix(K, **options).collate([sample, sample])
 
 
+def test_pairs_among_dicts_are_refused():
+    with pytest.raises(TypeError, match=r"^samples must all be dicts where the first one is, got builtins\.tuple$"):
+        SaliencyMix(K).collate([{"image": IMAGE, "label": 1}, (IMAGE, 1)])
+
+
 def test_a_bad_sample_reaches_the_user_out_of_a_worker():
     dataset = TensorDataset(pixels(4, 3, 8, 8), torch.full((4,), K))
     loader = DataLoader(dataset, batch_size=4, collate_fn=SaliencyMix(K).collate, num_workers=1)
