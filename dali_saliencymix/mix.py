@@ -472,11 +472,15 @@ def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: 
     placed = _boxes_of_pairs(options, pairs, receivers, route=route)
     if isinstance(rows, slice):
         return placed
-    empty = (np.zeros((count, 4), np.int32), np.zeros((count, 4), np.int32), np.ones(count, np.float32))
-    for whole, part in zip(empty, placed, strict=True):
-        if part is not None:
-            whole[rows] = part
-    return _Boxes(*(None if part is None else whole for whole, part in zip(empty, placed, strict=True)))
+
+    def for_all(part: Array | None, others: float) -> Array | None:
+        if part is None:
+            return None
+        whole = np.full((count, *part.shape[1:]), others, part.dtype)
+        whole[rows] = part
+        return whole
+
+    return _Boxes(for_all(placed.receivers, 0), for_all(placed.sources, 0), for_all(placed.lam, 1))
 
 
 def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, route: str) -> _Boxes:
