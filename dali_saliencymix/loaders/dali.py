@@ -76,7 +76,10 @@ class Loader(Batches):
         except RuntimeError as error:
             if state is None or isinstance(error, LoaderError):
                 raise
-            msg = f"the state to resume from is not one of this pipeline: {' '.join(str(error).split())}"
+            msg = (
+                f"the state to resume from is not one of this pipeline: {' '.join(str(error).split())} It may be of "
+                "another version of this package; --restart-epoch goes on without it"
+            )
             raise LoaderError(msg) from error
 
     def _start(self, checkpoint: bytes | None) -> None:
