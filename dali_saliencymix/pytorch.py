@@ -166,9 +166,8 @@ class SaliencyMix:
         images : torch.Tensor of shape (N, C, H, W), uint8
             The mixed images, in the memory format of `images` and on its device.
         targets : torch.Tensor of shape (N, K), float32
-            Rows that sum to 1 where those of `labels` do, and for class ids, on the device of `images`: for
-            ``torch.nn.CrossEntropyLoss``. On a GPU a label outside [0, num_classes) is no error, but makes a row of
-            NaN.
+            For ``torch.nn.CrossEntropyLoss``, on the device of `images`. Rows of class ids sum to 1, those of vectors
+            where the vectors do. On a GPU a label outside [0, num_classes) is no error, but makes a row of NaN.
         boxes : torch.Tensor of shape (N, 4), int32
             With ``return_boxes=True``: where the source's pixels are, (y0, x0, y1, x1), half-open, on the device of
             `images`. All 0 where nothing was pasted, as by mixup.
