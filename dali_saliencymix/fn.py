@@ -445,10 +445,10 @@ def soft_labels(
     TypeError, ValueError
         While the pipeline is defined, if labels are no nodes, or `lam` or an option is wrong.
     RuntimeError
-        While the pipeline runs, if labels are class ids and `num_classes` was not given, or labels and source labels
-        of a batch have different shapes; on the CPU, if a label is no whole number in [0, num_classes), or `lam` lies
-        outside [0, 1]. On a GPU, which would have to be waited for, such a label makes a row of NaN instead, and so a
-        loss of NaN.
+        While the pipeline runs, if labels are class ids and `num_classes` was not given, or the labels of a batch, or
+        vectors and those of their sources, have different shapes; on the CPU, if a label is no whole number in
+        [0, num_classes), or `lam` lies outside [0, 1]. On a GPU, which would have to be waited for, such a label makes
+        a row of NaN instead, and so a loss of NaN.
 
     Notes
     -----
