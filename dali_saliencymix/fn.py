@@ -481,14 +481,14 @@ def soft_labels(
         if smoothing:
             msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
             raise ValueError(msg)
-        rule = "all labels of a batch must have one shape, got {}"
-        return operator(_mixed_vectors, *(to_device(device, node) for node in nodes), rule=rule)
+        rules = [f"all {name} of a batch must have one shape, got {{}}" for name in ("labels", "source_labels", "lam")]
+        return operator(_mixed_vectors, *(to_device(device, node) for node in nodes), rules=rules)
     check_at_least(num_classes, "num_classes", 1)
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # One input for Python instead of three; float64 holds all class ids of up to 2**53.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
     rule = "all labels of a batch must have one shape; with their source_labels and lam they are vectors of {}"
-    return operator(make, fn.cat(*flat), rule=rule)
+    return operator(make, fn.cat(*flat), rules=[rule])
 
 
 def _mixed(

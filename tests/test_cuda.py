@@ -618,7 +618,9 @@ def call_as_dali_does(monkeypatch, function, stream, *inputs):
     """Call a function as DALI calls it for a GPU, with a stream of its own current."""
     dali = python_function.PythonFunction
     monkeypatch.setattr(dali, "current_stream", lambda: SimpleNamespace(ptr=stream))
-    return dali._cupy_stream_wrapper(functools.partial(bridge.on_samples, function), *inputs)
+    return dali._cupy_stream_wrapper(
+        functools.partial(bridge.on_samples, function, rules=[bridge.OF_IMAGES] * len(inputs)), *inputs
+    )
 
 
 def test_an_error_on_a_gpu_leaves_dali_its_stream(lent, monkeypatch):

@@ -744,6 +744,32 @@ def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, fo
         run(build(softened))
 
 
+def test_labels_of_sources_are_refused_in_words_of_their_own(files):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        ragged = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
+        return dsfn.soft_labels(fn.one_hot(labels, num_classes=3), ragged, 1.0)
+
+    with pytest.raises(
+        RuntimeError, match=r"ValueError: all source_labels of a batch must have one shape, got 3: \(2,"
+    ):
+        run(build(softened))
+
+
+def test_peaks_of_different_lengths_are_refused(files):
+    @pipeline_def
+    def mixed():
+        images, labels = read(files)
+        peaks = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
+        return dsfn.saliencymix(images, labels, peaks=peaks)
+
+    with pytest.raises(
+        RuntimeError, match=r"ValueError: all peaks of a batch must have shape \(2,\); with what is drawn"
+    ):
+        run(build(mixed))
+
+
 def test_peaks_of_images_of_different_shapes_are_refused(files):
     @pipeline_def
     def ragged():

@@ -362,10 +362,11 @@ def test_the_functions_of_operators(cupy, recorded, name, options):
 def test_lists_of_samples(cupy, recorded, name, options, apart):
     function, batches, expected = recorded(name, **options)
     samples = [samples_in_memory(batch, apart) for batch in batches]
+    rules = [bridge.OF_IMAGES] * len(samples)
     with cupy.cuda.Stream.from_external(LentStream(7)):
-        first = bridge.on_samples(function, *samples)
+        first = bridge.on_samples(function, *samples, rules=rules)
         copies = cupy.copies_from_host
-        second = bridge.on_samples(function, *samples)
+        second = bridge.on_samples(function, *samples, rules=rules)
     assert cupy.copies_from_host == copies
     for made in (first, second):
         for ours, theirs in zip(made, expected, strict=True):

@@ -49,15 +49,15 @@ def as_samples(batch: Array) -> list[Array]:
 
 
 def on_samples(
-    function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rule: str = OF_IMAGES
+    function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rules: Sequence[str]
 ) -> tuple[list[Array], ...]:
-    """Apply ``function(*batches) -> batches`` to lists of samples of one shape, as `rule` says; return such lists."""
+    """Apply ``function(*batches) -> batches`` to lists of samples of one shape, as `rules` say; return such lists."""
     xp = array_namespace(inputs[0][0])
     if is_host(xp):
-        return _on_batches(function, inputs, rule)
+        return _on_batches(function, inputs, rules)
     stream = xp.cuda.get_current_stream()
     try:
-        return in_lasting_thread(stream, xp, _on_batches, function, inputs, rule)
+        return in_lasting_thread(stream, xp, _on_batches, function, inputs, rules)
     except BaseException:
         # DALI lends its stream to this one of CuPy, which would destroy it in the end, and takes it back only after a
         # call that returns. A destroyed one would come back in some later pipeline.
@@ -87,8 +87,10 @@ def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
 
 
-def _on_batches(function: Callable[..., Any], inputs: Any, rule: str) -> tuple[list[Array], ...]:
-    return tuple(as_samples(batch) for batch in function(*(as_batch(samples, rule) for samples in inputs)))
+def _on_batches(function: Callable[..., Any], inputs: Any, rules: Sequence[str]) -> tuple[list[Array], ...]:
+    return tuple(
+        as_samples(batch) for batch in function(*(as_batch(*given) for given in zip(inputs, rules, strict=True)))
+    )
 
 
 def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:

@@ -15,6 +15,7 @@ from nvidia.dali import fn, types
 
 from dali_saliencymix import pixels
 from dali_saliencymix._array import array_namespace, constant, is_host
+from dali_saliencymix._dali.bridge import OF_IMAGES
 from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator, to_device
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import scaling
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from nvidia.dali.pipeline import DataNode
 
     from dali_saliencymix._array import Array
+
+
+# Nothing else that images are mixed with comes from the user.
+_OF_PEAKS = "all peaks of a batch must have shape (2,); with what is drawn for an image they are vectors of {}"
 
 
 class Normalise(NamedTuple):
@@ -95,6 +100,7 @@ def mix_nodes(
         mixing,
         images,
         params,
+        rules=(OF_IMAGES, _OF_PEAKS),
         name="mix" if policy else str(options.mode),
         num_outputs=2 + return_boxes,
         layouts=["HWC" if normalise is None else normalise.layout],

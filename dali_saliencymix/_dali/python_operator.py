@@ -60,14 +60,14 @@ def python_operator(
     stage: Stage,
     num_outputs: int = 1,
     layouts: Sequence[str] = (),
-    rule: str = bridge.OF_IMAGES,
+    rules: Sequence[str] = (bridge.OF_IMAGES,),
 ) -> Any:
     """Put ``function(*batches) -> batches``, a tuple of `num_outputs`, into the pipeline that is being defined.
 
     Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
-    errors call the operator, where DALI lets it have a name, and `rule` what they say where samples of the first input
-    have different shapes. On a CPU `function` may use as many threads as the pipeline has. Those of the pipeline wait
-    meanwhile: DALI runs no two operators of the CPU at a time.
+    errors call the operator, where DALI lets it have a name, and `rules` what they say where samples of an input have
+    different shapes, one for each. On a CPU `function` may use as many threads as the pipeline has. Those of the
+    pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
     if device == "gpu":
@@ -81,7 +81,8 @@ def python_operator(
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         if device == "cpu":
             # DALI refuses samples of different shapes in words that name JAX: these come before it does.
-            checked = _whole_batches(functools.partial(_only_one_shape, rule), name)(inputs[0].shape())
+            shapes = [node.shape() for node in inputs]
+            checked = _whole_batches(functools.partial(_only_one_shape, rules), name)(*shapes)
             inputs = (*inputs, _marked(checked, Stage("shapes", small=True)))
             limited = functools.partial(_without_last, limited)
         nodes = _marked(_whole_batches(limited, name, **options)(*inputs), stage)
@@ -90,7 +91,7 @@ def python_operator(
         return nodes if device == "cpu" else fn.copy(nodes)
     if layouts:
         options["output_layouts"] = list(layouts)
-    on_samples = functools.partial(bridge.on_samples, limited, rule=rule)
+    on_samples = functools.partial(bridge.on_samples, limited, rules=rules)
     nodes = fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
     return nodes if debugged else _marked(nodes, stage)
 
@@ -115,11 +116,12 @@ def _without_last(function: Callable[..., Batches], *arrays: Array) -> Batches:
     return function(*arrays[:-1])
 
 
-def _only_one_shape(rule: str, shapes: Array) -> Batches:
-    """Require equal rows of `shapes`, (N, axes); return something, for another operator to wait for."""
-    if (shapes != shapes[0]).any():
-        bridge.check_one_shape(map(tuple, shapes.tolist()), rule)
-    return (np.zeros(len(shapes), np.uint8),)
+def _only_one_shape(rules: Sequence[str], *inputs: Array) -> Batches:
+    """Require equal rows of the shapes of each input, (N, axes); return something, for another operator to wait for."""
+    for rule, shapes in zip(rules, inputs, strict=True):
+        if (shapes != shapes[0]).any():
+            bridge.check_one_shape(map(tuple, shapes.tolist()), rule)
+    return (np.zeros(len(inputs[0]), np.uint8),)
 
 
 def _whole_batches(function: Callable[..., Batches], name: str, **options: Any) -> Any:
