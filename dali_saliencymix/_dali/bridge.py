@@ -88,9 +88,8 @@ def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
 
 
 def _on_batches(function: Callable[..., Any], inputs: Any, rules: Sequence[str]) -> tuple[list[Array], ...]:
-    return tuple(
-        as_samples(batch) for batch in function(*(as_batch(*given) for given in zip(inputs, rules, strict=True)))
-    )
+    batches = [as_batch(samples, rule) for samples, rule in zip(inputs, rules, strict=True)]
+    return tuple(as_samples(batch) for batch in function(*batches))
 
 
 def _pointers(samples: Sequence[Array], xp: Namespace) -> list[int]:
