@@ -132,10 +132,7 @@ def _change_lines(report: Report) -> list[str]:
         return [none] if measured and report["verdict"]["name"] in OF_THE_LOADER else []
     speed = change["loader_changes"]
     where = "for train.py and for this tool" if change["of_train_py"] else "as arguments of the pipeline's function"
-    lines = [
-        f"  Change: {change['words']}, {where}: the loader alone is {_times(speed['median'])} as fast "
-        f"({_times(speed['low'])} to {_times(speed['high'])})"
-    ]
+    lines = [f"  Change: {change['words']}, {where}: the loader alone is {_ratio(speed)} as fast"]
     return lines if change["command"] is None else [*lines, f"    {change['command']}"]
 
 
@@ -184,10 +181,14 @@ def _tune_lines(report: Report) -> list[str]:
     return lines
 
 
+def _ratio(spread: dict[str, float]) -> str:
+    return f"{_times(spread['median'])} ({_times(spread['low'])[:-1]} to {_times(spread['high'])[:-1]})"
+
+
 def _change(found: dict[str, Any]) -> str:
     """Return a change of the loader's rate in words; within the noise the two rates would only mislead."""
     change = found["change"]
-    ratio = f"{_times(change['median'])} ({_times(change['low'])[:-1]} to {_times(change['high'])[:-1]})"
+    ratio = _ratio(change)
     if change["low"] <= 1 <= change["high"]:
         return f"{ratio}, within the noise"
     speed, before = (found[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
