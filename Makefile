@@ -44,7 +44,7 @@ demo: $(installed)
 	rm -rf $(DEMO)/data $(DEMO)/run
 	$(python) -m dali_saliencymix sample-data $(DEMO)/data
 	$(python) -m dali_saliencymix preview $(DEMO)/data -o $(DEMO)/preview.png --min-crop-area 0.35 --seed 1
-	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 2 --lr 0.05 --lr-warmup-epochs 1 \
+	$(python) train.py $(DEMO)/data -a resnet18 --epochs $(EPOCHS) -b 32 -j 1 --lr 0.05 --lr-warmup-epochs 1 \
 	  --train-crop-size 48 --val-resize-size 48 --val-crop-size 48 --min-crop-area 0.35 \
 	  --print-freq 10 --output-dir $(DEMO)/run
 	@echo "log and checkpoints: $(abspath $(DEMO)/run)   (8 classes: chance is 12.5 %)"

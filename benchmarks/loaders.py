@@ -13,7 +13,7 @@ image and interpolates its colours, DALI the window that is kept, without interp
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
 ``saliencymix NAME``      the same with our ``saliencymix`` and the detector NAME in the graph
 ``..., apart``            on a CPU: the operator mixes only, and DALI mirrors and normalises, as it does for ``none``.
-                          Otherwise ``cutmix`` and ``saliencymix`` do all three on a CPU, as in ``train.py``
+                          Otherwise the operators do all three on a CPU, as in ``train.py``
 ``..., samples``          on a GPU: DALI passes the operator a list of samples
 ``..., whole batches``    on a GPU: DALI passes the operator each batch as one array, as it does on a CPU
 ``..., array``            the operator computes with array operations

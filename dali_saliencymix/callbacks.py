@@ -20,7 +20,7 @@ from dali_saliencymix.packages import is_installed, require
 
 __all__ = ["lightning_callback", "transformers_callback"]
 
-PREFIX = "data/"  # of the names in a trainer's log
+_PREFIX = "data/"  # of the names in a trainer's log
 _LIGHTNING = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 _FETCH = "train_dataloader_next"  # what Lightning tells its profiler when it asks for a training batch
 
@@ -36,7 +36,7 @@ def lightning_callback(**options: Any) -> Any:
     ----------
     **options
         Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size`, `window`, `warn_share`, `patience`, `say`,
-        which is given the summary as well, and `clock`.
+        which is given the line of `Monitor.verdict` at the end as well, and `clock`.
 
     Returns
     -------
@@ -77,7 +77,8 @@ def transformers_callback(**options: Any) -> Any:
     ----------
     **options
         Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size`, by default the images of an update in all
-        processes, `window`, `warn_share`, `patience`, `say`, which is given the summary as well, and `clock`.
+        processes, `window`, `warn_share`, `patience`, `say`, which is given the line of `Monitor.verdict` at the end as
+        well, and `clock`.
 
     Returns
     -------
@@ -136,7 +137,7 @@ class _Hooks:
         """Return what goes to a log, by name; nothing before the second step."""
         assert self.monitor is not None
         figures = {"wait_share": self.monitor.data_wait_share, "images_per_second": self.monitor.images_per_second}
-        return {PREFIX + name: value for name, value in figures.items() if value is not None}
+        return {_PREFIX + name: value for name, value in figures.items() if value is not None}
 
 
 class _LightningHooks(_Hooks):

@@ -5,7 +5,7 @@ either device. All random numbers are drawn by DALI operators, so that the pipel
 the Python code that DALI calls for each batch is a pure function.
 
 `saliencymix`, `cutmix`, `mixup` and `mix` stand at the same place of a pipeline and return the same four nodes; with
-``return_boxes=True``, which mixup has no use for, a fifth one says where the patches are.
+``return_boxes=True``, which mixup does not take, a fifth one says where the patches are.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def saliencymix(
     With ``label_weight="saliency"`` a map is constant inside each of its cells, and cells that an edge of the box cuts
     count by the part that is covered. A map with negative values is shifted by its minimum, so that it is at least 0;
     pixels that are not finite count as not salient. Where the map of the receiver or the source is constant 0, or
-    neither share has anything, the area decides. `lam` stays 1 where nothing was pasted. With `per_batch` the box is
+    both shares are 0, the area decides. `lam` stays 1 where nothing was pasted. With `per_batch` the box is
     one, but each image's own map weighs its label. The published code of SaliencyMixPlus (SS-hj/SaliencyMixPlus, 2024)
     weighs labels by saliency like this, with the saliency of input gradients.
 
@@ -235,8 +235,8 @@ def mixup(
     per_batch : bool
         If true, ``lam[0]`` serves all images.
     paste : callable, optional
-        What is made of the mixed images, as for `saliencymix`: it gets the blended images, and boxes that are empty. So
-        `paste_normalised` flips and normalises them.
+        What is made of the mixed images, as for `saliencymix`: it gets the blended images and empty boxes. With
+        `paste_normalised` they are flipped and normalised.
 
     Returns
     -------

@@ -203,6 +203,17 @@ def test_what_is_not_confirmed_at_the_end_is_not_taken(clock):
     assert found["stopped"].endswith("in turns with the present setting, num_threads=8 was not faster beyond the noise")
 
 
+def test_a_report_does_not_say_that_nothing_was_faster_where_something_was_for_a_while(clock):
+    told = []
+    source, _ = source_of(lambda num_threads: 0.1 if "kept" in "".join(told) else 0.1 / num_threads, num_threads=1)
+    options = {"seconds": 200, "with_storage": False, "with_tuning": True, "notify": told.append}
+    found = measure_source(source, lambda batch: time.sleep(0.02), **options)
+    assert (found["tune"]["trials"][0]["kept"], found["tune"]["is_better"]) == (True, False)
+    text = report_text(found)
+    assert "num_threads=1, the present setting: what was kept on the way was not better than it in turns" in text
+    assert "nothing that was tried was faster" not in text
+
+
 def test_a_loader_without_settings_is_refused():
     with pytest.raises(BottleneckError, match=r"tune needs a loader that takes one of num_threads, workers, .* none"):
         measure_source(Source("loader", {"batch_size": 4}, lambda _: []), None, with_tuning=True)
@@ -247,7 +258,7 @@ def test_where_no_setting_helps_that_is_said_beside_the_advice(searched, clock):
     options = {"seconds": 100, "with_storage": False, "with_tuning": searched}
     found = measure_source(source, lambda batch: time.sleep(0.02), **options)
     assert (found["verdict"]["name"], found["change"]) == ("LOADER-BOUND", None)
-    said = "  Change: no other setting that was measured makes the loader faster beyond the noise\n"
+    said = "  Change: no other setting was found that makes the loader faster beyond the noise\n"
     assert said in report_text(found)
     unknown = measure_source(
         source, lambda batch: time.sleep(0.02), **{**options, "with_tuning": False}, with_what_ifs=False

@@ -37,8 +37,8 @@ _OF_PEAKS = "all peaks of a batch must have shape (2,); with what is drawn for a
 class Normalise(NamedTuple):
     """Flip and normalise in the same operator as the mix, instead of behind it.
 
-    On a CPU with Numba installed one pass over the pixels does it all, which takes less time than
-    ``fn.crop_mirror_normalize`` alone.
+    On a CPU with Numba installed one pass over the pixels does it all for saliencymix and cutmix, which takes less time
+    than ``fn.crop_mirror_normalize`` alone. For mixup and mix it is a second pass.
 
     Attributes
     ----------

@@ -32,7 +32,7 @@ def report_text(report: Report) -> str:
         lines += ["", f"{'process':<26}" + "".join(f"{name + ' images/s':>18}" for name in names)]
         for each in report["ranks"]:
             rates = [each[name]["images_per_second"] for name in names]
-            shown = [_number(rate["median"]) if rate else "not measured" for rate in rates]
+            shown = [number_text(rate["median"]) if rate else "not measured" for rate in rates]
             lines.append(f"{each['rank']:<26}" + "".join(f"{rate:>18}" for rate in shown))
     host = conditions["host"]
     step = "".join(f"{name} " for name in _measured_of(report, "step"))
@@ -61,7 +61,7 @@ def stall_lines(report: Report) -> list[str]:
         return []
     if stall is None:
         return ["stall: not measured"]
-    passes = {True: "passes", False: "does not pass", None: "whether it passes is within the spread"}[report["passes"]]
+    passes = {True: "passes", False: "does not pass", None: "it may pass or not, within the spread"}[report["passes"]]
     lines = [
         f"stall {_spread(stall)}, {stall['band']} (warning from 10 %, critical from 20 %)",
         f"utilisation of the step {_percent(min(report['utilisation'], 1))}: {passes} (90 % passes)",
@@ -86,7 +86,7 @@ def _rate_lines(report: Report) -> list[str]:
             lines.append(f"{name:<26}{'-':>10}  not measured: {figure['not_measured']}")
             continue
         speed, ms = figure["images_per_second"], figure["ms_per_batch"]
-        lines.append(f"{name:<26}{_median_and_range(speed)}{_number(ms['median']):>10}")
+        lines.append(f"{name:<26}{_median_and_range(speed)}{number_text(ms['median']):>10}")
     prediction = report["prediction"]
     if prediction:
         lines.append(
@@ -111,13 +111,13 @@ def _stage_lines(report: Report) -> list[str]:
         against = "" if row["against_step"] is None else f"{_times(row['against_step']):>13}"
         lines.append(
             f"{row['name']:<26}{_median_and_range(row['added_ms'])}{_percent(row['share']['median']):>8}"
-            f"{_number(row['until_here_images_per_second']['median']):>18}{against}"
+            f"{number_text(row['until_here_images_per_second']['median']):>18}{against}"
             f"{'  below noise' if row['below_noise'] else ''}"
         )
     total = report["stages_sum"]
     lines.append(
-        f"{'sum of the stages':<26}{_number(total['sum_ms']):>10}{'':>20}{_percent(total['ratio']):>8}"
-        f"  of the loader's {_number(total['loader_ms'])} ms"
+        f"{'sum of the stages':<26}{number_text(total['sum_ms']):>10}{'':>20}{_percent(total['ratio']):>8}"
+        f"  of the loader's {number_text(total['loader_ms'])} ms"
     )
     return lines
 
@@ -128,7 +128,7 @@ def _change_lines(report: Report) -> list[str]:
     if change is None:
         rows = report["tune"]["trials"] if report["tune"] else report["what_ifs"]
         measured = any(row.get("change") and row["setting"] != "batch_size" for row in rows)
-        none = "  Change: no other setting that was measured makes the loader faster beyond the noise"
+        none = "  Change: no other setting was found that makes the loader faster beyond the noise"
         return [none] if measured and report["verdict"]["name"] in OF_THE_LOADER else []
     speed = change["loader_changes"]
     where = "for train.py and for this tool" if change["of_train_py"] else "as arguments of the pipeline's function"
@@ -174,6 +174,8 @@ def _tune_lines(report: Report) -> list[str]:
         lines.append(f"  {'best':<12} {tune['words']}, against the present setting: {_change(confirmed)}")
     else:
         why = "nothing that was tried was faster beyond the noise" if tune["trials"] else "no other was tried"
+        if any(row["kept"] for row in tune["trials"]):
+            why = "what was kept on the way was not better than it in turns"
         lines.append(f"  {'best':<12} {tune['words']}, the present setting: {why}")
     lines.append(f"  {'ended':<12} {tune['stopped']}")
     if "file" in tune:
@@ -192,7 +194,7 @@ def _change(found: dict[str, Any]) -> str:
     if change["low"] <= 1 <= change["high"]:
         return f"{ratio}, within the noise"
     speed, before = (found[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
-    return f"{ratio}, {_number(speed)} images/s against {_number(before)} measured in turns"
+    return f"{ratio}, {number_text(speed)} images/s against {number_text(before)} measured in turns"
 
 
 def _longer(spread: dict[str, float]) -> str:
@@ -216,11 +218,12 @@ def _times(ratio: float) -> str:
 
 
 def _median_and_range(spread: dict[str, float]) -> str:
-    between = f"({_number(spread['low'])} to {_number(spread['high'])})"
-    return f"{_number(spread['median']):>10} {between:>19}"
+    between = f"({number_text(spread['low'])} to {number_text(spread['high'])})"
+    return f"{number_text(spread['median']):>10} {between:>19}"
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Return a number with the digits that all tables and charts show."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{_tenths(value):.1f}"
 
 

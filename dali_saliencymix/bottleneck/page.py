@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dali_saliencymix.bottleneck.display import RATE_NAMES, _number, report_text, stall_lines
+from dali_saliencymix.bottleneck.display import RATE_NAMES, number_text, report_text, stall_lines
 from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
 from dali_saliencymix.measure.results import replace_file
 
@@ -155,7 +155,7 @@ def _rate_chart(report: Report) -> str | None:
     if max(medians) <= _OUT_OF_SIGHT * min(medians):
         return _bars(bars, (0.0, 1.1 * max(medians)), "") + _caption(f"images per second; {_RANGE}")
     least = min(medians) / 2
-    scale = f"logarithmic from {_number(least)}"
+    scale = f"logarithmic from {number_text(least)}"
     return _bars(bars, (least, 1.5 * max(medians)), "", logarithmic=True) + _caption(
         f"images per second, {scale}; {_RANGE}"
     )
@@ -181,7 +181,7 @@ def _bars(bars: list[Bar], ends: tuple[float, float], unit: str, *, logarithmic:
         line = f'<b style="{spot(start + spread["low"], start + spread["high"])}"></b>'
         rows.append(
             f'<tr><th scope="row">{html.escape(name)}</th><td class="track"><div>{bar}{line}</div></td>'
-            f'<td class="number">{_number(spread["median"])}{unit}</td></tr>'
+            f'<td class="number">{number_text(spread["median"])}{unit}</td></tr>'
         )
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
@@ -225,7 +225,8 @@ def _timeline(report: Report) -> str | None:
     ):
         marks.append(f'<text x="{x}" y="{ground + 18}" text-anchor="{anchor}">{text}</text>')
     longest = f"; each column is the longest of {together} steps" if together > 1 else ""
-    said = f"{len(steps):,} steps of up to {_number(top)} ms, which wait for data for up to {_number(max(waits))} ms"
+    most, longest_wait = number_text(top), number_text(max(waits))
+    said = f"{len(steps):,} steps of up to {most} ms, which wait for data for up to {longest_wait} ms"
     keys = '<span class="key step"></span>step with its wait <span class="key wait"></span>wait for data'
     return (
         f'<p class="caption">{keys}</p><div class="scroll">'

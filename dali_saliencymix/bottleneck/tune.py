@@ -16,8 +16,8 @@ from dali_saliencymix.measure.figures import interval
 from dali_saliencymix.measure.processes import agree
 from dali_saliencymix.measure.windows import MeasurementError, longest
 
-MARGIN = 1.1  # times the step's rate: a loader that is faster than this is fast enough
-AS_FAST = 0.95  # by the lower end of its range: the smaller one of two settings is then taken for as fast
+_MARGIN = 1.1  # times the step's rate: a loader that is faster than this is fast enough
+_AS_FAST = 0.95  # by the lower end of its range: the smaller one of two settings is then taken for as fast
 _TRIALS = 8  # that the time is divided by
 _MOST_PREFETCHED = 16
 
@@ -48,8 +48,7 @@ def tune(
     """Search from the present setting for a faster one, each trial in turns with the best so far.
 
     One setting after the other is halved and doubled, for as long as that is faster beyond the noise, or smaller and as
-    fast. At the end the best one is measured in turns with the present one: where it then is neither, the present one
-    stays.
+    fast. At the end the best one is measured in turns with the present one, which stays where the best is then neither.
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ def tune(
         The loader; its `settings` are the present ones.
     step, loader : tuple of float
         Milliseconds per image of the step alone, where there is one, and of the loader as it is. The search ends where
-        the loader's rate is more than `MARGIN` times the step's.
+        the loader's rate is more than 10 % above the step's.
     seconds : float
         Time for the search, about.
 
@@ -131,7 +130,7 @@ def tune(
         said = _said({**confirmed, "kept": False})
         notify(f"tune: {source.in_words(found)} against {source.in_words(present)}: {said}")
         smaller = all(_is_smaller(name, value, present[name]) for name, value in _changed(present, found).items())
-        if confirmed["change"] is not None and confirmed["change"].low > (AS_FAST if smaller else 1):
+        if confirmed["change"] is not None and confirmed["change"].low > (_AS_FAST if smaller else 1):
             best = found
         else:
             lacks = "as fast" if smaller else "faster beyond the noise"
@@ -186,7 +185,7 @@ def _chosen(
     faster = [(change.median, settings) for change, settings in found if change.low > 1]
     if faster:
         return max(faster, key=lambda pair: pair[0])[1]
-    smaller = (each for change, each in found if change.low >= AS_FAST and _is_smaller(name, each[name], best[name]))
+    smaller = (each for change, each in found if change.low >= _AS_FAST and _is_smaller(name, each[name], best[name]))
     return next(smaller, None)
 
 
@@ -196,7 +195,7 @@ def _is_smaller(name: str, value: Any, than: Any) -> bool:
 
 
 def _is_fast_enough(loader: Series | str, step: Series | None) -> bool:
-    return step is not None and not isinstance(loader, str) and interval(loader).high * MARGIN < interval(step).low
+    return step is not None and not isinstance(loader, str) and interval(loader).high * _MARGIN < interval(step).low
 
 
 def _said(found: dict[str, Any]) -> str:

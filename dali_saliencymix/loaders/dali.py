@@ -77,8 +77,8 @@ class Loader(Batches):
             if state is None or isinstance(error, LoaderError):
                 raise
             msg = (
-                f"the state to resume from is not one of this pipeline: {' '.join(str(error).split())} It may be of "
-                "another version of this package; --restart-epoch goes on without it"
+                "the state to resume from is not one of this pipeline: another version of this package may have "
+                f"written it, and --restart-epoch goes on without it: {' '.join(str(error).split())}"
             )
             raise LoaderError(msg) from error
 
