@@ -112,6 +112,7 @@ def ends(monkeypatch, capfd) -> Callable[..., Ended]:
 
     yield run
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)  # a line that was drawn may have had --deterministic
 
 
 def check(program: str, ended: Ended, words: list[str], names: tuple[str | Path, ...]) -> None:
