@@ -5,7 +5,7 @@
 The pipelines are real DALI pipelines on the CPU, over JPEG files made here; a fault is a sleep at one place, long
 enough to be the truth: in the reading, behind the resize, in the saliency detector, in the training step. A step that
 sleeps stands for one on an accelerator, which the CPU waits for. Faults take turns, so that what else the machine does
-hits all of them alike. A verdict is right, INCONCLUSIVE, or wrong.
+hits all of them alike. A verdict is right, undecided, or wrong.
 
 Beside the live runs, the rounds of `RECORDED` are judged again: runs on machines that were busy with other work, whose
 truth is known. They are one row each.
@@ -41,6 +41,7 @@ from benchmarks import machine, program
 from dali_saliencymix import bottleneck, spectral_residual
 from dali_saliencymix import fn as mix_fn
 from dali_saliencymix.bottleneck import Figures, RankFigures, Stage, decide
+from dali_saliencymix.bottleneck.verdict import OF_A_PART
 from dali_saliencymix.measure import page_cache
 
 RECORDED = Path(__file__).with_name("recorded_rounds.json")
@@ -285,8 +286,7 @@ def outcome(verdict: str, expected: str) -> str:
     """
     if verdict == expected:
         return "right"
-    parts = ("DISK-BOUND", "DECODE-BOUND", "CPU-PREP-BOUND", "MIX-BOUND")
-    undecided = verdict == "INCONCLUSIVE" or (verdict == "LOADER-BOUND" and expected in parts)
+    undecided = verdict == "INCONCLUSIVE" or (verdict == "LOADER-BOUND" and expected in OF_A_PART)
     return "undecided" if undecided else "wrong"
 
 

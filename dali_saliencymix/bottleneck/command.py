@@ -19,7 +19,7 @@ from dali_saliencymix.bottleneck.report import Report, compare, load_report, sav
 from dali_saliencymix.bottleneck.sources import (
     OF_PIPELINES,
     Source,
-    flags_of,
+    data_flags,
     load_function,
     loader_source,
     pipeline_source,
@@ -139,7 +139,7 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
         parser.error("--tune is for DATA and --pipeline: --loader names no settings that could be changed")
     for option in OF_PIPELINES.values():
         if own.loader and option != "batch_size" and _is_given(rest, option):
-            parser.error(f"{flags_of(option)[-1]} does nothing with --loader: leave it out")
+            parser.error(f"{data_flags(option)[-1]} does nothing with --loader: leave it out")
     if own.files and has_data:
         parser.error("--files is for --pipeline and --loader: the files of DATA are known")
     if not own.step and not own.no_step:
@@ -269,7 +269,7 @@ def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
 
 def _is_given(rest: list[str], option: str) -> bool:
     """Return whether the option of a field of `DataOptions` stands on a command line."""
-    flags = flags_of(option)
+    flags = data_flags(option)
     return any(word.partition("=")[0] in flags or word[:2] in flags for word in rest)
 
 
@@ -282,13 +282,13 @@ def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) ->
     'tool DATA -j 2'
     """
     words = list(arguments)
-    for name in ("--tune", *(flag for option in changed for flag in flags_of(option))):
+    for name in ("--tune", *(flag for option in changed for flag in data_flags(option))):
         for place in reversed([place for place, word in enumerate(words) if word == name]):
             del words[place : place + 2]
         short = len(name) == 2
         words = [word for word in words if not (word.startswith(name) and (short or word.startswith(f"{name}=")))]
     end = words.index("--") if "--" in words else len(words)  # no option stands behind that
-    words[end:end] = [word for option, value in changed.items() for word in (flags_of(option)[0], str(value))]
+    words[end:end] = [word for option, value in changed.items() for word in (data_flags(option)[0], str(value))]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # of torchrun, whose options for several machines are not known
         alone = os.environ.get("WORLD_SIZE", processes) == processes
         program = prog.removeprefix("python ") if prog.startswith("python ") else f"--no-python {prog}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dali_saliencymix.bottleneck.verdict import LOADER_ALONE, OF_THE_LOADER
+from dali_saliencymix.measure.environment import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ def report_text(report: Report) -> str:
             lines.append(f"{each['rank']:<26}" + "".join(f"{rate:>18}" for rate in shown))
     host = conditions["host"]
     step = "".join(f"{name} " for name in _measured_of(report, "step"))
-    processes = f"{conditions['processes']} process{'es' * (conditions['processes'] > 1)}"
+    processes = counted(conditions["processes"], "processes")
     where = host["device"] if host["cuda"] else f"CPU with {host['cores']} cores"
     lines += [
         *("", *_what_if_lines(report), *_tune_lines(report), ""),
@@ -261,6 +262,6 @@ def comparison_text(found: dict[str, Any]) -> str:
             lines.append(f"{name.replace('_', ' '):<24}{ends}{change}{sure[row['more_than_noise']]}")
     stall = found["stall"]
     if stall["difference"] is not None:
-        before, after = (100 * stall[key]["median"] for key in ("before", "after"))
-        lines += ["", f"stall {before:.0f} % -> {after:.0f} %{sure[stall['more_than_noise']]}"]
+        before, after = (_percent(stall[key]["median"]) for key in ("before", "after"))
+        lines += ["", f"stall {before} -> {after}{sure[stall['more_than_noise']]}"]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dali_saliencymix.bottleneck.display import RATE_NAMES, number_text, report_text, stall_lines
 from dali_saliencymix.bottleneck.verdict import LOADER_ALONE
+from dali_saliencymix.measure.environment import counted
 from dali_saliencymix.measure.results import replace_file
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _about(report: Report) -> tuple[list[str], str]:
     """Return what was measured, on which data and machine; and when."""
     conditions = report["conditions"]
     host, processes = conditions["host"], conditions["processes"]
-    machine = host["device"] if host["cuda"] else f"{host['cpu']}, {host['cores']} core{'s' * (host['cores'] > 1)}"
+    machine = host["device"] if host["cuda"] else f"{host['cpu']}, {counted(host['cores'], 'cores')}"
     several = [f"{processes} processes"] if processes > 1 else []
     date = datetime.fromisoformat(report["created"]).strftime("%Y-%m-%d %H:%M UTC")
     return [conditions["source"], *filter(None, [conditions.get("data")]), machine, *several], date

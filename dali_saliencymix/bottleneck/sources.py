@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dali_saliencymix.loaders.options import DataOptions
+from dali_saliencymix.loaders.options import DataOptions, flags_of
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
@@ -46,20 +46,20 @@ class Source:
     def in_words(self, settings: Settings) -> str:
         """Return settings as they are given: options of ``train.py``, or arguments of the pipeline's function."""
         if self.is_training:
-            return " ".join(f"{flags_of(self.options[name])[0]} {value}" for name, value in settings.items())
+            return " ".join(f"{data_flags(self.options[name])[0]} {value}" for name, value in settings.items())
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def flags_of(option: str) -> tuple[str, ...]:
+def data_flags(option: str) -> tuple[str, ...]:
     """Return the flags of a field of `DataOptions`.
 
     Examples
     --------
-    >>> flags_of("workers")
+    >>> data_flags("workers")
     ('-j', '--workers')
     """
     (declared,) = (each for each in fields(DataOptions) if each.name == option)
-    return declared.metadata["flags"] or (f"--{option.replace('_', '-')}",)
+    return flags_of(declared)
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:

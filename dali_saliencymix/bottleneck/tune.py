@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
-from dali_saliencymix.bottleneck.sources import Source
+from dali_saliencymix.bottleneck.sources import Source, data_flags
 from dali_saliencymix.bottleneck.verdict import Series
 from dali_saliencymix.bottleneck.whatifs import LABELS, compared, measure_settings
-from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.environment import cores, local_processes
 from dali_saliencymix.measure.figures import interval
 from dali_saliencymix.measure.processes import agree
 from dali_saliencymix.measure.windows import MeasurementError, longest
@@ -74,7 +73,7 @@ def tune(
     """
     present = tunable(source)
     start, takes = time.perf_counter(), seconds / _TRIALS
-    most = max(agree(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), min), 1)  # threads
+    most = max(agree(cores() // local_processes(), min), 1)  # threads
     best, trials = dict(present), list[dict[str, Any]]()
     tried = {_key(best)}
 
@@ -151,7 +150,7 @@ def as_file(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings as a file holds them: options for ``train.py --config``, or arguments of a function by name."""
     if not source.is_training:
         return settings
-    return {source.options[name].replace("_", "-"): value for name, value in settings.items()}
+    return {data_flags(source.options[name])[-1].removeprefix("--"): value for name, value in settings.items()}
 
 
 def _key(settings: dict[str, Any]) -> tuple[Any, ...]:

@@ -46,8 +46,9 @@ _NEXT = {
     "INCONCLUSIVE": "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
 }
 VERDICTS = tuple(_NEXT)
+OF_A_PART = tuple(_CATEGORY_VERDICTS.values())  # those that name a part of the loader
 # Of these, the verdicts that another setting of the loader can change.
-OF_THE_LOADER = (*(name for name in _CATEGORY_VERDICTS.values() if name != "DISK-BOUND"), "LOADER-BOUND", LOADER_ALONE)
+OF_THE_LOADER = (*(name for name in OF_A_PART if name != "DISK-BOUND"), "LOADER-BOUND", LOADER_ALONE)
 _NEXT_PARTS_OPEN = (
     "Give the loader more threads (-j), on a GPU hw_decoder_load (see the what-ifs). A quieter machine or a longer "
     "measurement tells its parts apart: --seconds 300."

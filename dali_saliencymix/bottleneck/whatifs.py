@@ -7,7 +7,7 @@ from typing import Any
 
 from dali_saliencymix.bottleneck.sources import Settings, Source, explained
 from dali_saliencymix.bottleneck.verdict import PASS_STALL, Series
-from dali_saliencymix.measure.environment import cores
+from dali_saliencymix.measure.environment import cores, counted
 from dali_saliencymix.measure.figures import LEAST_ROUNDS, interval
 from dali_saliencymix.measure.processes import by_round, first_reason, gather
 from dali_saliencymix.measure.windows import Batches, Subject, measure_in_turns
@@ -185,7 +185,7 @@ def predicted_rows(
 
     if step and loader and threads and loader < (1 - PASS_STALL) * step:  # else it keeps up
         needed = -(-threads * step // loader)
-        more = f"; this machine has {cores()} core{'s' * (cores() > 1)}" if needed * world > cores() else ""
+        more = f"; this machine has {counted(cores(), 'cores')}" if needed * world > cores() else ""
         text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
         if bound and bound < loader:
             text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"

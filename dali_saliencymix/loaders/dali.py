@@ -78,7 +78,7 @@ class Loader(Batches):
                 raise
             msg = (
                 "the state to resume from is not one of this pipeline: another version of this package may have "
-                f"written it, and --restart-epoch goes on without it: {' '.join(str(error).split())}"
+                f"written it, and --restart-epoch resumes without it: {' '.join(str(error).split())}"
             )
             raise LoaderError(msg) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ def option(default: Any, text: str, *flags: str, group: str = "data", **about: A
         with which this one has a use, or a list of several such options.
     """
     return field(default=default, metadata={"help": text, "flags": flags, "group": group, **about})
+
+
+def flags_of(declared: Field[Any]) -> tuple[str, ...]:
+    """Return the flags of a declared option, the long one last: those it was given, or one of its name."""
+    return declared.metadata["flags"] or (f"--{declared.name.replace('_', '-')}",)
 
 
 @dataclass(frozen=True)

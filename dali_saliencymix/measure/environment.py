@@ -58,6 +58,11 @@ def cores() -> int:
     return _within_quota(len(os.sched_getaffinity(0)))
 
 
+def local_processes() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _within_quota(count: int) -> int:
     """Return a number of cores, or fewer where the control group of a container has time for no more, rounded up."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1
@@ -85,7 +90,7 @@ def oversubscription(loader: int | None, called: str = "DALI threads", *, comput
     str or None
         A sentence with the numbers and without a full stop; None where the cores are enough.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = local_processes()
     host, torch = platform.node(), sys.modules.get("torch")
     of_step = torch.get_num_threads() if computes and torch is not None else 0
     gathered = gather((host, os.sched_getaffinity(0)))  # a launcher may have given each process cores of its own
@@ -93,14 +98,21 @@ def oversubscription(loader: int | None, called: str = "DALI threads", *, comput
     if here * max(loader or 0, max((loader or 0) - 1, 0) + of_step) <= available:
         return None
     kinds = {called: loader, "PyTorch threads": of_step}
-    each = " and ".join(_counted(count, kind) for kind, count in kinds.items() if count)
+    each = " and ".join(counted(count, kind) for kind, count in kinds.items() if count)
     who = f"{here} processes with {each} each" if here > 1 else each
     setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step > 1 else ""
     more = "more than one per core does not help, and takes time from the steps"
-    return f"{who} share {_counted(available, 'cores')}: {more}{setting}"
+    return f"{who} share {counted(available, 'cores')}: {more}{setting}"
 
 
-def _counted(count: int, plural: str) -> str:
+def counted(count: int, plural: str) -> str:
+    """Return a number of things in words.
+
+    Examples
+    --------
+    >>> counted(1, "processes"), counted(2, "cores")
+    ('1 process', '2 cores')
+    """
     return f"{count} {plural if count > 1 else re.sub('(?<=ss)es$|s$', '', plural)}"
 
 

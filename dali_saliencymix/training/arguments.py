@@ -17,7 +17,7 @@ import yaml
 
 from dali_saliencymix._errors import add_traceback, line_of, printable
 from dali_saliencymix.datasets.damage import why_unusable
-from dali_saliencymix.loaders.options import DataOptions, defaults_of
+from dali_saliencymix.loaders.options import DataOptions, defaults_of, flags_of
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
 from dali_saliencymix.training.options import (
@@ -185,8 +185,7 @@ def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
         if metavar and "choices" not in about:
             about.setdefault("metavar", metavar)
     default = list(declared.default) if isinstance(declared.default, tuple) else declared.default
-    flags = declared.metadata["flags"] or (f"--{declared.name.replace('_', '-')}",)
-    group.add_argument(*flags, dest=declared.name, default=default, **about)
+    group.add_argument(*flags_of(declared), dest=declared.name, default=default, **about)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ from torch import nn
 from dali_saliencymix._errors import try_writing
 from dali_saliencymix.loaders.base import Batches, Data, chosen_backend, validated
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.measure.environment import environment, oversubscription, resident_mib
+from dali_saliencymix.measure.environment import counted, environment, oversubscription, resident_mib
 from dali_saliencymix.measure.results import write_json
 from dali_saliencymix.training import evaluation
 from dali_saliencymix.training.activation_maps import last_layers, save_activation_maps
@@ -52,7 +52,7 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     driver = f", driver {here['driver']}" if here["driver"] and here["cuda"] else ""
     schedule, mix, accumulated = options.schedule, options.data.mix, options.optimizer.accumulation_steps
-    sizes = [f"{options.data.batch_size} a process", f"{facts['processes']} process{'es' * (facts['processes'] > 1)}"]
+    sizes = [f"{options.data.batch_size} a process", counted(facts["processes"], "processes")]
     sizes += [f"{accumulated} steps an update"] if accumulated > 1 else []
     mixing = "none" if mix is None else f"{mix.mode}, alpha {mix.alpha:g}, prob {mix.prob:g}"
     if schedule.mix_off_epochs:
