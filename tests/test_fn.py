@@ -727,12 +727,17 @@ def test_wrong_numbers_of_classes_are_refused(files, num_classes):
         build(softened)
 
 
+def ragged(labels):
+    """Return vectors of two to four numbers in the place of labels."""
+    return fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
+
+
 @pytest.mark.parametrize("form", ["ids", "vectors"])
 def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, form):
     @pipeline_def
     def softened():
         _, labels = read(files)
-        labels = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
+        labels = ragged(labels)
         options = {"num_classes": FILES} if form == "ids" else {}
         return dsfn.soft_labels(labels, labels, 1.0, **options)
 
@@ -748,8 +753,7 @@ def test_labels_of_sources_are_refused_in_words_of_their_own(files):
     @pipeline_def
     def softened():
         _, labels = read(files)
-        ragged = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
-        return dsfn.soft_labels(fn.one_hot(labels, num_classes=3), ragged, 1.0)
+        return dsfn.soft_labels(fn.one_hot(labels, num_classes=3), ragged(labels), 1.0)
 
     with pytest.raises(
         RuntimeError, match=r"ValueError: all source_labels of a batch must have one shape, got 3: \(2,"
@@ -761,8 +765,7 @@ def test_peaks_of_different_lengths_are_refused(files):
     @pipeline_def
     def mixed():
         images, labels = read(files)
-        peaks = fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
-        return dsfn.saliencymix(images, labels, peaks=peaks)
+        return dsfn.saliencymix(images, labels, peaks=ragged(labels))
 
     with pytest.raises(
         RuntimeError, match=r"ValueError: all peaks of a batch must have shape \(2,\); with what is drawn"
