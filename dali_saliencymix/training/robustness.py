@@ -16,6 +16,37 @@ from dali_saliencymix.training import metrics
 from dali_saliencymix.training.evaluation import ValidationLoader, sums_over_images
 
 
+def gradient_signs(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the signs of the gradient of the loss by normalised images, and the logits, both float32.
+
+    The model is in evaluation mode, in which no image has an influence on another one.
+
+    All of it is computed in float32, whatever autocast says. Only signs of gradients count: in float16 those of well
+    classified images underflow to 0 and such an image would not be attacked at all, and bfloat16 has signs wrong where
+    terms cancel.
+    """
+    with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+        leaf = images.detach().float().requires_grad_()
+        logits = model(leaf)
+        # The sum, not the mean: what happens to an image does not depend on the size of its batch.
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    # The gradient by the pixels is that by the normalised ones divided by `std`, which changes no sign.
+    return gradient.sign(), logits.detach()
+
+
+def moved_along(
+    signs: torch.Tensor, images: torch.Tensor, *, epsilon: float, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Return normalised images after a step along `signs`, float32.
+
+    Images are normalised before and after; the pixels behind them are in [0, 1] and not rounded to 8 bits.
+    """
+    offset, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
+    pixels = images.detach().float() * scale + offset
+    return ((pixels + epsilon * signs).clamp(0, 1) - offset) / scale
+
+
 def fgsm(
     model: nn.Module,
     images: torch.Tensor,
@@ -25,26 +56,9 @@ def fgsm(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch after one step along the sign of the gradient, and the logits before it, both float32.
-
-    The model is in evaluation mode, in which no image has an influence on another one. Images are normalised before and
-    after; the pixels behind them are in [0, 1] and not rounded to 8 bits.
-
-    All of it is computed in float32, whatever autocast says. Only signs of gradients count: in float16 those of well
-    classified images underflow to 0 and such an image would not be attacked at all, and bfloat16 has signs wrong where
-    terms cancel.
-    """
-    offset, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
-    with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
-        leaf = images.detach().float().requires_grad_()
-        logits = model(leaf)
-        # The sum, not the mean: what happens to an image does not depend on the size of its batch.
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    pixels = leaf.detach() * scale + offset
-    # The gradient by the pixels is that by the normalised ones divided by `std`, which changes no sign.
-    moved = (pixels + epsilon * gradient.sign()).clamp(0, 1)
-    return (moved - offset) / scale, logits.detach()
+    """Return a batch after one step along the sign of the gradient, and the logits before it, both float32."""
+    signs, logits = gradient_signs(model, images, labels)
+    return moved_along(signs, images, epsilon=epsilon, mean=mean, std=std), logits
 
 
 def attacked_accuracy(

@@ -1,0 +1,159 @@
+"""Train a network on CIFAR-10 with several ways to mix, many times, and compare: what the file of -o lacks is run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, program
+from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.networks import NETWORKS, WIDTH, operations_of
+from benchmarks.accuracy.study import Settings, Study, read_runs, seconds_of
+from benchmarks.accuracy.summary import arms_table, contrasts_table
+
+_TEST_IMAGES = 10_000
+_TRAINING_IMAGES = 50_000
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        return int(found[1]), int(found[2])
+    msg = f"must be I/N with I from 1 to N, got {text!r}"
+    raise argparse.ArgumentTypeError(msg)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = program.parser(__doc__, "output", "device", "batch_size", batch_size=128)
+    positive, share = program.positive, program.share
+    parser.add_argument(
+        "data", nargs="?", type=Path, metavar="DATA", help="CIFAR-10, its files or mosaics; without it -o is shown only"
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
+    parser.add_argument("--width", type=positive, default=WIDTH, help="of resnet9 (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=30, help="default: %(default)s")
+    parser.add_argument(
+        "--images", type=positive, default=_TRAINING_IMAGES, help="for training, of all classes alike (default: all)"
+    )
+    parser.add_argument("--lr", type=program.positive_number, help="default: 0.1 for each 128 images of a batch")
+    parser.add_argument("--weight-decay", type=program.positive_number, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--prob", type=share, default=0.5, help="probability of mixing (default: %(default)s)")
+    parser.add_argument("--no-augment", action="store_true", help="neither crop nor flip")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    parser.add_argument("--evaluate-every", type=positive, default=1, metavar="EPOCHS", help="default: %(default)s")
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
+    parser.add_argument("--seeds", type=positive, default=5, help="runs of each arm (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=program.positive_number, default=math.inf, help="no run begins that would probably end later"
+    )
+    parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N processes that write to one file"
+    )
+    parser.add_argument(
+        "--plan", type=program.positive_number, metavar="TFLOPS", help="train nothing: say how long it would take"
+    )
+    parser.add_argument("--dry", action="store_true", help="two steps and 100 test images: does it all run?")
+    options = parser.parse_args()
+    if options.output is None and options.plan is None:
+        parser.error("-o must be given, the file of the study")
+    return options
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        network=options.network,
+        width=options.width if options.network == "resnet9" else None,
+        epochs=1 if options.dry else options.epochs,
+        images=options.images,
+        batch_size=options.batch_size,
+        lr=options.lr or 0.1 * options.batch_size / 128,
+        weight_decay=options.weight_decay,
+        prob=options.prob,
+        augment=not options.no_augment,
+        precision=options.precision,
+        evaluate_every=options.evaluate_every,
+        max_steps=2 if options.dry else None,
+        test_images=100 if options.dry else None,
+    )
+
+
+def operations_of_run(settings: Settings) -> float:
+    """Return the floating-point operations of a run: training, evaluations, and FGSM, which goes back once."""
+    forward = operations_of(settings.network, settings.width or 0)
+    steps = settings.images // settings.batch_size
+    trained = settings.epochs * min(steps, settings.max_steps or steps) * settings.batch_size
+    evaluations = math.ceil(settings.epochs / settings.evaluate_every)
+    return forward * (3 * trained + (evaluations + 3 + 2) * (settings.test_images or _TEST_IMAGES))
+
+
+def _plan(options: argparse.Namespace, settings: Settings) -> None:
+    runs = len(options.arms) * options.seeds
+    if options.output is not None:
+        runs = len(Study(options.output, settings).missing(options.arms, options.seeds, options.part))
+    operations = operations_of_run(settings)
+    seconds = operations / (options.plan * 1e12)
+    sys.stdout.write(
+        f"A run takes {operations / 1e12:,.1f} TFLOP. At {options.plan:g} TFLOP/s, an assumption, that is "
+        f"{seconds:.1f} s, and {runs} runs are {runs * seconds / 60:.1f} minutes.\n"
+    )
+
+
+def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) -> None:
+    pairs = study.missing(options.arms, options.seeds, options.part)
+    if not pairs:
+        return
+    import torch
+
+    from benchmarks.accuracy.data import read_images
+    from benchmarks.accuracy.run import Trainer
+
+    device = torch.device("cuda" if machine.wants_gpu(options) else "cpu")
+    torch.backends.cudnn.benchmark = True
+    trainer = Trainer(*read_images(options.data), settings, device)
+    surroundings = machine.surroundings(gpu=device.type == "cuda")
+    conditions: dict[str, Any] = {
+        **machine.identity(surroundings),
+        **{name: surroundings[name] for name in ("cpu", "cores", "torch_threads", "versions")},
+        "command": machine.command(options),
+    }
+    end = time.monotonic() + 60 * options.minutes
+    for number, (arm, seed) in enumerate(pairs, 1):
+        expected = seconds_of(study.runs, conditions["device"])
+        left = len(pairs) - number + 1
+        if expected and time.monotonic() + statistics.median(expected) > end:
+            program.say(f"{left} runs are left for a later call: --minutes {options.minutes:g}")
+            return
+        run = study.add((arm, seed), trainer.run(arm, seed), conditions)
+        remaining = (left - 1) * statistics.median(seconds_of(study.runs, conditions["device"])) / 60
+        program.say(
+            f"[{number}/{len(pairs)}] seed {seed}, {arm}: top-1 {run['top1_last']:.2f} %, {run['seconds']:.0f} s; "
+            f"about {remaining:.0f} minutes left"
+        )
+
+
+def main() -> None:
+    """Run what is missing, and show what the file holds."""
+    options = _arguments()
+    settings = _settings(options)
+    if options.plan is not None:
+        _plan(options, settings)
+        return
+    if options.data is None:
+        runs = read_runs(options.output)
+    else:
+        study = Study(options.output, settings)
+        _run_missing(options, study, settings)
+        runs = study.runs
+    sys.stdout.write(f"{arms_table(runs)}\n\n{contrasts_table(runs)}\n")
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,95 @@
+"""What is compared: ways to mix a batch, which differ in one thing at a time and share all random numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from benchmarks.accuracy.released import as_released
+from dali_saliencymix import cutmix, points_at, saliencymix
+from dali_saliencymix._array import array_namespace
+from dali_saliencymix.mix import Mixed
+
+if TYPE_CHECKING:
+    from dali_saliencymix._array import Array
+
+    Mix = Callable[..., Mixed]
+
+
+class Arm(NamedTuple):
+    """A way to mix.
+
+    Attributes
+    ----------
+    mix : callable
+        ``(images, source_index, lam, point, algorithm=, paste=) -> Mixed``, the arrays as for `dali_saliencymix.mix`.
+    about : str
+        What it does, for a table.
+    """
+
+    mix: Mix
+    about: str
+
+
+def _none(
+    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, paste: Callable[..., Array]
+) -> Mixed:
+    xp = array_namespace(images)
+    nowhere = xp.zeros((len(images), 4), xp.int32)
+    return Mixed(paste(images, source_index, nowhere), xp.ones(len(images), xp.float32), nowhere, nowhere)
+
+
+def _cutmix(
+    images: Array,
+    source_index: Array,
+    lam: Array,
+    point: Array,
+    *,
+    algorithm: str,
+    paste: Callable[..., Array],
+    per_batch: bool = False,
+) -> Mixed:
+    return cutmix(images, source_index, lam, point, per_batch=per_batch, paste=paste)
+
+
+def _saliencymix(
+    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, **options: object
+) -> Mixed:
+    return saliencymix(images, source_index, lam, algorithm=algorithm, **options)
+
+
+def _random_peak(
+    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, paste: Callable[..., Array]
+) -> Mixed:
+    points = points_at(point, *images.shape[1:3])
+    peaks = array_namespace(points).empty_like(points)
+    peaks[source_index] = points  # a box is cut around the peak of the source: these are CutMix's centres
+    return saliencymix(images, source_index, lam, peaks=peaks, algorithm=algorithm, paste=paste)
+
+
+_with = functools.partial(functools.partial, _saliencymix)
+
+# The order is that of the runs of a seed, and of the table.
+ARMS = {
+    "none": Arm(_none, "no mixing"),
+    "cutmix": Arm(_cutmix, "CutMix, with a box and a weight for each sample"),
+    "random peak": Arm(_random_peak, "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly"),
+    "saliencymix paper": Arm(_with(preset="paper"), "boxes around the peaks of `fine_grained`: preset `paper`"),
+    "saliencymix default": Arm(_with(), "boxes around the peaks of `spectral_residual`: preset `default`"),
+    "as released": Arm(
+        _with(preset="released-code", saliency=as_released),
+        "preset `released-code` with what the authors' released code takes for saliency",
+    ),
+    "saliencymix released-code": Arm(
+        _with(preset="released-code"),
+        "boxes around the peaks of `fine_grained`, cut off at the edge, one for each batch: preset `released-code`",
+    ),
+    "cutmix per batch": Arm(
+        functools.partial(_cutmix, per_batch=True), "CutMix as published, with a box and a weight for each batch"
+    ),
+    "saliency labels": Arm(
+        _with(label_weight="saliency"), "preset `default`, labels weighed by saliency instead of area"
+    ),
+}
+REFERENCE = "cutmix"

@@ -1,0 +1,136 @@
+"""CIFAR-10 as arrays on one device, and batches of it: cropped, flipped, with the random numbers of mixing.
+
+CIFAR-10 is read from its own files or from mosaics, in which a GPU host that can be handed little gets it: for each of
+the six files an image in a lossless format, NAME.webp or NAME.png, of 100 rows of 100 tiles of 32x32 pixels in reading
+order, and ``labels.json``, ``{"classes": [names], NAME: [labels], ...}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_saliencymix._array import array_namespace
+from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
+from dali_saliencymix.measure.results import read_json
+
+if TYPE_CHECKING:
+    from dali_saliencymix._array import Array
+
+PADDING = 4
+_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+_SIDE = 100  # tiles of a mosaic
+
+
+def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
+    """Return the training and the test images of CIFAR-10.
+
+    Raises
+    ------
+    OSError, ValueError
+        If a file is not there, or is not what it should be.
+    """
+    if not (folder / "labels.json").is_file():
+        return read_cifar(folder, "cifar10")
+    labels = read_json(folder / "labels.json")
+    parts = []
+    for names in (_TRAIN, ("test_batch",)):
+        images = np.concatenate([_tiles(folder, name) for name in names])
+        parts.append(CifarImages(images, np.concatenate([labels[name] for name in names]), labels["classes"]))
+    return parts[0], parts[1]
+
+
+def _tiles(folder: Path, name: str) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    for path in (folder / f"{name}.webp", folder / f"{name}.png"):
+        if path.is_file():
+            with Image.open(path) as mosaic:
+                pixels = np.asarray(mosaic.convert("RGB"))
+            if pixels.shape != (_SIDE * SIZE, _SIDE * SIZE, 3):
+                msg = f"{path}: must be {_SIDE * SIZE} pixels high and wide, got {pixels.shape[:2]}"
+                raise ValueError(msg)
+            tiles = pixels.reshape(_SIDE, SIZE, _SIDE, SIZE, 3).swapaxes(1, 2)
+            return tiles.reshape(-1, SIZE, SIZE, 3)
+    msg = f"{folder}: no mosaic {name}.webp or {name}.png"
+    raise FileNotFoundError(msg)
+
+
+def first_of_each_class(part: CifarImages, count: int) -> CifarImages:
+    """Return `count` images, equally many of each class: the first ones in the order of the files."""
+    classes = len(part.classes)
+    each, rest = divmod(count, classes)
+    found = [np.flatnonzero(part.labels == label)[:each] for label in range(classes)]
+    if rest or min(map(len, found)) < each:
+        most = classes * int(np.bincount(part.labels, minlength=classes).min())
+        msg = f"--images must be a multiple of {classes}, of at most {most}, got {count}"
+        raise ValueError(msg)
+    chosen = np.sort(np.concatenate(found))
+    return CifarImages(part.images[chosen], part.labels[chosen], part.classes)
+
+
+class Draws(NamedTuple):
+    """The random numbers of a batch of N images, which are the same whatever is done with them.
+
+    Attributes
+    ----------
+    index : ndarray of shape (N,), int64
+        Which images.
+    corner : ndarray of shape (N, 2), int64
+        Where in the padded image the crop begins, (y, x) in 0..2 `PADDING`.
+    flipped : ndarray of shape (N,), bool
+    source_index : ndarray of shape (N,), int64
+        A permutation.
+    lam : ndarray of shape (N,), float32
+        1 for an image that is not mixed.
+    point : ndarray of shape (N, 2), float64
+        Uniform in [0, 1).
+    """
+
+    index: Array
+    corner: Array
+    flipped: Array
+    source_index: Array
+    lam: Array
+    point: Array
+
+
+def draws_of_epoch(
+    seed: int, epoch: int, images: int, batch_size: int, *, prob: float, augment: bool, xp: Any = np
+) -> Iterator[Draws]:
+    """Give the random numbers of all full batches of an epoch; what fills none is left out."""
+    rng = np.random.default_rng([seed, epoch])
+    steps = images // batch_size
+    count = steps * batch_size
+    index = rng.permutation(images)[:count]
+    corner = rng.integers(0, 2 * PADDING + 1, (count, 2))
+    flipped = rng.random(count) < 0.5
+    if not augment:
+        corner, flipped = np.full_like(corner, PADDING), np.zeros_like(flipped)
+    source = rng.permuted(np.tile(np.arange(batch_size), (steps, 1)), axis=1).ravel()
+    lam = np.where(rng.random(count) < prob, rng.random(count), 1).astype(np.float32)  # uniform is Beta(1, 1)
+    draws = Draws(index, corner, flipped, source, lam, rng.random((count, 2)))
+    on_device = [xp.asarray(drawn) for drawn in draws]
+    for start in range(0, count, batch_size):
+        yield Draws(*(drawn[start : start + batch_size] for drawn in on_device))
+
+
+def augmented(images: Array, draws: Draws) -> Array:
+    """Return a batch (N, 32, 32, 3) uint8: padded by reflection, cropped, flipped horizontally.
+
+    A border of zeros would draw the peaks of all detectors to its edge.
+    """
+    xp = array_namespace(images)
+    rows, columns = (_reflected(xp, draws.corner[:, axis]) for axis in (0, 1))
+    columns = xp.where(draws.flipped[:, None], columns[:, ::-1], columns)
+    return images[draws.index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _reflected(xp: Any, corner: Array) -> Array:
+    """Return which rows or columns a crop takes, (N, 32)."""
+    at = xp.abs(corner[:, None] - PADDING + xp.arange(SIZE))
+    return SIZE - 1 - xp.abs(SIZE - 1 - at)

@@ -1,0 +1,176 @@
+"""One run: a network, an arm and a seed, trained and evaluated."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks import program
+from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.data import augmented, draws_of_epoch, first_of_each_class
+from benchmarks.accuracy.networks import make_network
+from benchmarks.accuracy.study import Settings
+from dali_saliencymix import paste_normalised
+from dali_saliencymix._array import array_namespace
+from dali_saliencymix._tensors import to_array, to_tensor
+from dali_saliencymix.datasets.cifar import MEAN, STD, CifarImages
+from dali_saliencymix.training.metrics import mixed_cross_entropy
+from dali_saliencymix.training.robustness import gradient_signs, moved_along
+
+EPSILONS = {"2/255": 2 / 255, "8/255": 8 / 255}
+BINS = 15  # of the expected calibration error
+_EVALUATION_BATCH = 500
+_IN_UNITS = {"mean": [mean / 255 for mean in MEAN], "std": [std / 255 for std in STD]}
+
+
+class Trainer:
+    """Trains on one device, where the data stay.
+
+    Parameters
+    ----------
+    train, test : CifarImages
+        The whole data set, of which `settings` say what is used.
+    settings : Settings
+    device : torch.device
+    """
+
+    def __init__(self, train: CifarImages, test: CifarImages, settings: Settings, device: torch.device) -> None:
+        self._settings, self._device = settings, device
+        train = first_of_each_class(train, settings.images)
+        self._classes = len(train.classes)
+        self._images, self._labels = (torch.from_numpy(part).to(device) for part in (train.images, train.labels))
+        self._labels = self._labels.long()
+        pixels = torch.from_numpy(test.images[: settings.test_images]).to(device)
+        scale = [torch.tensor(values, device=device) for values in (MEAN, STD)]
+        self._test_images = ((pixels.float() - scale[0]) / scale[1]).permute(0, 3, 1, 2)  # channels last in memory
+        self._test_labels = torch.from_numpy(test.labels[: settings.test_images]).to(device).long()
+        self._algorithm = "kernel" if device.type == "cuda" else "auto"
+
+    def run(self, arm: str, seed: int) -> dict[str, Any]:
+        """Train an arm with a seed; return accuracies in percent, calibration, and the seconds that it took."""
+        settings, start = self._settings, time.monotonic()
+        torch.manual_seed(seed)
+        network = make_network(settings.network, settings.width or 0, self._classes)
+        network = network.to(self._device, memory_format=torch.channels_last)
+        steps = settings.images // settings.batch_size
+        optimiser = torch.optim.SGD(
+            network.parameters(), settings.lr, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser,
+            settings.lr,
+            total_steps=settings.epochs * steps + 1,
+            pct_start=0.2,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        top1: dict[int, float] = {}
+        trained = 0.0
+        epochs = range(1, settings.epochs + 1)
+        for epoch in program.progress(epochs, desc=f"{arm}, seed {seed}", unit="epoch", leave=False):
+            began = time.monotonic()
+            self._train_epoch(network, optimiser, schedule, arm, seed, epoch)
+            trained += time.monotonic() - began
+            if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
+                logits = self._logits(network)
+                top1[epoch] = percent(logits.argmax(dim=1) == self._test_labels)
+        best = max(top1, key=lambda epoch: top1[epoch])
+        return {
+            "top1_last": top1[settings.epochs],
+            "top1_best": top1[best],
+            "best_epoch": best,
+            "ece": calibration_error(logits, self._test_labels),
+            "fgsm_top1": self._attacked(network),
+            "seconds": round(time.monotonic() - start, 2),
+            "training_seconds": round(trained, 2),
+        }
+
+    def _train_epoch(
+        self, network: torch.nn.Module, optimiser: Any, schedule: Any, arm: str, seed: int, epoch: int
+    ) -> None:
+        network.train()
+        for step, (images, labels, source_labels, lam) in enumerate(self.batches(arm, seed, epoch)):
+            if step == self._settings.max_steps:
+                break
+            with self._autocast():
+                logits = network(images)
+            loss = mixed_cross_entropy(logits.float(), labels, source_labels, lam)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def batches(self, arm: str, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Give an epoch's batches: normalised images, labels, labels of the sources, weights of the former.
+
+        CuPy and PyTorch both compute on the default stream, so neither has to wait for the other.
+        """
+        settings = self._settings
+        images = to_array(self._images)
+        paste = functools.partial(paste_normalised, mean=MEAN, std=STD, layout="HWC", algorithm=self._algorithm)
+        for draws in draws_of_epoch(
+            seed,
+            epoch,
+            len(images),
+            settings.batch_size,
+            prob=settings.prob,
+            augment=settings.augment,
+            xp=array_namespace(images),
+        ):
+            batch = augmented(images, draws)
+            mixed = ARMS[arm].mix(
+                batch, draws.source_index, draws.lam, draws.point, algorithm=self._algorithm, paste=paste
+            )
+            arrays = mixed.images, mixed.lam, draws.index, draws.source_index
+            pixels, lam, index, source = map(to_tensor, arrays)
+            labels = self._labels[index]
+            yield pixels.permute(0, 3, 1, 2), labels, labels[source], lam
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.precision == "bf16")
+
+    @torch.no_grad()
+    def _logits(self, network: torch.nn.Module) -> torch.Tensor:
+        """Return the logits of all test images, float32."""
+        network.eval()
+        with self._autocast():
+            return torch.cat([network(images) for images in self._test_images.split(_EVALUATION_BATCH)]).float()
+
+    def _attacked(self, network: torch.nn.Module) -> dict[str, float]:
+        """Return the accuracy in percent under FGSM of each of `EPSILONS`; all are taken along the same gradient."""
+        network.eval()
+        right: dict[str, list[torch.Tensor]] = {name: [] for name in EPSILONS}
+        batches = (part.split(_EVALUATION_BATCH) for part in (self._test_images, self._test_labels))
+        for images, labels in zip(*batches, strict=True):
+            signs, _ = gradient_signs(network, images, labels)
+            for name, epsilon in EPSILONS.items():
+                attacked = moved_along(signs, images, epsilon=epsilon, **_IN_UNITS)
+                with torch.no_grad():
+                    right[name].append(network(attacked).argmax(dim=1) == labels)
+        return {name: percent(torch.cat(found)) for name, found in right.items()}
+
+
+def percent(right: torch.Tensor) -> float:
+    """Return the share of true values in percent."""
+    return round(100 * right.double().mean().item(), 4)
+
+
+def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the expected calibration error in percent, of `BINS` bins of confidence of equal width.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3: the mean over all images of the
+    distance between the mean confidence and the accuracy of the bin that an image is in. An edge belongs to the bin
+    below it.
+    """
+    confidence, answers = functional.softmax(logits.double(), dim=1).max(dim=1)
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    sums = torch.zeros(BINS, dtype=torch.float64, device=logits.device)
+    differences = sums.index_add(0, bins, confidence - (answers == labels).double())
+    return round(100 * differences.abs().sum().item() / len(labels), 4)

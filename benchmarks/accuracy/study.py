@@ -1,0 +1,128 @@
+"""The file of a study: one line of JSON for each run, appended as it ends, and which runs are missing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import program
+from dali_saliencymix._json import finite
+
+Pair = tuple[str, int]
+_NAMES = {"arm", "seed", "settings", "device", "top1_last", "top1_best", "ece", "fgsm_top1", "seconds"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a study have in common; two runs of one arm and seed differ in rounding and time only.
+
+    Attributes
+    ----------
+    network, width
+        See `benchmarks.accuracy.networks`; a ResNet-18 has no width.
+    epochs, images, batch_size : int
+        `images` is the number of training images.
+    lr, weight_decay : float
+        `lr` rises linearly for a fifth of the steps and falls linearly to 0.
+    prob : float
+        Probability that an image, or a batch, is mixed.
+    augment : bool
+        Whether images are cropped and flipped.
+    precision : {"bf16", "fp32"}
+        Of forward and backward passes; weights are float32.
+    evaluate_every : int
+        Epochs between evaluations; the last epoch is always evaluated.
+    max_steps : int or None
+        Steps of an epoch, or all.
+    test_images : int or None
+        The first ones, or all.
+    """
+
+    network: str
+    width: int | None
+    epochs: int
+    images: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    prob: float
+    augment: bool
+    precision: str
+    evaluate_every: int
+    max_steps: int | None = None
+    test_images: int | None = None
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file, without lines that are no JSON: a process that is killed leaves one behind.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file cannot be read, or a line is not that of a run.
+    """
+    runs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            run = json.loads(line)
+        except ValueError:
+            program.say(f"{path}: line {number} was not written to its end, and is left out")
+            continue
+        if not isinstance(run, dict) or not run.keys() >= _NAMES:
+            msg = f"{path}: line {number} is not that of a run"
+            raise ValueError(msg)
+        runs.append(run)
+    return runs
+
+
+class Study:
+    """The runs of a file, which is made with the first of them.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the file cannot be read, is not that of a study, or its runs have other settings.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._path, self._settings = path, asdict(settings)
+        self.runs = read_runs(path) if path.exists() else []
+        for run in self.runs:
+            for name in {**self._settings, **run["settings"]}:
+                was, is_now = run["settings"].get(name), self._settings.get(name)
+                if was != is_now:
+                    msg = f"--output: the runs of {path} have {name} {was!r}, this call has {is_now!r}"
+                    raise ValueError(msg)
+
+    def missing(self, arms: Sequence[str], seeds: int, part: tuple[int, int] = (1, 1)) -> list[Pair]:
+        """Return the pairs of arm and seed without a run, seed by seed: a cut leaves each arm within one run of others.
+
+        `part` is (i, n) for the i-th of n processes that share the work; each pair belongs to one of them.
+        """
+        first, step = part
+        pairs = [(arm, seed) for seed, arm in itertools.product(range(seeds), arms)]
+        done = {(run["arm"], run["seed"]) for run in self.runs}
+        return [pair for pair in pairs[first - 1 :: step] if pair not in done]
+
+    def add(self, pair: Pair, found: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Append a run to the file, in one piece, and return it."""
+        arm, seed = pair
+        run = {"arm": arm, "seed": seed, "settings": self._settings, **found, **conditions}
+        line = json.dumps(finite(run), allow_nan=False) + "\n"
+        whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(line if whole else "\n" + line)  # other processes append too: one call of the system writes
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.runs.append(run)
+        return run
+
+
+def seconds_of(runs: Iterable[Mapping[str, Any]], device: str) -> list[float]:
+    """Return how long the runs on a device took."""
+    return [run["seconds"] for run in runs if run["device"] == device]

@@ -1,0 +1,190 @@
+"""What the runs of a study say: means over seeds, differences between arms with the same seeds, and their intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from benchmarks.accuracy.arms import ARMS, REFERENCE
+from benchmarks.program import markdown_table
+
+COVERAGE = 0.95
+NOT_RUN = "not run"
+
+Runs = Sequence[Mapping[str, Any]]
+
+# By the head of a column: all in percent.
+METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "top-1, last epoch": lambda run: run["top1_last"],
+    "top-1, best epoch": lambda run: run["top1_best"],
+    "calibration error": lambda run: run["ece"],
+    "top-1 under FGSM 2/255": lambda run: run["fgsm_top1"]["2/255"],
+    "top-1 under FGSM 8/255": lambda run: run["fgsm_top1"]["8/255"],
+}
+MAIN = "top-1, last epoch"
+
+# What differs between two arms, and nothing else does.
+CONTRASTS = {
+    "Does mixing help?": ("cutmix", "none"),
+    "Boxes moved inside the image instead of cut off, around random points": ("random peak", "cutmix"),
+    "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
+    "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
+    "Labels weighed by saliency instead of area": ("saliency labels", "saliencymix default"),
+    "Correct saliency instead of what the released code computes": ("saliencymix released-code", "as released"),
+    "The released code against CutMix as published": ("as released", "cutmix per batch"),
+    "A box for each sample instead of each batch, CutMix": ("cutmix", "cutmix per batch"),
+}
+
+
+class Mean(NamedTuple):
+    """A mean over seeds with its interval, which is infinite for a single seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def sign(self) -> str:
+        """Where the interval lies: ``"+"`` above 0, ``"-"`` below, ``"0"`` where it contains 0."""
+        return "+" if self.low > 0 else "-" if self.high < 0 else "0"
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Return the mean of at least one value with the interval of Student's t distribution that has `COVERAGE`.
+
+    Examples
+    --------
+    >>> found = mean_of([1.0, 2.0, 3.0])
+    >>> found.mean, round(found.low, 2), round(found.high, 2), found.sign
+    (2.0, -0.48, 4.48, '0')
+    """
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return Mean(mean, -math.inf, math.inf, count)
+    half = float(stats.t.ppf((1 + COVERAGE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return Mean(mean, mean - half, mean + half, count)
+
+
+def by_seed(runs: Runs, arm: str, metric: str) -> dict[int, float]:
+    """Return a metric of each seed of an arm; of two runs of one seed the first."""
+    found: dict[int, float] = {}
+    for run in runs:
+        if run["arm"] == arm:
+            found.setdefault(run["seed"], METRICS[metric](run))
+    return found
+
+
+def level(runs: Runs, arm: str, metric: str = MAIN) -> Mean | None:
+    """Return the mean of an arm; None where it was not run."""
+    found = by_seed(runs, arm, metric)
+    return mean_of(list(found.values())) if found else None
+
+
+def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | None:
+    """Return the mean of arm minus other over the seeds that both have; None where there are none."""
+    own, others = by_seed(runs, arm, metric), by_seed(runs, other, metric)
+    found = [own[seed] - others[seed] for seed in own if seed in others]
+    return mean_of(found) if found else None
+
+
+# ---- tables and a plot -----------------------------------------------------------------------------------------------
+
+
+def arms_table(runs: Runs, metrics: Iterable[str] = METRICS) -> str:
+    """Return the means of all arms, and how far their accuracy is from that of `REFERENCE`."""
+    metrics = list(metrics)
+    rows = []
+    for name, arm in ARMS.items():
+        found = level(runs, name)
+        cells = [_level_cell(level(runs, name, metric)) for metric in metrics]
+        minus = "" if name == REFERENCE else _difference_cell(difference(runs, name, REFERENCE))
+        rows.append([f"`{name}`", arm.about, found.seeds if found else 0, cells[0], minus, *cells[1:]])
+    head = ["arm", "what it does", "seeds", f"{metrics[0]}, %", f"minus `{REFERENCE}`", *metrics[1:]]
+    return f"{markdown_table(head, rows)}\n\n{_READING}"
+
+
+def contrasts_table(runs: Runs, metrics: Iterable[str] = METRICS) -> str:
+    """Return the differences of `CONTRASTS`."""
+    metrics = list(metrics)
+    rows = []
+    for question, (arm, other) in CONTRASTS.items():
+        cells = [_difference_cell(difference(runs, arm, other, metric)) for metric in metrics]
+        rows.append([question, f"`{arm}` - `{other}`", *cells])
+    return f"{markdown_table(['what differs', 'arms', *metrics], rows)}\n\n{_READING}"
+
+
+def short_table(runs: Runs) -> str:
+    """Return the accuracies only."""
+    return arms_table(runs, [MAIN])
+
+
+TABLES = {"arms": arms_table, "contrasts": contrasts_table, "short": short_table}
+
+_READING = (
+    "Means over seeds; in brackets the 95 % interval of the mean by Student's t distribution. Differences are in "
+    "percentage points, taken seed by seed: + or - where their interval excludes 0, 0 where it contains it."
+)
+
+
+def _level_cell(found: Mean | None) -> str:
+    if found is None:
+        return NOT_RUN
+    return f"{found.mean:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.seeds > 1 else "")
+
+
+def _difference_cell(found: Mean | None) -> str:
+    if found is None:
+        return NOT_RUN
+    return f"{found.mean:+.2f}" + (f" ({found.low:+.2f} to {found.high:+.2f}) {found.sign}" if found.seeds > 1 else "")
+
+
+def conditions(runs: Runs) -> str:
+    """Return the conditions of a study: devices, settings, versions, time, commands and commits."""
+    settings = runs[0]["settings"]
+
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(run[name]) for run in runs))
+
+    width = f" of width {settings['width']}" if settings["width"] else ""
+    seconds = sorted(run["seconds"] for run in runs)
+    versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
+    commits = ", ".join(dict.fromkeys(str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs))
+    augmented = "cropped and flipped" if settings["augment"] else "not augmented"
+    return (
+        f"{len(runs)} runs of a {settings['network']}{width} on {all_of('device')} ({all_of('cpu')}), "
+        f"{all_of('date')}: "
+        f"{settings['epochs']} epochs of {settings['images']} images, batch {settings['batch_size']}, rate "
+        f"{settings['lr']:g}, weight decay {settings['weight_decay']:g}, mixing probability {settings['prob']:g}, "
+        f"{augmented}, {settings['precision']}; evaluated every "
+        f"{settings['evaluate_every']} epochs. A run took {statistics.median(seconds):.0f} s "
+        f"({seconds[0]:.0f} to {seconds[-1]:.0f}). {versions}; commit {commits}. `{all_of('command')}`"
+    )
+
+
+def plot(runs: Runs) -> Any:
+    """Draw the differences to `REFERENCE`: each seed as a point, their mean with its interval."""
+    from matplotlib.figure import Figure
+
+    arms = [name for name in ARMS if name != REFERENCE and by_seed(runs, name, MAIN)]
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(arms)), layout="constrained")
+    axes = figure.subplots()
+    reference = by_seed(runs, REFERENCE, MAIN)
+    for row, name in enumerate(arms):
+        own, found = by_seed(runs, name, MAIN), difference(runs, name, REFERENCE)
+        if found is None:
+            continue
+        points = [own[seed] - reference[seed] for seed in own if seed in reference]
+        axes.plot(points, [row + 0.18] * len(points), ".", color="tab:gray", markersize=4)
+        sides = [[found.mean - found.low], [found.high - found.mean]] if found.seeds > 1 else None
+        axes.errorbar(found.mean, row, xerr=sides, fmt="o", color="tab:blue", capsize=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"top-1 of the last epoch minus that of {REFERENCE}, percentage points")
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    return figure
