@@ -3,12 +3,14 @@
 # make check   the same without the slow tests, in about a minute
 # make docs    the documentation, docs/_build/html/index.html
 # make bench   all measurements of a machine, into benchmarks/results/*-$(NAME).json
+# make accuracy OUT=file.jsonl DATA=cifar MINUTES=9    the accuracy study, continued where it stands, $(PYTHON) as it is
 # make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
 #
 # DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
 # JOBS=...     processes that run tests, of up to 3 GB of memory
 # DRY=1        gpu-suite, small, also without a GPU      STAGES="..."  some stages only
 # CONTINUE=folder  gpu-suite: only what is missing of an earlier run there (may be OUT)
+# NETWORK=resnet9|resnet18  PROCESSES=2    of the accuracy study
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
 # PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
 
@@ -19,6 +21,9 @@ DEMO ?= demo
 EPOCHS ?= 4
 NAME ?= this-machine
 JOBS ?= 2
+NETWORK ?= resnet9
+PROCESSES ?= 2
+MINUTES ?= 9
 
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
@@ -27,7 +32,7 @@ data := $(if $(DATA),"$(DATA)")
 # Where Python writes no bytecode, each process of the tests compiles all that it imports, for ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help environment demo test check lint kernels lint-and-kernels docs bench gpu-suite clean
+.PHONY: help environment demo test check lint kernels lint-and-kernels docs bench accuracy gpu-suite clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -80,6 +85,16 @@ bench: $(installed)
 	$(python) -m benchmarks.bench_scale $(data) -o benchmarks/results/scale-$(NAME).json
 	$(python) -m benchmarks.bench_detectors $(data) -o benchmarks/results/detectors-$(NAME).json
 	$(python) -m benchmarks.render
+
+# All processes write to one file, each its own runs.
+accuracy:
+	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: say where CIFAR-10 is and where the runs go: DATA=cifar OUT=file" >&2; exit 1; }
+	@for part in $$(seq $(PROCESSES)); do \
+	  $(PYTHON) -m benchmarks.accuracy $(data) -o "$(OUT)" --network $(NETWORK) --minutes $(MINUTES) \
+	    --part $$part/$(PROCESSES) > /dev/null & started="$$started $$!"; \
+	done; \
+	for process in $$started; do wait $$process || failed=1; done; \
+	test -z "$$failed" && $(PYTHON) -m benchmarks.accuracy -o "$(OUT)"
 
 gpu-suite:
 	@test -n "$(OUT)" || { echo "error: say where the results go: make gpu-suite OUT=folder" >&2; exit 1; }

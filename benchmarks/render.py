@@ -1,6 +1,6 @@
 """Write the tables and plots of results into the pages that ask for them, so that no page holds numbers typed by hand.
 
-    python -m benchmarks.render            brings README.md and benchmarks/README.md up to date, and docs/plots
+    python -m benchmarks.render            brings the pages up to date that have any, and docs/plots
     python -m benchmarks.render --check    changes nothing; exit status 1 where something is not up to date
 
 A page asks with a comment, and whatever stands between it and the next ``<!-- end of result -->`` is replaced:
@@ -8,10 +8,11 @@ A page asks with a comment, and whatever stands between it and the next ``<!-- e
     <!-- table: pipeline NAME.json -->              also: train, scale, and ops with a place, such as
     <!-- table: ops NAME.json "224 px, batch 128" -->
     <!-- table: checks NAME.json TESTS.json SANITIZE.json -->
+    <!-- table: accuracy NAME.jsonl arms -->        also: measures, contrasts
     <!-- conditions: NAME.json -->                  a sentence: device, versions, sizes, rounds, command
-    <!-- plot: pipeline NAME.json -->               also: scale
+    <!-- plot: pipeline NAME.json -->               also: scale, and accuracy NAME.jsonl
 
-NAME.json is a file in benchmarks/results. A cell is a median and, in brackets, a range; below the table stands which.
+NAME is that of a file in benchmarks/results. A cell is a median or mean with a range in brackets; below stands which.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import program
+from benchmarks.accuracy import summary
+from benchmarks.accuracy.study import read_runs
 from benchmarks.program import markdown_table
 from dali_saliencymix.measure.figures import bounds, figures
 from dali_saliencymix.measure.results import read_json
 
-PAGES = (program.ROOT / "README.md", program.ROOT / "benchmarks" / "README.md")
+PAGES = tuple(program.ROOT / page for page in ("README.md", "benchmarks/README.md", "docs/accuracy.md"))
 PLOTS = program.ROOT / "docs" / "plots"
 
 _END = "<!-- end of result -->"
@@ -181,7 +184,14 @@ _MEMORY = {"GPU": "gpu_mb", "resident": "resident_mb"}
 _ROWS = {"killed": _killed_rows, "validation": _validation_rows, "memory": _memory_rows, "ends": _ends_rows}
 _ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
 
+
+def accuracy_table(result: dict[str, Any], table: str) -> str:
+    """Return one of the tables of a study."""
+    return summary.TABLES[table](result["runs"])
+
+
 TABLES = {
+    "accuracy": accuracy_table,
     "checks": checks_table,
     "opencv": opencv_table,
     "pipeline": functools.partial(variants_table, first="loader", columns=_PIPELINE_COLUMNS),
@@ -195,6 +205,8 @@ def conditions_text(result: dict[str, Any]) -> str:
     """Return the conditions of a result as two sentences."""
     if result.get("benchmark") == "gpu_checks":
         return _checks_conditions(result["parts"])
+    if result.get("benchmark") == "accuracy":
+        return summary.conditions(result["runs"])
     found = result["conditions"]
     parts = [found["device"], *([found["date"]] if "date" in found else [])]
     if found.get("cuda"):
@@ -304,7 +316,12 @@ def with_errors(found: Iterable[Mapping[str, float]]) -> tuple[list[float], list
     return list(medians), sides
 
 
-PLOT_KINDS = {"pipeline": pipeline_plot, "scale": scale_plot}
+def accuracy_plot(result: dict[str, Any]) -> Any:
+    """Draw the differences to the reference of a study."""
+    return summary.plot(result["runs"])
+
+
+PLOT_KINDS = {"accuracy": accuracy_plot, "pipeline": pipeline_plot, "scale": scale_plot}
 
 
 def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
@@ -367,14 +384,15 @@ def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
 
 def read(file: str) -> dict[str, Any]:
     """Return the result in a file of benchmarks/results."""
-    return read_json(program.RESULTS / file)
+    path = program.RESULTS / file
+    return {"benchmark": "accuracy", "runs": read_runs(path)} if path.suffix == ".jsonl" else read_json(path)
 
 
 def main() -> None:
     """Render, or check."""
     parser = program.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
-    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: both READMEs")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: all that have any")
     options = parser.parse_args()
     old = []
     for page in options.pages:

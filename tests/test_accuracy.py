@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
+import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from shared.cifar_files import write_cifar
 from shared.programs import run_program
 
-from benchmarks.accuracy import data, released, summary
+from benchmarks import pack, program
+from benchmarks.accuracy import data, mosaics, released, summary
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.networks import make_network, operations_of
 from benchmarks.accuracy.run import Trainer, calibration_error
@@ -211,27 +214,47 @@ def test_the_first_images_of_each_class(cifar):
         data.first_of_each_class(train, 60)
 
 
-def test_mosaics_are_read_as_the_files_are(tmp_path):
-    from PIL import Image
+def test_mosaics_hold_the_images_of_the_archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(mosaics, "_SIDE", 3)
+    folder = write_cifar(tmp_path, "cifar10", train=45, test=9)
+    assert main_of(mosaics, folder, tmp_path / "out", monkeypatch=monkeypatch) is None
+    for made, expected in zip(data.read_images(tmp_path / "out"), data.read_images(folder), strict=True):
+        assert np.array_equal(made.images, expected.images)
+        assert np.array_equal(made.labels, expected.labels)
+        assert made.labels.dtype == expected.labels.dtype
+        assert made.classes == expected.classes
+    with Image.open(tmp_path / "out" / "data_batch_2.webp") as mosaic:
+        assert np.array_equal(np.asarray(mosaic)[32:64, 64:96], read_cifar(folder, "cifar10")[0].images[9 + 5])
+    (tmp_path / "out" / "test_batch.webp").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_batch\.webp"):
+        data.read_images(tmp_path / "out")
 
+
+def test_archives_of_bounded_size_are_the_folder_again(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
-    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    labels = {"classes": list("ab")}
-    tiles = rng.integers(0, 256, (100, 100, 32, 32, 3), np.uint8)
-    for name in names:
-        labels[name] = rng.integers(0, 2, 10_000).tolist()
-        mosaic = np.concatenate([np.concatenate(list(row), axis=1) for row in tiles])
-        Image.fromarray(mosaic).save(tmp_path / f"{name}.png", compress_level=0)
-        tiles = tiles[::-1]
-    (tmp_path / "labels.json").write_text(json.dumps(labels))
-    train, test = data.read_images(tmp_path)
-    assert train.images.shape == (50_000, 32, 32, 3)
-    assert np.array_equal(train.images[:10_000], tiles.reshape(-1, 32, 32, 3))
-    assert np.array_equal(test.images, tiles[::-1].reshape(-1, 32, 32, 3))
-    assert test.labels.tolist() == labels["test_batch"]
-    (tmp_path / "test_batch.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no mosaic test_batch\.webp or test_batch\.png"):
-        data.read_images(tmp_path)
+    folder = tmp_path / "photos"
+    for number in range(60):
+        path = folder / f"class{number % 3}" / f"{'long' * (number % 30)}{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(rng.bytes(int(rng.integers(0, 9000))))
+    main_of(pack, folder, tmp_path / "out", "--megabytes", 0.06, monkeypatch=monkeypatch)
+    archives = sorted((tmp_path / "out").iterdir())
+    assert len(archives) > 3
+    assert all(f"{path}: " in capsys.readouterr().err for path in archives[:1])
+    for path in reversed(archives):
+        assert path.stat().st_size <= 60_000
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path / "again", filter="data")
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jpg")}
+    again = tmp_path / "again" / "photos"
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*.jpg")} == files
+    with pytest.raises(SystemExit, match=r"--megabytes must be enough for each file, got 0.0125 with "):
+        main_of(pack, folder, tmp_path / "out", "--megabytes", 0.0125, monkeypatch=monkeypatch)
+
+
+def main_of(module, *words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    program.run(module.main)
 
 
 # ---- networks and measures -------------------------------------------------------------------------------------------
@@ -367,7 +390,8 @@ def test_tables_say_what_was_not_run_and_the_plot_is_drawn():
     lines = {line.split("|")[1].strip(): line for line in summary.arms_table(runs).splitlines() if "|" in line}
     assert "| 2 | 15.50 (-117.92 to 148.92) | +0.50 (-69.38 to +70.38) 0 |" in lines["`none`"]
     assert "| 1 | 7.00 | -3.00 |" in lines["`random peak`"]
-    assert lines["`as released`"].count("not run") == 6
+    assert lines["`as released`"].endswith("| 0 | not run | not run |")
+    assert "| `as released` | not run | not run | not run | not run |" in summary.measures_table(runs)
     questions = summary.contrasts_table(runs)
     assert "| `cutmix` - `none` | -0.50 (-70.38 to +69.38) 0 |" in questions
     assert "| `as released` - `cutmix per batch` | not run |" in questions
@@ -410,3 +434,24 @@ def test_a_plan_trains_nothing():
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("A run takes 2,")
     assert "45 runs are" in ended.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "as released"])  # floats are summed in another order
+def test_batches_on_a_gpu_are_those_on_a_cpu(cifar, arm):
+    settings = dataclasses.replace(SMALL, prob=1.0)
+    here, there = (Trainer(*cifar, settings, torch.device(name)).batches(arm, 3, 1) for name in ("cpu", "cuda"))
+    for own, other in zip(here, there, strict=True):
+        for expected, found in zip(own, other, strict=True):
+            assert found.is_cuda
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu(cifar):
+    settings = dataclasses.replace(SMALL, width=8, epochs=12, lr=0.1, precision="bf16")
+    trained = Trainer(*cifar, settings, torch.device("cuda"))
+    for arm in ("none", "as released", "saliency labels"):
+        found = trained.run(arm, 0)
+        assert found["top1_best"] >= (60 if arm == "none" else 20)
+        assert 0 <= found["ece"] <= 100

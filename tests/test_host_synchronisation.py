@@ -24,6 +24,8 @@ from torch.utils import dlpack
 
 import dali_saliencymix.fn as dsfn
 from benchmarks import bench_ops, timing
+from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.data import augmented, draws_of_epoch
 from dali_saliencymix import (
     DETECTORS,
     MODES,
@@ -733,3 +735,20 @@ def test_what_the_benchmark_of_operations_times_on_a_gpu(cupy, launches, monkeyp
             if not isinstance(variant.call, timing.Graph):  # the stand-in captures nothing
                 bench_ops.milliseconds(variant, variant.call)
     assert {"spectral_residual", "contrast_peaks", "paste_normalised_float32_CHW"} <= set(launches)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_of_the_accuracy_study(cupy, arm):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    (drawn,) = draws_of_epoch(1, 1, 40, 40, prob=1.0, augment=True)
+    options = {"algorithm": "array", "paste": functools.partial(paste_normalised, mean=MEAN, std=STD)}
+
+    def made(images, draws):
+        batch = augmented(images, draws)
+        return ARMS[arm].mix(batch, draws.source_index, draws.lam, draws.point, **options)
+
+    expected = made(images, drawn)
+    for _ in range(2):
+        found = made(on_device(images), type(drawn)(*map(on_device, drawn)))
+        for own, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(on_host(own), other)

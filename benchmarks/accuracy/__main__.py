@@ -15,7 +15,7 @@ from benchmarks import machine, program
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.networks import NETWORKS, WIDTH, operations_of
 from benchmarks.accuracy.study import Settings, Study, read_runs, seconds_of
-from benchmarks.accuracy.summary import arms_table, contrasts_table
+from benchmarks.accuracy.summary import TABLES
 
 _TEST_IMAGES = 10_000
 _TRAINING_IMAGES = 50_000
@@ -37,7 +37,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
     parser.add_argument("--width", type=positive, default=WIDTH, help="of resnet9 (default: %(default)s)")
-    parser.add_argument("--epochs", type=positive, default=30, help="default: %(default)s")
+    parser.add_argument("--epochs", type=positive, default=24, help="default: %(default)s")
     parser.add_argument(
         "--images", type=positive, default=_TRAINING_IMAGES, help="for training, of all classes alike (default: all)"
     )
@@ -152,7 +152,7 @@ def main() -> None:
         study = Study(options.output, settings)
         _run_missing(options, study, settings)
         runs = study.runs
-    sys.stdout.write(f"{arms_table(runs)}\n\n{contrasts_table(runs)}\n")
+    sys.stdout.write("\n\n".join(table(runs) for table in TABLES.values()) + "\n")
 
 
 if __name__ == "__main__":

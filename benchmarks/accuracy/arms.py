@@ -63,7 +63,7 @@ def _random_peak(
     images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, paste: Callable[..., Array]
 ) -> Mixed:
     points = points_at(point, *images.shape[1:3])
-    peaks = array_namespace(points).empty_like(points)
+    peaks = points.copy()
     peaks[source_index] = points  # a box is cut around the peak of the source: these are CutMix's centres
     return saliencymix(images, source_index, lam, peaks=peaks, algorithm=algorithm, paste=paste)
 

@@ -1,9 +1,4 @@
-"""CIFAR-10 as arrays on one device, and batches of it: cropped, flipped, with the random numbers of mixing.
-
-CIFAR-10 is read from its own files or from mosaics, in which a GPU host that can be handed little gets it: for each of
-the six files an image in a lossless format, NAME.webp or NAME.png, of 100 rows of 100 tiles of 32x32 pixels in reading
-order, and ``labels.json``, ``{"classes": [names], NAME: [labels], ...}``.
-"""
+"""CIFAR-10 as arrays on one device, and batches of it: cropped, flipped, with the random numbers of mixing."""
 
 from __future__ import annotations
 
@@ -12,22 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dali_saliencymix._array import array_namespace
 from dali_saliencymix.datasets.cifar import SIZE, CifarImages, read_cifar
-from dali_saliencymix.measure.results import read_json
 
 if TYPE_CHECKING:
     from dali_saliencymix._array import Array
 
 PADDING = 4
-_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
-_SIDE = 100  # tiles of a mosaic
 
 
 def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
-    """Return the training and the test images of CIFAR-10.
+    """Return the training and the test images of CIFAR-10, from its archive or from mosaics.
 
     Raises
     ------
@@ -36,28 +27,9 @@ def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
     """
     if not (folder / "labels.json").is_file():
         return read_cifar(folder, "cifar10")
-    labels = read_json(folder / "labels.json")
-    parts = []
-    for names in (_TRAIN, ("test_batch",)):
-        images = np.concatenate([_tiles(folder, name) for name in names])
-        parts.append(CifarImages(images, np.concatenate([labels[name] for name in names]), labels["classes"]))
-    return parts[0], parts[1]
+    from benchmarks.accuracy.mosaics import read_mosaics  # needs Pillow
 
-
-def _tiles(folder: Path, name: str) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    for path in (folder / f"{name}.webp", folder / f"{name}.png"):
-        if path.is_file():
-            with Image.open(path) as mosaic:
-                pixels = np.asarray(mosaic.convert("RGB"))
-            if pixels.shape != (_SIDE * SIZE, _SIDE * SIZE, 3):
-                msg = f"{path}: must be {_SIDE * SIZE} pixels high and wide, got {pixels.shape[:2]}"
-                raise ValueError(msg)
-            tiles = pixels.reshape(_SIDE, SIZE, _SIDE, SIZE, 3).swapaxes(1, 2)
-            return tiles.reshape(-1, SIZE, SIZE, 3)
-    msg = f"{folder}: no mosaic {name}.webp or {name}.png"
-    raise FileNotFoundError(msg)
+    return read_mosaics(folder)
 
 
 def first_of_each_class(part: CifarImages, count: int) -> CifarImages:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dali_saliencymix._array import Array, array_namespace
+from dali_saliencymix._array import Array, array_namespace, constant
 from dali_saliencymix.datasets.cifar import MEAN, STD
 
 _WEIGHTS = (0.114, 0.587, 0.299)  # of the first, the second and the third channel: OpenCV takes them for BGR
@@ -19,8 +19,12 @@ _HALF_WIDTHS = (12, 24, 48, 28, 56, 112)
 def normalised(images: Array) -> Array:
     """Return (N, H, W, 3) uint8 pixels as the released code hands them on: float32, in 0..1 and then normalised."""
     xp = array_namespace(images)
-    mean, std = (xp.asarray(values, xp.float32) / xp.float32(255) for values in (MEAN, STD))
+    mean, std = constant(xp, _mean_and_std)
     return (images.astype(xp.float32) / xp.float32(255) - mean) / std
+
+
+def _mean_and_std() -> np.ndarray:
+    return np.array([MEAN, STD], np.float32) / np.float32(255)
 
 
 def maps_of_floats(pixels: Array) -> Array:
@@ -71,11 +75,16 @@ def _blurred(grey: Array) -> Array:
     """Blur with weights 1-2-1 over 4, first along rows and then along columns, mirrored at the border."""
     xp = array_namespace(grey)
     for axis in (2, 1):
-        at = np.arange(grey.shape[axis])
-        before, after = (xp.asarray(index) for index in (abs(at - 1), at[-1] - abs(at[-1] - at - 1)))
+        before, after = constant(xp, _neighbours, grey.shape[axis])
         sides = xp.take(grey, before, axis=axis) + xp.take(grey, after, axis=axis)
         grey = grey * xp.float32(0.5) + sides * xp.float32(0.25)
     return grey
+
+
+def _neighbours(size: int) -> np.ndarray:
+    """Return the index of the pixel before and after each, mirrored at the ends: (2, size)."""
+    at = np.arange(size)
+    return np.stack([abs(at - 1), size - 1 - abs(size - 2 - at)])
 
 
 def _stretched(sums: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy import stats
@@ -17,7 +17,7 @@ NOT_RUN = "not run"
 
 Runs = Sequence[Mapping[str, Any]]
 
-# By the head of a column: all in percent.
+# By the heads of columns; all are in percent.
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "top-1, last epoch": lambda run: run["top1_last"],
     "top-1, best epoch": lambda run: run["top1_best"],
@@ -95,35 +95,34 @@ def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | N
 # ---- tables and a plot -----------------------------------------------------------------------------------------------
 
 
-def arms_table(runs: Runs, metrics: Iterable[str] = METRICS) -> str:
-    """Return the means of all arms, and how far their accuracy is from that of `REFERENCE`."""
-    metrics = list(metrics)
+def arms_table(runs: Runs) -> str:
+    """Return the accuracy of all arms, and how far it is from that of `REFERENCE`."""
     rows = []
     for name, arm in ARMS.items():
         found = level(runs, name)
-        cells = [_level_cell(level(runs, name, metric)) for metric in metrics]
         minus = "" if name == REFERENCE else _difference_cell(difference(runs, name, REFERENCE))
-        rows.append([f"`{name}`", arm.about, found.seeds if found else 0, cells[0], minus, *cells[1:]])
-    head = ["arm", "what it does", "seeds", f"{metrics[0]}, %", f"minus `{REFERENCE}`", *metrics[1:]]
+        rows.append([f"`{name}`", arm.about, found.seeds if found else 0, _level_cell(found), minus])
+    head = ["arm", "what it does", "seeds", f"{MAIN}, %", f"minus `{REFERENCE}`"]
     return f"{markdown_table(head, rows)}\n\n{_READING}"
 
 
-def contrasts_table(runs: Runs, metrics: Iterable[str] = METRICS) -> str:
+def measures_table(runs: Runs) -> str:
+    """Return everything else that was measured of all arms."""
+    metrics = [metric for metric in METRICS if metric != MAIN]
+    rows = [[f"`{name}`", *(_level_cell(level(runs, name, metric)) for metric in metrics)] for name in ARMS]
+    return markdown_table(["arm", *(f"{metric}, %" for metric in metrics)], rows)
+
+
+def contrasts_table(runs: Runs) -> str:
     """Return the differences of `CONTRASTS`."""
-    metrics = list(metrics)
     rows = []
     for question, (arm, other) in CONTRASTS.items():
-        cells = [_difference_cell(difference(runs, arm, other, metric)) for metric in metrics]
+        cells = [_difference_cell(difference(runs, arm, other, metric)) for metric in METRICS]
         rows.append([question, f"`{arm}` - `{other}`", *cells])
-    return f"{markdown_table(['what differs', 'arms', *metrics], rows)}\n\n{_READING}"
+    return markdown_table(["what differs", "arms", *METRICS], rows)
 
 
-def short_table(runs: Runs) -> str:
-    """Return the accuracies only."""
-    return arms_table(runs, [MAIN])
-
-
-TABLES = {"arms": arms_table, "contrasts": contrasts_table, "short": short_table}
+TABLES = {"arms": arms_table, "measures": measures_table, "contrasts": contrasts_table}
 
 _READING = (
     "Means over seeds; in brackets the 95 % interval of the mean by Student's t distribution. Differences are in "

@@ -1,0 +1,77 @@
+"""Pack a folder into archives of bounded size, for a machine that is handed little at a time.
+
+    python -m benchmarks.pack FOLDER OUT --megabytes 55    writes OUT/NAME-1.tar, OUT/NAME-2.tar, ...
+
+Each archive is whole: unpacked in one place, in any order, together they are FOLDER again. They are not compressed:
+photographs would not get smaller.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import program
+
+_BLOCK = 512
+_RECORD = tarfile.RECORDSIZE  # an archive ends at a multiple of it
+_NAME = 100  # characters of a longer name take blocks of their own
+
+
+def pack(folder: Path, out: Path, limit: int) -> list[Path]:
+    """Write the files of a folder into archives of at most `limit` bytes; return their paths.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the folder holds no files, or one is too large for an archive.
+    """
+    folder = folder.resolve()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        msg = f"FOLDER must be a folder with files, got {folder}"
+        raise ValueError(msg)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, part in enumerate(_parts(files, folder, limit), 1):
+        paths.append(out / f"{folder.name}-{number}.tar")
+        with tarfile.open(paths[-1], "w", format=tarfile.GNU_FORMAT) as archive:
+            for path in part:
+                archive.add(path, Path(folder.name, path.relative_to(folder)))
+    return paths
+
+
+def _parts(files: list[Path], folder: Path, limit: int) -> Iterator[list[Path]]:
+    """Give the files of each archive, as many as fit."""
+    part: list[Path] = []
+    left = room = (limit // _RECORD) * _RECORD - 2 * _BLOCK
+    for path in files:
+        name = len(str(Path(folder.name, path.relative_to(folder))).encode())
+        blocks = 1 + -(-path.stat().st_size // _BLOCK) + (1 + -(-(name + 1) // _BLOCK) if name >= _NAME else 0)
+        if blocks * _BLOCK > room:
+            msg = f"--megabytes must be enough for each file, got {limit / 1e6:g} with {path}"
+            raise ValueError(msg)
+        if blocks * _BLOCK > left:
+            yield part
+            part, left = [], room
+        part.append(path)
+        left -= blocks * _BLOCK
+    yield part
+
+
+def main() -> None:
+    """Pack a folder."""
+    parser = program.parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to pack, with its folders")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the archives")
+    parser.add_argument(
+        "--megabytes", type=program.positive_number, default=55, help="most of an archive (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    for path in pack(options.folder, options.out, int(options.megabytes * 1e6)):
+        program.say(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    program.run(main)
