@@ -8,7 +8,7 @@
 #
 # DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
 # JOBS=...     processes that run tests, of up to 3 GB of memory
-# DRY=1        gpu-suite, small, also without a GPU      STAGES="..."  some stages only
+# DRY=1        gpu-suite or accuracy, small, also without a GPU      STAGES="..."  some stages only
 # CONTINUE=folder  gpu-suite: only what is missing of an earlier run there (may be OUT)
 # NETWORK=resnet9|resnet18  PROCESSES=2    of the accuracy study
 # CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
@@ -90,7 +90,7 @@ bench: $(installed)
 accuracy:
 	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: say where CIFAR-10 is and where the runs go: DATA=cifar OUT=file" >&2; exit 1; }
 	@for part in $$(seq $(PROCESSES)); do \
-	  $(PYTHON) -m benchmarks.accuracy $(data) -o "$(OUT)" --network $(NETWORK) --minutes $(MINUTES) \
+	  $(PYTHON) -m benchmarks.accuracy $(data) -o "$(OUT)" --network $(NETWORK) --minutes $(MINUTES) $(if $(DRY),--dry --seeds 1) \
 	    --part $$part/$(PROCESSES) > /dev/null & started="$$started $$!"; \
 	done; \
 	for process in $$started; do wait $$process || failed=1; done; \

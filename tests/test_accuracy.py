@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import sys
 import tarfile
@@ -303,6 +304,11 @@ def test_a_network_learns(cifar):
     assert 0 < found["training_seconds"] < found["seconds"]
 
 
+def test_a_training_that_diverges_is_no_result(cifar):
+    with pytest.raises(ValueError, match=r"--lr must be one at which no run diverges, got 1e\+08 with cutmix, seed 2"):
+        trainer(cifar, lr=1e8).run("cutmix", 2)
+
+
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 FOUND = {"top1_last": 50.0, "top1_best": 51.0, "best_epoch": 2, "ece": 3.0, "seconds": 1.0}
@@ -423,6 +429,10 @@ def test_the_program_goes_on_and_shows_what_it_has(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == second.stdout
     assert "| `cutmix` | CutMix, with a box and a weight for each sample | 1 |" in shown.stdout
+    path.write_text("".join(json.dumps({**run, "seconds": 1e6}) + "\n" for run in runs))
+    late = run_program(*map(str, (*words, *small, "--seeds", 3, "--minutes", 5)))
+    assert "3 runs are left for a later call: --minutes 5" in late.stderr
+    assert len(read_runs(path)) == 3
     other = run_program(*map(str, (*words, *small, "--lr", 1)), check=False)
     assert other.returncode == 1
     assert other.stderr.startswith("error: --output: the runs of ")

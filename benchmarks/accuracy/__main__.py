@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from benchmarks import machine, program
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.networks import NETWORKS, WIDTH, operations_of
-from benchmarks.accuracy.study import Settings, Study, read_runs, seconds_of
+from benchmarks.accuracy.study import Settings, Study, read_runs
 from benchmarks.accuracy.summary import TABLES
 
 _TEST_IMAGES = 10_000
@@ -107,6 +106,7 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
 
 
 def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) -> None:
+    end = time.monotonic() + 60 * options.minutes
     pairs = study.missing(options.arms, options.seeds, options.part)
     if not pairs:
         return
@@ -124,18 +124,15 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
         **{name: surroundings[name] for name in ("cpu", "cores", "torch_threads", "versions")},
         "command": machine.command(options),
     }
-    end = time.monotonic() + 60 * options.minutes
-    for number, (arm, seed) in enumerate(pairs, 1):
-        expected = seconds_of(study.runs, conditions["device"])
-        left = len(pairs) - number + 1
-        if expected and time.monotonic() + statistics.median(expected) > end:
-            program.say(f"{left} runs are left for a later call: --minutes {options.minutes:g}")
+    for done, (arm, seed) in enumerate(pairs):
+        if time.monotonic() + study.seconds_of_run(conditions["device"]) > end:
+            program.say(f"{len(pairs) - done} runs are left for a later call: --minutes {options.minutes:g}")
             return
         run = study.add((arm, seed), trainer.run(arm, seed), conditions)
-        remaining = (left - 1) * statistics.median(seconds_of(study.runs, conditions["device"])) / 60
+        left = (len(pairs) - done - 1) * study.seconds_of_run(conditions["device"]) / 60
         program.say(
-            f"[{number}/{len(pairs)}] seed {seed}, {arm}: top-1 {run['top1_last']:.2f} %, {run['seconds']:.0f} s; "
-            f"about {remaining:.0f} minutes left"
+            f"[{done + 1}/{len(pairs)}] seed {seed}, {arm}: top-1 {run['top1_last']:.2f} %, {run['seconds']:.0f} s; "
+            f"about {left:.0f} minutes left"
         )
 
 

@@ -52,7 +52,13 @@ class Trainer:
         self._algorithm = "kernel" if device.type == "cuda" else "auto"
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
-        """Train an arm with a seed; return accuracies in percent, calibration, and the seconds that it took."""
+        """Train an arm with a seed; return accuracies and calibration error in percent, and the seconds that it took.
+
+        Raises
+        ------
+        ValueError
+            If the training diverges.
+        """
         settings, start = self._settings, time.monotonic()
         torch.manual_seed(seed)
         network = make_network(settings.network, settings.width or 0, self._classes)
@@ -78,6 +84,9 @@ class Trainer:
             trained += time.monotonic() - began
             if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
                 logits = self._logits(network)
+                if not logits.isfinite().all():
+                    msg = f"--lr must be one at which no run diverges, got {settings.lr:g} with {arm}, seed {seed}"
+                    raise ValueError(msg)
                 top1[epoch] = percent(logits.argmax(dim=1) == self._test_labels)
         best = max(top1, key=lambda epoch: top1[epoch])
         return {

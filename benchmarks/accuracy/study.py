@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ class Study:
         self.runs.append(run)
         return run
 
-
-def seconds_of(runs: Iterable[Mapping[str, Any]], device: str) -> list[float]:
-    """Return how long the runs on a device took."""
-    return [run["seconds"] for run in runs if run["device"] == device]
+    def seconds_of_run(self, device: str) -> float:
+        """Return the median time of the runs on a device; 0 where there are none."""
+        found = [run["seconds"] for run in self.runs if run["device"] == device]
+        return statistics.median(found) if found else 0.0
