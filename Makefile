@@ -6,7 +6,7 @@
 # make accuracy OUT=file.jsonl DATA=cifar MINUTES=9    the accuracy study, continued where it stands, $(PYTHON) as it is
 # make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
 #
-# DATA=folder  photographs in class folders, for the last two     NAME=...  of the machine, for the files of bench
+# DATA=folder  photographs in class folders, for bench and gpu-suite   NAME=...  of the machine, for the files of bench
 # JOBS=...     processes that run tests, of up to 3 GB of memory
 # DRY=1        gpu-suite or accuracy, small, also without a GPU      STAGES="..."  some stages only
 # CONTINUE=folder  gpu-suite: only what is missing of an earlier run there (may be OUT)

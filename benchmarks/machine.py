@@ -117,7 +117,7 @@ def command(options: argparse.Namespace) -> str:
     """Return the command line, without the names of this machine's folders."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     words = collections.deque(sys.argv[1:])
-    shown = ["python", "-m", module.name if module else "benchmarks"]
+    shown = ["python", "-m", module.name.removesuffix(".__main__") if module else "benchmarks"]
     while words:
         word = words.popleft()
         if word in ("-o", "--output", "--logs"):
