@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import machine, program
 from benchmarks.accuracy.arms import ARMS
+from benchmarks.accuracy.data import read_images
 from benchmarks.accuracy.networks import NETWORKS, WIDTH, operations_of
+from benchmarks.accuracy.run import Trainer
 from benchmarks.accuracy.study import Settings, Study, read_runs
 from benchmarks.accuracy.summary import TABLES
 
@@ -35,10 +39,13 @@ def _arguments() -> argparse.Namespace:
         "data", nargs="?", type=Path, metavar="DATA", help="CIFAR-10, its files or mosaics; without it -o is shown only"
     )
     parser.add_argument("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
-    parser.add_argument("--width", type=positive, default=WIDTH, help="of resnet9 (default: %(default)s)")
+    parser.add_argument("--width", type=positive, help=f"of resnet9 (default: {WIDTH})")
     parser.add_argument("--epochs", type=positive, default=24, help="default: %(default)s")
     parser.add_argument(
-        "--images", type=positive, default=_TRAINING_IMAGES, help="for training, of all classes alike (default: all)"
+        "--images",
+        type=positive,
+        default=_TRAINING_IMAGES,
+        help="for training, equally many of each class (default: all)",
     )
     parser.add_argument("--lr", type=program.positive_number, help="default: 0.1 for each 128 images of a batch")
     parser.add_argument("--weight-decay", type=program.positive_number, default=5e-4, help="default: %(default)s")
@@ -51,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=positive, default=5, help="runs of each arm (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=program.positive_number, default=math.inf, help="no run begins that would probably end later"
+        "--minutes", type=program.positive_number, default=math.inf, help="start no run that would probably end later"
     )
     parser.add_argument(
         "--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N processes that write to one file"
@@ -63,13 +70,17 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.output is None and options.plan is None:
         parser.error("-o must be given, the file of the study")
+    if options.width is not None and options.network != "resnet9":
+        parser.error(f"--width must be left out with --network {options.network}, got {options.width}")
+    if options.images < options.batch_size:
+        parser.error(f"--images must be at least -b, {options.batch_size}, got {options.images}")
     return options
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     return Settings(
         network=options.network,
-        width=options.width if options.network == "resnet9" else None,
+        width=(options.width or WIDTH) if options.network == "resnet9" else None,
         epochs=1 if options.dry else options.epochs,
         images=options.images,
         batch_size=options.batch_size,
@@ -110,13 +121,9 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
     pairs = study.missing(options.arms, options.seeds, options.part)
     if not pairs:
         return
-    import torch
-
-    from benchmarks.accuracy.data import read_images
-    from benchmarks.accuracy.run import Trainer
-
     device = torch.device("cuda" if machine.wants_gpu(options) else "cpu")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # FGSM wants signs of gradients, which TF32 rounds away
     trainer = Trainer(*read_images(options.data), settings, device)
     surroundings = machine.surroundings(gpu=device.type == "cuda")
     conditions: dict[str, Any] = {

@@ -69,6 +69,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     """
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line:
+            continue
         try:
             run = json.loads(line)
         except ValueError:
@@ -103,7 +105,8 @@ class Study:
     def missing(self, arms: Sequence[str], seeds: int, part: tuple[int, int] = (1, 1)) -> list[Pair]:
         """Return the pairs of arm and seed without a run, seed by seed: a cut leaves each arm within one run of others.
 
-        `part` is (i, n) for the i-th of n processes that share the work; each pair belongs to one of them.
+        `part` is (i, n) for the i-th of n processes that share the work; each pair belongs to one of them, so that the
+        arms are as even as the processes are.
         """
         first, step = part
         pairs = [(arm, seed) for seed, arm in itertools.product(range(seeds), arms)]
