@@ -1,4 +1,4 @@
-"""What is compared: ways to mix a batch, which differ in one thing at a time and share all random numbers."""
+"""What is compared: ways to mix a batch, which share all random numbers."""
 
 from __future__ import annotations
 

@@ -17,24 +17,27 @@ NOT_RUN = "not run"
 
 Runs = Sequence[Mapping[str, Any]]
 
-# By the heads of columns; all are in percent.
+# By the heads of columns; all are in percent, and more is better unless the head says otherwise.
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "top-1, last epoch": lambda run: run["top1_last"],
     "top-1, best epoch": lambda run: run["top1_best"],
-    "calibration error": lambda run: run["ece"],
+    "calibration error (less is better)": lambda run: run["ece"],
     "top-1 under FGSM 2/255": lambda run: run["fgsm_top1"]["2/255"],
     "top-1 under FGSM 8/255": lambda run: run["fgsm_top1"]["8/255"],
 }
 MAIN = "top-1, last epoch"
 
-# What differs between two arms, and nothing else does.
+# What is changed from the second arm to the first. How much is mixed can change with it: `docs/accuracy.md` says how.
 CONTRASTS = {
     "Does mixing help?": ("cutmix", "none"),
-    "Boxes moved inside the image instead of cut off, around random points": ("random peak", "cutmix"),
+    "Boxes around random points moved inside the image, not cut off, so larger": ("random peak", "cutmix"),
     "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
     "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
     "Labels weighed by saliency instead of area": ("saliency labels", "saliencymix default"),
-    "Correct saliency instead of what the released code computes": ("saliencymix released-code", "as released"),
+    "Correct saliency instead of what the released code computes, and so larger boxes": (
+        "saliencymix released-code",
+        "as released",
+    ),
     "The released code against CutMix as published": ("as released", "cutmix per batch"),
     "A box for each sample instead of each batch, CutMix": ("cutmix", "cutmix per batch"),
 }
@@ -126,7 +129,8 @@ TABLES = {"arms": arms_table, "measures": measures_table, "contrasts": contrasts
 
 _READING = (
     "Means over seeds; in brackets the 95 % interval of the mean by Student's t distribution. Differences are in "
-    "percentage points, taken seed by seed: + or - where their interval excludes 0, 0 where it contains it."
+    "percentage points, taken seed by seed: + or - where their interval excludes 0, 0 where it contains it. "
+    f"`{REFERENCE}` mixes less than arms that move boxes inside the image: its own are cut off at the border."
 )
 
 
@@ -150,6 +154,7 @@ def conditions(runs: Runs) -> str:
         return ", ".join(dict.fromkeys(str(run[name]) for run in runs))
 
     width = f" of width {settings['width']}" if settings["width"] else ""
+    commands = dict.fromkeys(f"`{run['command']}`" for run in runs)
     seconds = sorted(run["seconds"] for run in runs)
     versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
     commits = ", ".join(dict.fromkeys(str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs))
@@ -157,11 +162,11 @@ def conditions(runs: Runs) -> str:
     return (
         f"{len(runs)} runs of a {settings['network']}{width} on {all_of('device')} ({all_of('cpu')}), "
         f"{all_of('date')}: "
-        f"{settings['epochs']} epochs of {settings['images']} images, batch {settings['batch_size']}, rate "
-        f"{settings['lr']:g}, weight decay {settings['weight_decay']:g}, mixing probability {settings['prob']:g}, "
+        f"{settings['epochs']} epochs of {settings['images']} images, batch {settings['batch_size']}, learning "
+        f"rate {settings['lr']:g}, weight decay {settings['weight_decay']:g}, mixing probability {settings['prob']:g}, "
         f"{augmented}, {settings['precision']}; evaluated every "
         f"{settings['evaluate_every']} epochs. A run took {statistics.median(seconds):.0f} s "
-        f"({seconds[0]:.0f} to {seconds[-1]:.0f}). {versions}; commit {commits}. `{all_of('command')}`"
+        f"({seconds[0]:.0f} to {seconds[-1]:.0f}). {versions}; commit {commits}. {', '.join(commands)}"
     )
 
 
