@@ -738,17 +738,20 @@ def test_what_the_benchmark_of_operations_times_on_a_gpu(cupy, launches, monkeyp
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_arms_of_the_accuracy_study(cupy, arm):
+def test_arms_of_the_accuracy_study(cupy, launches, arm):
+    """With kernels, as a run on a GPU has them."""
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
     (drawn,) = draws_of_epoch(1, 1, 40, 40, prob=1.0, augment=True)
-    options = {"algorithm": "array", "paste": functools.partial(paste_normalised, mean=MEAN, std=STD)}
 
-    def made(images, draws):
+    def made(images, draws, algorithm):
         batch = augmented(images, draws)
-        return ARMS[arm].mix(batch, draws.source_index, draws.lam, draws.point, **options)
+        paste = functools.partial(paste_normalised, mean=MEAN, std=STD, layout="HWC", algorithm=algorithm)
+        random_numbers = draws.source_index, draws.lam, draws.point
+        return ARMS[arm].mix(batch, *random_numbers, algorithm=algorithm, paste=paste)
 
-    expected = made(images, drawn)
+    expected = made(images, drawn, "array")
     for _ in range(2):
-        found = made(on_device(images), type(drawn)(*map(on_device, drawn)))
+        found = made(on_device(images), type(drawn)(*map(on_device, drawn)), "kernel")
         for own, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(on_host(own), other)
+    assert "paste_normalised_float32_HWC" in launches
