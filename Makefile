@@ -86,10 +86,11 @@ bench: $(installed)
 	$(python) -m benchmarks.bench_detectors $(data) -o benchmarks/results/detectors-$(NAME).json
 	$(python) -m benchmarks.render
 
-# All processes write to one file, each its own runs.
+# All processes write to one file, each its own runs. An interrupt ends them, which a shell keeps from what it started.
 accuracy:
 	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: say where CIFAR-10 is and where the runs go: DATA=cifar OUT=file" >&2; exit 1; }
-	@for part in $$(seq $(PROCESSES)); do \
+	@trap 'kill $$started 2> /dev/null' INT TERM; \
+	for part in $$(seq $(PROCESSES)); do \
 	  $(PYTHON) -m benchmarks.accuracy $(data) -o "$(OUT)" --network $(NETWORK) --minutes $(MINUTES) $(if $(DRY),--dry --seeds 1) \
 	    --part $$part/$(PROCESSES) > /dev/null & started="$$started $$!"; \
 	done; \
