@@ -33,6 +33,9 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
         msg = f"FOLDER must be a folder with files, got {folder}"
         raise ValueError(msg)
     out.mkdir(parents=True, exist_ok=True)
+    if earlier := sorted(out.glob(f"{folder.name}-*.tar")):
+        msg = f"OUT must hold no archives of {folder.name} yet, got {earlier[0]}"
+        raise ValueError(msg)
     paths = []
     for number, part in enumerate(_parts(files, folder, limit), 1):
         paths.append(out / f"{folder.name}-{number}.tar")

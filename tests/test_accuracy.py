@@ -156,6 +156,18 @@ def test_boxes_that_are_cut_off_mix_less(arm, expected):
     assert 1 - mixed.lam.mean() == pytest.approx(expected, abs=0.01)
 
 
+def test_shuffled_peaks_are_those_of_other_images(jpeg_images):
+    images = np.stack([np.resize(image, (32, 32, 3)) for image in jpeg_images])
+    count = len(images)
+    lam = np.full(count, 0.9, np.float32)
+    options = {"algorithm": "auto", "paste": lambda images, *rest, **more: images}
+    arguments = lam, np.zeros((count, 2))
+    own = ARMS["saliencymix paper"].mix(images, np.roll(np.arange(count), -1), *arguments, **options)
+    shuffled = ARMS["shuffled peaks"].mix(images, np.arange(count), *arguments, **options)
+    assert np.array_equal(shuffled.boxes, own.boxes)
+    assert len(np.unique(own.boxes, axis=0)) > 1
+
+
 # ---- what the released code takes for saliency -----------------------------------------------------------------------
 
 
@@ -262,7 +274,9 @@ def test_archives_of_bounded_size_are_the_folder_again(tmp_path, monkeypatch, ca
     again = tmp_path / "again" / "photos"
     assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*.jpg")} == files
     with pytest.raises(SystemExit, match=r"--megabytes must be enough for each file, got 0.0125 with "):
-        main_of(pack, folder, tmp_path / "out", "--megabytes", 0.0125, monkeypatch=monkeypatch)
+        main_of(pack, folder, tmp_path / "small", "--megabytes", 0.0125, monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match=r"OUT must hold no archives of photos yet, got .*photos-1\.tar"):
+        main_of(pack, folder, tmp_path / "out", monkeypatch=monkeypatch)
 
 
 def main_of(module, *words, monkeypatch):
@@ -475,7 +489,10 @@ def test_the_program_goes_on_and_shows_what_it_has(tmp_path):
 def test_options_that_contradict_each_other_are_refused(monkeypatch, capsys):
     for words, text in (
         (("--network", "resnet18", "--width", 16), "--width must be left out with --network resnet18, got 16"),
-        (("--images", 40, "-b", 41), "--images must be at least -b, 41, got 40"),
+        (
+            ("--images", 40, "-b", 41),
+            "--images and --epochs must make at least 10 batches of 41, got 40 and 24",
+        ),
     ):
         with pytest.raises(SystemExit):
             main_of(accuracy_program, "--plan", 100, *words, monkeypatch=monkeypatch)
@@ -486,7 +503,7 @@ def test_a_plan_trains_nothing():
     ended = run_program("-m", "benchmarks.accuracy", "--plan", "100", "--epochs", "20")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("A run takes 2,")
-    assert "45 runs are" in ended.stdout
+    assert "50 runs are" in ended.stdout
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from benchmarks.accuracy.summary import TABLES
 
 _TEST_IMAGES = 10_000
 _TRAINING_IMAGES = 50_000
+_LEAST_STEPS = 10  # the schedule of the rate needs a few
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -72,8 +73,11 @@ def _arguments() -> argparse.Namespace:
         parser.error("-o must be given, the file of the study")
     if options.width is not None and options.network != "resnet9":
         parser.error(f"--width must be left out with --network {options.network}, got {options.width}")
-    if options.images < options.batch_size:
-        parser.error(f"--images must be at least -b, {options.batch_size}, got {options.images}")
+    if options.images // options.batch_size * options.epochs < _LEAST_STEPS:
+        parser.error(
+            f"--images and --epochs must make at least {_LEAST_STEPS} batches of {options.batch_size}, "
+            f"got {options.images} and {options.epochs}"
+        )
     return options
 
 

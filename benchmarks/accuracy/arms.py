@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.accuracy.released import as_released
-from dali_saliencymix import cutmix, points_at, saliencymix
+from dali_saliencymix import cutmix, get_detector, points_at, saliency_peaks, saliencymix
 from dali_saliencymix._array import array_namespace
 from dali_saliencymix.mix import Mixed
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dali_saliencymix._array import Array
 
     Mix = Callable[..., Mixed]
+    Paste = Callable[..., Array]
 
 
 class Arm(NamedTuple):
@@ -32,40 +33,34 @@ class Arm(NamedTuple):
     about: str
 
 
-def _none(
-    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, paste: Callable[..., Array]
-) -> Mixed:
+def _none(images: Array, source_index: Array, lam: Array, point: Array, *, paste: Paste, **_: object) -> Mixed:
     xp = array_namespace(images)
     nowhere = xp.zeros((len(images), 4), xp.int32)
     return Mixed(paste(images, source_index, nowhere), xp.ones(len(images), xp.float32), nowhere, nowhere)
 
 
-def _cutmix(
-    images: Array,
-    source_index: Array,
-    lam: Array,
-    point: Array,
-    *,
-    algorithm: str,
-    paste: Callable[..., Array],
-    per_batch: bool = False,
-) -> Mixed:
-    return cutmix(images, source_index, lam, point, per_batch=per_batch, paste=paste)
+def _cutmix(images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, **options: Any) -> Mixed:
+    return cutmix(images, source_index, lam, point, **options)
 
 
-def _saliencymix(
-    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, **options: object
-) -> Mixed:
-    return saliencymix(images, source_index, lam, algorithm=algorithm, **options)
+def _saliencymix(images: Array, source_index: Array, lam: Array, point: Array, **options: Any) -> Mixed:
+    return saliencymix(images, source_index, lam, **options)
 
 
-def _random_peak(
-    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, paste: Callable[..., Array]
-) -> Mixed:
+def _random_peak(images: Array, source_index: Array, lam: Array, point: Array, **options: Any) -> Mixed:
     points = points_at(point, *images.shape[1:3])
     peaks = points.copy()
     peaks[source_index] = points  # a box is cut around the peak of the source: these are CutMix's centres
-    return saliencymix(images, source_index, lam, peaks=peaks, algorithm=algorithm, paste=paste)
+    return saliencymix(images, source_index, lam, peaks=peaks, **options)
+
+
+def _shuffled_peaks(
+    images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, **options: Any
+) -> Mixed:
+    maps = get_detector("fine_grained", algorithm=algorithm)(images)
+    peaks = saliency_peaks(maps, *images.shape[1:3], algorithm=algorithm)
+    others = array_namespace(peaks).concatenate([peaks[1:], peaks[:1]])  # a batch is in random order
+    return saliencymix(images, source_index, lam, peaks=others, algorithm=algorithm, **options)
 
 
 _with = functools.partial(functools.partial, _saliencymix)
@@ -75,6 +70,7 @@ ARMS = {
     "none": Arm(_none, "no mixing"),
     "cutmix": Arm(_cutmix, "CutMix, with a box and a weight for each sample"),
     "random peak": Arm(_random_peak, "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly"),
+    "shuffled peaks": Arm(_shuffled_peaks, "the same around the peak of `fine_grained` in another image of the batch"),
     "saliencymix paper": Arm(_with(preset="paper"), "boxes around the peaks of `fine_grained`: preset `paper`"),
     "saliencymix default": Arm(_with(), "boxes around the peaks of `spectral_residual`: preset `default`"),
     "as released": Arm(

@@ -32,6 +32,7 @@ CONTRASTS = {
     "Does mixing help?": ("cutmix", "none"),
     "Boxes around random points moved inside the image, not cut off, so larger": ("random peak", "cutmix"),
     "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
+    "Peaks of `fine_grained` of the source itself, not of another image": ("saliencymix paper", "shuffled peaks"),
     "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
     "Labels weighed by saliency instead of area": ("saliency labels", "saliencymix default"),
     "Correct saliency instead of what the released code computes, and so larger boxes": (
