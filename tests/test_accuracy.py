@@ -491,7 +491,7 @@ def test_options_that_contradict_each_other_are_refused(monkeypatch, capsys):
         (("--network", "resnet18", "--width", 16), "--width must be left out with --network resnet18, got 16"),
         (
             ("--images", 40, "-b", 41),
-            "--images and --epochs must make at least 10 batches of 41, got 40 and 24",
+            "--images must fill at least 5 batches of 41 in 24 epochs, got 40",
         ),
     ):
         with pytest.raises(SystemExit):

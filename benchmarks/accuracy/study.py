@@ -29,7 +29,7 @@ class Settings:
     epochs, images, batch_size : int
         `images` is the number of training images.
     lr, weight_decay : float
-        `lr` rises linearly for a fifth of the steps and falls linearly to 0.
+        `lr` is the highest rate: it is reached after a fifth of the steps, linearly, and then falls linearly to 0.
     prob : float
         Probability that an image, or a batch, is mixed.
     augment : bool
