@@ -70,7 +70,9 @@ ARMS = {
     "none": Arm(_none, "no mixing"),
     "cutmix": Arm(_cutmix, "CutMix, with a box and a weight for each sample"),
     "random peak": Arm(_random_peak, "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly"),
-    "shuffled peaks": Arm(_shuffled_peaks, "the same around the peak of `fine_grained` in another image of the batch"),
+    "shuffled peaks": Arm(
+        _shuffled_peaks, "the same boxes around the peak of `fine_grained` in another image of the batch"
+    ),
     "saliencymix paper": Arm(_with(preset="paper"), "boxes around the peaks of `fine_grained`: preset `paper`"),
     "saliencymix default": Arm(_with(), "boxes around the peaks of `spectral_residual`: preset `default`"),
     "as released": Arm(

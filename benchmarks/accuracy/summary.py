@@ -29,8 +29,12 @@ MAIN = "top-1, last epoch"
 
 # What is changed from the second arm to the first. How much is mixed can change with it: `docs/accuracy.md` says how.
 CONTRASTS = {
-    "Does mixing help?": ("cutmix", "none"),
+    "CutMix instead of no mixing": ("cutmix", "none"),
     "Boxes around random points moved inside the image, not cut off, so larger": ("random peak", "cutmix"),
+    "Places of the peaks of `fine_grained`, of another image, instead of random points": (
+        "shuffled peaks",
+        "random peak",
+    ),
     "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
     "Peaks of `fine_grained` of the source itself, not of another image": ("saliencymix paper", "shuffled peaks"),
     "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
@@ -131,7 +135,7 @@ TABLES = {"arms": arms_table, "measures": measures_table, "contrasts": contrasts
 _READING = (
     "Means over seeds; in brackets the 95 % interval of the mean by Student's t distribution. Differences are in "
     "percentage points, taken seed by seed: + or - where their interval excludes 0, 0 where it contains it. "
-    f"`{REFERENCE}` mixes less than arms that move boxes inside the image: its own are cut off at the border."
+    f"`{REFERENCE}` mixes less than the arms that move boxes inside the image: its boxes are cut off at the border."
 )
 
 
