@@ -86,7 +86,7 @@ bench: $(installed)
 	$(python) -m benchmarks.bench_detectors $(data) -o benchmarks/results/detectors-$(NAME).json
 	$(python) -m benchmarks.render
 
-# All processes write to one file, each its own runs. An interrupt ends them, which a shell keeps from what it started.
+# The processes share one file, and each does its own runs. An interrupt does not reach them: the trap ends them.
 accuracy:
 	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: say where CIFAR-10 is and where the runs go: DATA=cifar OUT=file" >&2; exit 1; }
 	@trap 'kill $$started 2> /dev/null' INT TERM; \
