@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.accuracy.released import as_released
-from dali_saliencymix import cutmix, get_detector, points_at, saliency_peaks, saliencymix
+from dali_saliencymix import cutmix, get_detector, saliency_peaks, saliencymix
 from dali_saliencymix._array import array_namespace
 from dali_saliencymix.mix import Mixed
 
@@ -47,13 +47,6 @@ def _saliencymix(images: Array, source_index: Array, lam: Array, point: Array, *
     return saliencymix(images, source_index, lam, **options)
 
 
-def _random_peak(images: Array, source_index: Array, lam: Array, point: Array, **options: Any) -> Mixed:
-    points = points_at(point, *images.shape[1:3])
-    peaks = points.copy()
-    peaks[source_index] = points  # a box is cut around the peak of the source: these are CutMix's centres
-    return saliencymix(images, source_index, lam, peaks=peaks, **options)
-
-
 def _shuffled_peaks(
     images: Array, source_index: Array, lam: Array, point: Array, *, algorithm: str, **options: Any
 ) -> Mixed:
@@ -69,7 +62,10 @@ _with = functools.partial(functools.partial, _saliencymix)
 ARMS = {
     "none": Arm(_none, "no mixing"),
     "cutmix": Arm(_cutmix, "CutMix, with a box and a weight for each sample"),
-    "random peak": Arm(_random_peak, "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly"),
+    "random peak": Arm(
+        functools.partial(_cutmix, box="fit"),
+        "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly",
+    ),
     "shuffled peaks": Arm(
         _shuffled_peaks, "the same boxes around the peak of `fine_grained` in another image of the batch"
     ),
