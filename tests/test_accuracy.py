@@ -448,6 +448,7 @@ def test_tables_say_what_was_not_run_and_the_plot_is_drawn():
     assert "| `as released` - `cutmix per batch` | not run |" in questions
     assert summary.plot(runs).axes[0].get_yticklabels()[1].get_text() == "random peak"
     assert "5 runs of a resnet9 of width 4 on CPU, 1 threads" in summary.conditions(runs)
+    assert summary.conditions(runs[:1]).startswith("1 run of a resnet9")
     runs[0]["command"] = "python --part 1/2"
     assert summary.conditions(runs).endswith(" commit ccccccc. `python --part 1/2`, `python`")
 

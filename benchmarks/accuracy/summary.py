@@ -11,6 +11,7 @@ from scipy import stats
 
 from benchmarks.accuracy.arms import ARMS, REFERENCE
 from benchmarks.program import markdown_table
+from dali_saliencymix.measure.environment import counted
 
 COVERAGE = 0.95
 NOT_RUN = "not run"
@@ -161,17 +162,18 @@ def conditions(runs: Runs) -> str:
     width = f" of width {settings['width']}" if settings["width"] else ""
     commands = dict.fromkeys(f"`{run['command']}`" for run in runs)
     seconds = sorted(run["seconds"] for run in runs)
+    spread = f" ({seconds[0]:.0f} to {seconds[-1]:.0f})" if len(runs) > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
     commits = ", ".join(dict.fromkeys(str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs))
     augmented = "cropped and flipped" if settings["augment"] else "not augmented"
     return (
-        f"{len(runs)} runs of a {settings['network']}{width} on {all_of('device')} ({all_of('cpu')}), "
+        f"{counted(len(runs), 'runs')} of a {settings['network']}{width} on {all_of('device')} ({all_of('cpu')}), "
         f"{all_of('date')}: "
         f"{settings['epochs']} epochs of {settings['images']} images, batch {settings['batch_size']}, learning "
         f"rate {settings['lr']:g}, weight decay {settings['weight_decay']:g}, mixing probability {settings['prob']:g}, "
         f"{augmented}, {settings['precision']}; evaluated every "
-        f"{settings['evaluate_every']} epochs. A run took {statistics.median(seconds):.0f} s "
-        f"({seconds[0]:.0f} to {seconds[-1]:.0f}). {versions}; commit {commits}. {', '.join(commands)}"
+        f"{settings['evaluate_every']} epochs. A run took {statistics.median(seconds):.0f} s"
+        f"{spread}. {versions}; commit {commits}. {', '.join(commands)}"
     )
 
 
