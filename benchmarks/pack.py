@@ -14,9 +14,8 @@ from pathlib import Path
 
 from benchmarks import program
 
-_BLOCK = 512
-_RECORD = tarfile.RECORDSIZE  # an archive ends at a multiple of it
-_NAME = 100  # characters of a longer name take blocks of their own
+_FORMAT = tarfile.GNU_FORMAT
+_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # a file takes whole blocks, an archive whole records
 
 
 def pack(folder: Path, out: Path, limit: int) -> list[Path]:
@@ -39,28 +38,33 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
     paths = []
     for number, part in enumerate(_parts(files, folder, limit), 1):
         paths.append(out / f"{folder.name}-{number}.tar")
-        with tarfile.open(paths[-1], "w", format=tarfile.GNU_FORMAT) as archive:
+        with tarfile.open(paths[-1], "w", format=_FORMAT) as archive:
             for path in part:
-                archive.add(path, Path(folder.name, path.relative_to(folder)))
+                archive.add(path, _inside(path, folder))
     return paths
 
 
 def _parts(files: list[Path], folder: Path, limit: int) -> Iterator[list[Path]]:
     """Give the files of each archive, as many as fit."""
     part: list[Path] = []
-    left = room = (limit // _RECORD) * _RECORD - 2 * _BLOCK
+    left = room = limit // _RECORD * _RECORD - 2 * _BLOCK  # which end an archive
     for path in files:
-        name = len(str(Path(folder.name, path.relative_to(folder))).encode())
-        blocks = 1 + -(-path.stat().st_size // _BLOCK) + (1 + -(-(name + 1) // _BLOCK) if name >= _NAME else 0)
-        if blocks * _BLOCK > room:
+        header = len(tarfile.TarInfo(str(_inside(path, folder))).tobuf(_FORMAT))
+        taken = header + -(-path.stat().st_size // _BLOCK) * _BLOCK
+        if taken > room:
             msg = f"--megabytes must be enough for each file, got {limit / 1e6:g} with {path}"
             raise ValueError(msg)
-        if blocks * _BLOCK > left:
+        if taken > left:
             yield part
             part, left = [], room
         part.append(path)
-        left -= blocks * _BLOCK
+        left -= taken
     yield part
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """Return the name of a file in an archive."""
+    return Path(folder.name, path.relative_to(folder))
 
 
 def main() -> None:

@@ -73,10 +73,11 @@ def _arguments() -> argparse.Namespace:
         parser.error("-o must be given, the file of the study")
     if options.width is not None and options.network != "resnet9":
         parser.error(f"--width must be left out with --network {options.network}, got {options.width}")
-    epochs = 1 if options.dry else options.epochs
-    if options.images // options.batch_size * epochs < _LEAST_STEPS:
+    if options.dry:
+        options.epochs = 1
+    if options.images // options.batch_size * options.epochs < _LEAST_STEPS:
         parser.error(
-            f"--images must fill at least {_LEAST_STEPS} batches of {options.batch_size} in {epochs} epochs, "
+            f"--images must fill at least {_LEAST_STEPS} batches of {options.batch_size} in {options.epochs} epochs, "
             f"got {options.images}"
         )
     return options
@@ -86,7 +87,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(
         network=options.network,
         width=(options.width or WIDTH) if options.network == "resnet9" else None,
-        epochs=1 if options.dry else options.epochs,
+        epochs=options.epochs,
         images=options.images,
         batch_size=options.batch_size,
         lr=options.lr or 0.1 * options.batch_size / 128,

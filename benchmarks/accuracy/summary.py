@@ -94,10 +94,15 @@ def level(runs: Runs, arm: str, metric: str = MAIN) -> Mean | None:
     return mean_of(list(found.values())) if found else None
 
 
-def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | None:
-    """Return the mean of arm minus other over the seeds that both have; None where there are none."""
+def differences(runs: Runs, arm: str, other: str, metric: str = MAIN) -> list[float]:
+    """Return arm minus other for each seed that both have."""
     own, others = by_seed(runs, arm, metric), by_seed(runs, other, metric)
-    found = [own[seed] - others[seed] for seed in own if seed in others]
+    return [own[seed] - others[seed] for seed in own if seed in others]
+
+
+def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | None:
+    """Return the mean of `differences`; None where there are none."""
+    found = differences(runs, arm, other, metric)
     return mean_of(found) if found else None
 
 
@@ -181,20 +186,17 @@ def plot(runs: Runs) -> Any:
     """Draw the differences to `REFERENCE`: each seed as a point, their mean with its interval."""
     from matplotlib.figure import Figure
 
-    arms = [name for name in ARMS if name != REFERENCE and by_seed(runs, name, MAIN)]
-    figure = Figure(figsize=(7, 0.9 + 0.32 * len(arms)), layout="constrained")
+    points = {name: differences(runs, name, REFERENCE) for name in ARMS if name != REFERENCE}
+    points = {name: found for name, found in points.items() if found}
+    figure = Figure(figsize=(7, 0.9 + 0.32 * len(points)), layout="constrained")
     axes = figure.subplots()
-    reference = by_seed(runs, REFERENCE, MAIN)
-    for row, name in enumerate(arms):
-        own, found = by_seed(runs, name, MAIN), difference(runs, name, REFERENCE)
-        if found is None:
-            continue
-        points = [own[seed] - reference[seed] for seed in own if seed in reference]
-        axes.plot(points, [row + 0.18] * len(points), ".", color="tab:gray", markersize=4)
+    for row, of_seeds in enumerate(points.values()):
+        found = mean_of(of_seeds)
+        axes.plot(of_seeds, [row + 0.18] * len(of_seeds), ".", color="tab:gray", markersize=4)
         sides = [[found.mean - found.low], [found.high - found.mean]] if found.seeds > 1 else None
         axes.errorbar(found.mean, row, xerr=sides, fmt="o", color="tab:blue", capsize=3)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(points)), list(points))
     axes.invert_yaxis()
     axes.set_xlabel(f"top-1 of the last epoch minus that of {REFERENCE}, percentage points")
     axes.grid(visible=True, axis="x", alpha=0.3)

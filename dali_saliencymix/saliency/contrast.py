@@ -5,6 +5,8 @@ They take images (N, H, W, C) uint8 and give maps (N, H, W) float32 in 0..1, at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from dali_saliencymix._array import Array, array_namespace, constant, is_host
@@ -80,29 +82,41 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
 
 def _fine_grained(images: Array) -> Array:
     xp = array_namespace(images)
-    grey = _blur(_blur(luma(images)))
-    _, height, width = grey.shape
-    grey = grey.astype(xp.float32)
-    integral = xp.zeros((len(grey), height + 1, width + 1), xp.float32)
-    integral[:, 1:, 1:] = xp.cumsum(xp.cumsum(grey, axis=2), axis=1)
-
+    grey = _blur(_blur(luma(images))).astype(xp.float32)
     on = xp.zeros(grey.shape, xp.int32)
     off = xp.zeros(grey.shape, xp.int32)
+    for difference in differences_from_surrounds(grey, grey):
+        brighter = xp.maximum(difference, 0)
+        on += brighter
+        off += brighter - difference
+    return sum_of_contrasts(on, off)
+
+
+def differences_from_surrounds(grey: Array, centre: Array) -> Iterator[Array]:
+    """Give for each of `SURROUNDS` how far `centre` is from the mean of what is around it in `grey`: (N, H, W) int32.
+
+    Both are (N, H, W) float32; `centre` is what is left out of the mean. The sums are OpenCV's, in its order.
+    """
+    xp = array_namespace(grey)
+    count, height, width = grey.shape
+    integral = xp.zeros((count, height + 1, width + 1), xp.float32)
+    integral[:, 1:, 1:] = xp.cumsum(xp.cumsum(grey, axis=2), axis=1)
     for half in SURROUNDS:
         top, bottom = constant(xp, _window, height, half)
         left, right = constant(xp, _window, width, half)
         above, below = xp.take(integral, top, axis=1), xp.take(integral, bottom, axis=1)
-        # In OpenCV's order: the first sum can pass 2**24 and be rounded.
+        # The first sum can pass 2**24 and be rounded.
         surround = xp.take(below, right, axis=2) + xp.take(above, left, axis=2)
         surround -= xp.take(below, left, axis=2)
         surround -= xp.take(above, right, axis=2)
-        surround -= grey
+        surround -= centre
         surround /= constant(xp, _neighbour_count, height, width, half)
-        difference = (grey - surround).astype(xp.int32)
-        brighter = xp.maximum(difference, 0)
-        on += brighter
-        off += brighter - difference
+        yield (centre - surround).astype(xp.int32)
 
+
+def sum_of_contrasts(on: Array, off: Array) -> Array:
+    """Return the maps (N, H, W) float32 of what is brighter and what is darker than its surrounds, (N, H, W) int32."""
+    xp = array_namespace(on)
     # Both sums reach 255 unless they are all 0. Their own sum is stored in 8 bits, as OpenCV stores it.
     total = (_stretched(on) + _stretched(off)) & 255
     return total.astype(xp.float32) * xp.float32(1 / 255)  # times the rounded inverse, as OpenCV scales
@@ -112,13 +126,13 @@ def _blur(grey: Array) -> Array:
     """Blur with weights 1-2-1 over 4 along both axes, mirrored at the border, rounded once: (N, H, W) int32."""
     xp = array_namespace(grey)
     for axis in (1, 2):
-        before, after = constant(xp, _neighbours, grey.shape[axis])
+        before, after = constant(xp, neighbours, grey.shape[axis])
         grey = 2 * grey + xp.take(grey, before, axis=axis) + xp.take(grey, after, axis=axis)
     return (grey + 8) >> 4
 
 
-def _neighbours(size: int) -> np.ndarray:
-    """Index of the neighbour before and after each pixel, (2, size)."""
+def neighbours(size: int) -> np.ndarray:
+    """Return the index of the pixel before and after each, mirrored at the border: (2, size)."""
     mirrored = with_margin(size, 1)
     return np.stack([mirrored[:-2], mirrored[2:]])
 
