@@ -27,7 +27,6 @@ from benchmarks import machine, opencv, peers, program
 from benchmarks.record import Record
 from benchmarks.timing import Graph, Timed, memory_bandwidth
 from dali_saliencymix import _cuda as cuda
-from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.figures import figure, significant
 from dali_saliencymix.measure.results import one_line
@@ -43,7 +42,6 @@ class Variant(NamedTuple):
     call: Callable[[], Any]
     bytes_moved: int
     on_gpu: bool
-    cached_launches: bool = False
 
 
 def main() -> None:
@@ -121,17 +119,8 @@ def measure_group(
             of_place.setdefault(step, {})[implementation] = with_share(times, variants[name], gpu, rate_of_copy)
         return {"milliseconds_per_batch": {place: of_place}}
 
-    timed = {
-        name: functools.partial(milliseconds, variant, Timed(variant.call, gpu=variant.on_gpu))
-        for name, variant in variants.items()
-    }
+    timed = {name: Timed(variant.call, gpu=variant.on_gpu) for name, variant in variants.items()}
     record.measure(timed, result_of, where=f"{place} / ")
-
-
-def milliseconds(variant: Variant, timed: Callable[[], float]) -> float:
-    """Return the milliseconds of a variant."""
-    with on_gpu(cached_launches=variant.cached_launches):
-        return timed()
 
 
 def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: float) -> dict[str, float]:
@@ -172,8 +161,6 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
         name = f"{step} | {implementation}"
         variants[name] = Variant(call, moved, gpu)
         if gpu:
-            if "kernel" in implementation:
-                variants[f"{name}, cached launches"] = Variant(call, moved, gpu, cached_launches=True)
             variants[f"{name}, graph"] = Variant(Graph(call, copies), moved, gpu)
 
     def add_all(

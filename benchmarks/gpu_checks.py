@@ -318,7 +318,7 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     listed = list_image_folder(options.data / "train")
     found: Result = {"over_batches": {}}
     wrong: list[str] = []
-    routes = {"as it is": GpuRoute(), "whole batches, kernels, normalising": GpuRoute(True, True, True, True)}
+    routes = {"as it is": GpuRoute(), "whole batches, normalising": GpuRoute(True, True)}
     for name, route in routes.items():
         with on_gpu(**vars(route)):
             readings = watched(loader_of(options, listed, options.batch_size), options.batches)

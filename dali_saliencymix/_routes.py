@@ -22,20 +22,12 @@ ALGORITHMS = ("auto", "array", "kernel")
 
 @dataclass
 class GpuRoute:
-    """The defaults on a GPU, one line each: turn one on once a measurement on a GPU says that it pays.
-
-    On an H100 kernels mix a batch of 256 images about 25 times as fast as array operations do. None has been measured
-    in a loader yet.
-    """
+    """The defaults on a GPU, one line each: turn one on once a measurement on a GPU says that it pays."""
 
     # DALI passes an operator each input as one array. Off: fn.python_function, with a list of samples for each input.
     whole_batches: bool = False
-    # algorithm="auto" means CUDA kernels. Off: array operations.
-    kernels: bool = False
     # The operator of the training loaders normalises. Off: fn.crop_mirror_normalize does.
     normalise: bool = False
-    # Launches of kernels are prepared once for each shape and set of options. Off: for each call.
-    cached_launches: bool = False
 
 
 gpu_route = GpuRoute()
@@ -58,14 +50,14 @@ def on_gpu(**route: bool) -> Iterator[None]:
 def route_of(algorithm: str, xp: Namespace) -> str:
     """Return what computes with arrays of `xp`: ``"array"``, ``"numba"`` (on a CPU) or ``"cuda"`` (on a GPU).
 
-    ``"auto"`` takes Numba where it is installed, and on a GPU what `gpu_route` says. A step for which there is no
-    kernel of that kind, or none for arguments such as these, takes array operations.
+    ``"auto"`` takes kernels on a GPU, where CuPy brings their compiler, and on a CPU where Numba is installed. A step
+    for which there is no kernel of that kind, or none for arguments such as these, takes array operations.
     """
     check_choice(algorithm, "algorithm", ALGORITHMS)
     if algorithm == "array":
         return "array"
     if not is_host(xp):
-        return "cuda" if algorithm == "kernel" or gpu_route.kernels else "array"
+        return "cuda"
     if _numba_is_installed():
         return "numba"
     if algorithm == "kernel":

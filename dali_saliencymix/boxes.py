@@ -46,7 +46,7 @@ def saliency_peaks(
         If true, look for the minimum.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel for float32 maps: compiled by Numba on a CPU, for maxima, or in CUDA. Both find
-        the same pixels. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        the same pixels. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
 
     Returns
     -------

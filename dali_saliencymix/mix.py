@@ -104,8 +104,7 @@ def saliencymix(
         is the share of the receiver's saliency outside its box, and `pasted` that of the source's inside its own; see
         the notes. With ``"saliency"`` there must be no `peaks`.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or kernels, for the steps that have one: see `fine_grained`. On a GPU ``"auto"`` means array
-        operations: what the CUDA kernels gain in a loader has not been measured yet.
+        Array operations or kernels, for the steps that have one: see `fine_grained`.
     paste : callable, optional
         What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``,
         such as `paste_normalised` with its options bound; by default `paste_boxes`.

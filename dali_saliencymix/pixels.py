@@ -248,7 +248,8 @@ def paste_normalised(
         Of each image of the result.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel that goes over the pixels once: compiled by Numba on a CPU, for float32, and in
-        CUDA on a GPU. Both give the same bits. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        CUDA on a GPU. Both give the same bits. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is
+        installed.
     out : ndarray, optional
         Where the result goes, C-contiguous; by default a new array.
 

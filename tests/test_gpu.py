@@ -127,7 +127,7 @@ ROUTES = {
     "samples": {},
     "whole_batches": {"whole_batches": True},
     "normalise": {"normalise": True},
-    "all": vars(GpuRoute(True, True, True, True)),
+    "both": {"whole_batches": True, "normalise": True},
 }
 
 

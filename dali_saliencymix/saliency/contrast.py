@@ -35,7 +35,7 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel, which gives the same bits: compiled by Numba on a CPU, in CUDA on a GPU.
-        ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
 
     Returns
     -------

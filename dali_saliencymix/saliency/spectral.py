@@ -59,7 +59,8 @@ def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel, whose maps differ by rounding: compiled by Numba on a CPU, for maps of 64x64 and
-        32x32, or in CUDA, for those of 64x64. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        32x32, or in CUDA, for those of 64x64. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is
+        installed.
 
     Returns
     -------
@@ -134,7 +135,7 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
         RGB images, or grey ones with C = 1.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
-        on a CPU, in CUDA on a GPU. ``"auto"`` takes the kernel on a CPU where Numba is installed.
+        on a CPU, in CUDA on a GPU. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
 
     Returns
     -------
