@@ -1,12 +1,13 @@
-"""Images per second of training: on one batch over and over, behind the loader, and behind the loader that mixes.
+"""Images per second of training: on one batch over and over, and behind loaders; and of these loaders alone.
 
     python -m benchmarks.bench_train DATA -o benchmarks/results/NAME.json
 
 The rate on a constant batch, which lies on the device, is what the network can do. The ratio of the loader's rate to it
 says whether the loader holds the training back, and that of mixing to no mixing what mixing costs a training run.
 
-Then the loaders run alone, and a probe measures for how long each batch holds the GIL: benchmarks/gil.py. The
-difference to the loader that does not mix is the operator's. The calls of the operator are timed during the training.
+Then the loaders run alone, first for their rate. Then a probe measures for how long each batch holds the GIL:
+benchmarks/gil.py. The difference to the loader that does not mix is the operator's. The calls of the operator are timed
+during the training. On a GPU the last groups vary what feeds the decoders: threads, and the share of the JPEG engine.
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
     if not gpu:
         return [[*first, *(f"saliencymix {detector}" for detector in detectors)]]
     mixing = [loaders.routes(detector) for detector in detectors]
-    return [[*first, *mixing[0]], *mixing[1:], list(loaders.DECODER_LOADS)]
+    decoding = list(loaders.decoder_settings())
+    return [[*first, *mixing[0]], *mixing[1:], *(decoding[start : start + 4] for start in range(0, len(decoding), 4))]
 
 
 def measure_group(
     record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, steps: int
 ) -> None:
-    """Measure the training behind each of these loaders, then for how long each holds the GIL."""
+    """Measure the training behind each of these loaders, then each alone: its rate, and how long it holds the GIL."""
     calls: dict[str, list[gil.Call]] = {}
     makers = loaders.makers()
 
@@ -81,8 +83,14 @@ def measure_group(
         return
     loaders.say_memory(setting.device)
     measure_training(record, streams, calls, step, setting, steps)
-    variants = {name: functools.partial(milliseconds_held, stream, setting, steps) for name, stream in streams.items()}
-    record.measure(variants, lock_held)
+    alone = {
+        name: functools.partial(loaders.images_per_second, stream, setting, steps) for name, stream in streams.items()
+    }
+    record.measure(alone, lambda rates: {"loader_images_per_second": figures_of(rates)})
+    probed = {name: stream for name, stream in streams.items() if name not in loaders.decoder_settings()}
+    if len(probed) > 1:
+        held = {name: functools.partial(milliseconds_held, stream, setting, steps) for name, stream in probed.items()}
+        record.measure(held, lock_held)
 
 
 def measure_training(

@@ -9,11 +9,11 @@ image and interpolates its colours, DALI the window that is kept, without interp
 ========================  =============================================================================================
 ``none``                  DALI: decode, random crop, resize, mirror, normalise
 ``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
-``none, decoder X``       on a GPU: the same with the share X of the images for its JPEG engine; 0.65 is the default
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
 ``saliencymix NAME``      the same with our ``saliencymix`` and the detector NAME in the graph
 ``..., apart``            on a CPU: the operator mixes only, and DALI mirrors and normalises, as it does for ``none``.
                           Otherwise the operators do all three on a CPU, as in ``train.py``
+``decoder X, T threads``  on a GPU: ``saliencymix`` with the share X of the images for its JPEG engine, and T threads
 ``..., samples``          on a GPU: DALI passes the operator a list of samples
 ``..., whole batches``    on a GPU: DALI passes the operator each batch as one array, as it does on a CPU
 ``..., array``            the operator computes with array operations
@@ -60,6 +60,7 @@ from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders import imagenet
 from dali_saliencymix.loaders.imagenet import decode_window, read_files, training_loader
+from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix
@@ -67,8 +68,7 @@ from dali_saliencymix.pytorch import SaliencyMix
 _OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
 _ALGORITHMS = ("kernel", "array")
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
-# Shares of the images for the JPEG engine of a GPU, by the name of the loader without mixing that has them.
-DECODER_LOADS = {f"none, decoder {share}": share for share in (0, 0.3, 0.9)}
+_THREADS, _DECODER_LOADS = (16, 8, 4), (0, 0.3, 0.65, 0.9)
 _CUTMIX = MixOptions(modes={"cutmix": 1.0})
 PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
 
@@ -157,7 +157,7 @@ def makers() -> dict[str, Maker]:
         "torch: opencv": of(torch_loader, collate=_opencv_collate, eight_bit=True),
         "none": in_graph,
         "none, again": in_graph,
-        **{name: of(in_graph, hw_decoder_load=share) for name, share in DECODER_LOADS.items()},
+        **{name: of(in_graph, mix=MixOptions(), **settings) for name, settings in decoder_settings().items()},
         "cutmix": of(in_graph, mix=_CUTMIX),
         "cutmix, apart": of(in_graph, mix=_CUTMIX, apart=True),
         "mixup": of(in_graph, mix=MixOptions(modes={"mixup": 1.0})),
@@ -187,6 +187,15 @@ def routes(detector: str) -> list[str]:
     return [*plain, route_name(detector, "whole batches", "kernel", normalise=True)]
 
 
+def decoder_settings() -> dict[str, dict[str, Any]]:
+    """Return what feeds the decoders of a GPU, by the name of the loader: threads, and the share of the JPEG engine."""
+    return {
+        f"decoder {load}, {threads} threads": {"num_threads": threads, "hw_decoder_load": load}
+        for threads, load in itertools.product(_THREADS, _DECODER_LOADS)
+        if threads <= cores()
+    }
+
+
 def groups(*, gpu: bool) -> list[list[str]]:
     """Return the names of the ways that are compared when nothing else is asked for, those that matter most first."""
     of_torch, after = ([name for name in makers() if name.startswith(kind)] for kind in ("torch", "after"))
@@ -196,7 +205,7 @@ def groups(*, gpu: bool) -> list[list[str]]:
         return [[*of_torch, "none", "none, again", "cutmix", "cutmix, apart", "mixup", *detectors, *apart, *after]]
     others = [f"saliencymix {name}" for name in DETECTORS if name not in _COMPARED]
     first = ["none", "none, again", *routes("spectral_residual")]
-    return [first, ["cutmix", "mixup", *routes("fine_grained")], list(DECODER_LOADS), after, of_torch, others]
+    return [first, ["cutmix", "mixup", *routes("fine_grained")], after, of_torch, others]
 
 
 # ---- DALI ------------------------------------------------------------------------------------------------------------
@@ -208,24 +217,22 @@ def in_graph(
     mix: MixOptions | None = None,
     route: dict[str, bool] | None = None,
     apart: bool = False,
-    hw_decoder_load: float | None = None,
     **options: Any,
 ) -> Stream:
-    """Return the stream of the training pipeline; `options` are further ones of it.
+    """Return the stream of the training pipeline; `options` are further ones of its loader, and win over the setting.
 
     On a GPU it is defined under a `route`. `apart` leaves flip and normalisation to DALI.
     """
+    options = {"num_threads": setting.workers, "hw_decoder_load": setting.hw_decoder_load, **options}
     not_in_the_mix = mock.patch.object(imagenet, "pays_in_the_mix", return_value=False)
     with on_gpu(**(route or {})), not_in_the_mix if apart else contextlib.nullcontext():
         loader = training_loader(
             setting.folder,
             batch_size=setting.batch_size,
-            num_threads=setting.workers,
             device=setting.device,
             crop_size=setting.crop_size,
             mix=mix,
             prefetch=PREFETCH,
-            hw_decoder_load=setting.hw_decoder_load if hw_decoder_load is None else hw_decoder_load,
             **options,
         )
     return Stream(_endless(loader), PREFETCH + 1)

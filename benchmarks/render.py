@@ -48,6 +48,7 @@ _MARKED = re.compile(rf"({_MARK} (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
 def variants_table(result: dict[str, Any], first: str, columns: dict[str, tuple[str, ...]]) -> str:
     """Return what was measured of each loader: by the heads of the columns the parts of the result, and within them."""
     rows = []
+    columns = {head: path for head, path in columns.items() if path[0] in result}
     for name in result["images_per_second"]:
         row = [f"`{name}`"]
         for part, *within in columns.values():
@@ -60,6 +61,7 @@ def variants_table(result: dict[str, Any], first: str, columns: dict[str, tuple[
 _PIPELINE_COLUMNS = {"images/s": ("images_per_second",), "relative to `none`": ("relative_to_none",)}
 _TRAIN_COLUMNS = {
     "images/s": ("images_per_second",),
+    "loader alone, images/s": ("loader_images_per_second",),
     "relative to a constant batch": ("relative_to_constant_batch",),
     "relative to `none`": ("relative_to_none",),
     "operator's call, ms": ("operator_call_ms", "wall"),
