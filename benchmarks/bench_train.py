@@ -62,7 +62,7 @@ def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
     first = [_UNMIXED, "none, again"]
     if not gpu:
         return [[*first, *(f"saliencymix {detector}" for detector in detectors)]]
-    mixing = [loaders.routes(detector) for detector in detectors]
+    mixing = [loaders.ways(detector) for detector in detectors]
     decoding = list(loaders.decoder_settings())
     return [[*first, *mixing[0]], *mixing[1:], *(decoding[start : start + 4] for start in range(0, len(decoding), 4))]
 

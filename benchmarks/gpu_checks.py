@@ -31,7 +31,6 @@ import torch
 from PIL import Image
 
 from benchmarks import bench_ops, machine, program
-from dali_saliencymix._routes import GpuRoute, on_gpu
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.dali import Loader
@@ -316,15 +315,10 @@ def answers(options: argparse.Namespace, model: torch.nn.Module, backend: str) -
 def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     """Watch memory over many batches, of one image much larger than the others, and of the mix itself."""
     listed = list_image_folder(options.data / "train")
-    found: Result = {"over_batches": {}}
-    wrong: list[str] = []
-    routes = {"as it is": GpuRoute(), "whole batches, normalising": GpuRoute(True, True)}
-    for name, route in routes.items():
-        with on_gpu(**vars(route)):
-            readings = watched(loader_of(options, listed, options.batch_size), options.batches)
-        found["over_batches"][name] = readings
-        wrong += [f"{name}: {what}" for what in growth(readings)]
-        gc.collect()
+    readings = watched(loader_of(options, listed, options.batch_size), options.batches)
+    found: Result = {"over_batches": {"as it is": readings}}
+    wrong = growth(readings)
+    gc.collect()
     found["one_large_image"] = one_large_image(options, folder / "large")
     if not found["one_large_image"]["pixels_are_numbers"]:
         wrong.append("one large image: pixels that are no numbers")

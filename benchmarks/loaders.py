@@ -11,14 +11,11 @@ image and interpolates its colours, DALI the window that is kept, without interp
 ``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
 ``cutmix``, ``mixup``     the same with the operator of that name in the graph
 ``saliencymix NAME``      the same with our ``saliencymix`` and the detector NAME in the graph
-``..., apart``            on a CPU: the operator mixes only, and DALI mirrors and normalises, as it does for ``none``.
-                          Otherwise the operators do all three on a CPU, as in ``train.py``
+``..., apart``            the operator mixes only, and DALI mirrors and normalises, as it does for ``none``. Otherwise
+                          the operators do all three, as in ``train.py``
+``..., samples``          the operator is ``fn.python_function``, which gets lists of samples, and no batches
+``..., array``            the operator computes with array operations, and not with kernels
 ``decoder X, T threads``  on a GPU: ``saliencymix`` with the share X of the images for its JPEG engine, and T threads
-``..., samples``          on a GPU: DALI passes the operator a list of samples
-``..., whole batches``    on a GPU: DALI passes the operator each batch as one array, as it does on a CPU
-``..., array``            the operator computes with array operations
-``..., kernel``           the operator computes with kernels
-``..., normalising``      on a GPU: the operator normalises in the place of DALI
 ``after: ...``            DALI, and the mix on the batch that comes out of the iterator, as with NVIDIA's MixUpWrapper.
                           SaliencyMix takes 8-bit images: DALI gives these, and PyTorch normalises them afterwards,
                           which belongs to the cost of that way. CutMix and mixup take DALI's normalised batch
@@ -40,7 +37,7 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -55,8 +52,8 @@ from torch.utils import data
 from benchmarks import machine, opencv, program
 from benchmarks.data import repeated
 from dali_saliencymix import DETECTORS, draw_params
+from dali_saliencymix._dali import python_operator
 from dali_saliencymix._dali.python_operator import to_device
-from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders import imagenet
 from dali_saliencymix.loaders.imagenet import decode_window, read_files, training_loader
@@ -65,8 +62,7 @@ from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix
 
-_OPERATORS = ("whole batches", "samples")  # the two operators of DALI that call Python functions
-_ALGORITHMS = ("kernel", "array")
+_OTHER_WAYS = ("apart", "samples", "array")  # than the operators go by default
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
 _THREADS, _DECODER_LOADS = (16, 8, 4), (0, 0.3, 0.65, 0.9)
 _CUTMIX = MixOptions(modes={"cutmix": 1.0})
@@ -159,16 +155,14 @@ def makers() -> dict[str, Maker]:
         "none, again": in_graph,
         **{name: of(in_graph, mix=MixOptions(), **settings) for name, settings in decoder_settings().items()},
         "cutmix": of(in_graph, mix=_CUTMIX),
-        "cutmix, apart": of(in_graph, mix=_CUTMIX, apart=True),
+        "cutmix, apart": of(in_graph, mix=_CUTMIX, way="apart"),
         "mixup": of(in_graph, mix=MixOptions(modes={"mixup": 1.0})),
     }
     for name in DETECTORS:
         made[f"saliencymix {name}"] = of(in_graph, mix=MixOptions(saliency=name))
-        made[f"saliencymix {name}, apart"] = of(in_graph, mix=MixOptions(saliency=name), apart=True)
-        for operator, algorithm, normalise in itertools.product(_OPERATORS, _ALGORITHMS, (False, True)):
-            mix = MixOptions(saliency=name, algorithm=algorithm)
-            route = {"whole_batches": operator == "whole batches", "normalise": normalise}
-            made[route_name(name, operator, algorithm, normalise=normalise)] = of(in_graph, mix=mix, route=route)
+        made |= {
+            f"saliencymix {name}, {way}": of(in_graph, mix=MixOptions(saliency=name), way=way) for way in _OTHER_WAYS
+        }
     for name, transform in (("cutmix", transforms.CutMix), ("mixup", transforms.MixUp)):
         made[f"after: {name}"] = of(after_loader, mix=of(_mixer, transform))
     for name in _COMPARED:
@@ -176,15 +170,9 @@ def makers() -> dict[str, Maker]:
     return made
 
 
-def route_name(detector: str, operator: str, algorithm: str, *, normalise: bool = False) -> str:
-    """Return the name of SaliencyMix by one route on a GPU."""
-    return f"saliencymix {detector}, {operator}, {algorithm}" + (", normalising" if normalise else "")
-
-
-def routes(detector: str) -> list[str]:
-    """Return the names of all routes on a GPU that are compared: operator, algorithm, and who normalises."""
-    plain = [route_name(detector, *route) for route in itertools.product(_OPERATORS, _ALGORITHMS)]
-    return [*plain, route_name(detector, "whole batches", "kernel", normalise=True)]
+def ways(detector: str) -> list[str]:
+    """Return the names of SaliencyMix as it is by default, and in the other ways."""
+    return [f"saliencymix {detector}", *(f"saliencymix {detector}, {way}" for way in _OTHER_WAYS)]
 
 
 def decoder_settings() -> dict[str, dict[str, Any]]:
@@ -204,8 +192,8 @@ def groups(*, gpu: bool) -> list[list[str]]:
         apart = [f"saliencymix {name}, apart" for name in _COMPARED]
         return [[*of_torch, "none", "none, again", "cutmix", "cutmix, apart", "mixup", *detectors, *apart, *after]]
     others = [f"saliencymix {name}" for name in DETECTORS if name not in _COMPARED]
-    first = ["none", "none, again", *routes("spectral_residual")]
-    return [first, ["cutmix", "mixup", *routes("fine_grained")], after, of_torch, others]
+    first = ["none", "none, again", *ways("spectral_residual")]
+    return [first, ["cutmix", "mixup", *ways("fine_grained")], after, of_torch, others]
 
 
 # ---- DALI ------------------------------------------------------------------------------------------------------------
@@ -215,17 +203,21 @@ def in_graph(
     setting: Setting,
     *,
     mix: MixOptions | None = None,
-    route: dict[str, bool] | None = None,
-    apart: bool = False,
+    way: str | None = None,
     **options: Any,
 ) -> Stream:
-    """Return the stream of the training pipeline; `options` are further ones of its loader, and win over the setting.
+    """Return the stream of the training pipeline, with the operator in another `way` than by default.
 
-    On a GPU it is defined under a `route`. `apart` leaves flip and normalisation to DALI.
+    `options` are further ones of its loader, and win over the setting.
     """
     options = {"num_threads": setting.workers, "hw_decoder_load": setting.hw_decoder_load, **options}
-    not_in_the_mix = mock.patch.object(imagenet, "pays_in_the_mix", return_value=False)
-    with on_gpu(**(route or {})), not_in_the_mix if apart else contextlib.nullcontext():
+    as_asked = contextlib.ExitStack()
+    if way == "array":
+        mix = replace(mix, algorithm="array")
+    elif way:
+        target, name = {"apart": (imagenet, "pays_in_the_mix"), "samples": (python_operator, "whole_batches_work")}[way]
+        as_asked.enter_context(mock.patch.object(target, name, return_value=False))
+    with as_asked:
         loader = training_loader(
             setting.folder,
             batch_size=setting.batch_size,

@@ -91,8 +91,7 @@ def take_batches(folder: Path, *, gpu: bool) -> None:
     images = list_image_folder(folder / "train")
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     setting = loaders.Setting(images, _BATCH_SIZE, 2, _CROP_SIZE, device)
-    mixing = loaders.routes("spectral_residual") if gpu else ["saliencymix spectral_residual"]
-    for name in ["none", *mixing]:
+    for name in ["none", *loaders.ways("spectral_residual")]:
         step(f"pipeline: {name}")
         stream = loaders.makers()[name](setting)
         for _ in range(_BATCHES):

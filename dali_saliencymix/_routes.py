@@ -5,46 +5,13 @@ All routes give the same result; where they do not agree to the last bit, the fu
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dali_saliencymix._array import Namespace, is_host
 from dali_saliencymix._checks import check_choice
 from dali_saliencymix.packages import is_installed, require
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 ALGORITHMS = ("auto", "array", "kernel")
-
-
-@dataclass
-class GpuRoute:
-    """The defaults on a GPU, one line each: turn one on once a measurement on a GPU says that it pays."""
-
-    # DALI passes an operator each input as one array. Off: fn.python_function, with a list of samples for each input.
-    whole_batches: bool = False
-    # The operator of the training loaders normalises. Off: fn.crop_mirror_normalize does.
-    normalise: bool = False
-
-
-gpu_route = GpuRoute()
-
-
-@contextlib.contextmanager
-def on_gpu(**route: bool) -> Iterator[None]:
-    """Change `gpu_route` inside a ``with`` block, in all threads: for tests and measurements.
-
-    A pipeline keeps the `whole_batches` and `normalise` under which it was defined.
-    """
-    before = {name: getattr(gpu_route, name) for name in route}
-    vars(gpu_route).update(route)
-    try:
-        yield
-    finally:
-        vars(gpu_route).update(before)
 
 
 def route_of(algorithm: str, xp: Namespace) -> str:

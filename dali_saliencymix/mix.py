@@ -10,6 +10,7 @@ here trusts its arguments.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -369,12 +370,13 @@ def apply(
         return _finished(_mixup(options, batch), source_index, paste)
     if options.mode == "cutmix":
         boxes = _boxes_around_points(batch, options.box)
-        return _pasted(batch, _Boxes(_first_for_all(boxes, count) if options.per_batch else boxes), paste)
+        boxes = _first_for_all(boxes, count) if options.per_batch else boxes
+        return _pasted(batch, _Boxes(boxes), paste, route=route)
     if route == "cuda" and not options.per_batch and options.label_weight == "area":
         return _saliencymix_in_kernels(options, batch, paste)
     if options.per_batch:
         batch = batch._replace(lam=_first_for_all(lam, count))
-    return _pasted(batch, _salient_boxes(options, batch, batch.lam < 1, route=route), paste)
+    return _pasted(batch, _salient_boxes(options, batch, batch.lam < 1, route=route), paste, route=route)
 
 
 class _Batch(NamedTuple):
@@ -417,7 +419,7 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
     boxes = xp.where(by_saliency, boxes, around_point)
     if source_boxes is not None:
         source_boxes = xp.where(by_saliency, source_boxes, around_point)
-    mixed = _pasted(batch, _Boxes(boxes, source_boxes))
+    mixed = _pasted(batch, _Boxes(boxes, source_boxes), route=route)
     if by_map is not None:
         mixed = mixed._replace(lam=xp.where(by_saliency[:, 0], by_map, mixed.lam))
     weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
@@ -433,7 +435,7 @@ def _finished(mixed: Mixed, source_index: Array, paste_them: Paste | None) -> Mi
     return mixed._replace(images=paste_them(mixed.images, source_index, no_boxes, source_boxes=None))
 
 
-def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None) -> Mixed:
+def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, route: str) -> Mixed:
     images, source_index, *_ = batch
     boxes, source_boxes, lam = placed
     xp = array_namespace(images)
@@ -442,7 +444,8 @@ def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None) -> M
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
         source_boxes = xp.where(covers, source_boxes, 0)
-    mixed = (paste_them or paste)(images, source_index, boxes, source_boxes=source_boxes)
+    paste_them = paste_them or functools.partial(paste, route=route)
+    mixed = paste_them(images, source_index, boxes, source_boxes=source_boxes)
     lam = lam_of_boxes(boxes, *images.shape[1:3]) if lam is None else lam
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 

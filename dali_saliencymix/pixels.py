@@ -89,15 +89,25 @@ def paste_boxes(
         if xp.may_share_memory(out, images):
             msg = "out must share no memory with images, whose pixels are read until the end"
             raise ValueError(msg)
-    return paste(images, source_index, boxes, source_boxes=source_boxes, out=out)
+    return paste(images, source_index, boxes, source_boxes=source_boxes, out=out, route=route_of("auto", xp))
 
 
 def paste(
-    images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None, out: Array | None = None
+    images: Array,
+    source_index: Array,
+    boxes: Array,
+    *,
+    source_boxes: Array | None = None,
+    out: Array | None = None,
+    route: str,
 ) -> Array:
-    """Return what `paste_boxes` returns."""
+    """Return what `paste_boxes` returns, on a GPU by the kernel or by array operations."""
     if is_host(array_namespace(images)):
         return _paste_by_slices(images, source_index, boxes, source_boxes, out)
+    if route == "cuda":
+        from dali_saliencymix import _cuda
+
+        return _into(out, _cuda.paste_boxes(images, source_index, boxes, source_boxes=source_boxes))
     return _into(out, _paste_by_mask(images, source_index, boxes, source_boxes))
 
 
@@ -319,7 +329,7 @@ def paste_and_normalise(
         origins = boxes if source_boxes is None else source_boxes
         pixels.paste_normalised(images, source_index, boxes, origins, mirror, shift_and_scale, layout, out)
         return out
-    mixed = paste(images, source_index, boxes, source_boxes=source_boxes)
+    mixed = paste(images, source_index, boxes, source_boxes=source_boxes, route="array")
     if mirror is not None:
         mixed = xp.where((mirror != 0)[:, None, None, None], mixed[:, :, ::-1], mixed)
     shift, scale = shift_and_scale

@@ -357,8 +357,6 @@ def test_every_group_names_loaders_that_there_are(gpu):
         assert flat[:2] == ["none", "none, again"] or not gpu
         assert len(flat) == len(set(flat))
         assert set(flat) <= names.keys()
-    for detector in ("spectral_residual", "fine_grained"):
-        assert len(loaders.routes(detector)) == 5  # two operators, two algorithms, and who normalises
 
 
 def test_a_share_of_memory_that_is_not_there_is_said(monkeypatch):

@@ -11,7 +11,6 @@ from nvidia.dali import fn, pipeline_def, types
 
 from dali_saliencymix._dali import python_operator as dali_operator
 from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator
-from dali_saliencymix._routes import on_gpu
 
 
 def address(array):
@@ -142,13 +141,11 @@ def test_debug_mode_goes_the_documented_way(in_no_graph, debugged):
     assert node.how == ("samples" if debugged else "whole batches")
 
 
-@pytest.mark.parametrize("whole_batches", [True, False])
-def test_on_a_gpu_whole_batches_are_switched_on_and_copied(in_no_graph, monkeypatch, whole_batches):
+def test_on_a_gpu_whole_batches_are_copied(in_no_graph, monkeypatch):
     pytest.importorskip("cupy")
     monkeypatch.setattr(fn, "copy", lambda nodes: made(f"copy of {nodes.how}"))
-    with on_gpu(whole_batches=whole_batches):
-        node = python_operator(print, SimpleNamespace(device="gpu"), name="mix", stage=Stage("paste"))
-    assert node.how == ("copy of whole batches" if whole_batches else "samples")
+    node = python_operator(print, SimpleNamespace(device="gpu"), name="mix", stage=Stage("paste"))
+    assert node.how == "copy of whole batches"
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -185,8 +182,7 @@ def test_a_held_batch_of_a_gpu_does_not_change():
         numbers = fn.external_source(source=lambda info: np.full((4, 1000), info, np.int32), batch_info=False)
         return python_operator(lambda batch: (batch * 2,), numbers.gpu(), name="doubled", stage=Stage("double"))
 
-    with on_gpu(whole_batches=True):
-        pipeline = counting()
+    pipeline = counting()
     held = [pipeline.run()[0] for _ in range(20)]
     for number, batch in enumerate(held):
         np.testing.assert_array_equal(batch.as_cpu().as_array(), 2 * number)

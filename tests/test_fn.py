@@ -26,7 +26,6 @@ from dali_saliencymix import (
 )
 from dali_saliencymix._dali import mix_nodes as dali_mix
 from dali_saliencymix._dali import python_operator as dali_operator
-from dali_saliencymix._routes import on_gpu
 from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.saliency import spectral_residual
 
@@ -51,8 +50,7 @@ def operator(request, monkeypatch):
     """Try everything with both of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(dali_operator, "whole_batches_work", lambda: False)
-    with on_gpu(whole_batches=True):
-        yield request.param
+    return request.param
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -160,15 +160,15 @@ class _Mixing:
         """Make the mixed images, or the normalised ones; in host memory in buffers that are used again."""
         xp = array_namespace(images)
         on_host = is_host(xp)
+        route = route_of(self._options.algorithm, xp)
         if self._normalise is None:
             out = self._buffers.take(images.shape, images.dtype) if on_host else None
-            return pixels.paste(images, source_index, boxes, source_boxes=source_boxes, out=out)
+            return pixels.paste(images, source_index, boxes, source_boxes=source_boxes, out=out, route=route)
         mean, std, _, dtype, layout = self._normalise
         pixels.check_channels(images.shape[3], mean, std)
         out = self._buffers.take(pixels.normalised_shape(images.shape, layout), dtype) if on_host else None
         shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
         patches = images, source_index, boxes, source_boxes, mirror
-        route = route_of(self._options.algorithm, xp)
         return pixels.paste_and_normalise(*patches, shift_and_scale, np.dtype(dtype), layout, route, out)
 
     def stage(self) -> Stage:

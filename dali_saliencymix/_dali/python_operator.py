@@ -3,8 +3,7 @@
 DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
 apart with the GIL held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
 no JAX: it passes a batch as it is in memory, and takes the result without a copy. It is not documented, so
-it serves only with the versions of DALI in which it was tried. Both give the same batches. It is the default on a CPU;
-on a GPU `_routes.gpu_route` decides.
+it serves only with the versions of DALI in which it was tried. Both give the same batches.
 
 DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
 """
@@ -24,7 +23,6 @@ from nvidia.dali.pipeline import Pipeline
 
 from dali_saliencymix._array import LentStream
 from dali_saliencymix._dali import bridge
-from dali_saliencymix._routes import gpu_route
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.packages import require
 
@@ -77,7 +75,7 @@ def python_operator(
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
     # DALI's debug mode knows the functions of `nvidia.dali.fn` only.
     debugged = getattr(pipeline, "_debug_on", False)
-    if (device == "cpu" or gpu_route.whole_batches) and whole_batches_work() and not debugged:
+    if whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         if device == "cpu":
             # DALI refuses samples of different shapes in words that name JAX: these come before it does.

@@ -22,7 +22,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 from dali_saliencymix._checks import check_choice
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import to_device
-from dali_saliencymix._routes import gpu_route, route_of
+from dali_saliencymix._routes import route_of
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of, validated
@@ -112,8 +112,7 @@ def training_pipeline(
     Notes
     -----
     The horizontal flip comes after the mixing: a patch is flipped with its image. The operator that mixes also flips
-    and normalises where that is faster: on the CPU for float32, with Numba installed; on a GPU where
-    `dali_saliencymix._routes.gpu_route` says so.
+    and normalises where that is faster: on a GPU, and on the CPU for float32 with Numba installed.
     """
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
@@ -285,7 +284,7 @@ def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
     """Tell whether the operator that mixes should normalise, in place of ``fn.crop_mirror_normalize``."""
     if mixed_on != device:  # bytes are the fewer to copy
         return False
-    return gpu_route.normalise if device == "gpu" else route_of("auto", np) == "numba" and not fp16
+    return device == "gpu" or (route_of("auto", np) == "numba" and not fp16)
 
 
 @do_not_convert
