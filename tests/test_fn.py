@@ -414,6 +414,24 @@ def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("mirror", "got"),
+    [
+        (lambda labels: fn.random.coin_flip(shape=[2]), r"shape \(2,\)"),
+        (lambda labels: ragged(labels), r"shapes 3: \(2,\), \(3,\), \(4,\)"),
+    ],
+    ids=["two", "ragged"],
+)
+def test_a_mirror_of_several_numbers_is_an_error(files, mirror, got):
+    @pipeline_def
+    def mixed():
+        images, labels = read(files)
+        return dsfn.cutmix(images, labels, normalise=dsfn.Normalise([0, 0, 0], [1, 1, 1], mirror(labels)))
+
+    with pytest.raises(RuntimeError, match=f"mirror must be one number for each image, got {got}"):
+        run(build(mixed))
+
+
 @pytest.mark.parametrize("shape", [[], [1], [3]], ids=str)
 def test_peaks_of_a_wrong_shape_are_an_error_that_names_it(files, shape):
     @pipeline_def
@@ -766,7 +784,7 @@ def test_peaks_of_different_lengths_are_refused(files):
         return dsfn.saliencymix(images, labels, peaks=ragged(labels))
 
     with pytest.raises(
-        RuntimeError, match=r"ValueError: all peaks of a batch must have shape \(2,\); with what is drawn"
+        RuntimeError, match=r"ValueError: all peaks of a batch must have shape \(2,\), got 3: \(2,\), \(3,\), \(4,\)"
     ):
         run(build(mixed))
 

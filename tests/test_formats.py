@@ -320,7 +320,7 @@ def test_dali_tells_the_endings_apart_by_two_letters(tmp_path):
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def shape(file):
-        return image_shape(fn.readers.file(files=[file])[0])
+        return image_shape(fn.readers.file(files=[file])[0], [file])
 
     passed = set()
     for ending in (*EXTENSIONS, *(ending.upper() for ending in EXTENSIONS)):

@@ -49,7 +49,7 @@ def as_samples(batch: Array) -> list[Array]:
 
 
 def on_samples(
-    function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rules: Sequence[str]
+    function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rules: Sequence[str | None]
 ) -> tuple[list[Array], ...]:
     """Apply ``function(*batches) -> batches`` to lists of samples of one shape, as `rules` say; return such lists."""
     xp = array_namespace(inputs[0][0])
@@ -87,8 +87,8 @@ def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
 
 
-def _on_batches(function: Callable[..., Any], inputs: Any, rules: Sequence[str]) -> tuple[list[Array], ...]:
-    batches = [as_batch(samples, rule) for samples, rule in zip(inputs, rules, strict=True)]
+def _on_batches(function: Callable[..., Any], inputs: Any, rules: Sequence[str | None]) -> tuple[list[Array], ...]:
+    batches = [as_batch(samples, rule or OF_IMAGES) for samples, rule in zip(inputs, rules, strict=True)]
     return tuple(as_samples(batch) for batch in function(*batches))
 
 

@@ -1,7 +1,7 @@
-"""Mixing as nodes of a DALI graph: what is random is drawn by DALI and packed, images are mixed in Python.
+"""Mixing as nodes of a DALI graph: what is random is drawn by DALI, images are mixed in Python.
 
-Python gets two inputs, the images and one vector of params a sample: each further one would be a copy more on its way
-to a GPU.
+Python gets what is drawn as it is drawn. DALI runs the operators of a CPU one by one, and on a batch of numbers each
+takes as long as decoding some images: converting and packing the numbers there would hold up the decoder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from dali_saliencymix._array import Array
 
 
-# Nothing else that images are mixed with comes from the user.
-_OF_PEAKS = "all peaks of a batch must have shape (2,); with what is drawn for an image they are vectors of {}"
+# What must have one shape, of that which comes from the user.
+_RULES = {
+    "mirror": "mirror must be one number for each image, got shapes {}",
+    "peaks": "all peaks of a batch must have shape (2,), got {}",
+}
 
 
 class Normalise(NamedTuple):
@@ -76,31 +79,26 @@ def mix_nodes(
     each sample or batch.
     """
     policy = policy or options.mode is None
-    mixed = fn.random.coin_flip(probability=options.prob) if options.prob < 1 else None
-    drawn = {"lam": [_drawn_lam(alpha, mixed) for alpha in options.alphas.values()]}
+    source_index = fn.batch_permutation()
+    given = {"source_index": source_index}
+    given |= {f"lam of {mode}": fn.random.beta(alpha=alpha, beta=alpha) for mode, alpha in options.alphas.items()}
+    if options.prob < 1:
+        given["mixed"] = fn.random.coin_flip(probability=options.prob)
     if policy:
         probabilities = list(options.probabilities.values())
-        drawn["mode"] = [fn.random.choice(len(probabilities), p=probabilities)]
+        given["mode"] = fn.random.choice(len(probabilities), p=probabilities)
     if policy or options.needs_point:
-        drawn["point"] = [fn.random.uniform(range=[0.0, 1.0]), fn.random.uniform(range=[0.0, 1.0])]
-    source_index = fn.batch_permutation()
-    drawn = {"source_index": [source_index], **drawn}
+        given["point"] = fn.random.uniform(range=[0.0, 1.0], shape=[2])
     if normalise is not None and normalise.mirror is not None:
-        drawn["mirror"] = [fn.reshape(normalise.mirror, shape=[])]
-    columns = {name: len(nodes) for name, nodes in drawn.items()}
-    scalars = [fn.cast(node, dtype=types.FLOAT) for nodes in drawn.values() for node in nodes]
-    params = to_device(images.device, fn.stack(*scalars))
+        given["mirror"] = normalise.mirror
     if peaks is not None:
-        columns["peaks"] = 2
-        # Flat, so that peaks of any shape get as far as the check that names them.
-        flat = fn.reshape(fn.cast(peaks, dtype=types.FLOAT), shape=[-1])
-        params = fn.cat(params, to_device(images.device, flat))
-    mixing = _Mixing(options, columns, normalise, return_boxes=return_boxes)
+        given["peaks"] = peaks
+    mixing = _Mixing(options, tuple(given), normalise, return_boxes=return_boxes)
     images, lam, *boxes = python_operator(
         mixing,
         images,
-        params,
-        rules=(OF_IMAGES, _OF_PEAKS),
+        *(to_device(images.device, node) for node in given.values()),
+        rules=(OF_IMAGES, *map(_RULES.get, given)),
         name="mix" if policy else str(options.mode),
         num_outputs=2 + return_boxes,
         layouts=["HWC" if normalise is None else normalise.layout],
@@ -109,43 +107,37 @@ def mix_nodes(
     return images, labels, fn.permute_batch(labels, indices=source_index), lam, *boxes
 
 
-def _drawn_lam(alpha: float, mixed: DataNode | None) -> DataNode:
-    lam = fn.random.beta(alpha=alpha, beta=alpha)
-    return lam if mixed is None else mixed * lam + (1 - mixed)
-
-
 class _Mixing:
-    """What DALI calls for each batch: mixes images as `options` say, with what is packed in columns of params."""
+    """What DALI calls for each batch: mixes images as `options` say, with arrays that have `names`."""
 
     def __init__(
-        self, options: MixOptions, columns: dict[str, int], normalise: Normalise | None, *, return_boxes: bool
+        self, options: MixOptions, names: tuple[str, ...], normalise: Normalise | None, *, return_boxes: bool
     ) -> None:
         self._options = options
         self._return_boxes = return_boxes
-        self._columns = columns
+        self._names = names
         self._normalise = normalise
         self._buffers = Buffers()
 
-    def __call__(self, images: Array, params: Array) -> tuple[Array, ...]:
-        """Return the mixed images, lam, and boxes if they are asked for; `params` are (N, P) float32."""
-        options = self._options
-        arrays, start = {}, 0
-        for name, width in self._columns.items():
-            arrays[name] = params[:, start : start + width]
-            start += width
+    def __call__(self, images: Array, *given: Array) -> tuple[Array, ...]:
+        """Return the mixed images, lam, and boxes if they are asked for."""
+        options, count = self._options, len(images)
+        arrays = dict(zip(self._names, given, strict=True))
+        xp = array_namespace(arrays["source_index"])
+        lams = [arrays.pop(name) for name in self._names if name.startswith("lam of ")]
+        mixed = arrays.pop("mixed", None)
+        if mixed is not None:
+            lams = [xp.where(mixed != 0, lam, xp.float32(1)) for lam in lams]
+        arrays["lam"] = lams[0]
         if "mode" in arrays:
-            arrays |= _chosen(arrays["mode"], arrays["lam"], options)
-        else:
-            arrays["lam"] = arrays["lam"][:, 0]
-        # float32 holds every index of a batch of up to 2**24, and every pixel of an image as wide.
-        arrays["source_index"] = arrays["source_index"][:, 0].astype("int64")
+            arrays |= _chosen(arrays["mode"], xp.stack(lams, axis=1), options)
         if "peaks" in arrays:
-            # The last columns; too many are refused later.
-            arrays["peaks"] = params[:, start - self._columns["peaks"] :].astype("int64")
-        on_host = is_host(array_namespace(params))
+            # Peaks of any shape get as far as the check that names them.
+            arrays["peaks"] = arrays["peaks"].reshape(count, -1).astype("int64")
+        on_host = is_host(xp)
         mirror = arrays.pop("mirror", None)
         if mirror is not None:
-            mirror = _flipped(mirror[:, 0])
+            mirror = _flipped(mirror, count)
         # What blends makes a new array anyway.
         into_buffer = on_host and "mode" not in arrays and options.mode != "mixup"
         paste = functools.partial(self._paste, mirror=mirror) if into_buffer or self._normalise is not None else None
@@ -174,7 +166,7 @@ class _Mixing:
     def stage(self) -> Stage:
         """Return what this is in a graph."""
         options = self._options
-        looks_for_saliency = "saliencymix" in options.modes and "peaks" not in self._columns
+        looks_for_saliency = "saliencymix" in options.modes and "peaks" not in self._names
         return Stage(
             "paste" if self._normalise is None else "paste and normalise",
             self._leave_out_saliency if looks_for_saliency else None,
@@ -184,8 +176,12 @@ class _Mixing:
         self._options = replace(self._options, saliency=_no_saliency)
 
 
-def _flipped(mirror: Array) -> Array:
+def _flipped(mirror: Array, count: int) -> Array:
     """Return which images are flipped, (N,) bool; in host memory anything but 0 and 1 is refused."""
+    if mirror.size != count:
+        msg = f"mirror must be one number for each image, got shape {mirror.shape[1:]}"
+        raise ValueError(msg)
+    mirror = mirror.reshape(count)
     if is_host(array_namespace(mirror)):
         wrong = mirror[(mirror != 0) & (mirror != 1)]
         if wrong.size:
@@ -212,12 +208,11 @@ def _no_saliency(images: Array) -> Array:
 def _chosen(position: Array, lam: Array, options: MixOptions) -> dict[str, Array]:
     """Return mode and lam of each sample from positions in the modes and one column of lam for each of these."""
     xp = array_namespace(position)
-    position = position.astype("int64")
     if options.choose == "batch":
         position = xp.repeat(position[:1], len(position), axis=0)
     return {
-        "mode": constant(xp, _indices, tuple(options.modes))[position[:, 0]],
-        "lam": xp.take_along_axis(lam, position, axis=1)[:, 0],
+        "mode": constant(xp, _indices, tuple(options.modes))[position],
+        "lam": xp.take_along_axis(lam, position[:, None], axis=1)[:, 0],
     }
 
 

@@ -58,14 +58,14 @@ def python_operator(
     stage: Stage,
     num_outputs: int = 1,
     layouts: Sequence[str] = (),
-    rules: Sequence[str] = (bridge.OF_IMAGES,),
+    rules: Sequence[str | None] = (bridge.OF_IMAGES,),
 ) -> Any:
     """Put ``function(*batches) -> batches``, a tuple of `num_outputs`, into the pipeline that is being defined.
 
     Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
     errors call the operator, where DALI lets it have a name, and `rules` what they say where samples of an input have
-    different shapes, one for each. On a CPU `function` may use as many threads as the pipeline has. Those of the
-    pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
+    different shapes, one for each input; None where they never have. On a CPU `function` may use as many threads as the
+    pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
     """
     device = inputs[0].device
     if device == "gpu":
@@ -79,8 +79,8 @@ def python_operator(
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         if device == "cpu":
             # DALI refuses samples of different shapes in words that name JAX: these come before it does.
-            shapes = [node.shape() for node in inputs]
-            checked = _whole_batches(functools.partial(_only_one_shape, rules), name)(*shapes)
+            shapes = [node.shape() for node, rule in zip(inputs, rules, strict=True) if rule]
+            checked = _whole_batches(functools.partial(_only_one_shape, list(filter(None, rules))), name)(*shapes)
             inputs = (*inputs, _marked(checked, Stage("shapes", small=True)))
             limited = functools.partial(_without_last, limited)
         nodes = _marked(_whole_batches(limited, name, **options)(*inputs), stage)

@@ -27,7 +27,7 @@ _SMALL = (
     *("Constant", "Cast", "Stack", "Cat", "Reshape", "Squeeze", "ExpandDims", "Reinterpret", "Copy", "MakeContiguous"),
     *("random__", "Beta", "CoinFlip", "Uniform", "Normal", "Choice", "BatchPermutation", "PermuteBatch"),
     *("PeekImageShape", "RandomCropGenerator", "Shape", "GetProperty", "Arithmetic", "OneHot", "reductions__"),
-    *("conditional__", "Lookup", "TensorSubscript", "Subscript", "transforms__"),
+    *("conditional__", "Lookup", "Reinterpret", "TensorSubscript", "Subscript", "transforms__"),
 )
 
 

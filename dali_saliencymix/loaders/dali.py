@@ -125,7 +125,7 @@ class Loader(Batches):
 
     def _leave_out_bad_files(self, text: str) -> None:
         """Build the pipeline again without the files that made the coming batch fail, or raise LoaderError."""
-        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|peek_image_shape|decoders)\b", text):
+        if not re.search(r"operator `nvidia\.dali\.fn\.(readers|reinterpret|slice|peek_image_shape|decoders)\b", text):
             raise LoaderError(_without_traceback(text))
         # After a failure DALI's own checkpoint is still that of the batch before.
         checkpoint = self._started_from if self._gave_none else self._iterator.checkpoints()[0]

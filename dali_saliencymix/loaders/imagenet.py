@@ -23,6 +23,7 @@ from dali_saliencymix._checks import check_choice
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import to_device
 from dali_saliencymix._routes import route_of
+from dali_saliencymix.datasets.formats import LOOKED_AT
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of, validated
@@ -35,6 +36,10 @@ from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels,
 
 # The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
+
+# The first two bytes of JPEG, PNG and WebP files, as one number.
+_BEGINNINGS = [int.from_bytes(two, "little") for two in (b"\xff\xd8", b"\x89P", b"RI")]
+_BEYOND = 3  # behind the last entry of a shape: to slice it there is an error
 
 _FILES_LOOKED_AT = 1000  # for their sizes: asking a file server for those of all of ImageNet takes minutes
 
@@ -132,7 +137,7 @@ def training_pipeline(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
     start, shape = fn.random_crop_generator(
-        image_shape(encoded),
+        image_shape(encoded, files),
         random_area=[min_crop_area, 1.0],
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
@@ -196,7 +201,7 @@ def validation_pipeline(
         raise ValueError(msg)
     scaling = _scaling(mean, std)
     encoded, label = read_files(files, labels, shard_id, num_shards)
-    shape = image_shape(encoded)[:2]
+    shape = image_shape(encoded, files)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
     # Size and centre are torchvision's: the long side is rounded down, half a pixel to the even one. DALI's own are
     # another pixel in half of the photographs of ImageNet.
@@ -228,19 +233,25 @@ def read_files(
 
 
 @do_not_convert
-def image_shape(encoded: DataNode) -> DataNode:
+def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
     """Return (rows, columns, channels) of images, from their headers.
 
-    It fails at files that are not JPEG, PNG or WebP, unless their names end as one of
+    It fails at those of the `files` that are not JPEG, PNG or WebP, unless their names end as one of
     `dali_saliencymix.datasets.formats.LOOKED_AT`: nobody has looked at the headers of the others.
     """
-    length = fn.cast(encoded.shape()[0], dtype=types.INT32)
-    first, second = encoded[0], encoded[math.min(length - 1, 1)]
-    known = (first == 0xFF) & (second == 0xD8) | (first == 0x89) | (first == ord("R"))
-    # .jpg, .jpeg and .png are the endings with a g at the end, .webp that with a b before it; 0xDF is for capitals.
-    name = fn.get_property(encoded, key="source_info")
-    unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
-    return fn.peek_image_shape(encoded[: length * (known | (unseen == 0))])
+    # DALI runs the operators of a CPU one by one. On a batch of numbers each takes as long as decoding some images, so
+    # they should be few, and none should copy the files.
+    beginning = fn.reinterpret(encoded[:2], dtype=types.UINT16)
+    first = fn.lookup_table(
+        beginning, keys=_BEGINNINGS, values=[0] * len(_BEGINNINGS), default_value=_BEYOND, dtype=types.INT32
+    )
+    if any(file.lower().endswith(LOOKED_AT) for file in files):
+        # .jpg, .jpeg and .png are the endings with a g at the end, .webp that with a b before it; 0xDF is for capitals.
+        name = fn.get_property(encoded, key="source_info")
+        unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
+        first *= unseen
+    shape = fn.peek_image_shape(encoded)
+    return fn.slice(shape, start=first, shape=[3], axes=[0], out_of_bounds_policy="error")
 
 
 @do_not_convert
