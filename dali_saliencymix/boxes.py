@@ -91,10 +91,13 @@ def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = Fa
         peak = in_chunks(find, saliency_map, max(_WORTH_A_THREAD // (map_height * map_width), 1))
     else:
         peak = in_chunks(find, saliency_map, _CHUNK)
-    y, x = peak // map_width, peak % map_width
-    return xp.stack([(2 * y + 1) * height // (2 * map_height), (2 * x + 1) * width // (2 * map_width)], axis=1).astype(
-        xp.int32
-    )
+    return xp.take(constant(xp, _centres, map_height, map_width, height, width), peak, axis=0)
+
+
+def _centres(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
+    """Pixel (y, x) at the centre of each cell of a map, in reading order: (h * w, 2) int32."""
+    cells = np.stack(np.divmod(np.arange(map_height * map_width), map_width), axis=1)
+    return ((2 * cells + 1) * (height, width) // (2 * map_height, 2 * map_width)).astype(np.int32)
 
 
 def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
@@ -104,7 +107,7 @@ def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
     extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
     # It is NaN where a pixel is: on a CPU, looking there first spares two passes over all pixels.
     if saliency_map.dtype.kind == "f" and (not is_host(xp) or np.isnan(extremum).any()):
-        saliency_map = xp.where(xp.isnan(saliency_map), xp.inf if least else -xp.inf, saliency_map)
+        saliency_map = xp.fmin(saliency_map, xp.inf) if least else xp.fmax(saliency_map, -xp.inf)
         extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
     extreme = saliency_map == extremum
     if not is_host(xp) or np.count_nonzero(extreme) > count:  # there are ties
