@@ -162,14 +162,14 @@ def place_boxes(peaks: Array, lam: Array, height: int, width: int, *, box: str) 
     xp = array_namespace(peaks)
     size = constant(xp, _size, height, width)
     # In float64 on every device: the floor must not depend on where it is computed.
-    side = xp.floor(size * xp.sqrt(1.0 - lam.astype(xp.float64))[:, None]).astype(xp.int64)
+    side = (size * xp.sqrt(xp.subtract(1, lam, dtype=xp.float64))[:, None]).astype(xp.int32)
     if box == "fit":
         start = xp.clip(peaks - side // 2, 0, size - side)
         stop = start + side
     else:
         start = xp.clip(peaks - side // 2, 0, size)
         stop = xp.clip(peaks + side // 2, 0, size)
-    return xp.concatenate([start, stop], axis=1).astype(xp.int32)
+    return xp.concatenate([start, stop], axis=1).astype(xp.int32, copy=False)
 
 
 def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Array:
@@ -206,7 +206,7 @@ def move_boxes(boxes: Array, centres: Array, height: int, width: int) -> Array:
     xp = array_namespace(boxes)
     side = boxes[:, 2:] - boxes[:, :2]
     start = xp.clip(centres - side // 2, 0, constant(xp, _size, height, width) - side)
-    return xp.concatenate([start, start + side], axis=1).astype(xp.int32)
+    return xp.concatenate([start, start + side], axis=1).astype(xp.int32, copy=False)
 
 
 def points_at(fractions: Array, height: int, width: int) -> Array:
@@ -239,7 +239,7 @@ def scale_points(fractions: Array, height: int, width: int) -> Array:
     """Return what `points_at` returns."""
     xp = array_namespace(fractions)
     size = constant(xp, _size, height, width)
-    return xp.clip((fractions * size).astype(xp.int32), 0, size - 1).astype(xp.int32)
+    return xp.clip((fractions * size).astype(xp.int32), 0, size - 1)
 
 
 def kept_fraction(boxes: Array, height: int, width: int) -> Array:
@@ -271,7 +271,8 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
 def lam_of_boxes(boxes: Array, height: int, width: int) -> Array:
     """Return what `kept_fraction` returns."""
     xp = array_namespace(boxes)
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = sides[:, 0] * sides[:, 1]
     return (1 - area / (height * width)).astype(xp.float32)
 
 
@@ -347,4 +348,4 @@ def _not_negative(maps: Array) -> Array:
 
 
 def _size(height: int, width: int) -> np.ndarray:
-    return np.array([height, width])
+    return np.array([height, width], np.int32)
