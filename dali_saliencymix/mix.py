@@ -376,7 +376,7 @@ def apply(
         return _saliencymix_in_kernels(options, batch, paste)
     if options.per_batch:
         batch = batch._replace(lam=_first_for_all(lam, count))
-    return _pasted(batch, _salient_boxes(options, batch, batch.lam < 1, route=route), paste, route=route)
+    return _pasted(batch, _salient_boxes(options, batch, route=route), paste, route=route)
 
 
 class _Batch(NamedTuple):
@@ -414,7 +414,7 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
         batch = batch._replace(**first)
     images, source_index, lam, mode, _, _ = batch
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
-    boxes, source_boxes, by_map = _salient_boxes(options, batch, by_saliency[:, 0] & (lam < 1), route=route)
+    boxes, source_boxes, by_map = _salient_boxes(options, batch, route=route)
     around_point = xp.where(by_point, _boxes_around_points(batch, "clip"), 0)
     boxes = xp.where(by_saliency, boxes, around_point)
     if source_boxes is not None:
@@ -450,20 +450,23 @@ def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, r
     return Mixed(mixed, lam, boxes, boxes if source_boxes is None else source_boxes)
 
 
-def _salient_boxes(options: MixOptions, batch: _Batch, wanted: Array, *, route: str) -> _Boxes:
+def _salient_boxes(options: MixOptions, batch: _Batch, *, route: str) -> _Boxes:
     """Return boxes of the same sizes in the receivers and in the sources.
 
-    `wanted`, (N,) bool, says which boxes are needed; the others are any boxes of the right size.
+    Where nothing is pasted with saliency they are any boxes of the right size.
     """
-    xp = array_namespace(wanted)
-    count = len(wanted)
+    xp = array_namespace(batch.images)
+    count = len(batch.images)
     if options.per_batch and options.label_weight == "area":
         rows: Any = slice(1)  # its boxes are all that is asked for
-    elif not is_host(xp) or wanted.all():
+    elif not is_host(xp):
         rows = slice(count)
     else:  # on a CPU it pays to leave out maps that are not needed
-        rows = np.flatnonzero(wanted)
-        if not len(rows):
+        wanted = batch.lam < 1
+        if batch.mode is not None:
+            wanted &= batch.mode == MODES.index("saliencymix")
+        rows = slice(count) if wanted.all() else np.flatnonzero(wanted)
+        if not wanted.any():
             return _Boxes(np.zeros((count, 4), np.int32))
     pairs = batch._replace(
         source_index=batch.source_index[rows],
@@ -516,7 +519,8 @@ def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, rou
 def _maps_of(options: MixOptions, images: Array, needed: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """Return maps of the images that are needed, by index, and where among them those of each index are."""
     xp = array_namespace(images)
-    index = xp.concatenate(list(needed.values()))
+    parts = list(needed.values())
+    index = xp.concatenate(parts) if len(parts) > 1 else parts[0]
     position = index
     if is_host(xp):
         different, position = np.unique(index, return_inverse=True)  # no map is computed twice
