@@ -162,16 +162,18 @@ def _paste_by_mask(images: Array, source_index: Array, boxes: Array, source_boxe
     """One selection over all pixels: what a GPU does best, without asking it where the boxes are."""
     xp = array_namespace(images)
     _, height, width, _ = images.shape
-    y0, x0, y1, x1 = boxes.T[:, :, None]
-    y, x = xp.arange(height), xp.arange(width)
-    inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None, :]
+    position = constant(xp, np.arange, max(height, width))
+    within = (boxes[:, :2, None] <= position) & (position < boxes[:, 2:, None])  # of rows and columns
+    inside = within[:, 0, :height, None] & within[:, 1, None, :width]
     if source_boxes is None:
         sources = images[source_index]
     else:
-        v0, u0, _, _ = source_boxes.T[:, :, None]
-        rows = xp.clip(y - y0 + v0, 0, height - 1)
-        columns = xp.clip(x - x0 + u0, 0, width - 1)
-        sources = images[source_index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        taken = position - boxes[:, :2, None] + source_boxes[:, :2, None]
+        rows = xp.clip(taken[:, 0, :height, None], 0, height - 1)
+        columns = xp.clip(taken[:, 1, None, :width], 0, width - 1)
+        # Three index arrays would be as many launches, each over an index of all pixels.
+        index = (source_index.astype(xp.int64, copy=False)[:, None, None] * height + rows) * width + columns
+        sources = xp.take(images.reshape(-1, images.shape[3]), index, axis=0)
     return xp.where(inside[..., None], sources, images)
 
 
