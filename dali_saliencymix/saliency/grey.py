@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dali_saliencymix._array import Array, array_namespace, constant
 from dali_saliencymix._tables import BLUE, GREEN, RED, SHIFT, tap_indices, tap_weights
 
@@ -20,8 +22,10 @@ def luma(images: Array) -> Array:
     xp = array_namespace(images)
     if images.shape[3] == 1:
         return images[..., 0].astype(xp.int32)
-    red, green, blue = (images[..., channel].astype(xp.int32) for channel in range(3))
-    return (RED * red + GREEN * green + BLUE * blue + (1 << (SHIFT - 1))) >> SHIFT
+    red, green, blue = (
+        xp.multiply(images[..., channel], weight, dtype=xp.int32) for channel, weight in enumerate((RED, GREEN, BLUE))
+    )
+    return (red + green + blue + (1 << (SHIFT - 1))) >> SHIFT
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:
@@ -40,12 +44,20 @@ def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Ar
     _, full_height, full_width, _ = images.shape
     if (height, width) == (full_height, full_width):
         return levels(images)
-    rows = constant(xp, tap_indices, full_height, height)
-    columns = constant(xp, tap_indices, full_width, width)
-    taps = levels(xp.take(xp.take(images, rows, axis=1), columns, axis=2))
-
-    weight = constant(xp, tap_weights, full_width, width)
-    taps = taps[..., :width] * (256 - weight) + taps[..., width:] * weight
-    weight = constant(xp, tap_weights, full_height, height)[:, None]
-    taps = taps[..., :height, :] * (256 - weight) + taps[..., height:, :] * weight
+    sizes = full_height, full_width, height, width
+    pixels = images.reshape(len(images), full_height * full_width, -1)
+    taps = levels(xp.take(pixels, constant(xp, _taps, *sizes), axis=1)) * constant(xp, _weights, *sizes)
+    taps = taps[..., :height, :] + taps[..., height:, :]
+    taps = taps[..., :width] + taps[..., width:]
     return (taps + (1 << 15)) >> 16
+
+
+def _taps(full_height: int, full_width: int, height: int, width: int) -> np.ndarray:
+    """Index of the four neighbours of each pixel of a reduction: (2 * height, 2 * width), see `tap_indices`."""
+    return tap_indices(full_height, height)[:, None] * full_width + tap_indices(full_width, width)
+
+
+def _weights(full_height: int, full_width: int, height: int, width: int) -> np.ndarray:
+    """Weight of each of the four neighbours in units of 2**-16: (2 * height, 2 * width) int32."""
+    down, along = tap_weights(full_height, height), tap_weights(full_width, width)
+    return np.concatenate([256 - down, down])[:, None] * np.concatenate([256 - along, along])
