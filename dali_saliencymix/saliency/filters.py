@@ -24,7 +24,9 @@ def filtered(maps: Array, matrix: Callable[[int], np.ndarray]) -> Array:
 
 
 def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
-    """Filter (N, h, w) float32 `maps` along columns and rows by symmetric weights: of the centre, then outwards.
+    """Filter float32 `maps` along columns and rows by symmetric weights: of the centre, then outwards.
+
+    The maps come with a mirrored margin as wide as the filter reaches; the result, (N, h, w), is without it.
 
     In a fixed order of sums and products, which the kernels repeat. On a CPU this costs no more than two products of
     matrices do for five weights or fewer.
@@ -32,9 +34,8 @@ def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
     xp = array_namespace(maps)
     for axis in (1, 2):
         reach = len(weights) - 1
-        size = maps.shape[axis]
-        padded = xp.take(maps, constant(xp, with_margin, size, reach), axis=axis)
-        shifted = [padded[:, i : i + size] if axis == 1 else padded[:, :, i : i + size] for i in range(2 * reach + 1)]
+        size = maps.shape[axis] - 2 * reach
+        shifted = [maps[:, i : i + size] if axis == 1 else maps[:, :, i : i + size] for i in range(2 * reach + 1)]
         maps = shifted[reach] * xp.float32(weights[0])
         for i in range(1, reach + 1):
             maps += (shifted[reach - i] + shifted[reach + i]) * xp.float32(weights[i])

@@ -15,7 +15,7 @@ from dali_saliencymix._checks import check_images
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import GAUSSIAN, MAP_SIZE, MEAN
 from dali_saliencymix._threads import in_chunks
-from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix
+from dali_saliencymix.saliency.filters import filtered, filtered_narrowly, gaussian_matrix, with_margin
 from dali_saliencymix.saliency.grey import small_luma
 from dali_saliencymix.saliency.lab import lab, small_planes
 
@@ -113,12 +113,14 @@ def _spectral_residual(grey: Array) -> Array:
     fft = fft_module(xp)
     spectrum = fft.rfft2(grey)
     amplitude = xp.abs(spectrum)
-    log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2])
-    factor = xp.exp(log_amplitude - filtered_narrowly(log_amplitude, MEAN))
-    empty = amplitude < xp.float32(_SMALLEST_NORMAL)
-    phase = xp.where(empty, xp.complex64(1), _phase(spectrum, amplitude, empty))  # by convention
+    log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2], margin=1)
+    factor = xp.exp(log_amplitude[:, 1:-1, 1:-1] - filtered_narrowly(log_amplitude, MEAN))
+    smallest = xp.float32(_SMALLEST_NORMAL)
+    phase = spectrum * (1 / xp.maximum(amplitude, smallest))  # a product costs less than a division does
+    phase = xp.where(amplitude < smallest, xp.complex64(1), phase)  # by convention
     modulus = xp.abs(fft.ifft2(_whole(phase, grey.shape[2]) * factor))
-    saliency_map = filtered_narrowly(modulus, GAUSSIAN)
+    margins = constant(xp, _with_margins, *grey.shape[1:], len(GAUSSIAN) - 1)
+    saliency_map = filtered_narrowly(xp.take(modulus.reshape(len(grey), -1), margins, axis=1), GAUSSIAN)
     saliency_map *= saliency_map
     return _normalised(saliency_map, grey)
 
@@ -178,7 +180,8 @@ def _phase_spectrum(grey: Array) -> Array:
     spectrum = fft.rfft2(grey.astype(xp.float64)).astype(xp.complex64)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
-    phase = _phase(spectrum, amplitude, amplitude <= mean * xp.float32(_EMPTY_BIN))
+    empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
+    phase = spectrum * (1 / xp.where(empty, xp.float32(xp.inf), amplitude))  # 0 in empty bins
     # The spectrum of a real image stays one: its half is enough.
     power = fft.irfft2(phase, s=grey.shape[1:]) ** 2
     saliency_map = filtered(power, _wide_gaussian_matrix)
@@ -262,34 +265,36 @@ def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namesp
     return in_chunks(detect, images, _CHUNK) if is_host(xp) else detect(images)
 
 
-def _phase(spectrum: Array, amplitude: Array, empty: Array) -> Array:
-    """Return `spectrum` / `amplitude`, and 0 in the bins that are `empty`."""
-    xp = array_namespace(spectrum)
-    # A product costs less than dividing a complex number does.
-    return spectrum * (1 / xp.where(empty, xp.float32(xp.inf), amplitude))
+def _whole(half: Array, width: int, margin: int = 0) -> Array:
+    """Return the spectrum of real images, (N, h, w), of its half as ``rfft2`` gives it: the rest is mirrored.
 
-
-def _whole(half: Array, width: int) -> Array:
-    """Return the spectrum of real images, (N, h, w), of its half as ``rfft2`` gives it: the rest is mirrored."""
+    With a `margin` of so many bins around it, mirrored at the centres of the outermost ones.
+    """
     xp = array_namespace(half)
     count, height, _ = half.shape
-    whole = xp.take(half.reshape(count, -1), constant(xp, _mirrored_bins, height, width), axis=1)
+    whole = xp.take(half.reshape(count, -1), constant(xp, _mirrored_bins, height, width, margin), axis=1)
     if whole.dtype.kind == "c":
-        whole.imag *= constant(xp, _mirrored_sign, height, width)
-    return whole.reshape(count, height, width)
+        imaginary = whole.imag
+        imaginary *= constant(xp, _mirrored_sign, height, width)
+    return whole
 
 
-def _mirrored_bins(height: int, width: int) -> np.ndarray:
-    """Index, in the half spectrum, of each bin of the whole one or of its mirror image: (height * width,)."""
+def _mirrored_bins(height: int, width: int, margin: int) -> np.ndarray:
+    """Flat index, in the half spectrum, of each bin of the whole one with a margin, or of its mirror image."""
     stored = width // 2 + 1
-    row, column = np.divmod(np.arange(height * width), width)
+    row, column = with_margin(height, margin)[:, None], with_margin(width, margin)
     mirrored = column >= stored
     return np.where(mirrored, -row % height, row) * stored + np.where(mirrored, width - column, column)
 
 
 def _mirrored_sign(height: int, width: int) -> np.ndarray:
-    """Sign of the imaginary part of each bin of the whole spectrum against that of the half: (height * width,)."""
-    return np.tile(np.where(np.arange(width) > width // 2, -1, 1).astype(np.float32), height)
+    """Sign of the imaginary part of each bin of the whole spectrum against that of the half: (height, width)."""
+    return np.tile(np.where(np.arange(width) > width // 2, -1, 1).astype(np.float32), (height, 1))
+
+
+def _with_margins(height: int, width: int, reach: int) -> np.ndarray:
+    """Flat index of each pixel of a map with a mirrored margin: (height + 2 * reach, width + 2 * reach)."""
+    return with_margin(height, reach)[:, None] * width + with_margin(width, reach)
 
 
 def _map_size(images: Array) -> tuple[int, int]:
@@ -299,9 +304,9 @@ def _map_size(images: Array) -> tuple[int, int]:
 def _normalised(saliency_map: Array, grey: Array) -> Array:
     """Bring (N, h, w) maps to a maximum of 1; where `grey`, (N, h, w), has one level only, to 0."""
     xp = array_namespace(grey)
-    one_level = grey.max(axis=(1, 2), keepdims=True) == grey.min(axis=(1, 2), keepdims=True)
+    several_levels = (grey != grey[:, :1, :1]).any(axis=(1, 2), keepdims=True)
     top = saliency_map.max(axis=(1, 2), keepdims=True)
-    return saliency_map / xp.where(top == 0, xp.float32(1), top) * ~one_level
+    return saliency_map / xp.maximum(top, xp.float32(_SMALLEST_NORMAL)) * several_levels
 
 
 def _wide_gaussian_matrix(size: int) -> np.ndarray:
