@@ -20,6 +20,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __restrict__
 #define __shared__ static __attribute__((section("shared_memory")))
 
@@ -87,14 +88,23 @@ static void resume(unsigned thread) {
     setcontext(&start);
 }
 
+// Tell whether no thread waits for others of its warp: all have come to a barrier, or to the end, or are about to start.
+static bool no_warp_is_inside() {
+    for (unsigned thread = 0; thread < blockDim.x; ++thread) {
+        if (!fibres[thread].done && fibres[thread].waits_at < 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Return what is wrong about where the threads have stopped; empty if all is well.
 static std::string disagreement() {
-    const bool barrier = fibres[0].waits_at > 0 && !fibres[0].done;
+    const bool barrier = no_warp_is_inside();
     for (unsigned thread = 0; thread < blockDim.x; ++thread) {
         const Fibre& fibre = fibres[thread];
         const Fibre& other = fibres[barrier ? 0 : thread / WARP_SIZE * WARP_SIZE];
-        const bool agrees = fibre.done == other.done && (fibre.done || fibre.waits_at == other.waits_at);
-        if (!agrees || (!barrier && !fibre.done && fibre.waits_at > 0)) {
+        if (fibre.done != other.done || (!fibre.done && fibre.waits_at != other.waits_at)) {
             return "threads stop at different barriers, or some never get to one";
         }
     }
@@ -105,16 +115,18 @@ static std::string run_block(bool reversed) {
     memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
     for (unsigned thread = 0; thread < blockDim.x; ++thread) {
         fibres[thread].done = false;
+        fibres[thread].waits_at = 0;
         fibres[thread].exchanges = 0;
     }
     for (bool going = true; going;) {
         going = false;
+        const bool all = no_warp_is_inside();  // else those go on that are
         for (unsigned i = 0; i < blockDim.x; ++i) {
             const unsigned thread = reversed ? blockDim.x - 1 - i : i;
-            if (!fibres[thread].done) {
+            if (!fibres[thread].done && (all || fibres[thread].waits_at < 0)) {
                 resume(thread);
-                going = going || !fibres[thread].done;
             }
+            going = going || !fibres[thread].done;
         }
         const std::string wrong = disagreement();
         if (!wrong.empty()) {
@@ -213,6 +225,13 @@ To same_bits(From from) {
 
 static float __int_as_float(int bits) { return on_cpu::same_bits<float>(bits); }
 static unsigned __float_as_uint(float value) { return on_cpu::same_bits<unsigned>(value); }
+static float __ldg(const float* at) { return *at; }
+static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+// As far off as on a GPU it may be, 2 units in the last place, up or down.
+static float __fdividef(float a, float b) {
+    const unsigned bits = on_cpu::same_bits<unsigned>(a / b);
+    return on_cpu::same_bits<float>(bits + (on_cpu::same_bits<unsigned>(b) >> 13 & 1 ? 2 : -2));
+}
 static int max(int a, int b) { return a < b ? b : a; }
 static int min(int a, int b) { return b < a ? b : a; }
 static int atomicMax(int* at, int value) {
