@@ -29,6 +29,7 @@ from dali_saliencymix import saliency_peaks as saliency_peaks_of_arrays
 from dali_saliencymix import spectral_residual as spectral_residual_of_arrays
 from dali_saliencymix._array import array_namespace, constant
 from dali_saliencymix._cuda import launch as cuda_launch
+from dali_saliencymix._cuda import saliency
 from dali_saliencymix._dali import bridge
 from dali_saliencymix._tables import scaling
 from dali_saliencymix.mix import _Batch, _saliencymix_in_kernels
@@ -152,13 +153,28 @@ def test_spectral_residual_peaks(on_cpu, least, apart):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 3), (2, 1, 5, 1), (2, 5, 1, 3), (1, 2, 2, 3), (1, 3, 2, 1), (4, 37, 23, 3), (1, 70, 131, 3)]
+    "shape",
+    [
+        (1, 1, 1, 3),
+        (2, 1, 5, 1),
+        (2, 5, 1, 3),
+        (1, 2, 2, 3),
+        (1, 3, 2, 1),
+        (4, 37, 23, 3),
+        (1, 70, 131, 3),
+        (2, 224, 224, 3),
+        # An image is a band of 32 rows or some, and a strip of 240 columns or some, of 512 for its surrounds.
+        (2, 33, 240, 1),
+        (1, 34, 241, 3),
+        (1, 65, 484, 3),
+        (1, 32, 1027, 1),
+    ],
 )
 def test_fine_grained(on_cpu, shape):
     images = pictures(*shape, apart=3)
     images = with_flat_and_sparse(images) if min(shape[1:3]) > 3 else images
     maps = cuda.fine_grained(images)
-    assert on_cpu == ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps"]
+    assert on_cpu == ["integral_image", "surrounds", "contrast_maps"]
     assert_same(maps, fine_grained_of_arrays(images, algorithm="array"))
     for least in (False, True):
         peaks = cuda.fine_grained_peaks(images, least=least)
@@ -171,6 +187,19 @@ def test_fine_grained_rounds_large_sums_where_numpy_does(on_cpu):
     images = rng.integers(240, 256, (1, 30, 40, 1)).repeat(10, 1).repeat(10, 2).astype(np.uint8)
     assert images.sum(dtype=np.int64) > 2**24
     assert_same(cuda.fine_grained(images), fine_grained_of_arrays(images, algorithm="array"))
+
+
+def test_fine_grained_divides_by_all_maxima(on_cpu):
+    # An image for each maximum, and in it all values up to that.
+    maxima = np.concatenate([np.arange(1, 6 * 255 + 1), [4095, 4096, 40_000, 65_535]]).astype(np.int32)
+    values = np.linspace(0, 1, 6 * 255 + 1)
+    on = np.rint(values * maxima[:, None]).astype(np.uint32)
+    maps = np.empty(on.shape, np.float32)
+    for shift in (0, 16):
+        tops = np.stack([maxima, np.zeros_like(maxima)][:: 1 if shift == 0 else -1], axis=1).copy()
+        launched = saliency._contrast_maps(np, (*on.shape, 1))
+        launched(on << np.uint32(shift), tops, maps)
+        assert_same(maps, (on.astype(np.int64) * 255 // maxima[:, None]).astype(np.float32) * np.float32(1 / 255))
 
 
 def test_fine_grained_adds_in_8_bits(on_cpu):
@@ -302,7 +331,7 @@ def test_a_whole_mix_is_that_of_the_array_functions(on_cpu, saliency, source, de
         np.testing.assert_array_equal(mine, wanted)
         assert mine.dtype == wanted.dtype
     if saliency != "frequency_tuned" and (source, destination) == ("salient", "corresponding"):
-        assert len(on_cpu) == {"spectral_residual": 3, "fine_grained": 7}[saliency]
+        assert len(on_cpu) == {"spectral_residual": 3, "fine_grained": 5}[saliency]
 
 
 def test_a_whole_mix_takes_peaks_and_clips(on_cpu):

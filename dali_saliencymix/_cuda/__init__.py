@@ -10,8 +10,8 @@ function                                   reference                            
 `small_luma`                               ``saliency.grey.small_luma``         1         none
 `spectral_residual` (64x64 maps)           ``spectral_residual``                1         none
 `spectral_residual_peaks` (64x64 maps)     that and ``saliency_peaks``          1         none
-`fine_grained`                             ``fine_grained``                     5         9 H W bytes
-`fine_grained_peaks`                       that and ``saliency_peaks``          5         9 H W bytes
+`fine_grained`                             ``fine_grained``                     3         9 H W bytes
+`fine_grained_peaks`                       that and ``saliency_peaks``          3         9 H W bytes
 `saliency_peaks`                           ``saliency_peaks``                   1         none
 `boxes_at_peaks`                           ``boxes_at``, ``boxes_moved_to``     1         none
                                            and ``kept_fraction``

@@ -1,200 +1,320 @@
 // Fine-grained saliency from pixels to map, or to its peak: saliency/contrast.py, fine_grained.
 //
-// Five launches, in the order below, with a scratch of 9 bytes a pixel: the integral image of a 224x224 image and its
-// grey levels, 253 KB, do not fit into the shared memory of a block, and the maxima have to be known before the maps
-// are added. All roundings are those of contrast.py, in its order; row sums are integers under 2^24, exact in any.
+// Three launches, in the order below, with a scratch of 9 bytes a pixel: the maxima have to be known before the maps
+// are added, and large images do not fit into the shared memory of a block. All roundings are those of contrast.py, in
+// its order; row sums are integers under 2^24, exact in any.
 
 #include "grey.cuh"
 #include "reduction.cuh"
 
+constexpr int BAND = 32;  // rows that a block works on at a time
+
 // Index with the border mirrored at the centres of the outermost pixels, for i in -2..size+1; in an image of one or
-// two pixels that takes more than one reflection. What lies further outside, where a tile does, becomes any pixel.
+// two pixels that takes more than one reflection. What lies further outside, where a strip does, becomes any pixel.
 __device__ inline int mirrored(int i, int size) {
     i = abs(i);
     i = i < size ? i : abs(2 * (size - 1) - i);
     return min(i, size - 1);
 }
 
-// 1. Grey levels after two blurs of weights 1-2-1 over 4 along both axes, each rounded: (N, H, W) uint8. One block
-// makes a tile of TILE x TILE. A mirrored border stays mirrored under a symmetric filter, so the tile's margin is
-// mirrored once. Launched over the tiles of a row, of an image, of the batch.
-constexpr int TILE = 32;
-constexpr int MARGIN = 2;
-constexpr int ROWS = TILE + 2 * MARGIN;
-
-// Blur a tile at a position that has neighbours.
-__device__ inline int blurred(const short (&tile)[ROWS][ROWS], int y, int x) {
-    int sum = 0;
-    for (int dy = -1; dy <= 1; ++dy) {
-        sum += (2 - dy * dy) * (tile[y + dy][x - 1] + 2 * tile[y + dy][x] + tile[y + dy][x + 1]);
-    }
-    return (sum + 8) >> 4;
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-    blurred_luma(const unsigned char* __restrict__ images, long long image_stride, int height, int width, int channels,
-                 int tiles_down, int tiles_along, unsigned char* __restrict__ grey) {
-    __shared__ short levels[ROWS][ROWS], once[ROWS][ROWS];
-    const int number = blockIdx.x / (tiles_down * tiles_along);
-    const int top = blockIdx.x / tiles_along % tiles_down * TILE, left = blockIdx.x % tiles_along * TILE;
-    const unsigned char* image = images + number * image_stride;
-    for (int i = threadIdx.x; i < ROWS * ROWS; i += blockDim.x) {
-        const int y = mirrored(top - MARGIN + i / ROWS, height), x = mirrored(left - MARGIN + i % ROWS, width);
-        levels[i / ROWS][i % ROWS] = (short)luma(image + ((long long)y * width + x) * channels, channels);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < (ROWS - 2) * (ROWS - 2); i += blockDim.x) {
-        const int y = 1 + i / (ROWS - 2), x = 1 + i % (ROWS - 2);
-        once[y][x] = (short)blurred(levels, y, x);
-    }
-    __syncthreads();
-    grey += (long long)number * height * width;
-    for (int i = threadIdx.x; i < TILE * TILE; i += blockDim.x) {
-        const int y = top + i / TILE, x = left + i % TILE;
-        if (y < height && x < width) {
-            grey[(long long)y * width + x] = (unsigned char)blurred(once, i / TILE + MARGIN, i % TILE + MARGIN);
-        }
-    }
-}
-
-// The integral image, (N, H + 1, W + 1) float32: its first row and its first column are 0.
+// 1. Grey levels after two blurs of weights 1-2-1 over 4 along both axes, each rounded: (N, H, W) uint8; and their
+// integral image, (N, H, W) float32, which begins with the first pixel: there is no row and no column of zeros.
 //
-// 2. Sums along the rows; one warp makes a row. `rows` are those of all images.
-extern "C" __global__ void row_sums(const unsigned char* __restrict__ grey, int height, int width, long long rows,
-                                    float* __restrict__ integral) {
-    const int lane = threadIdx.x % WARP;
-    const long long row = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    if (row >= rows) {
-        return;  // whole warps only
-    }
-    const unsigned char* from = grey + row * width;
-    float* to = integral + ((row / height) * (height + 1) + row % height + 1) * (width + 1);
-    if (lane == 0) {
-        to[0] = 0.0f;
-    }
-    int before = 0;
-    for (int start = 0; start < width; start += WARP) {
-        const int x = start + lane;
-        int sum = x < width ? from[x] : 0;
-        for (int distance = 1; distance < WARP; distance *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, distance);
-            sum += lane >= distance ? other : 0;
-        }
-        sum += before;
-        if (x < width) {
-            to[x + 1] = (float)sum;
-        }
-        before = __shfl_sync(0xffffffffu, sum, WARP - 1);
-    }
+// One block makes an image, from the top, in bands of one row for each warp, and a band in strips from the left. A
+// mirrored border stays mirrored under a symmetric filter, so a strip's margin is mirrored once. In an image of one
+// strip, a band begins with the rows that the one above it has made for its lower margin.
+//
+// Levels lie in words of four pixels, which are blurred together.
+constexpr int PAIR = 2;                          // words of a lane
+constexpr int WORDS = PAIR * WARP;               // of a row: a strip and its margins
+constexpr int MARGIN = PAIR;                     // words on either side of a strip, where two pixels are needed
+constexpr int STRIP = 4 * (WORDS - 2 * MARGIN);  // 240 columns: most images have no more
+
+// The row of a ring that holds row y of the image, for y >= -2.
+template <int SIZE>
+__device__ inline unsigned* ring_row(unsigned (&ring)[SIZE][WORDS], int y) {
+    return ring[(unsigned)(y + 2) % SIZE];
 }
 
-// 3. Sums down the columns, in place, from the top and in float32, so that sums over 2^24 are rounded where NumPy
-// rounds them. One thread makes a column; neighbours read neighbours. There are few columns, so a thread asks for
-// AHEAD numbers before it waits for the first. `columns` are those of all images.
-constexpr int AHEAD = 16;
+// Add weights 1-2-1 down the columns of the pixels 0 and 2 of a word, each in 16 bits; of 1 and 3 if `shift` is 8.
+__device__ inline unsigned column_sum(unsigned above, unsigned level, unsigned below, int shift) {
+    const unsigned even = 0x00ff00ffu;
+    return (above >> shift & even) + 2 * (level >> shift & even) + (below >> shift & even);
+}
 
-extern "C" __global__ void column_sums(int height, int width, long long columns, float* __restrict__ integral,
-                                       int* __restrict__ maxima) {
-    const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= columns) {
+// Blur the four pixels of a word; the arguments are rows of words. At the ends of a row the pixel that has no neighbour
+// becomes any number: nobody reads it.
+__device__ inline unsigned blurred(const unsigned* above, const unsigned* level, const unsigned* below, int word) {
+    const int before = max(word - 1, 0), after = min(word + 1, WORDS - 1);
+    const unsigned odd_before = column_sum(above[before], level[before], below[before], 8);
+    const unsigned even = column_sum(above[word], level[word], below[word], 0);
+    const unsigned odd = column_sum(above[word], level[word], below[word], 8);
+    const unsigned even_after = column_sum(above[after], level[after], below[after], 0);
+    // A sum is at most 16 * 255 + 8: nothing is carried into the upper half.
+    const unsigned rounding = 0x00080008u;
+    const unsigned even_sum = (odd << 16 | odd_before >> 16) + 2 * even + odd + rounding;
+    const unsigned odd_sum = even + 2 * odd + (even_after << 16 | even >> 16) + rounding;
+    return (even_sum >> 4 & 0x00ff00ffu) | (odd_sum << 4 & 0xff00ff00u);
+}
+
+// Write the pixels of a word at x..x+3 of a row, as far as they lie in it.
+__device__ inline void write_four(unsigned four, unsigned char* row, int x, int width) {
+    if (width % 4 == 0) {
+        if (x < width) {
+            *(unsigned*)(row + x) = four;
+        }
         return;
     }
-    const int pitch = width + 1, x = (int)(column % pitch);
-    const long long image = column / pitch;
-    float* at = integral + image * (height + 1) * pitch + x;
-    if (x < 2) {
-        maxima[2 * image + x] = 0;  // for the kernel that follows
-    }
-    *at = 0.0f;
-    float sum = 0.0f;
-    for (int first = 0; first < height; first += AHEAD) {
-        float row_sum[AHEAD];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            row_sum[i] = first + i < height ? at[(long long)(i + 1) * pitch] : 0.0f;
+    for (int i = 0; i < 4; ++i) {
+        if (x + i < width) {
+            row[x + i] = (unsigned char)(four >> 8 * i);
         }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(1024, 2)
+    integral_image(const unsigned char* __restrict__ images, long long image_stride, int height, int width,
+                   int channels, unsigned char* __restrict__ grey, float* __restrict__ integral,
+                   int* __restrict__ maxima) {
+    __shared__ __align__(16) unsigned levels[BAND + 4][WORDS], once[BAND + 2][WORDS];
+    __shared__ __align__(16) float sums[BAND][STRIP];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const long long first_pixel = (long long)blockIdx.x * height * width;
+    images += blockIdx.x * image_stride;
+    grey += first_pixel;
+    integral += first_pixel;
+    if (threadIdx.x < 2) {
+        maxima[2LL * blockIdx.x + threadIdx.x] = 0;  // for the kernel that follows
+    }
+    for (int top = 0; top < height; top += BAND) {
+        const int bottom = min(top + BAND, height);
+        const bool goes_on = top > 0 && width <= STRIP;
+        int row_sum = 0;  // of the warp's row, up to the strip
+        for (int left = 0; left < width; left += STRIP) {
+            for (int y = (goes_on ? top + 2 : top - 2) + warp; y < bottom + 2; y += BAND) {
+                const unsigned char* row = images + (long long)mirrored(y, height) * width * channels;
+                unsigned char* to = (unsigned char*)ring_row(levels, y);
+#pragma unroll 4
+                for (int i = 0; i < 4 * WORDS; i += WARP) {
+                    const unsigned x = mirrored(left - 4 * MARGIN + i + lane, width);
+                    to[i + lane] = (unsigned char)luma(row + x * channels, channels);
+                }
+            }
+            __syncthreads();
+            for (int y = (goes_on ? top + 1 : top - 1) + warp; y < bottom + 1; y += BAND) {
+                const unsigned *above = ring_row(levels, y - 1), *level = ring_row(levels, y);
+                const unsigned* below = ring_row(levels, y + 1);
+                unsigned* to = ring_row(once, y);
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (first + i < height) {
-                sum += row_sum[i];
-                at[(long long)(i + 1) * pitch] = sum;
+                for (int word = 0; word < WORDS; word += WARP) {
+                    to[word + lane] = blurred(above, level, below, word + lane);
+                }
+            }
+            __syncthreads();
+            const int y = top + warp;
+            if (y < bottom) {
+                const unsigned *above = ring_row(once, y - 1), *level = ring_row(once, y);
+                const unsigned* below = ring_row(once, y + 1);
+                // Each lane makes the PAIR words at x, and adds up their pixels; lanes beyond the strip make nothing.
+                const bool inside = lane < STRIP / (4 * PAIR);
+                const int x = left + 4 * PAIR * lane;
+                int sum[4 * PAIR], all = 0;
+#pragma unroll
+                for (int i = 0; i < PAIR; ++i) {
+                    const unsigned four = inside ? blurred(above, level, below, MARGIN + PAIR * lane + i) : 0;
+                    if (inside) {
+                        write_four(four, grey + (long long)y * width, x + 4 * i, width);
+                    }
+#pragma unroll
+                    for (int pixel = 0; pixel < 4; ++pixel) {
+                        all += four >> 8 * pixel & 255;
+                        sum[4 * i + pixel] = all;
+                    }
+                }
+                int sum_of_lanes = all;
+                for (int distance = 1; distance < WARP; distance *= 2) {
+                    const int other = __shfl_up_sync(0xffffffffu, sum_of_lanes, distance);
+                    sum_of_lanes += lane >= distance ? other : 0;
+                }
+                if (inside) {
+#pragma unroll
+                    for (int i = 0; i < 4 * PAIR; ++i) {
+                        sums[warp][4 * PAIR * lane + i] = (float)(row_sum + sum_of_lanes - all + sum[i]);
+                    }
+                }
+                row_sum += __shfl_sync(0xffffffffu, sum_of_lanes, WARP - 1);
+            }
+            __syncthreads();
+            // Down the columns in float32, so that sums over 2^24 are rounded where NumPy rounds them.
+            const int x = left + threadIdx.x;
+            if (threadIdx.x < STRIP && x < width) {
+                float* at = integral + (long long)top * width + x;
+                float sum = top > 0 ? *(at - width) : 0.0f;  // this thread wrote it
+#pragma unroll 8
+                for (int row = 0; row < bottom - top; ++row) {
+                    sum += sums[row][threadIdx.x];
+                    *at = sum;
+                    at += width;
+                }
             }
         }
-        at += (long long)AHEAD * pitch;
     }
 }
 
-// 4. What is brighter (on) and what is darker (off) than six surrounds, each summed: (N, H, W) uint32, on in the lower
-// half; and the maxima of both for each image, (N, 2). Each is at most 6 * 255. Launched over the blocks of an image,
-// of the batch.
-extern "C" __global__ void __launch_bounds__(256)
+// Division by an integer under 2^16, rounded as IEEE 754 asks, without the steps that other divisors take.
+//
+// The inverse is off by 2^-22 of it at most, 2 units in the last place. So `near` is within 5 units of its last place
+// of the quotient, the remainder has few bits and is exact, and the sum that is rounded last is within 2^-19 units of
+// the quotient. No quotient is nearer than 2^-17 units to where roundings part, the middle between two floats: it is a
+// fraction whose denominator is 2 * number in these units.
+struct Divisor {
+    float number, inverse;
+
+    __device__ inline explicit Divisor(float number) : number(number), inverse(__fdividef(1.0f, number)) {}
+
+    __device__ inline float into(float value) const {
+        const float near = value * inverse;
+        return __fmaf_rn(__fmaf_rn(-number, near, value), inverse, near);
+    }
+};
+
+// 2. What is brighter (on) and what is darker (off) than six surrounds, each summed: (N, H, W) uint32, on in the lower
+// half; and the maxima of both for each image, (N, 2). Each is at most 6 * 255, or somewhat more where sums are rounded.
+//
+// One block makes a band of an image, or a strip of it: `columns` columns, a multiple of 32, are as many threads, and
+// as many rows are made at a time as the block has room for. What a surround has to do with the row is looked up, and
+// each thread stays in its column. A factor of 0 stands for the row and the column of zeros before the integral image.
+constexpr int SURROUNDS = 6;
+
+struct __align__(16) Rows {
+    const float *above, *below;  // the last row above the surround, and its last one
+    float count, factor;         // rows of the surround, factor of the row above
+};
+
+// The compiler no longer knows that these pointers lead to global memory, since they were kept in shared memory.
+__device__ inline float sum_at(const float* row, unsigned bytes) {
+    return __ldg((const float*)((const char*)row + bytes));
+}
+
+extern "C" __global__ void __launch_bounds__(512, 2)
     surrounds(const unsigned char* __restrict__ grey, const float* __restrict__ integral, int height, int width,
-              int blocks_per_image, unsigned* __restrict__ on_off, int* __restrict__ maxima) {
-    __shared__ unsigned on_slots[MAX_WARPS], off_slots[MAX_WARPS];
-    const int pixels = height * width, pitch = width + 1;
-    const long long image = blockIdx.x / blocks_per_image;
-    grey += image * pixels;
-    on_off += image * pixels;
-    integral += image * (height + 1) * pitch;
-    const int pixel = blockIdx.x % blocks_per_image * blockDim.x + threadIdx.x;
-    unsigned on = 0, off = 0;
-    if (pixel < pixels) {
-        const int y = pixel / width, x = pixel % width;
-        const float level = grey[pixel];
-        const int halves[6] = {12, 24, 28, 48, 56, 112};  // half the side of a surround
+              int strips, int columns, int rows_at_once, unsigned* __restrict__ on_off, int* __restrict__ maxima) {
+    __shared__ Rows rows[BAND][SURROUNDS];
+    constexpr int halves[SURROUNDS] = {12, 24, 28, 48, 56, 112};  // half the side of a surround
+    const int bands = (height + BAND - 1) / BAND;
+    const int top = blockIdx.x / strips % bands * BAND;
+    const long long image = blockIdx.x / strips / bands;
+    grey += image * height * width;
+    on_off += image * height * width;
+    integral += image * height * width;
+    const int band = min(BAND, height - top);
+    for (int row = threadIdx.x; row < band; row += blockDim.x) {
+        const int y = top + row;
 #pragma unroll
-        for (int i = 0; i < 6; ++i) {
-            const int half = halves[i];
-            const int top = max(y - half + 1, 0), bottom = min(y + half + 1, height);
-            const int left = max(x - half + 1, 0), right = min(x + half + 1, width);
-            const float* above = integral + (long long)top * pitch;
-            const float* below = integral + (long long)bottom * pitch;
-            float surround = below[right] + above[left];
-            surround -= below[left];
-            surround -= above[right];
-            surround -= level;
-            surround /= (float)max((bottom - top) * (right - left) - 1, 1);
-            const int difference = (int)(level - surround);
-            on += max(difference, 0);
-            off += max(-difference, 0);
+        for (int i = 0; i < SURROUNDS; ++i) {
+            const int above = max(y - halves[i], -1), last = min(y + halves[i], height - 1);
+            rows[row][i] = {integral + (long long)max(above, 0) * width, integral + (long long)last * width,
+                            (float)(last - above), above < 0 ? 0.0f : 1.0f};
         }
-        on_off[pixel] = on | off << 16;
     }
-    const unsigned most_on = block_maximum(on, on_slots), most_off = block_maximum(off, off_slots);
-    if (threadIdx.x == 0) {
-        atomicMax(maxima + 2 * image, (int)most_on);
-        atomicMax(maxima + 2 * image + 1, (int)most_off);
+    const int x = blockIdx.x % strips * columns + threadIdx.x % columns;
+    unsigned left[SURROUNDS], right[SURROUNDS];  // the last column before the surround, and its last one, in bytes
+    float count[SURROUNDS], factor[SURROUNDS];
+#pragma unroll
+    for (int i = 0; i < SURROUNDS; ++i) {
+        const int before = max(x - halves[i], -1), last = min(x + halves[i], width - 1);
+        left[i] = 4u * max(before, 0);
+        right[i] = 4u * last;
+        count[i] = (float)(last - before);
+        factor[i] = fminf((float)(before + 1), 1.0f);
+    }
+    // The pixel itself does not count, unless it is alone.
+    const float less = height == 1 && width == 1 ? 0.0f : -1.0f;
+    int most_on = 0, most_off = 0;
+    __syncthreads();
+    if (x < width) {
+        const int first = threadIdx.x / columns;
+        unsigned pixel = (top + first) * width + x;
+        for (int row = first; row < band; row += rows_at_once, pixel += rows_at_once * width) {
+            const float level = grey[pixel];
+            int on = 0, all = 0;
+#pragma unroll
+            for (int i = 0; i < SURROUNDS; ++i) {
+                const Rows at = rows[row][i];
+                float surround = __fmaf_rn(sum_at(at.above, left[i]), factor[i] * at.factor, sum_at(at.below, right[i]));
+                surround = __fmaf_rn(sum_at(at.below, left[i]), -factor[i], surround);
+                surround = __fmaf_rn(sum_at(at.above, right[i]), -at.factor, surround);
+                surround -= level;
+                surround = Divisor(__fmaf_rn(at.count, count[i], less)).into(surround);
+                const int difference = (int)(level - surround);
+                on += max(difference, 0);
+                all += difference;
+            }
+            const int off = on - all;
+            on_off[pixel] = (unsigned)on | (unsigned)off << 16;
+            most_on = max(most_on, on);
+            most_off = max(most_off, off);
+        }
+    }
+    most_on = warp_maximum(most_on);
+    most_off = warp_maximum(most_off);
+    if (threadIdx.x % WARP == 0) {
+        atomicMax(maxima + 2 * image, most_on);
+        atomicMax(maxima + 2 * image + 1, most_off);
     }
 }
 
-// Both sums brought to 0..255 by their maxima and added in 8 bits, as OpenCV does, which scales by the rounded inverse.
-__device__ inline float contrast(unsigned on_off, const int* maxima) {
-    const int on = (int)(on_off & 0xffff) * 255 / max(maxima[0], 1);
-    const int off = (int)(on_off >> 16) * 255 / max(maxima[1], 1);
-    return (float)((on + off) & 255) * 0.003921568859368562698f;
-}
+// Both sums brought to 0..255 by their maxima and added in 8 bits. Quotients of integers under 2^24 and 2^16 are not
+// rounded up to a whole number that they do not reach.
+struct Contrast {
+    Divisor most_on, most_off;
 
-// 5. Either the maps, (N, H, W) float32, ...
+    __device__ inline explicit Contrast(const int* maxima)
+        : most_on((float)max(maxima[0], 1)), most_off((float)max(maxima[1], 1)) {}
+
+    __device__ inline int of(unsigned on_off) const {
+        const int on = (on_off & 0xffff) * 255, off = (on_off >> 16) * 255;
+        return ((int)most_on.into((float)on) + (int)most_off.into((float)off)) & 255;
+    }
+};
+
+// 3. Either the maps, (N, H, W) float32, times the rounded inverse of 255, as OpenCV scales, ...
 extern "C" __global__ void contrast_maps(const unsigned* __restrict__ on_off, const int* __restrict__ maxima,
                                          int pixels, long long all_pixels, float* __restrict__ maps) {
     const long long pixel = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (pixel < all_pixels) {
-        maps[pixel] = contrast(on_off[pixel], maxima + 2 * (pixel / pixels));
+        maps[pixel] = (float)Contrast(maxima + 2 * (pixel / pixels)).of(on_off[pixel]) * 0.003921568859368562698f;
     }
 }
 
-// ... or their peaks, (N, 2). One block looks at one image.
-extern "C" __global__ void __launch_bounds__(1024)
+// ... or their peaks, (N, 2). One block looks at one image; a thread asks for AHEAD pixels before it waits for the first.
+constexpr int AHEAD = 4;
+
+extern "C" __global__ void __launch_bounds__(1024, 2)
     contrast_peaks(const unsigned* __restrict__ on_off, const int* __restrict__ maxima,
                    const int* __restrict__ closeness, const int* __restrict__ nearest, int height, int width, int least,
                    int* __restrict__ peaks) {
     __shared__ Key slots[MAX_WARPS];
-    const int pixels = height * width;
+    const unsigned pixels = height * width;
+    const Contrast contrast(maxima + 2LL * blockIdx.x);
     on_off += (long long)blockIdx.x * pixels;
     Key best = 0;
-    for (int pixel = threadIdx.x; pixel < pixels; pixel += blockDim.x) {
-        const float value = contrast(on_off[pixel], maxima + 2LL * blockIdx.x);
-        best = larger(best, peak_key(value, closeness[pixel], least));
+    for (unsigned first = threadIdx.x; first < pixels; first += AHEAD * blockDim.x) {
+        unsigned sums[AHEAD];
+        int close[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const unsigned pixel = first + i * blockDim.x;
+            sums[i] = pixel < pixels ? on_off[pixel] : 0;
+            close[i] = pixel < pixels ? closeness[pixel] : 0;  // of a pixel it is not 0
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int value = contrast.of(sums[i]);
+            const Key key = (Key)(least ? 255 - value : value) << 32 | (unsigned)close[i];
+            best = larger(best, close[i] ? key : 0);
+        }
     }
     best = block_maximum(best, slots);
     if (threadIdx.x == 0) {

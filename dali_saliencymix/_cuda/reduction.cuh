@@ -8,13 +8,20 @@ __device__ inline Value larger(Value a, Value b) {
     return a < b ? b : a;
 }
 
+// Return the maximum of `value` over the warp, to every thread.
+template <class Value>
+__device__ inline Value warp_maximum(Value value) {
+    for (int distance = WARP / 2; distance > 0; distance /= 2) {
+        value = larger(value, (Value)__shfl_xor_sync(0xffffffffu, value, distance));
+    }
+    return value;
+}
+
 // Return the maximum of `value` over the block, to every thread. `slots` is shared memory, one entry for each warp,
 // that nobody has used since the last barrier.
 template <class Value>
 __device__ inline Value block_maximum(Value value, Value* slots) {
-    for (int distance = WARP / 2; distance > 0; distance /= 2) {
-        value = larger(value, (Value)__shfl_xor_sync(0xffffffffu, value, distance));
-    }
+    value = warp_maximum(value);
     if (threadIdx.x % WARP == 0) {
         slots[threadIdx.x / WARP] = value;
     }

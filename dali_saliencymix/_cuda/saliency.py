@@ -102,32 +102,26 @@ def _sums_over_surrounds(images: Array, xp: Namespace) -> tuple[Array, Array]:
     images, stride = with_image_stride(images, xp)
     count, height, width, _ = images.shape
     grey = xp.empty((count, height, width), xp.uint8)
-    integral = xp.empty((count, height + 1, width + 1), xp.float32)
+    integral = xp.empty((count, height, width), xp.float32)
     on_off = xp.empty((count, height, width), xp.uint32)
     maxima = xp.empty((count, 2), xp.int32)
-    blurred_luma, row_sums, column_sums, surrounds = _steps(xp, images.shape, stride)
-    blurred_luma(images, grey)
-    row_sums(grey, integral)
-    column_sums(integral, maxima)
+    integral_image, surrounds = _steps(xp, images.shape, stride)
+    integral_image(images, grey, integral, maxima)
     surrounds(grey, integral, on_off, maxima)
     return on_off, maxima
 
 
 @prepared
-def _steps(xp: Namespace, shape: tuple[int, int, int, int], stride: int) -> tuple[Launch, Launch, Launch, Launch]:
+def _steps(xp: Namespace, shape: tuple[int, int, int, int], stride: int) -> tuple[Launch, Launch]:
     count, height, width, channels = shape
-    tiles, blocks = (blocks_for(height, 32), blocks_for(width, 32)), blocks_for(height * width, 256)
-    rows, columns = count * height, count * (width + 1)
-    luma = (GIVEN, np.int64(stride), height, width, channels, *tiles, GIVEN)
-    along = (GIVEN, height, width, np.int64(rows), GIVEN)
-    down = (height, width, np.int64(columns), GIVEN, GIVEN)
-    around = (GIVEN, GIVEN, height, width, blocks, GIVEN, GIVEN)
+    bands, strips = blocks_for(height, 32), blocks_for(width, 512)
+    columns = 32 * blocks_for(width, 32 * strips)
+    rows = 512 // columns
+    integral = (GIVEN, np.int64(stride), height, width, channels, GIVEN, GIVEN, GIVEN)
+    around = (GIVEN, GIVEN, height, width, strips, columns, rows, GIVEN, GIVEN)
     return (
-        Launch(xp, "fine_grained:blurred_luma", count * tiles[0] * tiles[1], 256, *luma),
-        Launch(xp, "fine_grained:row_sums", blocks_for(rows, 8), 256, *along),
-        # Few threads to a block: there are few columns, and all multiprocessors should get some.
-        Launch(xp, "fine_grained:column_sums", blocks_for(columns, 64), 64, *down),
-        Launch(xp, "fine_grained:surrounds", count * blocks, 256, *around),
+        Launch(xp, "fine_grained:integral_image", count, 1024, *integral),
+        Launch(xp, "fine_grained:surrounds", count * bands * strips, rows * columns, *around),
     )
 
 

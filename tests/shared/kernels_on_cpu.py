@@ -17,7 +17,7 @@ import pytest
 from dali_saliencymix._cuda import launch as cuda_launch
 
 KERNELS = {
-    "fine_grained": ["blurred_luma", "row_sums", "column_sums", "surrounds", "contrast_maps", "contrast_peaks"],
+    "fine_grained": ["integral_image", "surrounds", "contrast_maps", "contrast_peaks"],
     "paste": ["paste_16", "paste_4", "paste_1"],
     "paste_normalised": [
         f"paste_normalised_{dtype}_{layout}" for dtype in ("float32", "float16") for layout in ("CHW", "HWC")
