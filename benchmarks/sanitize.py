@@ -28,8 +28,9 @@ from dali_saliencymix.pixels import DTYPES, LAYOUTS
 # An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
-# Rows of 16, 4 and 1 bytes' multiples; grey images; maps of 64x64 and smaller ones; more than one block in each grid.
-SHAPES = ((5, 37, 23, 3), (3, 70, 97, 1), (4, 66, 64, 3), (2, 65, 68, 3))
+# Rows of 16, 4 and 1 bytes' multiples; grey images; maps of 64x64 and smaller ones; more than one block in each grid;
+# rows that fine_grained takes in several strips.
+SHAPES = ((5, 37, 23, 3), (3, 70, 97, 1), (4, 66, 64, 3), (2, 65, 68, 3), (2, 34, 519, 3))
 
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
 _HEADING = re.compile(
