@@ -36,6 +36,8 @@ def main() -> None:
     )
     parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
     parser.add_argument("--steps", type=program.positive, help="of a variant in each round")
+    named = f"one group of these loaders, beside {_UNMIXED}; by default all, in groups"
+    parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help=named)
     parser.epilog = "defaults: -b 256, --crop-size 224, --steps 20; without a GPU 32, 64 and 8"
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
@@ -52,7 +54,8 @@ def main() -> None:
         record = Record("train", options, **conditions)
         setting = loaders.setting_of(options, folder)
         step = training_step(options.arch, setting)
-        for names in record.groups("images_per_second", groups(options.detectors, gpu=gpu), _UNMIXED):
+        wanted = [options.variants] if options.variants else groups(options.detectors, gpu=gpu)
+        for names in record.groups("images_per_second", wanted, _UNMIXED):
             measure_group(record, names, step, setting, options.steps)
     record.end()
 

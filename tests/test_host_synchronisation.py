@@ -560,7 +560,7 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
     expected = saliencymix(*arguments, algorithm="array", **options)
     assert_same(called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options), expected)
     if destination == "corresponding" and detector != "frequency_tuned":
-        assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 7}[detector]
+        assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 5}[detector]
     # The maps have to be there, so the kernel that makes none is not used.
     options["label_weight"] = "saliency"
     weighed = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
