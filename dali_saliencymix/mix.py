@@ -533,7 +533,7 @@ def _maps_of(options: MixOptions, images: Array, needed: dict[str, Array]) -> tu
 
 
 def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Paste | None = None) -> Mixed:
-    """Do it in CUDA: with `spectral_residual` or `fine_grained` in 3 or 7 launches, without a map in memory.
+    """Do it in CUDA: with `spectral_residual` or `fine_grained` in 3 or 5 launches, without a map in memory.
 
     Maps of `spectral_residual` come through another FFT, so near ties can be decided otherwise; all else has the same
     bits.

@@ -80,6 +80,19 @@ def test_training_images_are_normalised(folder):
     np.testing.assert_allclose(pixels, pixels.round(), atol=0.01)
 
 
+@pytest.mark.parametrize(("mix", "count"), [(None, 9), (MixOptions(), 11), (MixOptions(prob=0.5), 12)])
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_few_operators_on_the_cpu(folder, device, mix, count):
+    """DALI runs them one by one, and each costs a batch as much as decoding some images."""
+    options = {"mix": mix, "device": device, "batch_size": 4, "num_threads": 1, "device_id": 0}
+    pipeline = training_pipeline(folder.files, folder.labels, **options)
+    pipeline._build_graph()
+    on_images = {"Resize", "CropMirrorNormalize", "_JaxFunction", "decoders__ImageSlice"}
+    operators = [each._op for each in pipeline._ops if each._op.device == "cpu"]
+    small = [operator.schema_name for operator in operators if operator.schema_name not in on_images]
+    assert len(small) == count + (2 if mix and device == "cpu" else 0), small  # the shapes of images and flags
+
+
 def test_training_without_mixing_says_lam_1_and_gives_the_label_twice(folder):
     _, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=32)
     np.testing.assert_array_equal(labels, source_labels)
