@@ -12,7 +12,7 @@ With --continue the suite takes what an earlier one left in EARLIER, by default 
 missing: stages that did not end well, in them the tests that have not passed and the variants without a result.
 
 OUT holds suite.log, suite.json (the stages of each run, with its device and date), tests.jsonl (each test's outcome),
-summary.md, and a JSON file for each benchmark and device.
+summary.md, and a JSON file for each benchmark and device; of the bottleneck tool a report for each of three jobs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders
 _LAST_TESTS = ("accelerate", "gpu_training")
 
 _OUTCOMES = "tests.jsonl"
-_STAGES = ("smoke", "tests", "sanitize", "ops", "images", "pipeline", "train", "scale")
+_STAGES = ("smoke", "tests", "sanitize", "ops", "images", "pipeline", "starved", "balanced", "heavy", "train", "scale")
+_USE_IMAGES = set(_STAGES[_STAGES.index("images") + 1 :])
 
 Run = dict[str, Any]  # date, device, commit, and how each stage ended
 
@@ -67,7 +68,7 @@ _BENCHMARKS = {
     ),
     "train": (
         150,
-        "DATA -j CORES -b 256 --rounds 5 --steps 10",
+        "DATA -j HALF -b 256 --rounds 5 --steps 10",
         "DATA -j 1 -b 8 --rounds 1 --crop-size 32 -a resnet18 --steps 1 --detectors fine_grained",
     ),
     "scale": (
@@ -77,16 +78,33 @@ _BENCHMARKS = {
     ),
 }
 
+# Of each job for the bottleneck tool the seconds that it gets, those that the tool is told, and the job: a loader that
+# is too slow for its step, one that is about as fast, and a step that is much slower.
+_JOBS = {
+    "starved": (150, 60, "-a resnet50 -j 2 --hw-decoder-load 0"),
+    "balanced": (110, 45, "-a resnet18 -j HALF"),
+    "heavy": (75, 30, "-a resnet101 -j HALF --no-what-ifs --no-storage"),
+}
+_REPORTS = {f"bottleneck-{name}" for name in _JOBS}
+
 
 def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool) -> list[Stage]:
     """Return the stages in order; `dry` makes all small, for a machine without a GPU."""
-    words = {"DATA": str(data), "CORES": str(cores())}
+    # A virtual core may be half of one, and the training needs some: the loader behind it gets half of them.
+    words = {"DATA": str(data), "CORES": str(cores()), "HALF": str(max(cores() // 2, 1))}
     benchmarks = {}
     for name, (seconds, full, small) in _BENCHMARKS.items():
         options = [words.get(word, word) for word in shlex.split(small if dry else full)]
         file = out / f"{name}-{_slug(device)}.json"
         line = ["-m", f"benchmarks.bench_{name}", *options, "--continue", "-o", str(file)]
         benchmarks[name] = Stage(name, 120 if dry else seconds, line, file)
+    jobs = {}
+    for name, (seconds, told, job) in _JOBS.items():
+        line = ["-m", "dali_saliencymix", "bottleneck", "--train-dir", str(data)]
+        small = "-a resnet18 -b 8 -j 1 --train-crop-size 32 --no-what-ifs --no-storage --seconds 5"
+        full = f"{job} -b 256 --amp --channels-last --seconds {told}"
+        line += [words.get(word, word) for word in shlex.split(small if dry else full)]
+        jobs[name] = Stage(name, 120 if dry else seconds, [*line, "-o", str(out / f"bottleneck-{name}.json")])
     images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
     made = {
         "smoke": Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
@@ -94,6 +112,7 @@ def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool
         "sanitize": Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
         "images": Stage("images", 40, [*images, *(["--from", str(source)] if source else [])]),
         **benchmarks,
+        **jobs,
     }
     return [made[name] for name in _STAGES if not (dry and name == "sanitize")]  # that one is for GPUs
 
@@ -227,7 +246,9 @@ def summary(out: Path, runs: list[Run]) -> str:
     lines += ["", tests_summary(out)]
     for path in sorted(out.glob("*.json")):
         result = read_json(path)
-        if "conditions" not in result:
+        if path.stem in _REPORTS:
+            lines += ["", f"## {path.name}: {result['verdict']['name']}"]
+        if "conditions" not in result or path.stem in _REPORTS:
             continue
         lines += ["", f"## {path.name}: {result['conditions']['device']}"]
         if result["benchmark"] == "sanitize":
@@ -263,8 +284,7 @@ def main() -> None:
         source = options.data.absolute() if options.data else None
         every = stages(out, Path(folder, "images"), source, device=run["device"], dry=options.dry)
         left_to_do = {stage.name for stage in every if stage.name in options.stages and not is_done(stage, runs, run)}
-        uses_images = {"pipeline", "train", "scale"} & left_to_do
-        left_to_do = left_to_do | {"images"} if uses_images else left_to_do - {"images"}
+        left_to_do = left_to_do | {"images"} if left_to_do & _USE_IMAGES else left_to_do - {"images"}
         wanted = [stage for stage in every if stage.name in left_to_do]
         if wanted:
             runs.append(run)

@@ -81,9 +81,9 @@ def python_operator(
             # DALI refuses samples of different shapes in words that name JAX: these come before it does.
             shapes = [node.shape() for node, rule in zip(inputs, rules, strict=True) if rule]
             checked = _whole_batches(functools.partial(_only_one_shape, list(filter(None, rules))), name)(*shapes)
-            inputs = (*inputs, _marked(checked, Stage("shapes", small=True)))
+            inputs = (*inputs, marked(checked, Stage("shapes", small=True)))
             limited = functools.partial(_without_last, limited)
-        nodes = _marked(_whole_batches(limited, name, **options)(*inputs), stage)
+        nodes = marked(_whole_batches(limited, name, **options)(*inputs), stage)
         # CuPy's pool may reuse a buffer once DALI or its user releases it, while they may still read it on streams of
         # their own. DALI's copy, on this one, is the one to keep.
         return nodes if device == "cpu" else fn.copy(nodes)
@@ -91,10 +91,11 @@ def python_operator(
         options["output_layouts"] = list(layouts)
     on_samples = functools.partial(bridge.on_samples, limited, rules=rules)
     nodes = fn.python_function(*inputs, function=on_samples, batch_processing=True, **options)
-    return nodes if debugged else _marked(nodes, stage)
+    return nodes if debugged else marked(nodes, stage)
 
 
-def _marked(nodes: Any, stage: Stage) -> Any:
+def marked(nodes: Any, stage: Stage) -> Any:
+    """Return nodes of one operator, and say what it is in a graph."""
     first = nodes[0] if isinstance(nodes, list | tuple) else nodes
     first.source.stage = stage  # the operator, which all of its outputs share
     return nodes

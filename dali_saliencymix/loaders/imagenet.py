@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 
 from dali_saliencymix._checks import check_choice
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
-from dali_saliencymix._dali.python_operator import to_device
+from dali_saliencymix._dali.python_operator import Stage, marked, to_device
 from dali_saliencymix._routes import route_of
 from dali_saliencymix.datasets.formats import LOOKED_AT
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
@@ -251,7 +251,8 @@ def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
         unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
         first *= unseen
     shape = fn.peek_image_shape(encoded)
-    return fn.slice(shape, start=first, shape=[3], axes=[0], out_of_bounds_policy="error")
+    checked = fn.slice(shape, start=first, shape=[3], axes=[0], out_of_bounds_policy="error")
+    return marked(checked, Stage("shapes", small=True))
 
 
 @do_not_convert
