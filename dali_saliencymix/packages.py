@@ -1,4 +1,4 @@
-"""Packages that are not installed: which extra brings them, and the one sentence that says so."""
+"""Checks for optional packages, with an error message that names the extra to install."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# The modules that each extra of pyproject.toml brings, by the names of their packages in messages. cuda13 brings what
-# cuda12 does.
+# The modules that each extra of pyproject.toml installs, and the package names for messages. cuda13 has the modules of
+# cuda12.
 EXTRAS = {
     "cuda12": {"nvidia.dali": "NVIDIA DALI", "cupy": "CuPy", "torch": "PyTorch", "torchvision": "torchvision"},
     "compiled": {"numba": "Numba"},
@@ -20,19 +20,19 @@ EXTRAS = {
 
 
 class MissingPackageError(ModuleNotFoundError):
-    """A package of an extra is not installed."""
+    """Error for a package of an extra that is not installed."""
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module can be found; it is not imported."""
+    """Return whether a module can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def require(*modules: str, by: str = "this program") -> None:
-    """Raise one `MissingPackageError` for all of these modules that are not installed; none is imported.
+    """Raise one `MissingPackageError` for all of these modules that are not installed, without importing any.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def require(*modules: str, by: str = "this program") -> None:
 
 
 def require_or_exit(*modules: str) -> None:
-    """Do what `require` does in a script, before its imports: end it with one line and status 1."""
+    """Check modules as `require` does, in a script before its imports; on failure exit with one line and status 1."""
     try:
         require(*modules)
     except MissingPackageError as error:
@@ -55,7 +55,7 @@ def require_or_exit(*modules: str) -> None:
 def _sentence(modules: list[str], by: str) -> str:
     bringing = {module: [extra for extra, brought in EXTRAS.items() if module in brought] for module in modules}
     chosen: list[str] = []
-    for found in sorted(bringing.values(), key=len):  # what one extra alone brings decides on the others
+    for found in sorted(bringing.values(), key=len):  # start with modules that only one extra installs
         if not set(found) & set(chosen):
             chosen.append(found[0])
     extras = sorted(chosen, key=list(EXTRAS).index)
