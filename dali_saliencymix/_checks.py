@@ -34,7 +34,7 @@ def check_images(images: Array) -> Namespace:
     if images.dtype != np.uint8:
         msg = (
             f"images must be uint8 with pixel values 0..255, got {images.dtype}: saliency is defined on 8-bit pixels, "
-            "and a detector that is handed normalised floats returns noise without complaint. Mix before normalising"
+            "and a detector silently returns noise for normalised floats. Mix before normalising"
         )
         raise TypeError(msg)
     if images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -67,7 +67,7 @@ def check_per_image(
     library = array_namespace(array)
     if library is not xp:
         library = check_array(array, name)
-        msg = f"{name} must be a {xp.__name__} array as the others are, got a {library.__name__} array"
+        msg = f"{name} must be a {xp.__name__} array like the other arrays, got a {library.__name__} array"
         raise TypeError(msg)
     shape = (count, *trailing)
     if array.shape != shape:

@@ -25,7 +25,7 @@ def compile_kernels(say: Callable[[str], object]) -> None:
     from dali_saliencymix._numba import contrast, kernel
 
     folder = kernel.folder_for(contrast.reduce_luma)
-    say(f"Numba compiles kernels for this type of CPU and keeps them in {folder}")
+    say(f"Numba compiles kernels for this type of CPU and caches them in {folder}")
     kernel.compilations.silent = True
     images, maps = np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 8, 8), np.float32)
     boxes = np.zeros((2, 4), np.int64)

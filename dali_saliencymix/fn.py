@@ -69,9 +69,7 @@ def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _N
             value = kwargs[name]
             for each in value.values() if isinstance(value, Mapping) else (value,):
                 if isinstance(each, DataNode | types.ScalarConstant):
-                    msg = (
-                        f"{name} must be a plain value, the same for all batches, got a {type(each).__name__} of DALI's"
-                    )
+                    msg = f"{name} must be a plain value, the same for all batches, got a DALI {type(each).__name__}"
                     raise TypeError(msg)
         return function(*args, **kwargs)
 
@@ -493,7 +491,7 @@ def soft_labels(
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
     # Pass Python one input instead of three. float64 represents all class ids up to 2**53 exactly.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
-    rule = "all labels of a batch must have one shape; with their source_labels and lam they are vectors of {}"
+    rule = "all labels of a batch must have one shape, got {}, with source_labels and lam appended"
     return operator(make, fn.cat(*flat), rules=[rule])
 
 
@@ -541,9 +539,8 @@ def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[
     """Return the targets for float64 rows (label, source label, lam)."""
     if packed.shape[1] != 3:
         msg = (
-            f"labels and source_labels must be class ids, one for each sample, where num_classes={num_classes} is "
-            f"given, and lam one number: these are {packed.shape[1]} numbers. Leave num_classes out where labels are "
-            "vectors"
+            f"labels and source_labels must be one class id per sample if num_classes={num_classes} is given, and lam "
+            f"one number, got {packed.shape[1]} numbers in all. Omit num_classes if labels are vectors"
         )
         raise ValueError(msg)
     labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
@@ -557,6 +554,6 @@ def _class_ids(values: Array, name: str) -> Array:
     xp = array_namespace(values)
     whole = (abs(values) <= 2.0**53) & (xp.floor(values) == values)
     if is_host(xp) and not whole.all():
-        msg = f"{name} must be class ids, which are whole numbers, got {values[~whole][0]}"
+        msg = f"{name} must be integer class ids, got {values[~whole][0]}"
         raise ValueError(msg)
     return xp.where(whole, values, -1).astype(xp.int64)

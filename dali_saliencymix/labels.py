@@ -64,7 +64,7 @@ def soft_labels(
         raise ValueError(msg)
     for name, array in (("labels", labels), ("source_labels", source_labels)):
         check_per_image(array, name, xp, labels.size, "iu")
-        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), as num_classes={num_classes} says")
+        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), for num_classes={num_classes}")
     check_lam(lam, xp, labels.size)
 
     lam = lam.astype(xp.float32)[:, None]

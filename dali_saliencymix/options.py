@@ -255,7 +255,7 @@ def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def _check_modes(modes: Mapping[str, float]) -> None:
     if not isinstance(modes, Mapping) or not modes:
-        msg = f"modes must map names of {', '.join(MODES)} to weights, got {modes!r}"
+        msg = f"modes must map mode names ({', '.join(MODES)}) to weights, got {modes!r}"
         raise ValueError(msg)
     for name, weight in modes.items():
         check_choice(name, "modes", MODES)

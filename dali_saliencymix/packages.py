@@ -38,7 +38,7 @@ def require(*modules: str, by: str = "this program") -> None:
     --------
     >>> require("numpy")
     >>> print(_sentence(["numba"], "algorithm='kernel' on a CPU"))  # doctest: +ELLIPSIS
-    algorithm='kernel' on a CPU needs Numba, which is not installed; the extra compiled brings it: pip install ...
+    algorithm='kernel' on a CPU needs Numba, which is not installed; the extra compiled provides it: pip install ...
     """
     if absent := [module for module in modules if not is_installed(module)]:
         raise MissingPackageError(_sentence(absent, by), name=absent[0])
@@ -61,8 +61,8 @@ def _sentence(modules: list[str], by: str) -> str:
     extras = sorted(chosen, key=list(EXTRAS).index)
     names = _listed([EXTRAS[found[0]][module] for module, found in bringing.items()])
     are, them = ("is", "it") if len(modules) == 1 else ("are", "them")
-    brings = f"the extra {extras[0]} brings" if len(extras) == 1 else f"the extras {_listed(extras)} bring"
-    for_cuda_13 = "; for CUDA 13 take cuda13" if "cuda12" in extras else ""
+    brings = f"the extra {extras[0]} provides" if len(extras) == 1 else f"the extras {_listed(extras)} provide"
+    for_cuda_13 = "; for CUDA 13 use cuda13" if "cuda12" in extras else ""
     return (
         f"{by} needs {names}, which {are} not installed; {brings} {them}: pip install '.[{','.join(extras)}]' "
         f"in a checkout, or with the path of a wheel in place of the dot{for_cuda_13}"

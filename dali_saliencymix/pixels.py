@@ -87,7 +87,7 @@ def paste_boxes(
     if out is not None:
         check_out(out, xp, images.shape, images.dtype)
         if xp.may_share_memory(out, images):
-            msg = "out must share no memory with images, whose pixels are read until the end"
+            msg = "out must not share memory with images"
             raise ValueError(msg)
     return paste(images, source_index, boxes, source_boxes=source_boxes, out=out, route=route_of("auto", xp))
 

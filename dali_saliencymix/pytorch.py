@@ -220,7 +220,8 @@ class SaliencyMix:
             if not isinstance(sample, Sequence) or len(sample) != 2:
                 members = f" with {len(sample)} members" if isinstance(sample, Sequence) else ""
                 msg = (
-                    f"samples must be pairs (image, label), or dicts, which may hold more; got {_kind(sample)}{members}"
+                    "samples must be pairs (image, label), or dicts, which may have more entries; "
+                    f"got {_kind(sample)}{members}"
                 )
                 raise TypeError(msg)
         images, labels = data.default_collate(samples)
@@ -330,7 +331,7 @@ def _mix_in_graph(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mix = _objects.get(int(handle))
     if mix is None:
-        msg = "the SaliencyMix that this graph was compiled with must be in this process: compile the function here"
+        msg = "the SaliencyMix of this compiled graph must exist in this process: compile the function in this process"
         raise RuntimeError(msg)
     return mix._mix(images, labels)
 
@@ -356,7 +357,7 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
             msg = f"generator must be a torch.Generator, got {_kind(generator)}"
             raise TypeError(msg)
         if generator.device.type != "cpu":
-            msg = f"generator must be one of the CPU, got one of {generator.device}"
+            msg = f"generator must be a CPU generator, got one on {generator.device}"
             raise ValueError(msg)
         return generator
     if seed is None:
@@ -374,7 +375,7 @@ def _check_keys(image_key: str, label_key: str) -> None:
             msg = f"{name} must be a str, got {key!r}"
             raise TypeError(msg)
     if image_key == label_key:
-        msg = f"label_key must be another one than image_key, got {label_key!r} for both"
+        msg = f"label_key must differ from image_key, got {label_key!r} for both"
         raise ValueError(msg)
 
 

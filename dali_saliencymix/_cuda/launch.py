@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Without fused multiply-add, products are rounded before they are added, as in the array functions, so boxes and maps
-# are bit-identical. The kernel with an FFT is not bit-identical anyway and may fuse. CuPy compiles all kernels, including
-# its own, with -ftz=true, so subnormal numbers are 0 on a GPU on both routes.
+# are bit-identical. The kernel with an FFT is not bit-identical anyway and may fuse. CuPy compiles all kernels,
+# including its own, with -ftz=true, so subnormal numbers are 0 on a GPU on both routes.
 _EXACT = ("--fmad=false",)
 OPTIONS = {
     "fine_grained": _EXACT,
@@ -64,7 +64,7 @@ def _compiled(file: str, name: str, device: int) -> Any:
 def find_kernel(xp: Namespace, file: str, name: str) -> Any:
     """Return the kernel `name` of ``file.cu``, compiled for the current device: ``kernel(grid, block, arguments)``."""
     if is_host(xp):
-        msg = "images and all other arrays must be CuPy arrays: a CUDA kernel was asked for, got NumPy arrays"
+        msg = "images and all other arrays must be CuPy arrays for a CUDA kernel, got NumPy arrays"
         raise TypeError(msg)
     return _compiled(file, name, device_of(xp))
 

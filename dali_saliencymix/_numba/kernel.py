@@ -23,7 +23,7 @@ from dali_saliencymix._array import Array
 from dali_saliencymix._errors import line_of, naming, try_writing
 from dali_saliencymix._numba import stopwatch
 
-_NO_FOLDER = "there is no folder that can be written for what it has compiled"
+_NO_FOLDER = "there is no writable folder for the cache"
 _ROOM = 2**20  # bytes; more than any kernel needs
 
 
@@ -98,15 +98,15 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 @functools.cache
 def _say_that_nothing_is_kept(why: str) -> None:
     sys.stderr.write(
-        f"warning: Numba compiles for this process alone, which takes some seconds: {why}; "
-        "set NUMBA_CACHE_DIR to a folder that can be written\n"
+        f"warning: Numba cannot cache its kernels, so each process compiles them, which takes some seconds: {why}; "
+        "set NUMBA_CACHE_DIR to a writable folder\n"
     )
 
 
 def check_all_kept() -> None:
     """Raise an OSError if a compiled kernel could not be cached."""
     if _say_that_nothing_is_kept.cache_info().currsize:
-        msg = "compiled, but not kept: see the warning above"
+        msg = "compiled, but not cached: see the warning above"
         raise OSError(msg)
 
 
@@ -141,8 +141,8 @@ class Compilations(event.Listener):  # type: ignore[misc]
             _say_that_nothing_is_kept(line_of(error, expected=True))
         else:
             sys.stderr.write(
-                f"Numba compiles kernels: up to half a minute of processor time, once; it keeps them in {folder}; "
-                '"python -m dali_saliencymix compile" does it in advance\n'
+                f"Numba compiles kernels: up to half a minute of processor time, once; it caches them in {folder}; "
+                'to compile them in advance, run "python -m dali_saliencymix compile"\n'
             )
 
 
