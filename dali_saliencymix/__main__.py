@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     sample.add_argument("--seed", type=whole_number(0), default=0, help="random seed")
 
     preview = add_command("preview", help="plot mixed samples of a data set, or the maps of all detectors")
-    preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or one with train/")
+    preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or folder with train/")
     preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="image file to write")
     preview.add_argument("-n", "--count", type=whole_number(1, 1000), default=8, help="number of samples")
     preview.add_argument(
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     scan.add_argument("--timeout", type=float, default=60.0, help="time limit per file in seconds")
 
     # Its options include those of train.py, and the parser of train.py imports PyTorch.
-    add_command("bottleneck", help="report whether the loader or the training step limits the speed", add_help=False)
+    add_command("bottleneck", help="report whether training is input-bound", add_help=False)
 
     comparison = add_command("compare", help="report the changes between two bottleneck reports")
     comparison.add_argument("before", type=Path, metavar="A.json")

@@ -1,6 +1,6 @@
-"""Detection of the array library, NumPy or CuPy. No other module inspects the type of an array.
+"""Detection of the array library, NumPy or CuPy.
 
-All other code is written once, for a namespace `xp` that is either ``numpy`` or ``cupy``. This module never imports
+Array functions are written once, for a namespace `xp` that is either ``numpy`` or ``cupy``. This module never imports
 CuPy: a CuPy array can only exist if its owner has already imported CuPy.
 """
 

@@ -79,7 +79,7 @@ def check_per_image(
 
 
 def check_range(array: Array, name: str, low: float, high: float, rule: str) -> None:
-    """Require low <= values <= high for an array in host memory; `rule` is that range in words, for the message."""
+    """Require low <= values <= high for an array in host memory; `rule` describes the range in the message."""
     if not is_host(array_namespace(array)) or array.size == 0:
         return
     # NaN fails both comparisons and is therefore rejected.

@@ -37,7 +37,7 @@ def on_the_device_of(images: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
 
 
 def on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make PyTorch's current stream CuPy's, so that the libraries need no synchronisation."""
+    """Use PyTorch's current stream as that of CuPy, so that the libraries need no synchronisation."""
     if not images.is_cuda:
         return contextlib.nullcontext()
     cupy, contexts = _cupy(), contextlib.ExitStack()
@@ -48,7 +48,7 @@ def on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager
 
 
 def torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[Any]:
-    """Make CuPy's current stream PyTorch's; inside a pipeline it is DALI's."""
+    """Use CuPy's current stream as that of PyTorch; inside a pipeline it is DALI's stream."""
     if isinstance(images, np.ndarray):
         return contextlib.nullcontext()
     stream, device = _cupy().cuda.get_current_stream().ptr, images.device.id

@@ -129,9 +129,9 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     height, width : int
         Size of the images.
     box : {"fit", "clip"}
-        What happens to a box that crosses the border of the image. Boxes have the size floor(H s) x floor(W s) with
-        s = sqrt(1 - lam). ``"fit"`` moves the box inside and keeps its size, as in the paper. ``"clip"`` cuts it at the
-        border, as in the released code; it also rounds the sides down to even numbers.
+        Treatment of boxes that cross the border of the image. Boxes have the size floor(H s) x floor(W s) with
+        s = sqrt(1 - lam). ``"fit"`` moves a box inside and keeps its size, as in the paper. ``"clip"`` cuts it at the
+        border, as in the released code, and rounds the sides of all boxes down to even numbers.
 
     Returns
     -------
@@ -245,7 +245,7 @@ def scale_points(fractions: Array, height: int, width: int) -> Array:
 
 
 def kept_fraction(boxes: Array, height: int, width: int) -> Array:
-    """Return the share of each image outside its box, which is the actual `lam` of a pasted image.
+    """Return the share of each image outside its box: `lam` after pasting.
 
     Parameters
     ----------
@@ -332,7 +332,7 @@ def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, wi
 
 
 def _covered(edges: Array, size: int, cells: int) -> Array:
-    """Return the fraction of each of `cells` between two edges, if they span `size` pixels: (N, cells) float64."""
+    """Return the fraction of each cell between two edges, for `cells` cells over `size` pixels: (N, cells) float64."""
     xp = array_namespace(edges)
     reached = xp.clip(edges[:, :, None] * cells / size - xp.arange(cells), 0, 1)
     return reached[:, 1] - reached[:, 0]

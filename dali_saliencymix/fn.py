@@ -96,7 +96,7 @@ def saliencymix(
     normalise: Normalise | None = None,
     return_boxes: bool = False,
 ) -> tuple[DataNode, ...]:
-    """Paste the most salient patch of a random source image of the batch into each image.
+    """Paste the most salient patch of a random source image of the batch into each image, the receiver.
 
     Place it after the resize, where all images of a batch have the same shape and are still uint8, and before
     ``fn.crop_mirror_normalize``.
@@ -104,13 +104,13 @@ def saliencymix(
     Parameters
     ----------
     images : DataNode
-        HWC images, uint8, with 3 or 1 channels, all of the same shape within a batch, on CPU or GPU. The GPU requires
-        CuPy.
+        HWC images, uint8, with 3 or 1 channels, all of the same shape within a batch, on CPU or GPU. CuPy is
+        required on a GPU.
     labels : DataNode
         Labels of any shape and dtype, on either device.
     alpha : float
-        Parameter of Beta(alpha, alpha), the distribution of each sample's share to keep; 1 is the uniform distribution
-        of the paper.
+        `lam`, the share of each image to keep, is drawn from Beta(alpha, alpha); 1 is the uniform distribution of the
+        paper.
     prob : float
         Probability in [0, 1] that a sample is mixed; the paper's code uses 1.0 for ImageNet and 0.5 for CIFAR.
     preset : {"default", "paper", "released-code"}
@@ -136,8 +136,9 @@ def saliencymix(
         Most salient pixel (y, x) of each image, of shape (2,), if already known, for example from `saliency_peaks`
         before a crop; replaces `saliency`.
     label_weight : {"area", "saliency"}
-        Meaning of the returned `lam`: the share of the pixels outside the box, or the ratio of the saliency kept to
-        that kept and pasted; see `dali_saliencymix.saliencymix`. ``"saliency"`` excludes `peaks`.
+        Meaning of the returned `lam`. ``"area"`` is the share of the pixels outside the box. ``"saliency"`` is the
+        ratio of the saliency kept to the saliency kept and pasted, see `dali_saliencymix.saliencymix`; it cannot be
+        combined with `peaks`.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or kernels for the steps that have one; see `dali_saliencymix.saliencymix`.
     normalise : Normalise, optional
@@ -168,7 +169,7 @@ def saliencymix(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.saliencymix`, the function on arrays.
+    See `dali_saliencymix.saliencymix` for the same function on arrays.
 
     Examples
     --------
@@ -231,8 +232,8 @@ def cutmix(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.cutmix`, the function on arrays. The example of `saliencymix` also works with
-    this operator.
+    See `dali_saliencymix.cutmix` for the same function on arrays. The example of `saliencymix` also works with this
+    operator.
     """
     options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
     return _mixed(images, labels, options, normalise, return_boxes=return_boxes)
@@ -268,8 +269,8 @@ def mixup(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.mixup`, the function on arrays. The example of `saliencymix` also works with
-    this operator.
+    See `dali_saliencymix.mixup` for the same function on arrays. The example of `saliencymix` also works with this
+    operator.
     """
     options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
     return _mixed(images, labels, options, normalise)
@@ -326,7 +327,7 @@ def mix(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.mix`, the function on arrays.
+    See `dali_saliencymix.mix` for the same function on arrays.
 
     Examples
     --------
@@ -394,7 +395,7 @@ def saliency_peaks(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.saliency_peaks`, the function on maps.
+    See `dali_saliencymix.saliency_peaks` for the same function on maps.
 
     Examples
     --------
@@ -456,7 +457,7 @@ def soft_labels(
 
     Notes
     -----
-    The operator calls `dali_saliencymix.soft_labels`, the function on arrays.
+    See `dali_saliencymix.soft_labels` for the same function on arrays.
 
     Examples
     --------
@@ -550,7 +551,7 @@ def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[
 
 
 def _class_ids(values: Array, name: str) -> Array:
-    """Return float64 labels as integers. Never round: a label that is not an integer is an error, on a GPU -1."""
+    """Return float64 labels as integers; a label that is not an integer is an error, or becomes -1 on a GPU."""
     xp = array_namespace(values)
     whole = (abs(values) <= 2.0**53) & (xp.floor(values) == values)
     if is_host(xp) and not whole.all():

@@ -21,8 +21,8 @@ def soft_labels(
     Parameters
     ----------
     labels, source_labels : ndarray of shape (N,) or (N, 1), integer, or (N, K), real
-        Labels of the receivers and of the sources: class ids in [0, num_classes), or vectors of K weights, such as
-        one-hot or multi-hot vectors. Integers of shape (N, 1) are class ids.
+        Labels of the images, the receivers, and of their sources: class ids in [0, num_classes), or vectors of K
+        weights, such as one-hot or multi-hot vectors. Integers of shape (N, 1) are class ids.
     lam : ndarray of shape (N,), floating
         Weight of `labels`, in [0, 1].
     num_classes : int, optional
@@ -64,7 +64,7 @@ def soft_labels(
         raise ValueError(msg)
     for name, array in (("labels", labels), ("source_labels", source_labels)):
         check_per_image(array, name, xp, labels.size, "iu")
-        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), for num_classes={num_classes}")
+        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}) for num_classes={num_classes}")
     check_lam(lam, xp, labels.size)
 
     lam = lam.astype(xp.float32)[:, None]

@@ -1,5 +1,7 @@
 """Mixing functions on batches of arrays, without DALI and without randomness.
 
+Each image of a batch, the receiver, is mixed with another image of the batch, its source.
+
 Images are (N, H, W, C) uint8, in NumPy or CuPy. All other arrays of a call belong to the same library. With CuPy, all
 work is enqueued on the current stream, and no function waits for the GPU. CuPy caches FFT plans per thread, and each
 plan has one work area: use one stream per thread, or synchronise the streams.
@@ -78,7 +80,7 @@ def saliencymix(
     images : ndarray of shape (N, H, W, C), uint8
         RGB images, or grey images with C = 1. Not modified.
     source_index : ndarray of shape (N,), integer
-        The source of image `i` is ``images[source_index[i]]``. On a GPU the values are not checked.
+        The source of image `i`, the receiver, is ``images[source_index[i]]``. On a GPU the values are not checked.
     lam : ndarray of shape (N,), floating
         Share of each receiver to keep, in [0, 1]; with 1 the image is not changed.
     preset : {"default", "paper", "released-code"}
@@ -108,7 +110,8 @@ def saliencymix(
     label_weight : {"area", "saliency"}
         Meaning of the returned `lam`. ``"area"`` is the share of the pixels outside the box. ``"saliency"`` is
         ``kept / (kept + pasted)``, where `kept` is the share of the receiver's saliency outside its box and `pasted` is
-        the share of the source's saliency inside its box; see the notes. ``"saliency"`` excludes `peaks`.
+        the share of the source's saliency inside its box; see the notes. ``"saliency"`` cannot be combined with
+        `peaks`.
     algorithm : {"auto", "array", "kernel"}
         Array operations, or kernels for the steps that have one; see `fine_grained`.
     paste : callable, optional
@@ -352,7 +355,7 @@ def apply(
     peaks: Array | None = None,
     paste: Paste | None = None,
 ) -> Mixed:
-    """Mix a batch according to `options`. All mixing calls this function.
+    """Mix a batch according to `options`. All mixing functions and operators call this function.
 
     The arrays are those of `mix` and `saliencymix`. Without `mode`, `options` must have exactly one mode. A `point`
     that the mode does not use is ignored.
@@ -446,7 +449,7 @@ def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, r
     images, source_index, *_ = batch
     boxes, source_boxes, lam = placed
     xp = array_namespace(images)
-    # Set all empty boxes to 0, wherever they are.
+    # Set the coordinates of all empty boxes to 0.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
@@ -542,7 +545,7 @@ def _maps_of(options: MixOptions, images: Array, needed: dict[str, Array]) -> tu
 def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Paste | None = None) -> Mixed:
     """Mix with CUDA kernels: 3 launches for `spectral_residual`, 5 for `fine_grained`, without a map in memory.
 
-    The kernel of `spectral_residual` uses another FFT than the array function, so it may resolve near ties
+    The kernel of `spectral_residual` uses a different FFT from the array function, so it may resolve near ties
     differently. Everything else is bit-identical.
     """
     from dali_saliencymix import _cuda

@@ -1,7 +1,7 @@
 """Single declaration of every mixing option: default, choices, help, validation, and the modes that use it.
 
-Public functions have explicit keyword arguments with the same names and defaults. They and the command lines build a
-`MixOptions` from these, which is what all internal functions take.
+Public functions have explicit keyword arguments with the same names and defaults. They and the command line build a
+`MixOptions`, which the internal functions take.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "released-code": {**_DEFAULT, "saliency": "fine_grained", "box": "clip", "per_batch": True},
 }
 PRESET_OPTIONS = tuple(_DEFAULT)
-_BOX_OF_CUTMIX = "clip"  # whatever the preset
+_BOX_OF_CUTMIX = "clip"  # with every preset
 
 _SALIENCYMIX = MODES[:1]
 

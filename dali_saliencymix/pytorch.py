@@ -42,16 +42,16 @@ _BOXES_KEY = "mix_boxes"  # key of the boxes in dict batches
 class SaliencyMix:
     """Mix batches: ``images, targets = mix(images, labels)``.
 
-    It replaces ``timm.data.Mixup`` or ``torchvision.transforms.v2.CutMix``. Call it on the batches of a loader, or pass
-    `collate` as the ``collate_fn`` of a ``DataLoader``.
+    Use it in place of ``timm.data.Mixup`` or ``torchvision.transforms.v2.CutMix``: call it on the batches of a loader,
+    or pass its method `collate` as the ``collate_fn`` of a ``DataLoader``.
 
     Parameters
     ----------
     num_classes : int
         K, the number of classes.
     alpha : float or mapping from str to float
-        Parameter of Beta(alpha, alpha), the distribution of `lam`, the share of each image to keep: one number for all
-        modes, or one per mode.
+        `lam`, the share of each image to keep, is drawn from Beta(alpha, alpha). One number for all modes, or one per
+        mode.
     prob : float
         Probability in [0, 1] that an image is mixed.
     modes : mapping from str to float
@@ -88,8 +88,8 @@ class SaliencyMix:
 
     Under ``torch.compile`` the call is one operator of the graph, also with ``fullgraph=True``. It draws from the same
     generator and is bit-identical to eager mode. A wrong shape or dtype raises an error from ``torch._dynamo.exc`` at
-    compile time, with the same message as in eager mode. The call cannot be captured in a CUDA graph, which would
-    repeat the captured draws: it raises a ``RuntimeError``.
+    compile time, with the same message as in eager mode. The call raises a ``RuntimeError`` if it is captured in a CUDA
+    graph, because replays would repeat the captured draws.
 
     Examples
     --------
@@ -158,7 +158,7 @@ class SaliencyMix:
         ----------
         images : torch.Tensor of shape (N, C, H, W), uint8
             RGB images, or grey images with C = 1, contiguous or channels-last in memory, on a CPU or a GPU. Not
-            modified. A GPU requires CuPy.
+            modified. CuPy is required on a GPU.
         labels : torch.Tensor of shape (N,) or (N, 1), integer, or (N, K), real
             Class ids in [0, num_classes), or vectors of K = num_classes weights, such as one-hot, multi-hot or soft
             labels. Integers of shape (N, 1) are class ids, even if K is 1: vectors of one weight must be bool or

@@ -652,7 +652,7 @@ def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classe
         images, labels = read(files)
         return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], num_classes=num_classes)
 
-    message = rf"labels must be in \[0, {num_classes}\), for num_classes={num_classes}, got {num_classes}"
+    message = rf"labels must be in \[0, {num_classes}\) for num_classes={num_classes}, got {num_classes}"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 

@@ -169,7 +169,7 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
         (
             {"labels": np.array([0, 3])},
             ValueError,
-            r"labels must be in \[0, 3\), for num_classes=3, got 3 at \[1\]",
+            r"labels must be in \[0, 3\) for num_classes=3, got 3 at \[1\]",
         ),
         ({"labels": np.array([-1, 0])}, ValueError, r"labels must be in \[0, 3\).* got -1 at \[0\]"),
         ({"source_labels": np.array([0, 7])}, ValueError, r"source_labels must be in \[0, 3\).* got 7 at \[1\]"),

@@ -1,6 +1,7 @@
 // Indices into a batch.
 
-// Wrap an index outside the batch around it, as CuPy does. Indices are not checked and must not leave the memory.
+// Wrap around an index outside the batch, as CuPy does. Indices are not checked, and no thread may access memory
+// outside the batch.
 __device__ inline int wrapped(int index, int count) {
     if ((unsigned)index < (unsigned)count) {
         return index;

@@ -32,7 +32,7 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     images, stride = with_image_stride(images, xp)
     source_index, step = index_with_step(source_index)
     pixel = images.shape[3] * images.dtype.itemsize
-    # The widest vector that divides the addresses of rows and images.
+    # The widest vector whose size divides the addresses of all rows and images.
     places = _address(images, xp) | _address(mixed, xp) | stride | images.shape[2] * pixel
     vector = next(size for size in (16, 4, 1) if places % size == 0)
     launch = _paste(xp, images.shape[:3], pixel, stride, step, vector)

@@ -2,8 +2,8 @@
 
 DALI has two operators for Python functions. ``fn.python_function`` passes lists of samples, which it creates, copies
 and unpacks while holding the GIL; `bridge` converts them to batches. The other operator belongs to DALI's JAX plugin
-but does not need JAX. It passes the batch in memory and takes the result, both without a copy. It is undocumented, so
-it is used only with the DALI versions on which it was tested. Both operators produce the same batches.
+but does not need JAX. It passes whole batches to the function and takes whole batches back, without copies. It is
+undocumented, so it is used only with the DALI versions on which it was tested. Both operators produce the same batches.
 
 DALI calls the functions in its own thread. The message of an exception becomes part of DALI's error message.
 """

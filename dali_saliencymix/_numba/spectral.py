@@ -2,7 +2,7 @@
 
 The kernel supports maps of 64x64, for images of at least that size, and 32x32, for CIFAR images. All arrays of one
 image fit into a core's cache, and the GIL is released for a whole chunk of images. Maps differ from those of the NumPy
-reference implementation by rounding errors, since the FFT is another one.
+reference implementation by rounding errors, since the FFT is a different one.
 
 Each step is a separate function with loops over a whole map that write to one array, so that LLVM vectorises them.
 Spectra are stored transposed, (kx, ky); see `dali_saliencymix._numba.fft`.

@@ -28,9 +28,9 @@ _CHUNK = 32  # maps per call of a thread; with more maps, threads wait for the G
 # The error of an FFT in any bin is at most this sum times the unit roundoff times the number of roundings that one grey
 # level undergoes. That number is below 2**9 for two axes of 64 and any radices. With Bluestein's algorithm it could
 # reach 2**12, but according to its documentation cuFFT has a radix for every prime below 128, so it does not need that
-# algorithm here. Hence in float64 an empty bin holds at most 2**-41. In float32 it would hold 2**-15 to 2**-12, and
-# many photographs have smaller bins than that. Rounding an image to 8 bits alone adds 18 to a bin of a 64x64 image,
-# where the threshold is at most 2**-20 of that.
+# algorithm here. Hence in float64 an empty bin holds at most 2**-41 of the sum. In float32 it would hold up to 2**-15
+# to 2**-12 of it, and many photographs have smaller bins than that. For comparison, rounding a 64x64 image to 8 bits
+# adds about 18 to each bin, and the threshold is at most 2**-20 of that.
 _EMPTY_BIN = 2**-36
 
 # The inverse of a smaller number may be infinite.
