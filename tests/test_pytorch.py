@@ -468,9 +468,9 @@ BAD_CALLS = [
     ({"labels": class_ids(4) > 1}, TypeError, "labels must be of integer dtype, got torch.bool"),
     ({"labels": class_ids(4).to(torch.complex64)}, TypeError, "labels must be of integer dtype, got torch.complex64"),
     ({"labels": torch.eye(K, dtype=torch.complex64)[:4]}, TypeError, "labels must be of real dtype, got torch.complex"),
-    ({"labels": torch.tensor([0, 1, K, 2])}, ValueError, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
-    ({"labels": torch.tensor([0, -1, 1, 2])}, ValueError, r"labels must be in \[0, 10\), .* got -1 at \[1\]"),
-    ({"labels": torch.tensor([[0], [1], [K], [2]])}, ValueError, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
+    ({"labels": torch.tensor([0, 1, K, 2])}, ValueError, r"labels must be in \[0, 10\) .* got 10 at \[2\]"),
+    ({"labels": torch.tensor([0, -1, 1, 2])}, ValueError, r"labels must be in \[0, 10\) .* got -1 at \[1\]"),
+    ({"labels": torch.tensor([[0], [1], [K], [2]])}, ValueError, r"labels must be in \[0, 10\) .* got 10 at \[2\]"),
 ]
 
 
@@ -887,7 +887,7 @@ def test_objects_end_although_graphs_know_them(compiled):
     [
         ({"images": GOOD["images"].float()}, "images must be uint8 with pixel values 0..255, got torch.float32"),
         ({"labels": class_ids(3)}, r"labels must have shape \(4,\) or .*, got \(3,\)"),
-        ({"labels": torch.tensor([0, 1, K, 2])}, r"labels must be in \[0, 10\), .* got 10 at \[2\]"),
+        ({"labels": torch.tensor([0, 1, K, 2])}, r"labels must be in \[0, 10\) .* got 10 at \[2\]"),
     ],
 )
 def test_mistakes_are_named_by_a_compiled_step(compiled, wrong, text, fullgraph):
