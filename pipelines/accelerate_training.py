@@ -5,7 +5,7 @@
     accelerate launch pipelines/accelerate_training.py DATA --epochs 90 --checkpoints FOLDER
 
 DATA is a folder with one folder of images for each class. With --checkpoints, the same command resumes a training that
-was killed, in the middle of the epoch: no image of the epoch is used twice.
+was killed, in the middle of the epoch, and neither repeats nor skips images.
 
 ``accelerator.prepare`` wraps the model and the optimizer, but not the loader. DALI already gives each process its own
 shard of the files, and returns tensors on its device; a prepared loader would shard and move each batch again. So this
