@@ -62,7 +62,7 @@ from dali_saliencymix.training.run_log import Progress, RunLog, StartUp, duratio
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
-# Required entries of a checkpoint; Trainer.checkpoint has all of them.
+# Entries that a checkpoint has to hold; Trainer.checkpoint lists all entries.
 ENTRIES = (
     *("model", "optimizer", "scaler", "epoch", "step", "totals", "best_top1"),
     *("config", "classes", "data", "loaders"),
@@ -82,7 +82,7 @@ class Trainer:
     resume : path, optional
         Checkpoint to resume from, or to validate.
     start_up : StartUp, optional
-        Timer of the phases before the first batch.
+        Timer of the start-up, until the first batch.
 
     Attributes
     ----------
@@ -197,7 +197,7 @@ class Trainer:
             return
         say(f"resumed from {path} at epoch {self.epoch + 1}, step {self.step}", enabled=is_main)
         for change in checkpoints.differences(saved.get("versions", {}), versions()):
-            warn(f"warning: results may differ bitwise from an uninterrupted run: {change}", enabled=is_main)
+            warn(f"warning: results may not be bit-identical to an uninterrupted run: {change}", enabled=is_main)
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
         checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
