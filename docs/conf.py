@@ -16,7 +16,7 @@ project = "dali-saliencymix"
 author = "the authors of dali-saliencymix"
 version = release = dali_saliencymix.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 
@@ -35,7 +35,14 @@ myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = generated.parts()
 
+# Of a console session only the commands are copied, without their prompts.
+copybutton_prompt_text = r"\$ |>>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+
 html_theme = "furo"
 html_title = f"dali-saliencymix {version}"
+html_static_path = ["_static"]
+html_css_files = ["width.css"]
 html_copy_source = False
 html_show_copyright = False

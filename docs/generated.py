@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import transfer_voc
+from benchmarks.render import opencv_table
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.options import PRESET_OPTIONS
@@ -28,6 +29,7 @@ def parts() -> dict[str, str]:
         "detector_costs": detector_costs(),
         "detector_peaks": detector_peaks(),
         "detector_conditions": detector_conditions(),
+        "detector_opencv": opencv_table(MEASURED),
         "help_package": help_of("python -m dali_saliencymix", package_main),
         **{
             f"help_{command.replace('-', '_')}": help_of("python -m dali_saliencymix", package_main, command)
