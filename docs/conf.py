@@ -1,4 +1,4 @@
-"""Configuration of the documentation: ``make docs``, or ``sphinx-build -W docs docs/_build/html``."""
+"""Sphinx configuration: ``make docs``, or ``sphinx-build -W docs docs/_build/html``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated parts; train.py, which is not installed
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated.py; train.py, which is not installed
 
 import generated  # noqa: E402
 
@@ -20,8 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 
-# Names in single backticks, which docstrings use for parameters as well as for functions: a link where there is
-# something of that name.
+# Docstrings use single backticks for parameters and for functions; py:obj links the names that it finds.
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"
@@ -35,7 +34,7 @@ myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = generated.parts()
 
-# Of a console session only the commands are copied, without their prompts.
+# In a block with prompts, copy only the commands, without the prompts.
 copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
