@@ -57,7 +57,7 @@ def test_the_snippet_on_tensors_runs():
 
 def test_the_presets_are_those_of_the_code():
     (row,) = re.findall(r"^\| `preset` \| (.*) \|$", README, re.MULTILINE)
-    shown = dict(re.findall(r'`"([\w-]+)"`: (?:instead )?([^;]+)', row))
+    shown = dict(re.findall(r'`"([\w-]+)"`: (?:the same with )?([^;]+)', row))
     assert shown.keys() == PRESETS.keys()
     default = {option: getattr(PRESETS["default"], option) for option in PRESET_OPTIONS}
     for name, preset in PRESETS.items():
