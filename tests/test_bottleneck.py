@@ -227,7 +227,7 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
         if row["kind"] == "measured" and row["change"]:
             now, then = (row[key]["median"] for key in ("now_images_per_second", "loader_images_per_second"))
             assert then / now == pytest.approx(row["change"]["median"], rel=0.5)  # medians of the same rounds
-    sure = r"[\d,.]+ images/s against [\d,.]+ measured in turns"
+    sure = r"[\d,.]+ images/s against [\d,.]+, interleaved"
     found = rf"DALI threads 2 -> 4: [\d.]+x \([\d.]+ to [\d.]+\), ({sure}|within the noise)$"
     assert re.search(found, text, re.MULTILINE)
     rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
@@ -479,7 +479,7 @@ def test_without_a_step_the_report_is_of_the_loader_and_nothing_is_said_to_be_mi
             "text": mock.ANY,
         }
     ]
-    assert re.search(r"extrapolated +an epoch of 16 images: .* by the loader alone$", text, re.MULTILINE)
+    assert re.search(r"extrapolated +an epoch of 16 images: .* for the loader alone$", text, re.MULTILINE)
     several = {**found, "ranks": [{"rank": 0, "step": found["rates"]["step"], "loader": found["rates"]["loader"]}]}
     assert re.search(r"^process +loader images/s\n0 +[\d,.]+$", report_text(several), re.MULTILINE)
 
@@ -732,7 +732,7 @@ def test_a_file_that_is_missing_is_a_reason(tmp_path):
 
 def test_unknown_files_are_a_reason():
     found = bottleneck.diagnose([np.zeros((2, 4))] * 5, faults.step_of(0.01), **{**QUICK, "storage": True})
-    assert "which files the loader reads is not known" in found["rates"]["storage"]["not_measured"]
+    assert "the files of the loader are not known" in found["rates"]["storage"]["not_measured"]
 
 
 def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_memory(files):
@@ -1211,7 +1211,7 @@ def test_errors_of_the_command_are_one_line(arguments, text, here, capfd):
         (["DATA", "--rounds", "4"], "argument --rounds: must be a whole number of at least 5, got 4"),
         (["DATA", "--no-step", "--fail-above-stall", "20"], "leave out --no-step"),
         (["DATA", "--fail-above-stall", "nan"], "--fail-above-stall must be a number of percent, got nan"),
-        (["DATA", "--files", "x"], "--files is for --pipeline and --loader"),
+        (["DATA", "--files", "x"], "--files needs --pipeline or --loader"),
         (["--loader", "a:b", "--tune", "x"], "--tune needs DATA or --pipeline: the settings of --loader"),
         (["--loader", "a:b", "-j4"], "--workers does nothing with --loader: leave it out"),
         (["--loader", "a:b", "--prefetch", "4"], "--prefetch does nothing with --loader: leave it out"),

@@ -149,7 +149,7 @@ def test_images_that_are_too_few_are_repeated_and_the_report_says_so(root):
     source = training_source(options(root, *FOLDER, "-b", "64"), ALONE, images=2048)
     assert len(next(iter(source.open({})))[0]) == 64
     assert source.conditions["notes"] == [
-        "the 32 images are too few for a step, and train.py refuses them: they are repeated"
+        "32 images are too few for a step: train.py would reject them, here they are repeated"
     ]
 
 

@@ -258,7 +258,7 @@ def test_where_no_setting_helps_that_is_said_beside_the_advice(searched, clock):
     options = {"seconds": 100, "with_storage": False, "with_tuning": searched}
     found = measure_source(source, lambda batch: time.sleep(0.02), **options)
     assert (found["verdict"]["name"], found["change"]) == ("LOADER-BOUND", None)
-    said = "  Change: no other setting was found that makes the loader faster beyond the noise\n"
+    said = "  Change: no other setting made the loader faster beyond the noise\n"
     assert said in report_text(found)
     unknown = measure_source(
         source, lambda batch: time.sleep(0.02), **{**options, "with_tuning": False}, with_what_ifs=False

@@ -144,7 +144,7 @@ def test_steps_that_never_wait_for_a_fast_loader_decide_where_the_stall_does_not
     assert verdict.name == name
     assert ("waits for data 0 % of the time" in verdict.why) == (name != "INCONCLUSIVE")
     assert verdict.contention == "open"
-    assert ("Whether it slows the step down" in verdict.next_step) == (name != "INCONCLUSIVE")
+    assert ("whether it slows the step down" in verdict.next_step) == (name != "INCONCLUSIVE")
 
 
 # Both together are slower by more than 10 % in each round, but all figures jump about.

@@ -272,8 +272,8 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
         return _loader_verdict(figures, stall, step, loader, waits)
     if stall.low < PASS_STALL:
         why = (
-            f"The range of the stall, {_range(stall)}, contains the limit of {_percent(PASS_STALL)}: noise hides whether "
-            "the loader keeps up."
+            f"The range of the stall, {_range(stall)}, contains the limit of {_percent(PASS_STALL)}: noise hides "
+            "whether the loader keeps up."
         )
         return _verdict("INCONCLUSIVE", why, stall)
     why = (

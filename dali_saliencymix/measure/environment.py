@@ -66,9 +66,7 @@ def local_processes() -> int:
 def _within_quota(count: int) -> int:
     """Return a number of cores, limited to the CPU quota of the container, rounded up."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # "max" is not a number (ValueError) and means no limit, as does -1
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number, and means no limit, as does -1
             quota, period = (int(word) for name in names for word in (_CGROUP / name).read_text().split())
             return min(count, math.ceil(quota / period)) if quota > 0 else count
     return count

@@ -19,7 +19,7 @@ Batch = TypeVar("Batch")
 
 STARVING_SHARE = 0.2  # share of the time from which the loader is too slow
 _OWN_COST_STEPS = 200
-_CURE = "To find out why, see python -m dali_saliencymix bottleneck --help"
+_CURE = "What to do about it: python -m dali_saliencymix bottleneck --help"
 
 
 def write_line(line: str) -> None:
@@ -261,7 +261,7 @@ class Monitor:
     def _warning(self) -> str:
         count = len(self._steps)
         return (
-            f"warning: the training waits for its data {self.data_wait_share:.0%} of the time, for the last "
+            f"warning: the training waits for its data: {self.data_wait_share:.0%} of the time, for the last "
             f"{self._starving_for:.0f} s ({_of_a_step(self._waited / count, self._total / count)}). {_CURE}"
         )
 
