@@ -884,7 +884,7 @@ def failing_step(batch):
         (iter([np.zeros((2, 4))] * 20), lambda batch: None, "ended after 1 epoch and produces no more batches"),
         (one_batch_then_error(), lambda batch: None, "the loader failed: OSError: the disk is gone"),
         ([np.zeros((2, 4))] * 5, failing_step, "the training step failed: RuntimeError: the loss is not finite"),
-        ([1.5] * 5, lambda batch: None, "the number of images in a batch is unknown, got a float"),
+        ([1.5] * 5, lambda batch: None, "the number of images in a batch of type float is unknown"),
         (7, lambda batch: None, "the loader must be an iterable of batches, got a int"),
     ],
     ids=["empty", "iterator", "failing loader", "failing step", "batch of one number", "no iterable"],

@@ -50,13 +50,13 @@ def report_text(report: Report) -> str:
 
 
 def _measured_of(report: Report, *names: str) -> list[str]:
-    """Return these names of rates, without those that need a training step if none was wanted."""
+    """Return these names of rates, without those that need a step if only the loader was measured."""
     alone = report["verdict"]["name"] == LOADER_ALONE
     return [name for name in names if not (alone and name in ("step", "end_to_end"))]
 
 
 def stall_lines(report: Report) -> list[str]:
-    """Return lines about stall, utilisation and contention; none if no training step was wanted."""
+    """Return lines about stall, utilisation and contention; none if only the loader was measured."""
     stall = report["stall"]
     if report["verdict"]["name"] == LOADER_ALONE:
         return []
@@ -174,7 +174,7 @@ def _tune_lines(report: Report) -> list[str]:
     if tune["is_better"]:
         lines.append(f"  {'best':<12} {tune['words']}, against the present setting: {_change(confirmed)}")
     else:
-        why = "no trial was faster beyond the noise" if tune["trials"] else "no other was tried"
+        why = "no trial was faster beyond the noise" if tune["trials"] else "no other setting was tried"
         if any(row["kept"] for row in tune["trials"]):
             why = "the settings kept during the search were not better in the final comparison"
         lines.append(f"  {'best':<12} {tune['words']}, the present setting: {why}")

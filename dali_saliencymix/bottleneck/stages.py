@@ -80,7 +80,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
             pasting = _searching(operators)[0].name
             cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
-    # The last cut is the original pipeline, with everything that the images do not pass through.
+    # The last cut is the original pipeline, including operators that do not lead to the images.
     cuts[-1] = Cut(cuts[-1].name, cuts[-1].category, define)
     return cuts
 

@@ -15,9 +15,9 @@ from dali_saliencymix.measure.figures import interval
 from dali_saliencymix.measure.processes import agree
 from dali_saliencymix.measure.windows import MeasurementError, longest
 
-_MARGIN = 1.1  # times the step's rate, above which a loader is fast enough
+_MARGIN = 1.1  # a loader that exceeds the step's rate by this factor is fast enough
 _AS_FAST = 0.95  # a smaller setting counts as equally fast if the lower end of its change is at least this
-_TRIALS = 8  # each trial gets this fraction of the time
+_TRIALS = 8  # each trial gets 1 / _TRIALS of the time
 _MOST_PREFETCHED = 16
 
 _THREADS = ("num_threads", "workers")
@@ -47,8 +47,8 @@ def tune(
     """Search for a faster setting, starting from the present one; trials are interleaved with the best so far.
 
     The search halves and doubles one setting at a time, as long as the result is faster beyond the noise, or smaller
-    and as fast. Finally, the best setting is interleaved with the present one, and replaces it only if one of the two
-    still holds.
+    and as fast. Finally, the best setting is interleaved with the present one, and replaces it only if it is then
+    faster beyond the noise, or smaller and as fast.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""A lightweight monitor for training loops: it measures how long each step waits for its data, and warns if too long.
+"""A lightweight monitor for training loops: it measures how long each step waits for its data, and warns once.
 
-It reads a clock on the host two times per step and never waits for a GPU. A GPU with queued work does not notice every
+It reads a clock on the host twice per step and never waits for a GPU. A GPU with queued work does not notice every
 wait of the host, so the shares are upper bounds of the stall. ``python -m dali_saliencymix bottleneck`` measures the
 stall itself.
 """

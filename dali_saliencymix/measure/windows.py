@@ -74,7 +74,7 @@ class Batches:
         self.first = self.next()
         found = nominal or images_in(self.first)
         if found is None:
-            msg = f"the number of images in a batch is unknown, got a {type(self.first).__name__}; give the batch size"
+            msg = f"the number of images in a batch of type {type(self.first).__name__} is unknown; give the batch size"
             raise MeasurementError(msg)
         self.nominal = found
 
