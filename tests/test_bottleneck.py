@@ -299,7 +299,7 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)  # which a stall of 9 % is not
     rates |= {"loader": 300, "end": 280}
     few = rows_of(cold=100, reads_cold=True)["threads to reach the step's rate"]
-    assert (few["value"], few["text"].endswith("from storage the loader gives 100 images/s")) == (3, True)
+    assert (few["value"], few["text"].endswith("from storage, the loader reaches 100 images/s")) == (3, True)
     rates |= {"loader": 500, "end": 380}
     rows = rows_of(cold=None, reads_cold=True)  # storage could not be measured
     assert "a step twice as fast" not in rows

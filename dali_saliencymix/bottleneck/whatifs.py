@@ -203,7 +203,7 @@ def predicted_rows(
         more = f"; this machine has {counted(cores(), 'cores')}" if needed * world > cores() else ""
         text = f"{needed:.0f}, if the loader scales linearly with them ({threads} now{more})"
         if bound and bound < loader:
-            text += f"; with the files in memory: from storage, the loader reaches {bound:.0f} images/s"
+            text += f"; this is with files in memory: from storage, the loader reaches {bound:.0f} images/s"
         add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
     known = cold is not None or not reads_cold
     today = min(end, bound or end) if end and known else None
