@@ -61,7 +61,7 @@ def blocks():
 def run_console(block, folder):
     """Run the commands of a console block in a folder; return what they write to stdout."""
     outputs = []
-    for command in block.splitlines():
+    for command in block.replace("\\\n", "").splitlines():
         program, *arguments = re.sub("'", "", command).split()
         if program == "pip":
             check_extras(arguments)
