@@ -275,7 +275,7 @@ def test_archives_of_bounded_size_are_the_folder_again(tmp_path, monkeypatch, ca
     assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*.jpg")} == files
     with pytest.raises(SystemExit, match=r"--megabytes must be enough for each file, got 0.0125 with "):
         main_of(pack, folder, tmp_path / "small", "--megabytes", 0.0125, monkeypatch=monkeypatch)
-    with pytest.raises(SystemExit, match=r"OUT must hold no archives of photos yet, got .*photos-1\.tar"):
+    with pytest.raises(SystemExit, match=r"OUT must have no archives of photos, got .*photos-1\.tar"):
         main_of(pack, folder, tmp_path / "out", monkeypatch=monkeypatch)
 
 
@@ -339,7 +339,7 @@ def test_a_training_that_diverges_is_no_result(cifar):
 
 FOUND = {"top1_last": 50.0, "top1_best": 51.0, "best_epoch": 2, "ece": 3.0, "seconds": 1.0}
 FOUND |= {"fgsm_top1": {"2/255": 20.0, "8/255": 1.0}, "training_seconds": 0.5}
-CONDITIONS = {"device": "CPU, 1 threads", "cpu": "x", "date": "2026-01-01", "commit": "c" * 40, "command": "python"}
+CONDITIONS = {"device": "CPU, 1 thread", "cpu": "x", "date": "2026-01-01", "commit": "c" * 40, "command": "python"}
 CONDITIONS |= {"versions": {"torch": "2"}}
 
 
@@ -377,7 +377,7 @@ def test_a_line_that_was_cut_is_run_again_and_nothing_else_is_lost(tmp_path, cap
     path.write_bytes(whole[:-30])
     study = Study(path, SMALL)
     assert study.missing(["none", "cutmix"], 1) == [("cutmix", 0)]
-    assert "line 2 was not written to its end" in capsys.readouterr().err
+    assert "line 2 is incomplete and is skipped" in capsys.readouterr().err
     study.add(("cutmix", 0), FOUND, CONDITIONS)
     assert [(run["arm"], run["seed"]) for run in read_runs(path)] == [("none", 0), ("cutmix", 0)]
     # A process that looks at the file while another one writes to it may leave an empty line.
@@ -407,7 +407,7 @@ def test_a_file_of_other_settings_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the runs of .*x\.jsonl have epochs 2, this call has 3"):
         Study(path, dataclasses.replace(SMALL, epochs=3))
     path.write_text('{"arm": "none"}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl: line 1 is not that of a run"):
+    with pytest.raises(ValueError, match=r"x\.jsonl: line 1 is not a run"):
         read_runs(path)
 
 
@@ -447,7 +447,7 @@ def test_tables_say_what_was_not_run_and_the_plot_is_drawn():
     assert "| `cutmix` - `none` | -0.50 (-70.38 to +69.38) 0 |" in questions
     assert "| `as released` - `cutmix per batch` | not run |" in questions
     assert summary.plot(runs).axes[0].get_yticklabels()[1].get_text() == "random peak"
-    assert "5 runs of a resnet9 of width 4 on CPU, 1 threads" in summary.conditions(runs)
+    assert "5 runs of a resnet9 of width 4 on CPU, 1 thread" in summary.conditions(runs)
     assert summary.conditions(runs[:1]).startswith("1 run of a resnet9")
     runs[0]["command"] = "python --part 1/2"
     assert summary.conditions(runs).endswith(" commit ccccccc. `python --part 1/2`, `python`")

@@ -307,7 +307,7 @@ def test_a_wrong_option_is_refused_before_anything_is_measured(main_of, capsys, 
         (("gpu_suite", "/tmp/never-made"), "error: there must be a GPU that CuPy sees, or --dry"),
         (("smoke",), "error: there must be a GPU that CuPy sees, or --dry"),
         (("sanitize",), "error: there must be a GPU that CuPy sees"),
-        (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not there yet, got {ROOT}/benchmarks"),
+        (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not exist, got {ROOT}/benchmarks"),
         (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: not a JSON file"),
         (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
     ],
@@ -490,9 +490,10 @@ def test_what_stands_between_the_marks_is_replaced(results, monkeypatch, capsys)
         "| --- | --- | --- |\n"
         "| `none` | 1,234 (1,234 to 1,236) | 1 (1 to 1) |\n"
         "\n"
-        "Medians; in brackets the range that holds the median at 90 %, of fewer than five rounds their whole range.\n",
+        "Medians; in brackets, the 90 % confidence interval of the median (the full range with fewer than five rounds)"
+        ".\n",
     )
-    assert "brought up to date" in capsys.readouterr().out
+    assert "page.md: updated" in capsys.readouterr().out
     assert rendered_page(monkeypatch, results, None, "--check") == page
     assert capsys.readouterr().out == ""
 
@@ -501,11 +502,11 @@ def test_a_table_says_what_the_ranges_of_an_older_result_are(results, monkeypatc
     result = result_of(10, names=("q1", "q3")) | {"relative_to_none": {}}
     write_json(results / "results" / "a.json", result)
     text = rendered_page(monkeypatch, results, TABLE)
-    assert "| `none` | 10 (9 to 11) |  |\n\nMedians; in brackets the middle half of the rounds.\n" in text
+    assert "| `none` | 10 (9 to 11) |  |\n\nMedians; in brackets, the middle half of the rounds.\n" in text
 
 
 def test_check_fails_where_a_page_is_old_and_changes_nothing(results, monkeypatch):
-    with pytest.raises(ValueError, match=r"not up to date: page\.md; run python -m benchmarks\.render"):
+    with pytest.raises(ValueError, match=r"out of date: page\.md; run python -m benchmarks\.render"):
         rendered_page(monkeypatch, results, TABLE, "--check")
     assert (results / "page.md").read_text() == TABLE
 
@@ -523,7 +524,7 @@ def test_conditions_name_the_device_and_the_date_of_each_part(results, monkeypat
     ]
     write_json(results / "results" / "a.json", result)
     page = rendered_page(monkeypatch, results, "<!-- conditions: a.json -->\n<!-- end of result -->\n")
-    expected = "1 figures on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
+    expected = "1 figure on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
     assert page.splitlines()[1].endswith(f"`python x` Measured in 2 runs: {expected}")
 
 
@@ -535,7 +536,7 @@ def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
     assert "</svg>" in (results / "docs/plots/pipeline-a.svg").read_text()
     rendered_page(monkeypatch, results, None, "--check")
     write_json(results / "results" / "a.json", result_of(2))
-    with pytest.raises(ValueError, match=r"not up to date: docs/plots/pipeline-a\.svg"):
+    with pytest.raises(ValueError, match=r"out of date: docs/plots/pipeline-a\.svg"):
         rendered_page(monkeypatch, results, None, "--check")
 
 

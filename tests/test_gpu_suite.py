@@ -126,7 +126,7 @@ def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
         hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
         fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
         fine = fail._replace(fine=(0, 3))
-        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended when its time was over"
+        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended at its time limit"
         assert gpu_suite.run_stage(fail, 9, log) == {"ended": "failed with status 3", "well": False, "seconds": 0}
         assert gpu_suite.run_stage(fine, 9, log)["well"]
     text = (tmp_path / "log").read_text()
@@ -220,7 +220,7 @@ def test_tests_that_lack_a_package_do_not_fail_the_suite(suite, tmp_path):
     line = {"test": "tests/test_x.py", "outcome": "failed", "why": "ModuleNotFoundError: No module named 'nowhere'"}
     (tmp_path / "out" / "tests.jsonl").write_text(json.dumps(line) + "\n")
     assert suite(tmp_path / "out", "--stages", "tests") == (["tests"], None)
-    assert "- tests: ended, but for tests that lack a package" in (tmp_path / "out" / "summary.md").read_text()
+    assert "- tests: ended, except tests that lack a package" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_some_stages_can_be_asked_for_and_images_are_made_where_they_are_used(suite, tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 from shared.programs import run_program
 from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
-from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.environment import counted, environment
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.training import report as run_report
 from dali_saliencymix.training.lockstep import Preempted
@@ -273,7 +273,7 @@ def test_the_environment_names_processor_and_state_of_the_code():
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
     assert "tensorboard" in found["versions"]
-    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert found["device"] == f"CPU, {counted(torch.get_num_threads(), 'threads')}"
     assert found["cuda"] is None
     assert 1 <= found["cores"] <= len(os.sched_getaffinity(0))  # a container may have a quota
     if "COMMIT" not in os.environ and (Path(__file__).parents[1] / ".git").exists():

@@ -80,7 +80,7 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
     expected |= {"world_size": 1, "train_dir": str(data_folder / "train"), "preset": "default"}
     assert expected.items() <= config.items()
     assert {"python", "torch", "torchvision", "numpy"} < set(start["versions"])
-    assert start["device"] == "CPU, 1 threads"
+    assert start["device"] == "CPU, 1 thread"
     assert [(line["event"], line["epoch"]) for line in epochs] == [("epoch", 1), ("epoch", 2)]
     for line in epochs:
         assert line["train"]["images"] == TRAIN_IMAGES
