@@ -1,4 +1,4 @@
-"""The benchmarks run, write what they promise, and say in one line what is wrong. Nothing here looks at a time."""
+"""The benchmarks run, write complete results, and report errors in one line. No test depends on a measured time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run_small(main_of, tmp_path, capsys):
 
 
 def checked(name, output, shown):
-    """Return the result in a file, of which everything holds that holds for all."""
+    """Return the result in a file after checking what all results have in common."""
     result = json.loads(output.read_text())
     assert result["benchmark"] == name.removeprefix("bench_")
     assert result["conditions"].keys() >= CONDITIONS
@@ -206,7 +206,7 @@ def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, mon
     before = json.loads(output.read_text())
     assert made == ["none", "cutmix", "none", "mixup", "after: cutmix"]
     assert not before["complete"]
-    assert not any(complete_between)  # while groups are left that nobody has asked for yet
+    assert not any(complete_between)  # while there are groups that have not been asked for
     assert {name: found["rounds"] for name, found in before["images_per_second"].items()} == {
         "none": 3,
         "cutmix": 3,
@@ -460,7 +460,7 @@ def test_results_without_a_figure_in_common_are_refused():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A folder of results and a page, in the place of the real ones."""
+    """A folder of results and a page, instead of the real ones."""
     monkeypatch.setattr(program, "ROOT", tmp_path)
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(render, "PLOTS", tmp_path / "docs" / "plots")
