@@ -1,4 +1,4 @@
-"""The checks of whole programs on a GPU: what they call wrong, how results add up, and how they are shown."""
+"""The checks of whole programs on a GPU: what counts as an error, how results are merged, and how they are rendered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_saliencymix.datasets.sample_data import make_sample_data
 
 @pytest.fixture
 def run(monkeypatch):
-    """Return a function that runs the checks in this process, of which there is one."""
+    """Return a function that runs `gpu_checks` in this process with a single check."""
     monkeypatch.setattr("benchmarks.machine.cores_given", lambda processes: processes)
 
     def main(*arguments, check):

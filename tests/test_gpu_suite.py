@@ -1,4 +1,4 @@
-"""The suite for GPU hosts: what it runs, in which order, what it leaves out, and how it continues."""
+"""The suite for GPU hosts: what it runs, in which order, what it skips, and how it continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_matters_most_is_tested_first_and_trainings_last():
 
 
 def test_every_file_with_a_test_for_a_gpu_is_run(request):
-    # Of what is collected with this test: of all tests, where all of them run.
+    # Checks the tests that are collected in this session: all of them in a full run.
     files = {item.path.name for item in request.session.items if item.get_closest_marker("gpu")}
     assert files <= {name.removeprefix("tests/") for name in gpu_suite.test_files()}
 
@@ -155,7 +155,7 @@ def test_the_tests_of_the_smoke_stage_are_there():
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Return a function that runs the suite with stages of its own, which write their names to a file."""
+    """Return a function that runs the suite with fake stages, which write their names to a file."""
     written = tmp_path / "written"
     failing = set()
 
@@ -188,7 +188,7 @@ def test_what_ended_well_is_not_run_again(suite, tmp_path):
     assert "OUT must hold no earlier run" in suite(first)[1]
     suite.failing.clear()
     assert suite(second, "--continue", first) == (["tests", "images", "pipeline"], None)
-    assert suite(second, "--continue") == (["images", "pipeline"], None)  # without a result it is not done
+    assert suite(second, "--continue") == (["images", "pipeline"], None)  # it has no result, so it is not done
     write_json(second / "pipeline.json", {"benchmark": "pipeline", "complete": True})
     assert suite(second, "--continue") == ([], None)
     runs = json.loads((second / "suite.json").read_text())["runs"]

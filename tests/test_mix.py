@@ -1,4 +1,4 @@
-"""Whole batches: saliencymix and cutmix against the oracle, their promises as properties, and what they refuse."""
+"""Whole batches: saliencymix and cutmix compared with the oracle, their guarantees as properties, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLACEMENT = ("saliency", "source", "destination", "box", "per_batch")
 
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return images that share no pixel value, sources that repeat and point at themselves, lam with 0 and 1."""
+    """Return images without common pixel values, sources with repetitions and fixed points, and lam with 0 and 1."""
     rng = np.random.default_rng(seed)
     count = shape[0]
     blocks = rng.integers(0, 50, (count, -(-shape[1] // 5), -(-shape[2] // 5), shape[3]))
@@ -37,7 +37,7 @@ def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.
 
 
 def map_of_each(images: np.ndarray, maps: np.ndarray, put, fetch):
-    """Return a detector that knows the maps of some images, whichever of them it is asked for in whatever order."""
+    """Return a detector with given maps for some images, for any subset of them in any order."""
 
     def detector(batch):
         known = {image.tobytes(): saliency_map for image, saliency_map in zip(images, maps, strict=True)}
@@ -77,7 +77,7 @@ def test_saliencymix_with_fine_grained_equals_opencv_s_map_and_the_oracle_on_pho
 @all_options
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 90, 3)])
 def test_saliencymix_by_default_takes_the_peak_of_spectral_residual(shape, options, put, fetch):
-    # The map is the package's own, checked elsewhere: in float32 the order of sums decides between near ties.
+    # The map is the package's own, which has other tests: in float32, the order of sums decides near ties.
     images, source_index, lam = random_batch(shape)
     maps = fetch(spectral_residual(put(images)))
     mixed = saliencymix(put(images), put(source_index), put(lam), **options)
@@ -116,7 +116,7 @@ def test_the_geometry_of_the_released_code_is_one_clipped_box_from_the_source_of
         box="clip",
         per_batch=True,
     )
-    # Source 3 has its peak at (30, 4); the side is int(32 * sqrt(0.7)) = 26.
+    # The peak of source 3 is at (30, 4); the side is int(32 * sqrt(0.7)) = 26.
     assert fetch(mixed.boxes).tolist() == [[17, 0, 32, 17]] * 5
     check(mixed, reference.saliencymix(images, source_index, lam, maps, "clip", True), fetch)
 
@@ -180,13 +180,13 @@ CORNERS, MIDDLE, DIAGONAL = (np.diag(values) for values in ([1.0, 0, 0, 1], [0, 
 @pytest.mark.parametrize(
     ("own_map", "source_map", "expected"),
     [
-        (np.ones((3, 5)), np.full((3, 5), 7.0), 0.75),  # here and below 0.75 is by area
+        (np.ones((3, 5)), np.full((3, 5), 7.0), 0.75),  # here and below, 0.75 is the weight by area
         (np.zeros((4, 4)), DIAGONAL, 0.75),
         (DIAGONAL, np.zeros((4, 4)), 0.75),
         (np.full((4, 4), np.nan), DIAGONAL, 0.75),
         (np.ones((4, 4), bool), np.ones((4, 4), bool), 0.75),
         (-np.ones((4, 4)), DIAGONAL, 0.75),  # shifted, it is 0
-        (MIDDLE, CORNERS, 0.75),  # nothing is kept and nothing pasted
+        (MIDDLE, CORNERS, 0.75),  # no saliency is kept and none is pasted
         (CORNERS, CORNERS, 1),
         (MIDDLE * 1e-300, DIAGONAL * 1e300, 0),
         (CORNERS, MIDDLE, 0.5),
@@ -225,7 +225,7 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
     mixed = mixup(*map(put, (images, source_index, lam)), per_batch=options["per_batch"])
     expected, weight = reference.mixup(images, source_index, lam, options["per_batch"])
     assert fetch(mixed.images).dtype == np.uint8
-    # Half a grey level for the rounding, and what float32 adds to numbers of up to 255.
+    # Half a grey level for the rounding, plus the error of float32 for numbers of up to 255.
     assert np.abs(fetch(mixed.images) - expected).max() <= 0.5 + 1e-4
     np.testing.assert_array_equal(fetch(mixed.lam), weight.astype(np.float32))
     assert not fetch(mixed.boxes).any()
@@ -510,9 +510,9 @@ def test_modes_are_named_in_the_order_of_their_numbers():
 
 
 def test_arguments_are_checked_once():
-    # One call of a public function: what it calls trusts it, but for the detector, which is a public function too.
+    # One call of a public function checks once, plus once for the detector, which is a public function too.
     batch = random_batch((5, 37, 23, 3))
-    saliencymix(*batch)  # what is imported or compiled at first
+    saliencymix(*batch)  # import and compile first
     calls = []
 
     def count(frame, event, _):

@@ -1,4 +1,4 @@
-"""From gradients to weights: groups of parameters, accumulation, clipping, loss scaling, moving average."""
+"""From gradients to weights: parameter groups, accumulation, clipping, loss scaling, EMA of the weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 
 def decays(model: nn.Module, **options: float) -> dict[str, float]:
-    """Return the weight decay of each parameter by name; fails where one is in no group or in two."""
+    """Return the weight decay of each parameter by name; fail if one is in no group or in two."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [
         (names[id(parameter)], group["weight_decay"])
@@ -77,7 +77,7 @@ def test_options_reach_the_optimizer():
 @pytest.mark.parametrize("batches", [2, 4])
 def test_an_update_from_several_batches_is_that_of_the_one_large_batch(batches):
     images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    whole = small_model().double().eval()  # in training, statistics would be those of each batch
+    whole = small_model().double().eval()  # in training mode, statistics would differ between batches
     parts = copy.deepcopy(whole)
     for model, count in ((whole, 1), (parts, batches)):
         updater = updater_of(model, "--lr 0.1 --clip-grad-norm 0.05")
@@ -143,12 +143,12 @@ def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(d
     updater, other_updater = (updater_of(each, options) for each in (model, other))
     before, scale = flat(model), updater.scaler.get_scale()
     spoilt = [torch.full_like(parameter, torch.nan) for parameter in model.parameters() for _ in range(9)]
-    del spoilt  # the memory that new tensors get
+    del spoilt  # new tensors may get its memory
     updater.backward(model(torch.full((4, 3, 6, 6), 1e30, device=device)).mean() * 1e30)
     updater.update()
     assert torch.equal(flat(model), before)
     assert updater.scaler.get_scale() == scale / 2
-    other_updater.scaler.scale(torch.zeros((), device=device))  # makes its scale, which can be set from then on
+    other_updater.scaler.scale(torch.zeros((), device=device))  # creates the scale, so that it can be set
     other_updater.scaler.update(scale / 2)
     images = torch.randn(4, 3, 6, 6, device=device)
     for _ in range(2):
@@ -256,7 +256,7 @@ def test_options_given_when_going_on_apply_and_each_parameter_keeps_its_momentum
     updater.restore(before.state())
     groups = updater.optimizer.param_groups
     assert {group["momentum"] for group in groups} == {0.5}
-    assert [group["weight_decay"] for group in groups] == [0.2, 0.3, 0.2, 0.3]  # weights and biases, then of the norm
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.3, 0.2, 0.3]  # weights and biases, then the norm
     for parameter in model.parameters():
         momenta = (each.optimizer.state[parameter]["momentum_buffer"] for each in (before, updater))
         assert torch.equal(*momenta)

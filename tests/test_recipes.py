@@ -1,4 +1,4 @@
-"""The recipes in configs/: each says what to expect and why, is what its source says, and runs."""
+"""The recipes in configs/: each says what to expect and why, agrees with its source, and runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 OTHERS = {"imagenet-resnet50-16epochs": ["73.8"], "imagenet-convnext-tiny": ["82.52"], "imagenette": []}
 PAPERS = [name for name in RECIPES if name not in OTHERS]
 MIXES = ("saliencymix", "cutmix", "none")
-# Few enough images and pixels for a CPU, and the rate in proportion; everything else is as in the file.
+# Fewer images and pixels for a CPU, and the learning rate in proportion; everything else is as in the file.
 SMALL = (
     "--device",
     "cpu",
@@ -106,7 +106,7 @@ def parsed(name, *more):
 
 
 def comment(name):
-    """The fields of the comment that a recipe begins with, and its first line as "title"."""
+    """Return the fields of the comment at the start of a recipe, with its first line as "title"."""
     lines = [line[1:] for line in path_of(name).read_text().splitlines() if line.startswith("#")]
     fields, key = {"title": lines[0].strip()}, "title"
     for line in lines[1:]:

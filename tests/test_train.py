@@ -1,4 +1,4 @@
-"""Whole runs of train.py on the CPU: what they show, log and save, and that each option reaches the batches."""
+"""Whole runs of train.py on the CPU: what they print, log and save, and that each option affects the batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = TRAIN_IMAGES // 8
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Collect all batches that loaders give, and the logits that the loss gets."""
+    """Record all batches of the loaders, and the logits that the loss gets."""
     batches, logits = [], []
     real_iter, real_loss = Loader.__iter__, metrics.mixed_cross_entropy
 
@@ -219,7 +219,7 @@ def test_a_loader_that_starves_the_training_is_named_once(data_folder, tmp_path,
 
     def slow(loader):
         for batch in whole(loader):
-            now[0] += 1.0  # and steps take no time
+            now[0] += 1.0  # steps take no time
             yield batch
 
     monkeypatch.setattr(Loader, "__iter__", slow)
@@ -279,7 +279,7 @@ def test_the_last_line_says_how_long_it_took(full_run):
 
 @pytest.fixture(scope="module")
 def single_images(data_folder, tmp_path_factory):
-    """24 training images, each in a class of its own, so that its label says which image it is."""
+    """24 training images, each in its own class, so that the label identifies the image."""
     root = tmp_path_factory.mktemp("single")
     files = list_image_folder(data_folder / "train").files[:24]
     for number, file in enumerate(files):
@@ -311,7 +311,7 @@ def phases_run(single_images, tmp_path_factory):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "__iter__", recorded)
-        torch.set_num_threads(1)  # as `train_here` does: with more, sums have other bits
+        torch.set_num_threads(1)  # like `train_here`, since sums differ with more threads
         args = parse_arguments([str(single_images), *TINY, *PHASES, "--output-dir", str(output_dir)])
         train.run(args, Processes(0, 0, 1, torch.device("cpu")))
     torch.set_num_threads(threads)
@@ -403,7 +403,7 @@ def test_a_short_run_trains_only_and_saves_nothing(data_folder, tmp_path, train_
 def test_evaluating_needs_no_training_images(full_run, own_data, tmp_path, train_here):
     shutil.rmtree(own_data / "train")
     options = ("--output-dir", full_run[0], "--resume", "auto", "--test-only", "--report", tmp_path / "report.json")
-    ended = train_here(own_data, *TINY, *options, "--norm-weight-decay", "0")  # of no interest here
+    ended = train_here(own_data, *TINY, *options, "--norm-weight-decay", "0")  # not relevant here
     assert ended.status == 0
     assert f"top-1 {read_log(full_run[0])[-1]['val']['top1']:.2f} %" in ended.out
 
@@ -443,7 +443,7 @@ def test_float16_survives_steps_without_a_loss_that_the_scaler_leaves_out(
 
 
 def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(data_folder, tmp_path, train_here, monkeypatch):
-    """With the tracing of torch.compile, but not its compiler of kernels, which takes a minute."""
+    """Use the tracing of torch.compile without Inductor, which takes a minute."""
     compiled = []
 
     def backend(graph, inputs):
@@ -480,7 +480,7 @@ def test_synthetic_data_needs_no_folder(tmp_path, train_here):
     assert "4 classes, 16 images, 16 for validation  |  batches by synthetic" in ended.out
 
 
-# Counts how often gradients are exchanged in an epoch of accumulated steps, and compares the weights afterwards.
+# Counts the all-reduces in an epoch of accumulated steps, and compares the weights afterwards.
 ACCUMULATED = """
 import json, sys
 import torch
