@@ -182,7 +182,7 @@ def seen_by_all(reports, steps):
     ]
 
 
-def test_two_processes_go_on_in_the_middle_of_an_epoch_where_one_was_killed(reports, data_folder, tmp_path):
+def test_two_processes_resume_within_an_epoch_in_which_one_was_killed(reports, data_folder, tmp_path):
     from shared.programs import torchrun
 
     options = {"accumulated": 2, "checkpoints": str(tmp_path / "checkpoints"), "checkpoint_every": 1}

@@ -395,7 +395,7 @@ def test_the_command_line_comes_before_the_configuration_file(config):
     assert parse_arguments(["other", "--config", path]).data.train_dir == Path("other/train")
 
 
-def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
+def test_a_recipe_can_be_tried_with_another_mode(config):
     path = config("{mix: saliencymix, saliency: fine_grained, mix-alpha: 0.5, destination: random}")
     args = parse_arguments(["data", "--config", path, "--mix", "cutmix"])
     assert args.data.mix == MixOptions(modes={"cutmix": 1.0}, alpha=0.5)

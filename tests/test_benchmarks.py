@@ -329,7 +329,7 @@ def test_a_program_ends_with_status_1_and_no_traceback():
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_uses_up_what_was_made_in_advance_and_times_whole_sets_of_batches():
+def test_a_turn_discards_prefetched_batches_and_times_whole_sets_of_batches():
     used, seen = [], []
 
     class Watch:

@@ -782,7 +782,7 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
 # Windows.
 
 
-def test_windows_do_not_count_what_was_made_before(monkeypatch):
+def test_windows_do_not_count_prefetched_batches(monkeypatch):
     """Processes synchronise, then a subject settles and its window starts at once: otherwise its queue would refill."""
     log = []
 

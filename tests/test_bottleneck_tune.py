@@ -242,7 +242,7 @@ def test_a_report_has_the_search_and_the_change(tmp_path, clock):
     assert "  ended        the loader exceeds the rate of the step by more than 10 %" in text
 
 
-def test_a_step_that_holds_the_training_back_gets_no_change(clock):
+def test_a_training_that_is_not_input_bound_gets_no_change(clock):
     source, _ = source_of(lambda num_threads: 0.12 / num_threads, num_threads=4)
     found = measure_source(source, lambda batch: time.sleep(0.5), seconds=100, with_storage=False)
     assert found["verdict"]["name"] == "COMPUTE-BOUND"

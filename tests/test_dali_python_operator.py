@@ -135,7 +135,7 @@ def in_no_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("debugged", [True, False])
-def test_debug_mode_goes_the_documented_way(in_no_graph, debugged):
+def test_debug_mode_uses_the_documented_operator(in_no_graph, debugged):
     in_no_graph._debug_on = debugged
     node = python_operator(print, SimpleNamespace(device="cpu", shape=lambda: None), name="mix", stage=Stage("paste"))
     assert node.how == ("samples" if debugged else "whole batches")
@@ -188,7 +188,7 @@ def test_a_held_batch_of_a_gpu_does_not_change():
         np.testing.assert_array_equal(batch.as_cpu().as_array(), 2 * number)
 
 
-def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
+def test_another_version_of_dali_uses_the_documented_operator(monkeypatch):
     assert dali_operator.whole_batches_work()  # in the installed version
     monkeypatch.setattr("nvidia.dali.__version__", "2.5.0")
     assert not dali_operator.whole_batches_work()

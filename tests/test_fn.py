@@ -88,7 +88,7 @@ each_op = pytest.mark.parametrize(
 
 
 @each_op
-def test_normalising_along_has_the_bits_of_normalising_what_was_mixed(files, op, device):
+def test_fused_normalisation_is_bit_identical_to_normalising_mixed_images(files, op, device):
     scaling = {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}
 
     @pipeline_def
@@ -167,7 +167,7 @@ def test_boxes_come_out_only_where_they_are_asked_for(files):
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
 @each_op
-def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout, device):
+def test_fused_normalisation_equals_dali_s_normaliser(files, op, layout, device):
     mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
 
     @pipeline_def
@@ -190,7 +190,7 @@ def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout,
 
 
 @pytest.mark.parametrize("dtype", ["float16", np.float16, types.FLOAT16], ids=str)
-def test_normalising_along_to_half_precision(files, dtype):
+def test_fused_normalisation_to_half_precision(files, dtype):
     @pipeline_def
     def normalised():
         images, labels = read(files)
@@ -217,7 +217,7 @@ def test_wrong_normalisation_is_refused_while_the_pipeline_is_defined(files, wro
 
 
 @each_op
-def test_what_is_no_normalise_is_refused_by_name(files, op):
+def test_an_invalid_normalise_is_refused_by_name(files, op):
     with pytest.raises(TypeError, match=r"normalise must be a dali_saliencymix\.fn\.Normalise, got {'mean': 0}"):
         build(before_and_after, files, {"normalise": {"mean": 0}}, "cpu", op)
 
@@ -456,7 +456,7 @@ def test_the_pipelines_seed_decides_everything(files):
     assert differs
 
 
-def test_a_restored_checkpoint_goes_on_bit_for_bit(files):
+def test_a_restored_checkpoint_resumes_bit_identically(files):
     def make(checkpoint=None):
         options = {"prob": 0.7, "alpha": 0.5}
         return build(before_and_after, files, options, enable_checkpointing=True, checkpoint=checkpoint)
@@ -659,7 +659,7 @@ def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classe
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan"), float("inf"), 2.0**60])
 @pytest.mark.parametrize("name", ["labels", "source_labels"])
-def test_what_is_no_class_id_is_an_error_and_not_the_class_below(name, wrong):
+def test_an_invalid_class_id_is_an_error_and_not_truncated(name, wrong):
     @pipeline_def
     def softened():
         lam = fn.random.uniform(range=[0.0, 1.0])

@@ -177,7 +177,7 @@ def test_saliencymix(cupy, detector, destination, box, per_batch):
 
 @pytest.mark.parametrize("per_batch", PER_BATCH)
 @pytest.mark.parametrize("destination", DESTINATIONS)
-def test_labels_weighed_by_saliency(cupy, destination, per_batch):
+def test_labels_weighted_by_saliency(cupy, destination, per_batch):
     given, images = drawn(), pictures()
     options = {"destination": destination, "per_batch": per_batch, "label_weight": "saliency"}
     arguments = images, given.source_index, given.lam

@@ -234,7 +234,7 @@ def test_the_number_of_workers_changes_nothing(root):
 
 
 @each_kind
-def test_what_is_made_in_advance_changes_no_batch_also_after_resuming(root, kind):
+def test_prefetching_changes_no_batch_also_after_resuming(root, kind):
     args, deeper = options(root, kind), options(root, kind, "--prefetch", "3")
     whole, loader = epoch(train(args)), train(args)
     for _ in zip(range(2), loader, strict=False):
@@ -243,7 +243,7 @@ def test_what_is_made_in_advance_changes_no_batch_also_after_resuming(root, kind
     assert_equal_batches(epoch(train(deeper, state=loader.state())), whole[2:])
 
 
-def test_a_loader_makes_as_many_batches_in_advance_as_asked_for(root, monkeypatch):
+def test_a_loader_prefetches_as_many_batches_as_asked_for(root, monkeypatch):
     depths = []
 
     def noted(make, *given, **options):
@@ -342,7 +342,7 @@ def test_pytorch_and_dali_crop_alike(root):
 
 
 @each_kind
-def test_mirroring_is_as_probable_as_the_option_says(root, kind):
+def test_flips_are_as_probable_as_the_option_says(root, kind):
     batches = [
         epoch(train(options(root, kind, "--hflip-prob", prob, "--mix-prob", "0.5"))) for prob in ("0", "1", "0.5")
     ]
@@ -596,7 +596,7 @@ def test_schemes_of_cifar_that_need_the_least_salient_pixel_do_without_padding(r
 
 
 @pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
-def test_labels_of_cifar_are_weighed_by_saliency_where_nothing_is_padded(root, backend):
+def test_labels_of_cifar_are_weighted_by_saliency_where_nothing_is_padded(root, backend):
     weigh = ("-b", "30", "--label-weight", "saliency")
     with pytest.raises(ValueError, match="--label-weight must be area with --crop-padding 4, got saliency"):
         train(options(root, f"cifar10 {backend}", *weigh))

@@ -154,7 +154,7 @@ def test_every_scheme_equals_the_oracle_whatever_the_options(put, fetch, case):
 
 @settings(max_examples=100)
 @given(cases(), st.sampled_from([0, 1, 3]))
-def test_labels_weighed_by_saliency_equal_the_oracle_and_nothing_else_changes(put, fetch, case, shift):
+def test_labels_weighted_by_saliency_equal_the_oracle_and_nothing_else_changes(put, fetch, case, shift):
     images, source_index, lam, maps, point, options = case
     maps = maps - shift
     batch = tuple(map(put, (images, source_index, lam)))
@@ -202,7 +202,7 @@ def test_saliency_of_any_kind_makes_a_weight(own_map, source_map, expected, put,
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
-def test_with_one_box_for_the_batch_each_image_s_own_map_weighs_its_label(put, fetch):
+def test_with_one_box_for_the_batch_each_image_s_own_map_sets_its_label_weight(put, fetch):
     images, source_index, lam = random_batch((5, 16, 16, 1))
     maps = np.random.default_rng(2).random((5, 8, 8), np.float32)
     options = {"saliency": map_of_each(images, maps, put, fetch), "per_batch": True, "label_weight": "saliency"}
@@ -233,7 +233,7 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
 
 
 @given(cases())
-def test_what_blends_hands_its_images_to_paste_with_nothing_to_paste(put, fetch, case):
+def test_blending_passes_its_images_to_paste_with_empty_boxes(put, fetch, case):
     images, source_index, lam, _, point, options = case
     batch, mode = tuple(map(put, (images, source_index, lam))), np.arange(len(images)) % 3
     calls = []

@@ -55,7 +55,7 @@ def images_of(shape: tuple[int, ...], channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("detector", [fine_grained, phase_spectrum])
-def test_kernels_give_the_bits_of_array_operations(detector, shape, channels):
+def test_kernels_are_bit_identical_to_array_operations(detector, shape, channels):
     images = images_of(shape, channels)
     expected = detector(images, algorithm="array")
     np.testing.assert_array_equal(detector(images, algorithm="kernel"), expected)
@@ -71,7 +71,7 @@ def planar(images):
     return strided
 
 
-def test_kernels_give_the_bits_of_array_operations_on_photos(jpeg_images):
+def test_kernels_are_bit_identical_to_array_operations_on_photos(jpeg_images):
     for image in jpeg_images:
         ours = fine_grained(image[None], algorithm="kernel")
         np.testing.assert_array_equal(ours, fine_grained(image[None], algorithm="array"))
@@ -202,7 +202,7 @@ def test_auto_takes_the_kernel_where_numba_is_installed(monkeypatch):
         fine_grained(images, algorithm="kernel")
 
 
-def test_an_unknown_algorithm_is_refused_by_every_door():
+def test_an_unknown_algorithm_is_refused_by_every_function():
     images = images_of((2, 20, 30))
     for call in (
         lambda: fine_grained(images, algorithm="cuda"),

@@ -87,7 +87,7 @@ def test_an_update_from_several_batches_is_that_of_the_one_large_batch(batches):
     assert (flat(parts) - flat(small_model())).abs().max() > 1e-3
 
 
-def test_adamw_with_groups_accumulation_and_average_is_torch_s_own_on_the_mean_gradients():
+def test_adamw_with_groups_accumulation_and_ema_is_torch_s_own_on_the_mean_gradients():
     model = small_model().double().eval()
     by_hand = copy.deepcopy(model)
     options = "--opt adamw --opt-betas 0.8 0.95 --opt-eps 1e-3 --wd 0.5 --norm-weight-decay 0 --bias-weight-decay 0.1"
@@ -187,7 +187,7 @@ def test_statistics_that_an_overflow_has_spoilt_are_found_though_its_update_is_l
     assert not updater.is_finite()
 
 
-def test_the_moving_average_is_that_of_the_formula_and_of_the_statistics_too():
+def test_the_ema_follows_its_formula_also_for_statistics():
     model = small_model().train()
     updater = updater_of(model, "--model-ema --model-ema-decay 0.75 --lr 0.5")
     expected: dict[str, torch.Tensor] = {}
@@ -211,7 +211,7 @@ SCALED = "--model-ema --amp --amp-dtype fp16 --model-ema-decay 0.5"
 
 
 @pytest.mark.parametrize("options", ["", SCALED, f"{SCALED} --opt adamw --norm-weight-decay 0"])
-def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path):
+def test_an_updater_resumes_bit_identically_from_its_state(options, tmp_path):
     batches = [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     model = small_model()
     updater = updater_of(model, options)
@@ -235,7 +235,7 @@ def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path)
         assert again.ema.n_averaged == updater.ema.n_averaged == 6
 
 
-def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights():
+def test_without_an_ema_in_the_state_it_starts_from_the_current_weights():
     trained = small_model()
     updater = updater_of(trained)
     step(updater, trained, torch.randn(4, 3, 6, 6))
@@ -248,7 +248,7 @@ def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights
     assert all(torch.equal(averaged[name], value) for name, value in trained.state_dict().items())
 
 
-def test_options_given_when_going_on_apply_and_each_parameter_keeps_its_momentum():
+def test_options_given_when_resuming_apply_and_each_parameter_keeps_its_momentum():
     model = small_model()
     before = updater_of(model, "--wd 0.1 --norm-weight-decay 0")
     step(before, model, torch.randn(4, 3, 6, 6))

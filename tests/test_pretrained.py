@@ -56,7 +56,7 @@ FILES = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["ZIP", "before PyTorch 1.6"])
 @pytest.mark.parametrize("kind", FILES)
-def test_the_weights_of_all_kinds_of_files_are_taken_with_the_average_first(kind, zipped, tmp_path):
+def test_the_weights_of_all_kinds_of_files_are_taken_with_the_ema_first(kind, zipped, tmp_path):
     wanted = trained()
     saved = FILES[kind](wanted, trained(seed=2))
     torch.save(saved, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)

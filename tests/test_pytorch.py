@@ -396,7 +396,7 @@ def test_another_default_device_changes_nothing(options):
 # Policies
 
 
-def test_each_image_gets_a_way_to_mix_with_its_own_alpha(draws):
+def test_each_image_gets_a_mode_with_its_own_alpha(draws):
     modes, alpha = {"mixup": 1.0, "saliencymix": 3.0}, {"saliencymix": 1e4, "mixup": 1e-3}
     SaliencyMix(2, seed=1, modes=modes, alpha=alpha)(pixels(400, 1, 8, 8), torch.zeros(400, dtype=torch.long))
     (params,) = draws
@@ -407,7 +407,7 @@ def test_each_image_gets_a_way_to_mix_with_its_own_alpha(draws):
     assert (abs(params.lam[~by_saliency] - 0.5) > 0.3).mean() > 0.95
 
 
-def test_one_way_to_mix_for_a_batch(draws):
+def test_one_mode_for_a_batch(draws):
     mix = SaliencyMix(K, seed=1, modes={"cutmix": 1.0, "saliencymix": 1.0}, choose="batch")
     drawn_batches(mix, 12)
     assert all(len(set(params.mode)) == 1 for params in draws)
@@ -768,11 +768,11 @@ BATCH_SHAPES = [
     [{"return_boxes": True}, {"modes": {"saliencymix": 1.0, "mixup": 1.0}, "label_smoothing": 0.1}],
     ids=str,
 )
-def test_a_step_in_one_graph_has_the_same_bits(compiled, options):
+def test_a_step_in_one_graph_is_bit_identical(compiled, options):
     assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES, **options)
 
 
-def test_images_that_are_made_in_the_graph_are_mixed_with_the_same_bits(compiled):
+def test_images_made_in_the_graph_are_mixed_bit_identically(compiled):
     def augmented(mix, images, labels):
         return step(mix, images.flip(3).bitwise_not(), labels)
 
@@ -785,7 +785,7 @@ def test_images_that_are_made_in_the_graph_are_mixed_with_the_same_bits(compiled
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_a_step_compiled_by_inductor_has_the_same_bits(compiled):
+def test_a_step_compiled_by_inductor_is_bit_identical(compiled):
     shapes = [((count, 3, 16, 16), torch.channels_last) for count in (6, 5)]
     assert_compiled_steps_equal(compiled("inductor", dynamic=True)(step), shapes, return_boxes=True)
 
@@ -795,7 +795,7 @@ def test_vectors_are_taken_in_a_graph(compiled):
 
 
 @pytest.mark.gpu
-def test_a_compiled_step_on_the_gpu_has_the_same_bits(compiled):
+def test_a_compiled_step_on_the_gpu_is_bit_identical(compiled):
     in_graph = compiled("aot_eager")(lambda mix, images, labels: step(mix, images.cuda(), labels.cuda()))
     ours, theirs = (SaliencyMix(K, seed=1, saliency="fine_grained") for _ in range(2))
     images, labels = pixels(6, 3, 16, 16), class_ids(6)

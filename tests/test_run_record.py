@@ -90,7 +90,7 @@ def test_the_report_has_the_best_and_the_last_epoch_and_where_the_time_went(tmp_
     assert found["lost_records"] == {}
 
 
-def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_path):
+def test_the_best_epoch_is_that_of_the_ema_if_there_is_one(tmp_path):
     with RunLog(tmp_path, FACTS) as record:
         for epoch, (plain, average) in enumerate([(50.0, 20.0), (40.0, 30.0)], start=1):
             record.write_epoch(epoch, 0, epoch, train=TRAIN, val=val(plain), val_ema=val(average), val_seconds=1.0)
@@ -113,7 +113,7 @@ def test_a_resumed_run_replaces_the_rows_of_epochs_done_again_and_adds_to_the_lo
     assert found["seconds"]["all_epochs"] == 5.0
 
 
-def test_a_run_that_is_not_resumed_begins_all_files_anew(tmp_path):
+def test_a_run_that_is_not_resumed_replaces_all_files(tmp_path):
     for _ in range(2):
         with RunLog(tmp_path, FACTS, tensorboard=True) as record:
             epochs(record, 40.0)

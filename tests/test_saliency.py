@@ -72,7 +72,7 @@ def synthetic_images() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", synthetic_images())
-def test_fine_grained_equals_opencv_bit_for_bit(name, put, fetch):
+def test_fine_grained_equals_opencv_bit_exactly(name, put, fetch):
     image = synthetic_images()[name]
     np.testing.assert_array_equal(fetch(fine_grained(put(image[None])))[0], opencv_map("FineGrained", image))
 

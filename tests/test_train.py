@@ -198,7 +198,7 @@ def test_without_mixing_all_labels_are_pure(data_folder, tmp_path, train_here, s
     ],
     ids=" ".join,
 )
-def test_ways_to_mix_reach_the_batches(data_folder, tmp_path, train_here, seen, options):
+def test_modes_reach_the_batches(data_folder, tmp_path, train_here, seen, options):
     ended = train_here(data_folder, *TINY, "--epochs", "1", *options, "--output-dir", tmp_path / "run")
     assert ended.status == 0
     lam = torch.stack([batch[3] for batch in seen[0][:STEPS]])
@@ -368,7 +368,7 @@ def test_the_banner_counts_accumulated_steps_in_the_global_batch(single_images, 
     assert "global batch 16 (4 a process, 1 process, 4 steps an update), 6 steps per epoch, 4 epochs" in ended.out
 
 
-def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
+def test_the_ema_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
     output_dir, _ = phases_run
     _, *epochs = read_log(output_dir)
     last = epochs[-1]
@@ -505,7 +505,7 @@ distributed.stop_processes()
 """
 
 
-def test_processes_exchange_gradients_once_for_each_update(data_folder, tmp_path):
+def test_gradients_are_all_reduced_once_per_update(data_folder, tmp_path):
     (tmp_path / "accumulated.py").write_text(ACCUMULATED)
     options = ("-b", "8", "--accumulation-steps", "2")  # three steps: a group of two and one of one
     torchrun(tmp_path / "accumulated.py", tmp_path / "result.json", data_folder, *TINY, *options)

@@ -205,7 +205,7 @@ def test_going_on_from_another_runs_checkpoint_does_not_overwrite_a_run(full_run
     assert (half_run / LAST).read_bytes() == before
 
 
-def test_resume_auto_starts_anew_where_there_is_nothing_yet(data_folder, tmp_path, train_here):
+def test_resume_auto_starts_from_scratch_without_a_checkpoint(data_folder, tmp_path, train_here):
     ended = train_here(data_folder, *TINY, "--epochs", "1", "--resume", "auto", "--output-dir", tmp_path / "new")
     assert ended.status == 0
     assert "starting from scratch" in ended.out
