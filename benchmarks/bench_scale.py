@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_scale DATA -o benchmarks/results/NAME.json
 
-The first three are times of `saliencymix` on arrays in memory, the other two are images per second of the whole loader.
-A detector sees a smaller image on the axis `detector_size`: every second, third, ... pixel.
+On the first three axes, the figures are times of `saliencymix` on arrays in memory; on the other two, images per second
+of the whole loader. On the axis `detector_size`, the detector sees only every second, third, ... pixel.
 
 For times, `linear_from` is the smallest point from which on the cost per image, or per pixel, stays within 20 % of that
 at the largest point. For threads, `linear_to` is the largest number up to which the rate per thread is at least 80 % of

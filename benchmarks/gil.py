@@ -52,10 +52,10 @@ class Probe(threading.Thread):
     is the time for which another thread still held it. Half of a usual sleep is added to each delay, for the part of
     the hold that the probe slept through.
 
-    Limits: the probe finds a hold that is shorter than a sleep at random, and counts half of it to all of it. The
-    interpreter does not take the GIL away from its holder meanwhile, so a hold ends only when its holder releases the
-    GIL. If cores are scarce, waiting for a core counts as waiting for the GIL: compare with the same loader without the
-    function in question, on an idle machine.
+    Limits: the probe may miss a hold that is shorter than a sleep, and counts between half and all of it otherwise.
+    While the probe runs, the interpreter does not force a thread to release the GIL. If cores are scarce, waiting for a
+    core counts as waiting for the GIL: compare with the same loader without the function in question, on an idle
+    machine.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """The loaders that are compared: endless streams of training batches.
 
-A batch is a tuple whose first tensor is (N, 3, H, W) float32, normalised, on the device of the training. All loaders
-mix every image with alpha 1, except those that do not mix, and use the same number of CPU threads or worker processes.
-``none`` is the upper limit.
+A batch is a tuple whose first tensor is (N, 3, H, W) float32, normalised, on the device of the training. Loaders that
+mix do so with every image and alpha 1. All loaders use the same number of CPU threads or worker processes. ``none`` is
+the upper limit.
 
 All resize bilinearly with antialiasing. Each library decodes JPEG as it does by default: PIL decodes the whole image
 and interpolates the subsampled colours, DALI decodes the window that is kept and does not interpolate them.

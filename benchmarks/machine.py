@@ -72,7 +72,7 @@ def resident_mb(pid: int | str = "self") -> float:
 
 
 def cores_given(processes: int, seconds: float = 0.4) -> float:
-    """Return the work that `processes` busy processes get done at a time, in units of what a single one gets done."""
+    """Return the work that `processes` busy processes get done together, in units of that of a single one."""
 
     def counted(number: int) -> int:
         start = time.time() + 0.15 + 0.02 * number

@@ -2,8 +2,8 @@
 
     python -m pytest -p benchmarks.outcomes --outcomes tests.jsonl
 
-A run with the same file continues the last one, however that ended: the file starts with a line for each collected
-test, with the outcome "not run". Tests that were skipped do not rerun either.
+A run with the same file continues the last one, however that ended, since the file starts with a line for each
+collected test with the outcome "not run". Tests that were skipped do not rerun either.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 All produce batches as `benchmarks.loaders` describes them: float32 (N, 3, H, W), normalised, on the device of the
 training. A crop covers 8 to 100 % of an image at an aspect ratio from 3/4 to 4/3, is resized bilinearly with
-antialiasing, and flipped with probability 0.5. The number of threads or worker processes is the same as for the other
-loaders. 2 batches are prefetched, in PyTorch's loader by each worker. Loaders that mix do so with every image and alpha
-1.
+antialiasing, and flipped with probability 0.5. Loaders that mix do so with every image and alpha 1. The number of
+threads or worker processes is the same as for the other loaders. Two batches are prefetched, in PyTorch's loader by
+each worker.
 
 ==============================  =======================================================================================
 ``torch: torchvision.io``       torch DataLoader without mixing: torchvision decodes with libjpeg-turbo instead of PIL,

@@ -1,4 +1,4 @@
-"""Store CIFAR-10 in six image files of 17 MB, for a GPU host without a network that accepts small transfers only.
+"""Store CIFAR-10 in six image files of 17 MB, for a GPU host that has no network and accepts small transfers only.
 
     python -m benchmarks.accuracy.mosaics CIFAR OUT
 

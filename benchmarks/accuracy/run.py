@@ -117,7 +117,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def batches(self, arm: str, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield the batches of an epoch: normalised images, labels, labels of the sources, and the labels' weights.
+        """Yield the batches of an epoch: normalised images, labels, labels of the sources, and label weights.
 
         CuPy and PyTorch both compute on the default stream, so no synchronisation is needed.
         """
