@@ -23,7 +23,7 @@ else:
 
 @functools.cache
 def _why_no_gpu() -> str:
-    """Return the reason why CuPy cannot compute here; empty where it can."""
+    """Return the reason why CuPy cannot compute here, or an empty string if it can."""
     try:
         import cupy
     except ImportError:
@@ -35,7 +35,7 @@ def _why_no_gpu() -> str:
     return "" if count else "needs a GPU: CuPy sees none"
 
 
-# Left out by make check: files that start several programs, wait, or measure, beside single tests marked `slow`.
+# `make check` skips these files, which start several programs, wait or measure, and single tests marked `slow`.
 SLOW = {
     *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "damaged_input"),
     *("distributed", "docs", "dynamic_mode", "evaluate_run", "faults", "folder_lock", "gpu_checks", "gpu_suite"),
@@ -82,7 +82,7 @@ def xp(request):
 
 @pytest.fixture(scope="session")
 def put(xp):
-    """Return a function that makes a NumPy array an argument: of `xp`, and read-only where that exists."""
+    """Return a function that converts a NumPy array to an array of `xp`, read-only if `xp` is NumPy."""
 
     def to_library(array):
         array = np.array(array)
@@ -94,7 +94,7 @@ def put(xp):
 
 @pytest.fixture(scope="session")
 def fetch(xp):
-    """Return a function that brings a result of `xp` to NumPy and fails if it belongs to another library."""
+    """Return a function that converts a result of `xp` to NumPy, and fails if it belongs to another library."""
 
     def to_numpy(array):
         assert isinstance(array, xp.ndarray)

@@ -515,7 +515,7 @@ def test_batches_on_a_gpu_are_those_on_a_cpu(cifar, arm):
     for own, other in zip(here, there, strict=True):
         for expected, found in zip(own, other, strict=True):
             assert found.is_cuda
-            # A pixel of another image would differ by 1/68 or more; weights by saliency depend on another FFT.
+            # A pixel of another image would differ by 1/68 or more. Weights by saliency differ by rounding in the FFT.
             torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)
 
 

@@ -171,7 +171,7 @@ def test_a_slow_process_is_found(tmp_path):
     assert found["verdict"]["name"] == "STRAGGLER"
     assert "Process 1 of 2" in found["verdict"]["why"]
     assert [each["rank"] for each in found["ranks"]] == [0, 1]
-    assert ended.stdout.count("STRAGGLER") == 1  # one process talks
+    assert ended.stdout.count("STRAGGLER") == 1  # only one process prints
 
 
 # The content of a report.
@@ -296,7 +296,8 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     assert rows["epoch as it is"]["text"].endswith("from storage, with which the loader does not keep up")
     assert rows["epoch without a stall"]["value"] == pytest.approx(10_000 / 400)
     rates |= {"loader": 370, "end": 365}
-    assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)  # which a stall of 9 % is not
+    # A stall of 9 % is below the limit.
+    assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)
     rates |= {"loader": 300, "end": 280}
     few = rows_of(cold=100, reads_cold=True)["threads to reach the step's rate"]
     assert (few["value"], few["text"].endswith("from storage the loader gives 100 images/s")) == (3, True)
@@ -1137,7 +1138,7 @@ def test_two_processes_train_the_built_in_step_together(data_folder, tmp_path):
     command += ["--train-crop-size", "32", "--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-what-ifs"]
     ended = torchrun(*command, "--no-storage", "-o", output)
     found = load_report(output)
-    assert ended.stdout.count(found["verdict"]["name"] + "\n") == 1  # one process talks
+    assert ended.stdout.count(found["verdict"]["name"] + "\n") == 1  # only one process prints
     assert found["conditions"]["processes"] == 2
     for each in found["ranks"]:  # a step alone has no all-reduce
         assert each["step"]["ms_per_batch"]["median"] > 0
@@ -1161,7 +1162,7 @@ def user_pipeline(batch_size=4, num_threads=1):
     return faults.pipeline(user_files, batch_size=batch_size, num_threads=num_threads)
 
 
-user_files: list[str] = []  # for it
+user_files: list[str] = []  # of `user_pipeline`
 
 
 @pytest.fixture

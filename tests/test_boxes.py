@@ -68,7 +68,7 @@ def test_the_peak_of_a_constant_map_is_the_centre(size, centre, level, put, fetc
         ([(0, 0), (4, 5)], [4, 5]),  # the nearer to the centre (4, 4), though later
         ([(2, 4), (6, 4), (4, 2), (4, 6)], [2, 4]),  # equally near: the first row by row
         ([(4, 6), (4, 2), (6, 4)], [4, 2]),
-        ([(1, 4), (2, 2)], [2, 2]),  # in a straight line
+        ([(1, 4), (2, 2)], [2, 2]),  # by Euclidean distance
         ([(0, 0), (0, 8), (8, 0), (8, 8)], [0, 0]),
         ([(8, 0), (8, 8)], [8, 0]),
     ],

@@ -213,7 +213,7 @@ def test_all_guides_have_code_that_runs():
 
 
 def real_errors(monkeypatch):
-    """Return the texts of the mistakes that the guide for DALI speaks of."""
+    """Yield the messages of the errors that the guide for DALI explains."""
     images = np.zeros((8, 16, 16, 3), np.uint8)
     index, lam = np.arange(8), np.full(8, 0.5)
     shapes = [np.zeros((height, 100, 3), np.uint8) for height in range(96, 104)]

@@ -240,7 +240,7 @@ def test_bad_files_are_named_and_counted_and_the_run_goes_on_or_stops_with_their
 
 
 def test_a_file_that_vanishes_while_the_run_goes_on_is_named(own_data, tmp_path):
-    # The fault removes the files during the first epoch, which the reader has already read, so the second one fails.
+    # The fault removes the files in the first epoch. The reader has prefetched that epoch, so the second one fails.
     ended = launch(
         run_program,
         tmp_path,

@@ -325,7 +325,7 @@ def normalised(**options):
 WAYS = {name: 1.0 for name in MODES}
 OPERATORS = {
     "saliencymix": ("saliencymix", {"algorithm": "array", "prob": 0.7}),
-    "weighed by saliency": ("saliencymix", {"algorithm": "array", "prob": 0.7, "label_weight": "saliency"}),
+    "weighted by saliency": ("saliencymix", {"algorithm": "array", "prob": 0.7, "label_weight": "saliency"}),
     "to the most salient place": ("saliencymix", {"algorithm": "array", "destination": "salient"}),
     "to a random place": ("saliencymix", {"algorithm": "array", "destination": "random", "preset": "released-code"}),
     "with peaks": ("saliencymix", {"peaks": given_peaks, "destination": "random"}),
@@ -563,10 +563,10 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
         assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 5}[detector]
     # The maps are needed, so the kernel that does not store them is not used.
     options["label_weight"] = "saliency"
-    weighed = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
-    assert_same(weighed._replace(lam=weighed.images), expected._replace(lam=expected.images))
+    weighted = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
+    assert_same(weighted._replace(lam=weighted.images), expected._replace(lam=expected.images))
     by_saliency = saliencymix(*arguments, algorithm="array", **options).lam
-    np.testing.assert_allclose(on_host(weighed.lam), by_saliency, rtol=1e-5)
+    np.testing.assert_allclose(on_host(weighted.lam), by_saliency, rtol=1e-5)
 
 
 @each_operator

@@ -140,7 +140,7 @@ def label_forms_pipeline(form):
     )
 
 
-# Name of a pipeline -> from the test's data to the function that makes it.
+# For each pipeline, a function from the test's data to a function that creates the pipeline.
 GRAPHS = {
     "imagenet": lambda data: functools.partial(imagenet.training_pipeline, data.files, data.labels, device="cpu"),
     "conditionals": lambda data: functools.partial(data.jobs.conditional_pipeline, data.root),

@@ -128,7 +128,7 @@ def test_without_a_step_the_accuracy_is_the_clean_one_and_with_one_it_is_what_th
     slopes = (weights[0] - weights[1]).view(3, -1).abs().sum(dim=1) / torch.tensor(IMAGENET_STD)
     for epsilon in (0.0, 0.004, 0.02, 0.2):
         found = attacked_accuracy(model, loader_of(pixels, labels), ALONE, epsilon=epsilon, **NORMALISED)
-        still_right = own - other > epsilon * slopes.sum()  # a step costs the margin its L1 norm
+        still_right = own - other > epsilon * slopes.sum()  # a step reduces the margin by this
         assert found["images"] == len(labels)
         assert found["epsilon"] == epsilon
         assert found["clean_top1"] == pytest.approx(100 * (own > other).double().mean().item())

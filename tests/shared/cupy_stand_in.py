@@ -177,7 +177,7 @@ class ndarray:
 
 
 def _index(key):
-    """Return an index for NumPy's array that makes it give arrays, as CuPy's does, also where those have no axis."""
+    """Return an index with which NumPy returns an array even if it has no axis, as CuPy does."""
     items = key if isinstance(key, tuple) else (key,)
     for item in items:
         if isinstance(item, ndarray) and item.dtype == np.bool_:
@@ -204,7 +204,7 @@ def _argument(value):
 
 
 def _result(function, *args, **options):
-    """Return the result of a NumPy function as an array of the stand-in, also where it has no axis."""
+    """Return the result of a NumPy function as an array of the stand-in, even if it has no axis."""
     with np.errstate(all="ignore"):  # a GPU warns of nothing
         return ndarray(np.asarray(function(*args, **options)))
 

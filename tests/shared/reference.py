@@ -378,7 +378,7 @@ def cutmix(images, source_index, lam, point, box, per_batch):
 
 
 def mixup(images, source_index, lam, per_batch=False):
-    """Blend, in float64, to within one grey level of any order of rounding."""
+    """Blend in float64; any order of rounding is within one grey level of the result."""
     lam = np.full_like(lam, lam[0]) if per_batch else lam
     mixed = np.zeros(images.shape)
     for i, share in enumerate(lam):
