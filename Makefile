@@ -1,18 +1,23 @@
-# make demo    train on data made here, and draw mixed samples
-# make test    lint, type check, tests
-# make check   the same without the slow tests, in about a minute
-# make docs    the documentation, docs/_build/html/index.html
-# make bench   all measurements of a machine, into benchmarks/results/*-$(NAME).json
-# make accuracy OUT=file.jsonl DATA=cifar MINUTES=9    the accuracy study, continued where it stands, $(PYTHON) as it is
-# make gpu-suite OUT=folder    GPU tests and measurements in 9 minutes, with $(PYTHON) as it is, nothing installed
+# make demo       train on generated data, and draw mixed samples
+# make test       lint, type check and all tests
+# make check      the same without the slow tests, in about a minute
+# make docs       build the documentation, docs/_build/html/index.html
+# make bench      run all measurements of this machine, into benchmarks/results/*-$(NAME).json
+# make accuracy   run the accuracy study, or continue it: OUT=file.jsonl DATA=cifar MINUTES=9
+# make gpu-suite  run GPU tests and measurements in 9 minutes: OUT=folder
+# accuracy and gpu-suite use $(PYTHON) directly and install nothing.
 #
-# DATA=folder  photographs in class folders, for bench and gpu-suite   NAME=...  of the machine, for the files of bench
-# JOBS=...     processes that run tests, of up to 3 GB of memory
-# DRY=1        gpu-suite or accuracy, small, also without a GPU      STAGES="..."  some stages only
-# CONTINUE=folder  gpu-suite: only what is missing of an earlier run there (may be OUT)
-# NETWORK=resnet9|resnet18  PROCESSES=2    of the accuracy study
-# CUDA=cuda12|cuda13  which set of packages, see pyproject.toml   VENV=folder  where the environment goes
-# PYTHON=...          the interpreter that it is made with        DEMO=folder  where the demo writes
+# CUDA=cuda12|cuda13  set of packages, see pyproject.toml
+# VENV=folder         virtual environment
+# PYTHON=...          interpreter; creates the virtual environment
+# DATA=folder         for bench and gpu-suite: photographs in class folders; for accuracy: CIFAR-10
+# NAME=...            for bench: name of the machine in the result files
+# JOBS=...            for test and check: test processes, each with up to 3 GB of memory
+# DRY=1               for gpu-suite and accuracy: a small run that needs no GPU
+# STAGES="..."        for gpu-suite: run only these stages
+# CONTINUE=folder     for gpu-suite: run only what is missing from an earlier run there (may be OUT)
+# NETWORK=resnet9|resnet18  PROCESSES=2    for accuracy
+# DEMO=folder         for demo: output folder
 
 CUDA ?= cuda12
 VENV ?= .venv-$(CUDA)
@@ -29,7 +34,7 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 data := $(if $(DATA),"$(DATA)")
 
-# Where Python writes no bytecode, each process of the tests compiles all that it imports, for ten seconds.
+# Without bytecode files, each test process spends ten seconds compiling its imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help environment demo test check lint kernels lint-and-kernels docs bench accuracy gpu-suite clean
@@ -41,7 +46,7 @@ environment: $(installed)
 
 $(installed): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles a module when it is first imported; compiling all 8 GB now would take longer than unpacking them.
+	@# --no-compile: compiling all 8 GB takes longer than unpacking them, and Python compiles on first import anyway.
 	$(python) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[$(CUDA),compiled,train,preview,docs,test]'
 	touch $@
 
@@ -53,18 +58,18 @@ demo: $(installed)
 	  --train-crop-size 48 --val-resize-size 48 --val-crop-size 48 --min-crop-area 0.35 \
 	  --print-freq 10 --output-dir $(DEMO)/run
 	@echo "log and checkpoints: $(abspath $(DEMO)/run)   (8 classes: chance is 12.5 %)"
-	@echo "mixed samples, to look at: $(abspath $(DEMO)/preview.png)"
+	@echo "mixed samples: $(abspath $(DEMO)/preview.png)"
 
 lint: $(installed)
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
-# Numba's kernels are compiled once, and not by each process of the tests at the same time.
+# Compiles Numba's kernels once, so that the test processes do not all compile them at the same time.
 kernels: $(installed)
 	$(python) -m dali_saliencymix compile
 
-# Both use one core each for most of their time.
+# lint and kernels each use one core for most of their time, so they run in parallel.
 lint-and-kernels: $(installed)
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync lint kernels
 
@@ -86,9 +91,9 @@ bench: $(installed)
 	$(python) -m benchmarks.bench_detectors $(data) -o benchmarks/results/detectors-$(NAME).json
 	$(python) -m benchmarks.render
 
-# The processes share one file, and each does its own runs. An interrupt does not reach them: the trap ends them.
+# The processes share one file, and each has its own runs. An interrupt does not reach them, so the trap kills them.
 accuracy:
-	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: say where CIFAR-10 is and where the runs go: DATA=cifar OUT=file" >&2; exit 1; }
+	@test -n "$(OUT)" -a -n "$(DATA)" || { echo "error: DATA and OUT are required: make accuracy DATA=cifar OUT=file" >&2; exit 1; }
 	@trap 'kill $$started 2> /dev/null' INT TERM; \
 	for part in $$(seq $(PROCESSES)); do \
 	  $(PYTHON) -m benchmarks.accuracy $(data) -o "$(OUT)" --network $(NETWORK) --minutes $(MINUTES) $(if $(DRY),--dry --seeds 1) \
@@ -98,7 +103,7 @@ accuracy:
 	test -z "$$failed" && $(PYTHON) -m benchmarks.accuracy -o "$(OUT)"
 
 gpu-suite:
-	@test -n "$(OUT)" || { echo "error: say where the results go: make gpu-suite OUT=folder" >&2; exit 1; }
+	@test -n "$(OUT)" || { echo "error: OUT is required: make gpu-suite OUT=folder" >&2; exit 1; }
 	$(PYTHON) -m benchmarks.gpu_suite "$(OUT)" $(if $(DATA),--data $(data)) $(if $(DRY),--dry) \
 	  $(if $(CONTINUE),--continue "$(CONTINUE)") $(if $(STAGES),--stages $(STAGES))
 

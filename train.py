@@ -8,12 +8,14 @@ All GPUs of a machine:
 
     torchrun --nproc_per_node=8 train.py DATA -a resnet50 -b 128 --lr 0.4 --amp --channels-last
 
-DATA holds train/ and val/, each with a folder of images for each class. The output folder gets checkpoint_last.pt and
-checkpoint_best.pt (the whole epoch with the best validation top-1), each with the weights under "model" as plain
-torchvision loads them, args.yaml with all options of the run, and log.jsonl, whose first line holds the configuration,
-the versions and the device.
+DATA holds train/ and val/, each with one folder of images per class. The output folder gets
 
-Words: a step is one batch in each process; an update changes the weights, after --accumulation-steps steps.
+- checkpoint_last.pt and checkpoint_best.pt (the whole epoch with the best validation top-1), which hold the weights
+  under "model", as plain torchvision loads them;
+- args.yaml with all options of the run;
+- log.jsonl, whose first line holds the configuration, the versions and the device.
+
+A step is one batch in each process. An update changes the weights, every --accumulation-steps steps.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ require_or_exit("nvidia.dali", "torch", "torchvision", "tqdm", "PIL", "yaml")
 
 from dali_saliencymix.training.arguments import parse_arguments, save_config
 
-if __name__ == "__main__":  # --help and a wrong option need not wait for PyTorch, which takes seconds to import
+if __name__ == "__main__":  # before the import of PyTorch, which takes seconds: --help and wrong options end here
     BEGUN, OPTIONS = time.monotonic(), parse_arguments()
 
 import torch
@@ -60,7 +62,7 @@ from dali_saliencymix.training.run_log import Progress, RunLog, StartUp, duratio
 from dali_saliencymix.training.samples import save_samples
 from dali_saliencymix.training.schedule import Phase, accumulation_group, learning_rate, phase_at
 
-# What a checkpoint holds: see Trainer.checkpoint.
+# Entries that a checkpoint has to hold; Trainer.checkpoint lists all entries.
 ENTRIES = (
     *("model", "optimizer", "scaler", "epoch", "step", "totals", "best_top1"),
     *("config", "classes", "data", "loaders"),
@@ -69,23 +71,23 @@ Figures = dict[str, float]
 
 
 class Trainer:
-    """Everything that one process holds during a run.
+    """Hold the state of one process during a run.
 
     Parameters
     ----------
     options : TrainingOptions
-        The options.
+        Options of the run.
     processes : Processes
-        Which process this is.
+        Rank, world size and device of this process.
     resume : path, optional
         Checkpoint to resume from, or to validate.
     start_up : StartUp, optional
-        Gets to know what the time before the first batch goes to.
+        Timer of the start-up, until the first batch.
 
     Attributes
     ----------
     epoch, step : int
-        Whole epochs done, and steps done of the present one.
+        Completed epochs, and completed steps of the current epoch.
     totals : Totals
         Sums of this process over these steps.
     """
@@ -104,17 +106,17 @@ class Trainer:
         data, run = options.data, options.run
         saved = checkpoints.load_checkpoint(resume, ENTRIES) if resume else None
 
-        # Validating needs no training images: the checkpoint knows the classes, or validation folders have their names.
+        # Validation needs no training images: classes come from the checkpoint, or from the validation folders.
         self.data = open_data(data, classes=saved["classes"] if run.evaluate and saved else None)
         self.start_up.end_of("data set")
 
         torch.manual_seed(data.seed)
         self.model = self.new_model(resume)
-        # All processes begin with these weights. What a step draws, such as dropout, differs between them.
+        # All processes start with the same weights, but draw different random numbers in a step, such as dropout.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
         self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
         self.epoch = self.step = 0
-        self.restarts = 0  # epochs started again on other data: see restore
+        self.restarts = 0  # number of --restart-epoch resumes
         self.lockstep = Lockstep(
             processes,
             checkpoint_every=run.checkpoint_every,
@@ -125,10 +127,10 @@ class Trainer:
         self.best_top1 = -math.inf
         self.totals = self.new_totals()
         self.divergence = DivergenceWatch(run.max_nan_steps, processes.device, run.output_dir / checkpoints.LAST)
-        self.steps_run = 0  # by this process, whatever was resumed
+        self.steps_run = 0  # by this process, without those of resumed runs
         self.loader: Batches | None = None
         self.loader_phase: Phase | None = None
-        self.sampled: Batches | None = None  # the loader of which --save-images has drawn a batch
+        self.sampled: Batches | None = None  # the last loader whose first batch --save-images has drawn
         self.log = RunLog(None, {})
         self.lock = FolderLock(None)
         self.loader_state: Any = None
@@ -138,18 +140,18 @@ class Trainer:
                 self.restore(saved, resume)
 
         self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
-        # Every process watches its own loader; the main one's warning is enough.
+        # Every process monitors its own loader, but only the main process prints a warning.
         self.monitor = Monitor(say=functools.partial(warn, enabled=processes.is_main))
         self.start_up.end_of("model")
 
     def new_model(self, resume: Path | None) -> nn.Module:
-        """Return the model with fresh weights, or those of --pretrained where no checkpoint is resumed."""
+        """Return the model, with the weights of --pretrained unless a checkpoint is resumed."""
         options, classes, is_main = self.options, len(self.data.classes), self.processes.is_main
         size, run = options.data.train_crop_size, options.run
         model = model_on(self.processes.device, options.model, classes, image_size=size)
         check_image_sizes(model, options)
         if run.pretrained and resume:
-            warn(f"resuming from {resume}: --pretrained is not read", enabled=is_main)
+            warn(f"resuming from {resume}: --pretrained is ignored", enabled=is_main)
         elif run.pretrained:
             loaded, config = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
             warn(f"{run.pretrained}: {loaded}", enabled=is_main)
@@ -158,12 +160,13 @@ class Trainer:
         return model
 
     def say_what_differs(self, path: Path, config: dict[str, Any], names: Collection[str]) -> None:
-        """Say which of these options are not those of the training that a file comes from."""
+        """Report which of the named options differ from those that the weights in a file were trained with."""
         others = checkpoints.changed_options(config, self.config, names)
-        warn(f"{path}: not as it was trained: {'; '.join(others)}", enabled=self.processes.is_main and bool(others))
+        is_shown = self.processes.is_main and bool(others)
+        warn(f"{path}: options differ from its training: {'; '.join(others)}", enabled=is_shown)
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
-        """Take over the weights of a checkpoint, and its place in the training unless it is only evaluated."""
+        """Load the weights of a checkpoint, and also its training state unless it is only evaluated."""
         arch, classes = self.options.model.arch, self.data.classes
         run, is_main = self.options.run, self.processes.is_main
         if run.evaluate:
@@ -172,9 +175,9 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         if self.updater.ema and "model_ema" not in saved:
             if run.evaluate:
-                msg = f"{path}: has no moving average of the weights, which --model-ema asks for"
+                msg = f"{path}: has no EMA of the weights, which --model-ema needs"
                 raise ValueError(msg)
-            warn(f"{path}: has no moving average; it begins with these weights", enabled=is_main)
+            warn(f"{path}: has no EMA of the weights; the EMA starts from its weights", enabled=is_main)
         self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
         if run.evaluate:
             self.updater.restore_average(saved)
@@ -183,7 +186,7 @@ class Trainer:
         self.updater.restore(saved)
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         if others := checkpoints.changed_options(saved["config"], self.config):
-            what = "not all options are those of the checkpoint, and the new ones count"
+            what = "options differ from the checkpoint, and the new values apply"
             warn(f"warning: {path}: {what}: {'; '.join(others)}", enabled=is_main)
         self.restarts = saved.get("restarts", 0)
         if run.restart_epoch:
@@ -194,13 +197,13 @@ class Trainer:
             return
         say(f"resumed from {path} at epoch {self.epoch + 1}, step {self.step}", enabled=is_main)
         for change in checkpoints.differences(saved.get("versions", {}), versions()):
-            warn(f"warning: the bits may differ from those of an unbroken run: {change}", enabled=is_main)
+            warn(f"warning: results may not be bit-identical to an uninterrupted run: {change}", enabled=is_main)
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
         checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return all that is needed to resume from here, between two updates; every process has to call this."""
+        """Return the state to resume from, between two updates; every process has to call this."""
         assert self.loader is not None
         return {
             "model": self.model.state_dict(),
@@ -219,7 +222,7 @@ class Trainer:
         }
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint of where the training stands, between two updates; every process has to call this."""
+        """Write a checkpoint, between two updates; every process has to call this."""
         run = self.options.run
         if run.no_checkpoints:
             return
@@ -232,23 +235,23 @@ class Trainer:
             checkpoints.save_progress(saved, run.output_dir, **place, keep=run.keep_checkpoints, best=is_best)
 
     def train_loader(self) -> Batches:
-        """Return this process's training batches from where the training stands; a new loader for each phase."""
+        """Return this process's loader, at the current position; each phase has a new one."""
         schedule, data = self.options.schedule, self.options.data
-        epoch = min(self.epoch, schedule.epochs - 1)  # after the last epoch its loader stays
+        epoch = min(self.epoch, schedule.epochs - 1)  # after the last epoch, keep its loader
         phase = phase_at(epoch, schedule, crop_size=data.train_crop_size)
         if self.loader is not None and self.loader_phase == phase:
             return self.loader
         self.loader = None
-        gc.collect()  # the old pipeline's memory is free for the new one
-        # The pipeline of another phase is another one, into which DALI takes no state. So each phase has a seed, and
-        # with it orders of the files, of its own.
+        gc.collect()  # free the memory of the old pipeline first
+        # DALI cannot restore the state of one phase's pipeline into that of another phase. So each phase has its own
+        # seed, and with it its own order of the files.
         seed = data.seed + phase.begin * self.processes.world_size + self.restarts * 1_000_003
         state = self.loader_state if (phase.begin, 0) != (self.epoch, self.step) else None  # None after a restart
         options = phase.applied_to(replace(data, seed=seed))
         with contextlib.nullcontext() if state is None else checkpoints.taken_from(self.resumed_from):
             self.loader = self.data.train_loader(options, self.processes, state=state)
         if self.step > len(self.loader):
-            msg = f"{self.resumed_from}: stands at step {self.step} of an epoch that has {len(self.loader)} here"
+            msg = f"{self.resumed_from}: is at step {self.step}, but an epoch has {len(self.loader)} steps here"
             raise ValueError(msg)
         self.loader_phase, self.loader_state = phase, None
         return self.loader
@@ -258,7 +261,7 @@ class Trainer:
         return self.data.val_loader(self.options.data, self.processes)
 
     def train_epoch(self) -> Figures:
-        """Train from where the epoch stands to its end, or to --max-steps; return its figures over all processes."""
+        """Train to the end of the epoch, or to --max-steps; return its figures over all processes."""
         loader, monitor, begun, epochs = self.train_loader(), self.monitor, self.step, self.options.schedule.epochs
         self.network.train()
         name, is_main = f"epoch {self.epoch + 1}/{epochs}", self.processes.is_main
@@ -278,11 +281,11 @@ class Trainer:
         }
 
     def train_steps(self, loader: Batches, progress: Progress) -> float:
-        """Train on the batches that are left of an epoch; return the learning rate of the last update."""
+        """Train on the remaining batches of an epoch; return the learning rate of the last update."""
         options, monitor, steps, begun = self.options, self.monitor, len(loader), self.step
         epochs, accumulated = options.schedule.epochs, options.optimizer.accumulation_steps
         lr = self.set_learning_rate(self.epoch + accumulation_group(max(begun - 1, 0), steps, accumulated)[0] / steps)
-        # Where a run was stopped while it validated, no step is left, and its loader stands at the next epoch.
+        # If a run was stopped during validation, no step is left, and its loader is already at the next epoch.
         for batch in self.lockstep.batches(loader if begun < steps else (), monitor):
             if not self.steps_run:
                 self.start_up.end_of("making the batch")
@@ -323,8 +326,8 @@ class Trainer:
                     data_wait=f"{share:.0%}",
                     eta=duration(left * pace),
                 )
-            # Between two updates: here a run may be saved or stopped, for nothing is half done. After the last one
-            # the loader has to come to the end of its epoch first.
+            # A run may only be saved or stopped between two updates. After the last step of an epoch, the loader has
+            # to reach the end of the epoch first.
             if is_update and self.step < steps:
                 if self.is_over:
                     break
@@ -334,7 +337,7 @@ class Trainer:
         return lr
 
     def save_samples(self, images: torch.Tensor, *of_samples: torch.Tensor) -> None:
-        """Draw the first batch of each phase of this run, where --save-images asks for it."""
+        """Draw the first batch of each phase of this run for --save-images."""
         run = self.options.run
         if not run.save_images or not self.processes.is_main:
             return
@@ -350,31 +353,31 @@ class Trainer:
                 count=run.save_images,
             )
         except OSError as error:
-            warn(f"warning: {path}: cannot be written, the training goes on without it: {error}")
+            warn(f"warning: {path}: cannot be written, training continues without it: {error}")
 
     @property
     def total_steps(self) -> int:
-        """Steps done, counted over all epochs."""
+        """Completed steps over all epochs."""
         return self.epoch * len(self.train_loader()) + self.step
 
     def end_epoch(self) -> None:
-        """Count the epoch, if it is trained to its end."""
+        """Count the epoch if all of its steps are done."""
         if self.step == len(self.train_loader()):
             self.epoch, self.step = self.epoch + 1, 0
             self.totals = self.new_totals()
 
     @property
     def is_over(self) -> bool:
-        """Whether --max-steps or --epochs are done."""
+        """Whether --max-steps or --epochs is reached."""
         last = self.options.run.max_steps
         return self.epoch >= self.options.schedule.epochs or (last is not None and self.steps_run >= last)
 
     def new_totals(self) -> metrics.Totals:
-        """Return the sums of an epoch that begins."""
+        """Return empty sums for a new epoch."""
         return metrics.Totals("loss", "correct", "images", device=self.processes.device)
 
     def set_learning_rate(self, epoch: float) -> float:
-        """Set the learning rate for a point of the training, and return it."""
+        """Set the learning rate for a fractional epoch, and return it."""
         lr = learning_rate(epoch, self.options.schedule, base=self.options.optimizer.lr)
         self.updater.set_learning_rate(lr)
         return lr
@@ -384,7 +387,7 @@ class Trainer:
     ) -> Figures:
         """Return loss, top-1 and top-5 in percent over all validation images, each counted once.
 
-        This is of the model that is trained, or of another one, such as the moving average.
+        By default, evaluate the model in training; `model` may be another one, such as the EMA of the weights.
         """
         model = self.model if model is None else model
         batches = Interruptible(loader, self.lockstep)
@@ -393,7 +396,7 @@ class Trainer:
 
 
 def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
-    """Begin the files of a run, which only the main process writes, and say what is about to run."""
+    """Open the log files of a run and print its settings, in the main process only."""
     options, processes, data = trainer.options, trainer.processes, trainer.data
     run = options.run
     if not processes.is_main:
@@ -416,7 +419,7 @@ def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
 
 
 def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None = None) -> None:
-    """Train, or only validate or measure the loader, in one process of the run."""
+    """Train, validate or profile the loader in one process of the run."""
     started = time.monotonic()
     if options.run.profile_loader:
         profile_training(options, processes)
@@ -425,7 +428,7 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
         warn(f"warning: {crowded}", enabled=processes.is_main)
     is_writer = processes.is_main and not options.run.evaluate
     with FolderLock(options.run.output_dir if is_writer else None) as lock:
-        resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # the main one's
+        resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # of the main process
         trainer = Trainer(options, processes, resume, start_up)
         if options.run.evaluate:
             path = resume or options.run.pretrained
@@ -462,17 +465,16 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
                 val = trainer.validate(val_loader)
                 ema = trainer.validate(val_loader, trainer.updater.ema.module) if trainer.updater.ema else None
         except Preempted:
-            trainer.save()  # the trained epoch; the run that resumes validates it
+            trainer.save()  # the trained epoch; the resumed run validates it
             raise
         val_seconds = time.perf_counter() - validation_started if val else 0.0
         bad_files = gather(getattr(trainer.train_loader(), "bad_files", []))
         trainer.end_epoch()
         judged = ema or val
-        is_best = judged is not None and not trainer.step and judged["top1"] > trainer.best_top1  # of whole epochs
+        is_best = judged is not None and not trainer.step and judged["top1"] > trainer.best_top1  # whole epochs only
         if judged and is_best:
             trainer.best_top1 = judged["top1"]
         trainer.divergence.check_weights(trainer.updater, trainer.epoch, trainer.step)
-        # The figures of an epoch: here they go to whatever shows or keeps them.
         memory = report.gpu_memory(processes.device)
         trainer.log.write_epoch(
             trainer.epoch,
@@ -482,12 +484,12 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
             val=val,
             val_ema=ema,
             val_seconds=val_seconds,
-            best_top1=trainer.best_top1,  # null in the log as long as nothing is validated
+            best_top1=trainer.best_top1,  # null in the log until something is validated
             bad_files=sorted({file for files in bad_files for file in files}),
             resources=report.resources_in_use(),
             **memory,
         )
-        # After the log: a run that is killed in between writes the line twice, and never not at all.
+        # After the log: a run killed between the two writes the line twice rather than never.
         trainer.save(is_best=is_best)
         left = None if trainer.step else (epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
         line = report.epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left)
@@ -497,7 +499,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
 
 
 def main(options: TrainingOptions | None = None, begun: float | None = None) -> int:
-    """Run with the options of the command line, since `begun` by ``time.monotonic()``; return the exit status."""
+    """Run the program and return its exit status; `begun` is its start by ``time.monotonic()``."""
     start_up = StartUp(begun)
     prepare_stdout()
     try:
@@ -520,11 +522,11 @@ def main(options: TrainingOptions | None = None, begun: float | None = None) -> 
 
 
 def resuming(options: TrainingOptions | None) -> str:
-    """Say how a run that was stopped is resumed; one whose options are not read yet has done nothing."""
+    """Return how to resume a stopped run; without options, nothing has run yet."""
     if options is None:
         return ""
     last = options.run.output_dir / checkpoints.LAST
-    return f"; --resume auto goes on from {last}" if last.exists() else "; there is no checkpoint to go on from yet"
+    return f"; --resume auto resumes from {last}" if last.exists() else "; there is no checkpoint to resume from yet"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Fine-tune torchvision's Faster R-CNN on Pascal VOC from the backbone of a classifier that train.py has trained.
+"""Fine-tune torchvision's Faster R-CNN on Pascal VOC, with the backbone of a classifier trained by train.py.
 
     python transfer_voc.py VOC --checkpoint runs/r50/checkpoint_best.pt --output-dir runs/r50-voc
 
-VOC is the folder that holds VOCdevkit/VOC2007 and VOCdevkit/VOC2012. The settings by default are those of the paper's
-table 3: trained on 2007 and 2012 trainval, batch 8, learning rate 4e-3, 41 000 iterations, divided by ten after 33 000,
-tested on 2007 test. One process, on a GPU if there is one. The output folder gets checkpoint_last.pt, log.jsonl and, at
-the end, voc.json with the average precision of each class.
+VOC is the folder that holds VOCdevkit/VOC2007 and VOCdevkit/VOC2012. The default settings are those of the paper's
+table 3: training on 2007 and 2012 trainval, batch 8, 41 000 iterations, learning rate 4e-3, divided by ten after 33 000
+iterations, and the test on 2007 test. The script runs in one process, on a GPU if there is one. The output folder gets
+checkpoint_last.pt, log.jsonl and, at the end, voc.json with the average precision of each class.
 """
 
 from __future__ import annotations
@@ -23,45 +23,63 @@ from dali_saliencymix.packages import require_or_exit
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the options, and end with a message where they make no sense."""
+    """Parse the command line, and exit with a message if an option is invalid."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune torchvision's Faster R-CNN on Pascal VOC from the backbone of a trained classifier.",
+        description="Fine-tune torchvision's Faster R-CNN on Pascal VOC, with the backbone of a trained classifier.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("data", type=Path, metavar="VOC", help="folder that holds VOCdevkit/")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="classifier whose backbone is taken")
     parser.add_argument(
-        "--train-sets", nargs="+", default=["2007:trainval", "2012:trainval"], metavar="YEAR:SET", help="trained on"
+        "--checkpoint", type=Path, required=True, help="checkpoint of the classifier that provides the backbone"
     )
-    parser.add_argument("--test-set", default="2007:test", metavar="YEAR:SET", help="what the result is measured on")
-    parser.add_argument("--iterations", type=whole_number(1), default=41000, help="length of the training, in batches")
-    parser.add_argument("-b", "--batch-size", type=whole_number(1), default=8, help="images in a batch")
+    parser.add_argument(
+        "--train-sets", nargs="+", default=["2007:trainval", "2012:trainval"], metavar="YEAR:SET", help="training sets"
+    )
+    parser.add_argument("--test-set", default="2007:test", metavar="YEAR:SET", help="test set")
+    parser.add_argument("--iterations", type=whole_number(1), default=41000, help="number of training iterations")
+    parser.add_argument("-b", "--batch-size", type=whole_number(1), default=8, help="images per batch")
     parser.add_argument("--lr", type=float, default=4e-3, help="learning rate")
     parser.add_argument(
-        "--lr-milestones", type=whole_number(0), nargs="*", default=[33000], help="iterations of the steps"
+        "--lr-milestones",
+        type=whole_number(0),
+        nargs="*",
+        default=[33000],
+        help="iterations at which --lr is multiplied by --lr-gamma",
     )
-    parser.add_argument("--lr-gamma", type=float, default=0.1, help="factor of each step")
+    parser.add_argument("--lr-gamma", type=float, default=0.1, help="factor at each milestone")
     parser.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
     parser.add_argument("--wd", "--weight-decay", type=float, default=1e-4, dest="weight_decay", help="weight decay")
     parser.add_argument(
         "--trainable-layers",
         type=whole_number(0, 5),
         default=3,
-        help="stages of the backbone that are trained, from the last one",
+        help="number of trainable stages of the backbone, counted from the last one",
     )
-    parser.add_argument("--min-size", type=whole_number(1), default=800, help="short side that images are resized to")
-    parser.add_argument("--max-size", type=whole_number(1), default=1333, help="limit of the long side")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument(
-        "-j", "--workers", type=whole_number(0), default=4, help="processes that decode images; 0: this one"
+        "--min-size", type=whole_number(1), default=800, help="short side of the resized images, in pixels"
     )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of new weights, order and mirroring")
-    parser.add_argument("--output-dir", type=Path, default=Path("output-voc"), help="folder for checkpoint and log")
+    parser.add_argument("--max-size", type=whole_number(1), default=1333, help="maximum of the long side, in pixels")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device to run on")
     parser.add_argument(
-        "--resume", choices=("auto",), help="go on from the output folder's checkpoint, if there is one"
+        "-j",
+        "--workers",
+        type=whole_number(0),
+        default=4,
+        help="worker processes that decode images; 0: the main process",
     )
-    parser.add_argument("--save-freq", type=whole_number(1), default=1000, help="iterations between two checkpoints")
-    parser.add_argument("-p", "--print-freq", type=whole_number(1), default=50, help="iterations between two displays")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="seed of new weights, order of images and flips"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("output-voc"), help="folder for checkpoint, log and result"
+    )
+    parser.add_argument(
+        "--resume", choices=("auto",), help="resume from the checkpoint in the output folder, if there is one"
+    )
+    parser.add_argument("--save-freq", type=whole_number(1), default=1000, help="iterations between checkpoints")
+    parser.add_argument(
+        "-p", "--print-freq", type=whole_number(1), default=50, help="iterations between lines of progress"
+    )
     add_traceback(parser)
     args = parser.parse_args(arguments)
     if args.max_size < args.min_size:
@@ -72,7 +90,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # --help and a wrong option need not wait for PyTorch, which takes seconds to import
+if __name__ == "__main__":  # before the import of PyTorch, which takes seconds: --help and wrong options end here
     ARGUMENTS = parse_arguments()
 
 require_or_exit("PIL", "torch", "torchvision", "tqdm")
@@ -101,7 +119,7 @@ from dali_saliencymix.training.voc import (
 )
 
 ENTRIES = ("model", "optimizer", "iteration", "config", "random")
-# The options that decide what is trained: a run that resumes has to keep them.
+# Options that affect the training: a resumed run has to keep them.
 TRAINING_OPTIONS = (
     *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
     *("trainable_layers", "min_size", "max_size", "seed"),
@@ -117,33 +135,33 @@ def build_detector(
     max_size: int,
     **options: Any,
 ) -> tuple[FasterRCNN, int]:
-    """Make a Faster R-CNN with a feature pyramid on the backbone of a classifier.
+    """Build a Faster R-CNN with a feature pyramid network on the backbone of a classifier.
 
     Parameters
     ----------
     classifier : dict
         A checkpoint of train.py.
     path : Path
-        Where it comes from, for messages.
+        Path of the checkpoint, for messages.
     trainable_layers : int
-        0 to 5: how many stages of the backbone are trained, counted from the last one.
+        Number of trainable stages of the backbone, 0 to 5, counted from the last one.
     min_size, max_size : int
-        Pixels that the short side is resized to, and limit of the long one.
+        Short side of the resized images and maximum of the long side, in pixels.
     **options
-        Others of torchvision's ``FasterRCNN``.
+        Other arguments of torchvision's ``FasterRCNN``.
 
     Returns
     -------
     model : FasterRCNN
-        All weights behind the backbone are new. Statistics and factors of its batch normalisation are frozen, as is
-        usual where batches are small.
+        The detector. All weights after the backbone are new. The backbone's batch normalisation is frozen, both
+        statistics and affine parameters, as is usual with small batches.
     taken : int
-        Number of tensors that come from the classifier: all of the backbone.
+        Number of tensors loaded from the classifier: all tensors of the backbone.
 
     Raises
     ------
     ValueError
-        If the classifier is no ResNet of torchvision or its tensors are not exactly those of the backbone.
+        If the classifier is not a ResNet of torchvision, or its tensors do not match those of the backbone.
     """
     arch = classifier["config"].get("arch")
     if arch not in torchvision.models.list_models(torchvision.models) or "resne" not in arch:
@@ -157,8 +175,8 @@ def build_detector(
 
 
 def take_backbone(body: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> int:
-    """Load all but the last layer of a classifier, exactly or not at all; return the number of tensors."""
-    # The classifier's own layer has other classes, and frozen batch normalisation counts no batches.
+    """Load all layers of a classifier except the last one, with exact matching; return the number of tensors."""
+    # The last layer has other classes, and frozen batch normalisation has no num_batches_tracked.
     taken = {
         name: value
         for name, value in weights.items()
@@ -168,7 +186,7 @@ def take_backbone(body: nn.Module, weights: dict[str, torch.Tensor], path: Path)
     wrong = sorted(taken.keys() ^ wanted.keys())
     wrong += [name for name in wanted if name in taken and taken[name].shape != wanted[name].shape]
     if wrong:
-        msg = f"{path}: {len(wrong)} tensors are missing, left over or of another shape than in the backbone, "
+        msg = f"{path}: {len(wrong)} tensors are missing, left over or have another shape than in the backbone; "
         msg += f"the first is {wrong[0]!r}"
         raise ValueError(msg)
     body.load_state_dict(taken)
@@ -176,7 +194,7 @@ def take_backbone(body: nn.Module, weights: dict[str, torch.Tensor], path: Path)
 
 
 class Transfer:
-    """Detector, optimiser and place in the training."""
+    """Hold the detector, the optimiser and the training state."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, lock: FolderLock) -> None:
         self.args, self.device, self.lock = args, device, lock
@@ -197,23 +215,23 @@ class Transfer:
         self.iteration = 0
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint of this script."""
+        """Restore the state from a checkpoint of this script."""
         saved = checkpoints.load_checkpoint(path, ENTRIES)
         for option in (*TRAINING_OPTIONS, "arch"):
             was, now = saved["config"].get(option), self.config[option]
             if was != now:
-                msg = f"{path}: cannot go on with other options: {option} was {was}, is now {now}"
+                msg = f"{path}: cannot resume with other options: {option} was {was}, is now {now}"
                 raise ValueError(msg)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.iteration = saved["iteration"]
-        # The detector draws the regions that it is trained on; the order of the images needs no state.
+        # The detector samples its training regions at random; the order of the images needs no state.
         torch.set_rng_state(saved["random"]["cpu"])
         if self.device.type == "cuda" and saved["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
 
     def save(self) -> None:
-        """Write all that is needed to go on."""
+        """Write a checkpoint to resume from."""
         self.lock.check()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         checkpoint = {
@@ -231,7 +249,7 @@ class Transfer:
         order = training_order(
             len(images), batch_size=args.batch_size, seed=args.seed, start=self.iteration, stop=args.iterations
         )
-        # With a generator of its own, the loader draws nothing from the detector's.
+        # A separate generator keeps the loader from advancing the global one, from which the detector draws.
         loader = torch.utils.data.DataLoader(
             images,
             batch_sampler=order,
@@ -270,7 +288,7 @@ class Transfer:
 
     @torch.inference_mode()
     def test(self, images: VocImages) -> dict[str, Any]:
-        """Return the average precision of each class, and the means over the classes that occur."""
+        """Return the average precision of each class, and the means over the classes that have objects."""
         self.model.eval()
         loader = torch.utils.data.DataLoader(
             images,
@@ -291,7 +309,7 @@ class Transfer:
         }
         occurring = [each for each in classes.values() if each["objects"]]
         if not occurring:
-            msg = f"{self.args.test_set}: no objects to find in the {len(images)} images of this set"
+            msg = f"{self.args.test_set}: the {len(images)} images of this set have no objects"
             raise ValueError(msg)
         means = {
             f"map_{form}": sum(each[form] for each in occurring) / len(occurring) for form in ("eleven_point", "area")
@@ -300,17 +318,17 @@ class Transfer:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Take the output folder and run in it."""
+    """Lock the output folder, then train and test."""
     processes = distributed.start_processes(args.device)
     if processes.world_size > 1:
-        msg = f"this script runs in one process, got {processes.world_size} of torchrun"
+        msg = f"this script runs in one process, got {processes.world_size} from torchrun"
         raise ValueError(msg)
     with FolderLock(args.output_dir, prog="transfer_voc.py") as lock:
         run_alone(args, processes.device, lock)
 
 
 def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) -> None:
-    """Train, test, and write what came of it, while this process has the output folder for itself."""
+    """Train, test and write the results, while this process holds the lock of the output folder."""
     last = args.output_dir / checkpoints.LAST
     if last.exists() and not args.resume:
         msg = f"{last}: would be overwritten; give --resume auto or another --output-dir"
@@ -327,7 +345,7 @@ def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) 
     write_event(log, "resume" if resumed else "start", config=transfer.config, **environment(str(device)))
     say(
         f"Faster R-CNN, {transfer.config['arch']} with a feature pyramid: all {transfer.taken} tensors of its backbone "
-        f"taken from {args.checkpoint}\n{len(train_images)} images to train on, {len(test_images)} to test on, "
+        f"loaded from {args.checkpoint}\n{len(train_images)} images to train on, {len(test_images)} to test on, "
         f"iterations {transfer.iteration} to {args.iterations}"
     )
     if transfer.iteration < args.iterations:
@@ -343,13 +361,13 @@ def run_alone(args: argparse.Namespace, device: torch.device, lock: FolderLock) 
 
 
 def main(args: argparse.Namespace | None = None) -> int:
-    """Run with the options of the command line; return the exit status."""
+    """Run the program; return its exit status."""
     prepare_stdout()
     try:
         run(args or parse_arguments())
         flush_stdout()
     except KeyboardInterrupt:
-        sys.stderr.write("transfer_voc.py: interrupted; --resume auto goes on from the last checkpoint\n")
+        sys.stderr.write("transfer_voc.py: interrupted; --resume auto resumes from the last checkpoint\n")
         return 130
     except Exception as error:
         return distributed.fail(error, prog="transfer_voc.py", with_traceback=wants_traceback(sys.argv))

@@ -1,8 +1,8 @@
 """SaliencyMix for NVIDIA DALI: saliency-guided mixing of whole batches.
 
-``dali_saliencymix.saliencymix`` works on NumPy and CuPy arrays, ``dali_saliencymix.fn.saliencymix`` inside DALI
-pipelines, ``dali_saliencymix.pytorch.SaliencyMix`` on batches of PyTorch tensors. Importing the package needs NumPy
-alone; DALI and PyTorch are imported with ``fn`` and ``pytorch``.
+``dali_saliencymix.saliencymix`` works on NumPy and CuPy arrays, ``dali_saliencymix.fn.saliencymix`` in DALI
+pipelines, and ``dali_saliencymix.pytorch.SaliencyMix`` on batches of PyTorch tensors. Importing the package requires
+only NumPy; ``fn`` imports DALI and ``pytorch`` imports PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dali_saliencymix.saliency import (
 
 __version__ = "0.1.0"
 
-Placement = MixOptions  # the name that it had before it held all options
+Placement = MixOptions  # the former name, from when the class held only the placement options
 
 __all__ = [
     "DETECTORS",

@@ -1,6 +1,6 @@
-"""The command line: ``dali-saliencymix sample-data | preview | scan | bottleneck | compare | compile``.
+"""Command line: ``dali-saliencymix sample-data | preview | scan | bottleneck | compare | compile``.
 
-``python -m dali_saliencymix`` is the same program.
+``python -m dali_saliencymix`` runs the same program.
 """
 
 from __future__ import annotations
@@ -26,50 +26,52 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    sample = add_command("sample-data", help="make a small data set of real JPEG files")
+    sample = add_command("sample-data", help="write a small data set of real JPEG files")
     sample.add_argument("root", type=Path, metavar="DATA", help="folder to write train/ and val/ into")
     sample.add_argument("--train", type=whole_number(1, 10**6), default=200, help="training images per class")
     sample.add_argument("--val", type=whole_number(1, 10**6), default=40, help="validation images per class")
-    sample.add_argument("--seed", type=whole_number(0), default=0, help="seed of all randomness")
+    sample.add_argument("--seed", type=whole_number(0), default=0, help="random seed")
 
-    preview = add_command("preview", help="draw mixed samples of a data set, or what the detectors see in it")
-    preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or of train/ with these")
-    preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="picture to write")
+    preview = add_command("preview", help="plot mixed samples of a data set, or the maps of all detectors")
+    preview.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or folder with train/")
+    preview.add_argument("-o", "--output", type=Path, default=Path("preview.png"), help="image file to write")
     preview.add_argument("-n", "--count", type=whole_number(1, 1000), default=8, help="number of samples")
-    preview.add_argument("--size", type=whole_number(1, 10_000), default=224, help="size of the images in pixels")
     preview.add_argument(
-        "--min-crop-area", type=float, default=0.08, help="smallest area of the random crop, as a share of the image"
+        "--size", type=whole_number(1, 10_000), default=224, help="height and width of the images in pixels"
     )
-    preview.add_argument("--compare", action="store_true", help="draw the maps of all detectors side by side instead")
-    preview.add_argument("--modes", nargs="+", choices=MODES, default=["saliencymix"], help="ways to mix, one a sample")
+    preview.add_argument("--min-crop-area", type=float, default=0.08, help="minimum area fraction of the random crop")
+    preview.add_argument(
+        "--compare", action="store_true", help="plot the maps of all detectors instead of mixed samples"
+    )
+    preview.add_argument(
+        "--modes", nargs="+", choices=MODES, default=["saliencymix"], help="mixing modes; each sample gets one of them"
+    )
     for option in ("alpha", "prob", "preset", *PRESET_OPTIONS, "label_weight"):
         add_option(preview, option)
-    preview.add_argument("--seed", type=whole_number(0), default=0, help="seed of all randomness")
+    preview.add_argument("--seed", type=whole_number(0), default=0, help="random seed")
 
-    scan = add_command("scan", help="decode every file of a data set once and list those that a training can use")
-    scan.add_argument("root", type=Path, metavar="DATA", help="folder with train/ and val/, or of class folders")
+    scan = add_command("scan", help="decode every file of a data set once and list the files usable for training")
+    scan.add_argument("root", type=Path, metavar="DATA", help="folder of class folders, or one with train/ and val/")
     scan.add_argument("-o", "--output", type=Path, default=Path("scan"), help="folder for the lists and scan.json")
     scan.add_argument(
-        "--min-size", type=whole_number(1), default=8, help="exclude images with a shorter side than this, in pixels"
+        "--min-size", type=whole_number(1), default=8, help="exclude images whose shorter side is below this, in pixels"
     )
-    scan.add_argument("--strict", action="store_true", help="exclude files that the decoder warns of, too")
-    scan.add_argument(
-        "-j", "--workers", type=whole_number(1, 1024), help="processes that decode; all cores if not given"
-    )
-    scan.add_argument("--timeout", type=float, default=60.0, help="seconds after which a file is given up")
+    scan.add_argument("--strict", action="store_true", help="also exclude files with decoder warnings")
+    scan.add_argument("-j", "--workers", type=whole_number(1, 1024), help="decoding processes; by default one per core")
+    scan.add_argument("--timeout", type=float, default=60.0, help="time limit per file in seconds")
 
-    # Its options include those of train.py, which only a parser that knows PyTorch can read.
-    add_command("bottleneck", help="say whether the loader or the training step is the bottleneck", add_help=False)
+    # Its options include those of train.py, and the parser of train.py imports PyTorch.
+    add_command("bottleneck", help="report whether training is input-bound", add_help=False)
 
-    comparison = add_command("compare", help="say what changed between two reports of bottleneck")
+    comparison = add_command("compare", help="report the changes between two bottleneck reports")
     comparison.add_argument("before", type=Path, metavar="A.json")
     comparison.add_argument("after", type=Path, metavar="B.json")
 
     compiling = add_command(
         "compile",
-        help="compile Numba's kernels in advance",
-        description="Compile all of Numba's kernels for this type of CPU, into its cache. NUMBA_CACHE_DIR names the "
-        "folder; by default it is beside the package or, where that cannot be written, in ~/.cache.",
+        help="compile the Numba kernels in advance",
+        description="Compile all Numba kernels for this type of CPU into Numba's cache. NUMBA_CACHE_DIR sets the cache "
+        "folder. By default it is next to the package or, if that is not writable, in ~/.cache.",
     )
     for command_parser in (sample, preview, scan, comparison, compiling):
         add_traceback(command_parser)
@@ -91,12 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         write_error(error, prog, expected=isinstance(error, EXPECTED), with_traceback=with_traceback)
-        return 2 if command == "scan" else 1  # where 1 stands for a scan that found something
+        return 2 if command == "scan" else 1  # scan returns 1 if it found unusable files
     return status
 
 
 def _run(command: str, args: dict[str, Any]) -> int:
-    """Run a command with its arguments; return the exit status."""
+    """Dispatch to the command; return the exit status."""
     if command == "sample-data":
         require("PIL")
         from dali_saliencymix.datasets.sample_data import make_sample_data

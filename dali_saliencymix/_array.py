@@ -1,7 +1,7 @@
-"""Which array library an array belongs to: the only place that asks.
+"""Detection of the array library, NumPy or CuPy.
 
-Everything above this module is written once, for a namespace `xp` that is either ``numpy`` or ``cupy``.
-CuPy is never imported here: an array can only be a CuPy array if its owner has imported CuPy already.
+Array functions are written once, for a namespace `xp` that is either ``numpy`` or ``cupy``. This module never imports
+CuPy: a CuPy array can only exist if its owner has already imported CuPy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Namespace = Any  # the module numpy or cupy
 
 
 def array_namespace(array: Array) -> Namespace:
-    """Return ``numpy`` or ``cupy``, whichever `array` belongs to; None for anything else."""
+    """Return the library of `array`, ``numpy`` or ``cupy``; None for any other object."""
     if isinstance(array, np.ndarray):
         return np
     cupy = sys.modules.get("cupy")
@@ -30,29 +30,29 @@ def array_namespace(array: Array) -> Namespace:
 
 
 def is_host(xp: Namespace) -> bool:
-    """Tell whether arrays of `xp` live in host memory, where looking at values costs no synchronisation."""
+    """Return whether arrays of `xp` are in host memory, where reading values needs no synchronisation."""
     return xp is np
 
 
 class LentStream:
-    """A CUDA stream of another library, its ``cudaStream_t``, as ``cupy.cuda.Stream.from_external`` takes it."""
+    """Wrapper of another library's ``cudaStream_t`` for ``cupy.cuda.Stream.from_external``."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
 
-    def __cuda_stream__(self) -> tuple[int, int]:  # version of the protocol, stream
+    def __cuda_stream__(self) -> tuple[int, int]:  # protocol version, stream
         return 0, self._pointer
 
 
 def device_of(xp: Namespace) -> int:
-    """Return the number of the current device; 0 for host memory."""
+    """Return the index of the current device; 0 for host memory."""
     return 0 if is_host(xp) else xp.cuda.runtime.getDevice()
 
 
 def fft_module(xp: Namespace) -> Any:
-    """Return the module with the FFT functions for arrays of `xp`, which keep float32 in single precision.
+    """Return the FFT module for arrays of `xp`; its functions compute float32 input in single precision.
 
-    In host memory it is SciPy's, which on batches of small images is several times as fast as NumPy's.
+    In host memory it is ``scipy.fft``, which is several times as fast as ``numpy.fft`` on batches of small images.
     """
     if is_host(xp):
         from scipy import fft
@@ -66,14 +66,14 @@ def _constant(xp: Namespace, device: int, build: Callable[..., Any], args: tuple
     del device  # only part of the key
     constant = xp.asarray(build(*args))
     if not is_host(xp):
-        # Other streams will read this array: it has to have arrived before anybody can find it.
+        # Other streams will read this array, so the copy must be complete before it enters the cache.
         xp.cuda.get_current_stream().synchronize()
     return constant
 
 
 def constant(xp: Namespace, build: Callable[..., Any], *args: Any) -> Array:
-    """Return ``build(*args)``, a NumPy array, as an array of `xp`, built and copied once per device.
+    """Return the NumPy array ``build(*args)`` as an array of `xp`, cached per device.
 
-    The array is shared by all callers and must not be written to.
+    All callers share the array, so they must not write to it.
     """
     return _constant(xp, device_of(xp), build, args)

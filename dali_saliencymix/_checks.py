@@ -1,7 +1,7 @@
-"""Argument checks. Each error names the argument, the rule and what was given.
+"""Argument checks. Each error names the argument, the rule and the given value.
 
-Values on a GPU are not checked: reading one would stall the stream that the batch is computed on. What a
-function does with them instead is said in its docstring.
+Values on a GPU are not checked, because reading one would synchronise the stream. The docstring of each function says
+how it treats invalid values on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_array(array: Array, name: str) -> Namespace:
-    """Return the array library of `array`, which must be one of NumPy and CuPy."""
+    """Require a NumPy or CuPy array; return its array library."""
     xp = array_namespace(array)
     if xp is None:
         msg = f"{name} must be a NumPy or CuPy array, got {type(array).__module__}.{type(array).__qualname__}"
@@ -27,14 +27,14 @@ def check_array(array: Array, name: str) -> Namespace:
 
 
 def check_images(images: Array) -> Namespace:
-    """Require a batch (N, H, W, C) uint8 with C of 1 or 3 and nothing empty; return its array library."""
+    """Require a non-empty batch (N, H, W, C) uint8 with C = 1 or 3; return its array library."""
     xp = array_namespace(images)
     if xp is None:
         return check_array(images, "images")
     if images.dtype != np.uint8:
         msg = (
             f"images must be uint8 with pixel values 0..255, got {images.dtype}: saliency is defined on 8-bit pixels, "
-            "and a detector that is handed normalised floats returns noise without complaint. Mix before normalising"
+            "and a detector silently returns noise for normalised floats. Mix before normalising"
         )
         raise TypeError(msg)
     if images.ndim != 4 or images.shape[3] not in (1, 3):
@@ -49,7 +49,7 @@ def check_images(images: Array) -> Namespace:
 
 
 def check_maps(saliency_map: Array) -> Namespace:
-    """Require maps (N, h, w), and at least one of at least one pixel; return their array library."""
+    """Require non-empty maps (N, h, w); return their array library."""
     xp = check_array(saliency_map, "saliency_map")
     if saliency_map.ndim != 3 or 0 in saliency_map.shape:
         msg = f"saliency_map must have shape (N, h, w) and not be empty, got {saliency_map.shape}"
@@ -67,7 +67,7 @@ def check_per_image(
     library = array_namespace(array)
     if library is not xp:
         library = check_array(array, name)
-        msg = f"{name} must be a {xp.__name__} array as the others are, got a {library.__name__} array"
+        msg = f"{name} must be a {xp.__name__} array like the other arrays, got a {library.__name__} array"
         raise TypeError(msg)
     shape = (count, *trailing)
     if array.shape != shape:
@@ -79,10 +79,10 @@ def check_per_image(
 
 
 def check_range(array: Array, name: str, low: float, high: float, rule: str) -> None:
-    """Require low <= values <= high of an array in host memory; `rule` says so in words."""
+    """Require low <= values <= high for an array in host memory; `rule` describes the range in the message."""
     if not is_host(array_namespace(array)) or array.size == 0:
         return
-    # Written so that NaN is wrong.
+    # NaN fails both comparisons and is therefore rejected.
     if array.min() >= low and array.max() <= high:
         return
     wrong = ~((array >= low) & (array <= high))
@@ -105,7 +105,7 @@ def check_lam(lam: Array, xp: Namespace, count: int) -> None:
 
 
 def check_mixing(images: Array, source_index: Array, lam: Array) -> Namespace:
-    """Require images with a source and a weight for each of them; return their array library."""
+    """Require images, and one source index and one weight per image; return their array library."""
     xp = check_images(images)
     check_source_index(source_index, xp, len(images))
     check_lam(lam, xp, len(images))
@@ -121,7 +121,7 @@ def check_fractions(point: Array, name: str, xp: Namespace, count: int) -> None:
 def check_points(points: Array, name: str, xp: Namespace, count: int, height: int, width: int) -> None:
     """Require (count, 2) integers: points (y, x) inside an image."""
     check_per_image(points, name, xp, count, "iu", trailing=(2,))
-    if not is_host(xp):  # each slice of an array on a GPU takes the host a microsecond or two
+    if not is_host(xp):  # slicing a GPU array costs 1 or 2 microseconds of host time
         return
     check_range(points[:, 0], f"{name}[:, 0]", 0, height - 1, f"in [0, {height}), the rows of the image")
     check_range(points[:, 1], f"{name}[:, 1]", 0, width - 1, f"in [0, {width}), the columns of the image")
@@ -130,14 +130,14 @@ def check_points(points: Array, name: str, xp: Namespace, count: int, height: in
 def check_boxes(boxes: Array, name: str, xp: Namespace, count: int, height: int, width: int) -> None:
     """Require (count, 4) integers: corners (y0, x0, y1, x1) of boxes inside an image."""
     check_per_image(boxes, name, xp, count, "iu", trailing=(4,))
-    if not is_host(xp):  # each slice of an array on a GPU takes the host a microsecond or two
+    if not is_host(xp):  # slicing a GPU array costs 1 or 2 microseconds of host time
         return
     check_range(boxes[:, ::2], f"{name}[:, ::2]", 0, height, f"in [0, {height}], the edges of the image's rows")
     check_range(boxes[:, 1::2], f"{name}[:, 1::2]", 0, width, f"in [0, {width}], the edges of the image's columns")
 
 
 def check_out(out: Array, xp: Namespace, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Require an array to write to, of a given shape and dtype."""
+    """Require a C-contiguous output array of a given shape and dtype."""
     if array_namespace(out) is not xp or out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         msg = (
             f"out must be a C-contiguous {xp.__name__} array of {dtype} and shape {shape}, "
@@ -148,7 +148,7 @@ def check_out(out: Array, xp: Namespace, shape: tuple[int, ...], dtype: np.dtype
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
-    """Require one of several names."""
+    """Require one of the given names."""
     if value not in choices:
         msg = f"{name} must be one of {', '.join(choices)}, got {value!r}"
         raise ValueError(msg)
@@ -178,7 +178,7 @@ def check_flag(value: bool, name: str) -> None:
 
 
 def check_at_least(value: int, name: str, least: int) -> None:
-    """Require an integer of at least `least`."""
+    """Require an integer >= `least`."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         msg = f"{name} must be an integer of at least {least}, got {value!r}"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Compiles all of Numba's kernels in advance, for all types that they can be called with."""
+"""Ahead-of-time compilation of all Numba kernels, for all argument types that they support."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dali_saliencymix.saliency import fine_grained, phase_spectrum, spectral_res
 
 
 def compile_kernels(say: Callable[[str], object]) -> None:
-    """Compile the kernels that are not in Numba's cache yet, and tell `say` about it, line by line.
+    """Compile the kernels that are not yet in Numba's cache; report progress through `say`, one line per call.
 
     Raises
     ------
     OSError
-        If they cannot be kept.
+        If the compiled kernels cannot be written to the cache.
     """
     from dali_saliencymix._numba import contrast, kernel
 
     folder = kernel.folder_for(contrast.reduce_luma)
-    say(f"Numba compiles kernels for this type of CPU and keeps them in {folder}")
+    say(f"Numba compiles kernels for this type of CPU and caches them in {folder}")
     kernel.compilations.silent = True
     images, maps = np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 8, 8), np.float32)
     boxes = np.zeros((2, 4), np.int64)
-    kinds = images, images[..., :1].copy(), images[..., :1]  # RGB, grey, and images that do not lie densely in memory
+    kinds = images, images[..., :1].copy(), images[..., :1]  # RGB, grey, and not contiguous in memory
     groups: dict[str, list[Callable[[], Any]]] = {
         "grey levels": [functools.partial(phase_spectrum, each) for each in kinds],
         "fine_grained": [functools.partial(fine_grained, each) for each in kinds],

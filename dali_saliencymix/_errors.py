@@ -1,8 +1,8 @@
-"""What a program says that something went wrong in: one line on stderr, the last one.
+"""Error reports of the programs: the last line on stderr says what went wrong.
 
-Errors of the types in `EXPECTED` are those of options, files, disks, memory and packages that are not installed, and
-their texts say it all: the traceback stands above the line only with ``--traceback``, which every program has. Any
-other error is a fault of this project or of a library, so its traceback is always there.
+Errors of the types in `EXPECTED` come from options, files, disks, memory and missing packages. Their messages are
+self-explanatory, so the traceback is printed only with ``--traceback``, an option of every program. Any other error is
+a bug in this project or in a library, so its traceback is always printed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _FLAG = "--traceback"
 
 def add_traceback(parser: argparse._ActionsContainer) -> None:
     """Add the option ``--traceback`` to a command line."""
-    parser.add_argument(_FLAG, action="store_true", help="with an error, show where it comes from")
+    parser.add_argument(_FLAG, action="store_true", help="print the traceback of an error")
 
 
 def wants_traceback(arguments: Sequence[str]) -> bool:
-    """Return whether a command line asks for tracebacks: known before it is parsed, which may fail."""
+    """Return whether a command line contains ``--traceback``; parsing it, which may fail, is not needed."""
     return _FLAG in arguments
 
 
 def printable(text: str) -> str:
-    r"""Return a text on one line, with escapes for what cannot be printed, as names of files may hold it.
+    r"""Return a text as one line, with escapes for characters that are not printable, such as those in file names.
 
     Examples
     --------
@@ -47,7 +47,7 @@ def printable(text: str) -> str:
 
 
 def line_of(error: BaseException, *, expected: bool) -> str:
-    """Return what went wrong, on one line; of an error that is not `expected`, also its type and where it was raised.
+    """Return the message of an error as one line; if it is not `expected`, also its type and where it was raised.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def line_of(error: BaseException, *, expected: bool) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
         text = f"{' -> '.join(names)}: {error.strerror}" if names else error.strerror
-    elif "Original Traceback (most recent call last)" in text:  # of a worker of PyTorch's DataLoader
+    elif "Original Traceback (most recent call last)" in text:  # from a worker of PyTorch's DataLoader
         text = text.strip().splitlines()[-1]
     elif isinstance(error, MemoryError):
         text = f"out of memory: {text}" if text else "out of memory"
@@ -68,7 +68,7 @@ def line_of(error: BaseException, *, expected: bool) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return where an error comes from: the last line of this project on the way there, or else the last one."""
+    """Return the innermost frame of this project in the traceback, or else the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE.parent)] or frames
     return f"at {Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else "at an unknown place"
@@ -84,13 +84,13 @@ def write_error(error: BaseException, prog: str, *, expected: bool, with_traceba
 
 
 def prepare_stdout() -> None:
-    """Have names that are no text printed with escapes, in place of an error."""
+    """Make stdout print characters that it cannot encode as escapes instead of raising an error."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "backslashreplace":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def flush_stdout() -> None:
-    """Write what is left for stdout, while an error can still be told of; an OSError names stdout."""
+    """Flush stdout while an error can still be reported; an OSError names stdout."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -99,7 +99,7 @@ def flush_stdout() -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Have an OSError name this file or folder: that of a full disk names none."""
+    """Add this path to any OSError: the error for a full disk contains no file name."""
     try:
         yield
     except OSError as error:
@@ -107,13 +107,13 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def try_writing(folder: str | Path, size: int) -> None:
-    """Raise an OSError that names the folder if no file of so many bytes can be written there; none stays."""
+    """Raise an OSError that names the folder if a file of `size` bytes cannot be written there; leave no file."""
     with naming(folder), tempfile.TemporaryFile(dir=folder) as trial:
         trial.write(bytes(size))
 
 
 def _give_up_stdout_if_closed() -> None:
-    """Keep Python from a second error at its end, over what stdout does not take."""
+    """Prevent a second error at exit, when Python flushes a stdout that can no longer be written."""
     try:
         sys.stdout.flush()
     except OSError:

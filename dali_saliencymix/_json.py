@@ -1,4 +1,4 @@
-"""What JSON has no word for."""
+"""Conversion of values that JSON cannot represent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """Return a value, or what is in a mapping or sequence, with None for each number that is not finite.
+    """Replace each float that is not finite by None, also inside mappings and sequences.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""Which of three routes computes a step: array operations, Numba or CUDA.
+"""Choice of the route that computes a step: array operations, Numba or CUDA.
 
-All routes give the same result; where they do not agree to the last bit, the function says so.
+All routes give the same result. If they are not bit-identical, the docstring of the function says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ALGORITHMS = ("auto", "array", "kernel")
 
 
 def route_of(algorithm: str, xp: Namespace) -> str:
-    """Return what computes with arrays of `xp`: ``"array"``, ``"numba"`` (on a CPU) or ``"cuda"`` (on a GPU).
+    """Return the route for arrays of `xp`: ``"array"``, ``"numba"`` (on a CPU) or ``"cuda"`` (on a GPU).
 
-    ``"auto"`` takes kernels on a GPU, where CuPy brings their compiler, and on a CPU where Numba is installed. A step
-    for which there is no kernel of that kind, or none for arguments such as these, takes array operations.
+    ``"auto"`` selects kernels on a GPU, where CuPy provides the compiler, and on a CPU if Numba is installed. A step
+    without a kernel on this route, or without one for its arguments, falls back to array operations.
     """
     check_choice(algorithm, "algorithm", ALGORITHMS)
     if algorithm == "array":

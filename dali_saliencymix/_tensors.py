@@ -1,4 +1,4 @@
-"""Between PyTorch's tensors and arrays of NumPy or CuPy: through DLPack, without copies, on one stream."""
+"""Zero-copy conversion between PyTorch tensors and NumPy or CuPy arrays through DLPack, on a shared stream."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def to_array(tensor: torch.Tensor) -> Array:
 
 
 def to_tensor(array: Array) -> torch.Tensor:
-    """Return a NumPy or CuPy array as a tensor, without a copy unless no tensor can be like it."""
+    """Return a NumPy or CuPy array as a tensor; copy only read-only arrays and those with negative strides."""
     read_only = isinstance(array, np.ndarray) and not array.flags.writeable
-    # A tensor cannot run backwards through memory: PyTorch ends the process when it is handed such an array.
+    # Tensors do not support negative strides: PyTorch aborts the process when it imports such an array.
     backwards = any(stride < 0 for stride in array.strides)
     return dlpack.from_dlpack(array.copy() if read_only or backwards else array)
 
@@ -32,12 +32,12 @@ def to_tensor(array: Array) -> torch.Tensor:
 def on_the_device_of(images: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device == images.device:
         return tensor
-    # From pinned memory the copy does not stall the stream.
+    # A copy from pinned memory does not block the host.
     return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor.to(images.device)
 
 
 def on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Let CuPy compute where PyTorch does, so that neither has to wait for the other."""
+    """Use PyTorch's current stream as that of CuPy, so that the libraries need no synchronisation."""
     if not images.is_cuda:
         return contextlib.nullcontext()
     cupy, contexts = _cupy(), contextlib.ExitStack()
@@ -48,11 +48,11 @@ def on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager
 
 
 def torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[Any]:
-    """Let PyTorch compute where CuPy does: on DALI's stream, inside a pipeline."""
+    """Use CuPy's current stream as that of PyTorch; inside a pipeline it is DALI's stream."""
     if isinstance(images, np.ndarray):
         return contextlib.nullcontext()
     stream, device = _cupy().cuda.get_current_stream().ptr, images.device.id
-    if not stream:  # the default one, of which PyTorch would make a new one
+    if not stream:  # the default stream, for which ExternalStream would create a new one
         return torch.cuda.stream(torch.cuda.default_stream(device))
     return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
 

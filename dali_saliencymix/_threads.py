@@ -1,7 +1,7 @@
-"""Several threads for a batch in host memory.
+"""Multithreading for batches in host memory.
 
-NumPy and compiled kernels release the GIL while they compute, so plain threads are enough. A batch is cut into
-chunks that fit a core's cache, which alone makes NumPy faster, and each thread takes its share of the chunks.
+NumPy and compiled kernels release the GIL while they compute, so plain threads are enough. A batch is split into
+chunks that fit into a core's cache, which alone makes NumPy faster, and the chunks are divided among the threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _num_threads: contextvars.ContextVar[int] = contextvars.ContextVar("num_threads"
 
 @contextlib.contextmanager
 def limited_to(num_threads: int) -> Iterator[None]:
-    """Let `in_chunks` use so many threads inside the ``with`` block, the calling one included; 0: all cores."""
+    """Limit `in_chunks` to `num_threads` threads inside the ``with`` block, including the caller; 0 means all cores."""
     token = _num_threads.set(num_threads)
     try:
         yield
@@ -31,9 +31,10 @@ def limited_to(num_threads: int) -> Iterator[None]:
 
 
 def in_chunks(function: Callable[[Array], Array], batch: Array, size: int) -> Array:
-    """Return ``function(batch)`` of a function that treats the samples of a NumPy batch one by one.
+    """Return ``function(batch)`` for a function that processes the samples of a NumPy batch independently.
 
-    It is called for `size` samples at a time, by as many threads as `limited_to` allows, or as there are cores.
+    The function is called on chunks of `size` samples, by as many threads as `limited_to` allows; by default one per
+    core.
     """
     results: dict[int, Array] = {}
 
@@ -45,7 +46,7 @@ def in_chunks(function: Callable[[Array], Array], batch: Array, size: int) -> Ar
 
 
 def for_each_chunk(work: Callable[[slice], None], count: int, size: int) -> None:
-    """Call `work` for slices of at most `size` that make up ``range(count)``, as `in_chunks` does."""
+    """Call `work` for slices of at most `size` that cover ``range(count)``, on the threads of `in_chunks`."""
     chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     threads = min(_num_threads.get() or len(os.sched_getaffinity(0)), len(chunks))
 
@@ -63,6 +64,6 @@ def for_each_chunk(work: Callable[[slice], None], count: int, size: int) -> None
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Return the threads of this process; those of a parent do not survive a fork, so it has to be its own."""
-    del process  # only the key
+    """Return the thread pool of this process. Threads do not survive a fork, so the process id is the cache key."""
+    del process  # only part of the key
     return ThreadPoolExecutor(max_workers=max(os.cpu_count() or 1, 2), thread_name_prefix="dali_saliencymix")

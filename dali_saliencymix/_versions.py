@@ -1,4 +1,4 @@
-"""The versions that a result depends on."""
+"""Versions of the packages that a result depends on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = (
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Return the versions of Python, of this package, and of those installed of what it works with and of `more`."""
+    """Return the versions of Python, of this package, of its installed dependencies and of the packages `more`."""
     from dali_saliencymix import __version__
 
     found = {"python": platform.python_version(), "dali-saliencymix": __version__}

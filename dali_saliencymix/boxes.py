@@ -1,9 +1,9 @@
 """From saliency maps to boxes: integer geometry on whole batches.
 
-A peak is (y, x) in image pixels, a box (y0, x0, y1, x1), half-open, rows first; both are int32. `lam` is the weight of
-the receiving image, so a box covers 1 - lam of it.
+A peak is (y, x) in image pixels. A box is (y0, x0, y1, x1) in image pixels, half-open. Both are int32. `lam` is the
+weight of the receiver, so a box covers the share 1 - lam of it.
 
-Each function that users call checks its arguments and calls one that trusts them, as `dali_saliencymix.mix` does.
+Each public function checks its arguments and calls an internal function that does not, as `dali_saliencymix.mix` does.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dali_saliencymix._tables import closeness_to_centre
 from dali_saliencymix._threads import for_each_chunk, in_chunks
 from dali_saliencymix.options import BOXES
 
-_CHUNK = 16  # maps that fit a core's cache
-_WORTH_A_THREAD = 2**20  # pixels: to wake a thread takes as long as to look at a quarter of them
+_CHUNK = 16  # number of maps that fit into a core's cache
+_WORTH_A_THREAD = 2**20  # pixels: waking a thread takes as long as searching a quarter of them
 
 
 def saliency_peaks(
@@ -39,24 +39,26 @@ def saliency_peaks(
     Parameters
     ----------
     saliency_map : ndarray of shape (N, h, w), real
-        Larger is more salient. A pixel that is NaN is not chosen while there is another.
+        Saliency maps; larger is more salient. NaN is chosen only if all values of a map are NaN.
     height, width : int
         Size of the images that the maps belong to.
     least : bool
-        If true, look for the minimum.
+        If true, return the minimum instead of the maximum.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel for float32 maps: compiled by Numba on a CPU, for maxima, or in CUDA. Both find
-        the same pixels. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
+        Array operations or a kernel. There are kernels for float32 maps: in CUDA on a GPU, and, for the maximum only,
+        compiled by Numba on a CPU. Both algorithms return the same pixels. ``"auto"`` selects the kernel on a GPU, and
+        on a CPU if Numba is installed.
 
     Returns
     -------
     ndarray of shape (N, 2), int32
-        (y, x) in image pixels: the centre of the map's cell. Of several equal extrema it is the one nearest to the
-        centre of the image, and of several of those the first in reading order.
+        (y, x) in image pixels: the centre of the extreme cell of the map. Ties go to the cell nearest to the centre of
+        the image; of equally near cells, to the first in row-major order.
 
     Notes
     -----
-    The released code takes the first maximum in reading order, which draws the boxes to the top of the image.
+    The paper's released code takes the first maximum in row-major order, which biases the boxes towards the top of the
+    image.
 
     Examples
     --------
@@ -72,7 +74,7 @@ def saliency_peaks(
 
 
 def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False, route: str = "array") -> Array:
-    """Return what `saliency_peaks` returns, by a kernel of that route where there is one for such maps."""
+    """Return what `saliency_peaks` returns, without checks; use the kernel of `route` if it supports the maps."""
     xp = array_namespace(saliency_map)
     route = route if saliency_map.dtype == np.float32 else "array"
     if route == "cuda":
@@ -95,17 +97,17 @@ def find_peaks(saliency_map: Array, height: int, width: int, *, least: bool = Fa
 
 
 def _centres(map_height: int, map_width: int, height: int, width: int) -> np.ndarray:
-    """Pixel (y, x) at the centre of each cell of a map, in reading order: (h * w, 2) int32."""
+    """Return the pixel (y, x) at the centre of each cell of a map, in row-major order: (h * w, 2) int32."""
     cells = np.stack(np.divmod(np.arange(map_height * map_width), map_width), axis=1)
     return ((2 * cells + 1) * (height, width) // (2 * map_height, 2 * map_width)).astype(np.int32)
 
 
 def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
-    """Return the index of the largest or least value of each map, flat; of several the one with most `closeness`."""
+    """Return the flat index of the maximum or minimum of each map; ties go to the largest `closeness`."""
     xp = array_namespace(saliency_map)
     count = len(saliency_map)
     extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
-    # It is NaN where a pixel is: on a CPU, looking there first spares two passes over all pixels.
+    # The extremum is NaN if any pixel is. Testing it first saves two passes over all pixels on a CPU.
     if saliency_map.dtype.kind == "f" and (not is_host(xp) or np.isnan(extremum).any()):
         saliency_map = xp.fmin(saliency_map, xp.inf) if least else xp.fmax(saliency_map, -xp.inf)
         extremum = (saliency_map.min if least else saliency_map.max)(axis=(1, 2), keepdims=True)
@@ -116,7 +118,7 @@ def _extreme(saliency_map: Array, *, closeness: Array, least: bool) -> Array:
 
 
 def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "fit") -> Array:
-    """Return boxes of 1 - `lam` of the image around `peaks`.
+    """Return boxes around `peaks` that cover the share 1 - `lam` of the image.
 
     Parameters
     ----------
@@ -127,14 +129,14 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
     height, width : int
         Size of the images.
     box : {"fit", "clip"}
-        ``"fit"`` moves a box that would stick out back inside the image and keeps its size, floor(H s) x floor(W s)
-        with s = sqrt(1 - lam), as the paper says. ``"clip"`` cuts off what sticks out, as the released code does;
-        sides are rounded down to even numbers there.
+        Treatment of boxes that cross the border of the image. Boxes have the size floor(H s) x floor(W s) with
+        s = sqrt(1 - lam). ``"fit"`` moves a box inside and keeps its size, as in the paper. ``"clip"`` cuts it at the
+        border, as in the released code, and rounds the sides of all boxes down to even numbers.
 
     Returns
     -------
     ndarray of shape (N, 4), int32
-        (y0, x0, y1, x1). A side under one pixel (two with ``"clip"``) gives an empty box.
+        (y0, x0, y1, x1). If a side is shorter than one pixel (two with ``"clip"``), the box is empty.
 
     Notes
     -----
@@ -158,10 +160,10 @@ def boxes_at(peaks: Array, lam: Array, height: int, width: int, *, box: str = "f
 
 
 def place_boxes(peaks: Array, lam: Array, height: int, width: int, *, box: str) -> Array:
-    """Return what `boxes_at` returns."""
+    """Return what `boxes_at` returns, without checks."""
     xp = array_namespace(peaks)
     size = constant(xp, _size, height, width)
-    # In float64 on every device: the floor must not depend on where it is computed.
+    # float64 on every device, so that the floor does not depend on the device.
     side = (size * xp.sqrt(xp.subtract(1, lam, dtype=xp.float64))[:, None]).astype(xp.int32)
     if box == "fit":
         start = xp.clip(peaks - side // 2, 0, size - side)
@@ -173,7 +175,7 @@ def place_boxes(peaks: Array, lam: Array, height: int, width: int, *, box: str) 
 
 
 def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Array:
-    """Return boxes of the same sizes around other points, moved inside the image where they would stick out.
+    """Return boxes of the same sizes around other points, moved inside the image where they cross its border.
 
     Parameters
     ----------
@@ -202,7 +204,7 @@ def boxes_moved_to(boxes: Array, centres: Array, height: int, width: int) -> Arr
 
 
 def move_boxes(boxes: Array, centres: Array, height: int, width: int) -> Array:
-    """Return what `boxes_moved_to` returns."""
+    """Return what `boxes_moved_to` returns, without checks."""
     xp = array_namespace(boxes)
     side = boxes[:, 2:] - boxes[:, :2]
     start = xp.clip(centres - side // 2, 0, constant(xp, _size, height, width) - side)
@@ -210,7 +212,7 @@ def move_boxes(boxes: Array, centres: Array, height: int, width: int) -> Array:
 
 
 def points_at(fractions: Array, height: int, width: int) -> Array:
-    """Return the pixels at given fractions of the height and the width of an image.
+    """Return the pixels at the given fractions of the height and the width of an image.
 
     Parameters
     ----------
@@ -222,7 +224,7 @@ def points_at(fractions: Array, height: int, width: int) -> Array:
     Returns
     -------
     ndarray of shape (N, 2), int32
-        (y, x); a fraction of 1 belongs to the last pixel.
+        (y, x); a fraction of 1 gives the last pixel.
 
     Examples
     --------
@@ -236,14 +238,14 @@ def points_at(fractions: Array, height: int, width: int) -> Array:
 
 
 def scale_points(fractions: Array, height: int, width: int) -> Array:
-    """Return what `points_at` returns."""
+    """Return what `points_at` returns, without checks."""
     xp = array_namespace(fractions)
     size = constant(xp, _size, height, width)
     return xp.clip((fractions * size).astype(xp.int32), 0, size - 1)
 
 
 def kept_fraction(boxes: Array, height: int, width: int) -> Array:
-    """Return the share of each image outside its box: `lam` as it really came out.
+    """Return the share of each image outside its box: `lam` after pasting.
 
     Parameters
     ----------
@@ -269,7 +271,7 @@ def kept_fraction(boxes: Array, height: int, width: int) -> Array:
 
 
 def lam_of_boxes(boxes: Array, height: int, width: int) -> Array:
-    """Return what `kept_fraction` returns."""
+    """Return what `kept_fraction` returns, without checks."""
     xp = array_namespace(boxes)
     sides = boxes[:, 2:] - boxes[:, :2]
     area = sides[:, 0] * sides[:, 1]
@@ -279,12 +281,12 @@ def lam_of_boxes(boxes: Array, height: int, width: int) -> Array:
 def lam_of_saliency(
     maps: Array, receivers: Array, boxes: Array, sources: Array, source_boxes: Array, height: int, width: int
 ) -> Array:
-    """Return the weight of each receiver by saliency, (N,) float32: kept / (kept + pasted).
+    """Return the weight of each receiver by saliency, kept / (kept + pasted): (N,) float32.
 
-    `kept` is the share of the receiver's saliency outside its box, `pasted` that of the source's inside its own;
-    `receivers` and `sources` say which of the `maps` (M, h, w) belong to each pair. A map with negative values is
-    shifted by its minimum, and what is not finite in it counts as not salient. Where a map has nothing salient, or both
-    shares are 0, the area decides.
+    `kept` is the share of the receiver's saliency outside its box. `pasted` is the share of the source's saliency
+    inside its box. `receivers` and `sources` are indices into `maps` (M, h, w), one per pair. A map with negative
+    values is shifted by its minimum, and values that are not finite count as not salient. If a map of the pair is
+    zero everywhere, or both shares are 0, the weight is by area.
     """
     xp = array_namespace(maps)
     kept, _, known = _shares_of_saliency(maps, receivers, boxes, height, width)
@@ -295,9 +297,10 @@ def lam_of_saliency(
 
 
 def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, width: int) -> tuple[Array, Array, Array]:
-    """Return the shares of the saliency of ``maps[index]`` outside and inside each box, and whether there is any.
+    """Return the shares of the saliency of ``maps[index]`` outside and inside each box, and whether they are defined.
 
-    A map is constant inside each of its cells: those that an edge of a box cuts count by the part that is covered.
+    A map is constant inside each of its cells. Cells that the edge of a box cuts count in proportion to the covered
+    area.
     """
     xp = array_namespace(maps)
     _, map_height, map_width = maps.shape
@@ -319,7 +322,7 @@ def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, wi
         for_each_chunk(work, len(index), _CHUNK)
     else:
         found = parts(slice(None))
-    # Sums of what is not negative: no difference would bring rounding to where nothing is.
+    # Only sums of values >= 0: a difference could leave a rounding error in place of 0.
     inside = found[:, 0, 0]
     outside = found[:, 0, 1] + found[:, 1, 0] + found[:, 1, 1]
     whole = inside + outside
@@ -329,18 +332,18 @@ def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, wi
 
 
 def _covered(edges: Array, size: int, cells: int) -> Array:
-    """Return how much of each of `cells`, which make up `size` pixels, lies between two edges: (N, cells) float64."""
+    """Return the fraction of each cell between two edges, for `cells` cells over `size` pixels: (N, cells) float64."""
     xp = array_namespace(edges)
     reached = xp.clip(edges[:, :, None] * cells / size - xp.arange(cells), 0, 1)
     return reached[:, 1] - reached[:, 0]
 
 
 def _not_negative(maps: Array) -> Array:
-    """Return maps (N, h, w) as float64, shifted to be at least 0 where they are not, without what is not finite."""
+    """Return maps (N, h, w) as float64 >= 0: shifted by a negative minimum, with 0 for values that are not finite."""
     xp = array_namespace(maps)
     values = maps.astype(xp.float64)
     finite = xp.isfinite(values)
-    if is_host(xp) and finite.all() and values.min() >= 0:  # as of all detectors of this package
+    if is_host(xp) and finite.all() and values.min() >= 0:  # true of all detectors of this package
         return values
     values = xp.where(finite, values, 0)
     lowest = xp.minimum(values.min(axis=(1, 2), keepdims=True), 0)

@@ -1,11 +1,11 @@
-"""`Monitor` as a callback of PyTorch Lightning, and of the Trainer of Hugging Face's transformers.
+"""Callbacks with a `Monitor` for PyTorch Lightning and for the Trainer of Hugging Face transformers.
 
-A callback times how long each training step waits for its data, as the host sees it, warns once where that starves the
-training, and says at its end whether the loader keeps up. Validation, checkpoints and logging between two steps count
-neither as wait nor as step. Of several processes the main one speaks: it warns of its own loader, and at the end it
-names the process that waited longest.
+A callback measures on the host how long each training step waits for its data. It warns once if the loader is too slow,
+and prints at the end of the training whether the loader kept up. Validation, checkpoints and logging between two steps
+count neither as wait nor as step. With several processes, only the main process prints: warnings are about its own
+loader, and the line at the end names the process that waited longest.
 
-Importing this imports neither package.
+Importing this module imports neither package.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from dali_saliencymix.packages import is_installed, require
 
 __all__ = ["lightning_callback", "transformers_callback"]
 
-_PREFIX = "data/"  # of the names in a trainer's log
+_PREFIX = "data/"  # of the names in a trainer's logs
 _LIGHTNING = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
-_FETCH = "train_dataloader_next"  # what Lightning tells its profiler when it asks for a training batch
+_FETCH = "train_dataloader_next"  # Lightning's profiler action for fetching a training batch
 
 
 def lightning_callback(**options: Any) -> Any:
     """Return a callback for the ``Trainer`` of PyTorch Lightning, from ``lightning`` or ``pytorch_lightning``.
 
-    It logs ``data/wait_share`` and, with `batch_size`, ``data/images_per_second`` of the last steps through the
-    LightningModule. A step is one batch, also where gradients are accumulated. What callbacks before it in the list do
-    at the end of a step counts as a part of the step.
+    The callback logs ``data/wait_share`` and, with `batch_size`, ``data/images_per_second`` of the last steps through
+    the LightningModule. A step is one batch, also with gradient accumulation. The time that callbacks before it in the
+    list take at the end of a step counts as part of the step.
 
     Parameters
     ----------
     **options
-        Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size`, `window`, `warn_share`, `patience`, `say`,
-        which is given the line of `Monitor.verdict` at the end as well, and `clock`.
+        Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size`, `window`, `warn_share`, `patience`, `say` and
+        `clock`. `say` also receives the line of `Monitor.verdict` at the end.
 
     Returns
     -------
     Callback
-        Of the package that is imported already, of both where both are. Its attribute `monitor` is the `Monitor` of
-        the last training, None before the first.
+        A callback of the package that is already imported, or of both if both are. Its attribute `monitor` is the
+        `Monitor` of the last training, None before the first.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def lightning_callback(**options: Any) -> Any:
     >>> import lightning  # doctest: +SKIP
     >>> trainer = lightning.Trainer(callbacks=[lightning_callback(batch_size=256)])  # doctest: +SKIP
     """
-    Monitor(**options)  # a wrong option is an error here, not when a training begins
+    Monitor(**options)  # raises for wrong options now, not at the start of a training
     found = [name for package, name in _LIGHTNING.items() if name in sys.modules]
     found = found or [name for package, name in _LIGHTNING.items() if is_installed(package)][:1]
     if not found:
@@ -67,23 +67,23 @@ def lightning_callback(**options: Any) -> Any:
 def transformers_callback(**options: Any) -> Any:
     """Return a callback for the ``Trainer`` of transformers.
 
-    It adds ``data/wait_share`` and ``data/images_per_second`` of the last steps to the Trainer's logs of its loss: they
-    are in ``trainer_state.json`` and on the console, but not in TensorBoard or Weights & Biases, which are given the
-    logs before any callback of the user. A step is an update: the Trainer asks for all batches that it accumulates
-    before it uses the first. Let it be the last of the callbacks: what others behind it do at the end of a step counts
-    as wait.
+    The callback adds ``data/wait_share`` and ``data/images_per_second`` of the last steps to the Trainer's logs of the
+    loss. They appear in ``trainer_state.json`` and on the console, but not in TensorBoard or Weights & Biases, which
+    receive the logs before any callback of the user. A step is one weight update, because the Trainer fetches all
+    batches that it accumulates before it uses the first. Put this callback last in the list: the time that callbacks
+    after it take at the end of a step counts as wait.
 
     Parameters
     ----------
     **options
-        Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size`, by default the images of an update in all
-        processes, `window`, `warn_share`, `patience`, `say`, which is given the line of `Monitor.verdict` at the end as
-        well, and `clock`.
+        Arguments of `dali_saliencymix.bottleneck.Monitor`: `batch_size` (by default, the images of an update in all
+        processes), `window`, `warn_share`, `patience`, `say` and `clock`. `say` also receives the line of
+        `Monitor.verdict` at the end.
 
     Returns
     -------
     TrainerCallback
-        Its attribute `monitor` is the `Monitor` of the last training, None before the first.
+        The callback. Its attribute `monitor` is the `Monitor` of the last training, None before the first.
 
     Raises
     ------
@@ -104,14 +104,14 @@ def transformers_callback(**options: Any) -> Any:
 
 @functools.cache
 def _class_of(hooks: type[_Hooks], *bases: str) -> Any:
-    """Return a class with these hooks that is a callback of other packages, which are imported."""
+    """Return a class with these hooks and these base classes, whose packages are imported."""
     found = (name.rpartition(".") for name in bases)
     classes = [getattr(importlib.import_module(module), name) for module, _, name in found]
     return type("DataWaitMonitor", (hooks, *classes), {"__module__": __name__})
 
 
 class _Hooks:
-    """What the callbacks have in common."""
+    """Base class of the callbacks."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -122,7 +122,7 @@ class _Hooks:
         self.monitor = Monitor(**{**defaults, **self._options, **quiet})
 
     def _end(self, rank: int, *, together: bool) -> None:
-        """Say how the loaders did; `together` if all processes call this."""
+        """Print the verdict on the loaders; `together` if all processes call this."""
         assert self.monitor is not None
         line, distributed = self.monitor.verdict(), getattr(sys.modules.get("torch"), "distributed", None)
         if together and distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -134,19 +134,19 @@ class _Hooks:
             (self._options.get("say") or write_line)(line)
 
     def _figures(self) -> dict[str, float]:
-        """Return what goes to a log, by name; nothing before the second step."""
+        """Return the figures to log, by name; empty before the second step."""
         assert self.monitor is not None
         figures = {"wait_share": self.monitor.data_wait_share, "images_per_second": self.monitor.images_per_second}
         return {_PREFIX + name: value for name, value in figures.items() if value is not None}
 
 
 class _LightningHooks(_Hooks):
-    """For Lightning: its profiler is told when a batch is asked for and has come, which no hook is."""
+    """Hooks for Lightning. No hook is called around the fetching of a batch, but the profiler is."""
 
-    _profiler: Any = None  # while it is listened to
+    _profiler: Any = None  # whose methods are wrapped
 
     def __reduce__(self) -> Any:
-        """Make a new one in another process: the class has no name that could be imported."""
+        """Create a new callback when unpickled: the class cannot be imported by name."""
         return functools.partial(lightning_callback, **self._options), ()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -172,7 +172,7 @@ class _LightningHooks(_Hooks):
 
     def _listen_no_more(self) -> None:
         if self._profiler is not None:
-            for name in ("start", "stop"):  # those of its class are back; another monitor may have seen to it
+            for name in ("start", "stop"):  # restores the methods of its class; another monitor may have done so
                 vars(self._profiler).pop(name, None)
             self._profiler = None
 
@@ -184,7 +184,7 @@ class _LightningHooks(_Hooks):
         assert self.monitor is not None
         self.monitor.ended()
         every = trainer.log_every_n_steps
-        if every and trainer.global_step % every == 0:  # elsewhere it would be lost, at most of a millisecond
+        if every and trainer.global_step % every == 0:  # Lightning discards what is logged at other steps
             pl_module.log_dict(self._figures(), on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -198,7 +198,7 @@ class _LightningHooks(_Hooks):
 
 
 class _TransformersHooks(_Hooks):
-    """For transformers: a batch is asked for after the last hook behind a step, whichever that is."""
+    """Hooks for transformers. The batch is fetched after the last hook that follows a step, whichever that is."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         images = (state.train_batch_size or args.train_batch_size) * args.gradient_accumulation_steps * args.world_size
@@ -214,7 +214,7 @@ class _TransformersHooks(_Hooks):
         self.monitor.arrived()
 
     def _ask(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.monitor is not None:  # it is None where evaluate is called before train
+        if self.monitor is not None:  # None if evaluate is called before train
             self.monitor.ask()
 
     on_step_end = on_evaluate = on_prediction_step = on_save = _ask
@@ -222,12 +222,12 @@ class _TransformersHooks(_Hooks):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         if self.monitor is None:
             return
-        if logs and "loss" in logs:  # of the training, not of an evaluation or the end
+        if logs and "loss" in logs:  # logs of the training, not of an evaluation or of the end
             figures = self._figures()
             logs.update(figures)
-            state.log_history[-1].update(figures)  # a copy of them
+            state.log_history[-1].update(figures)  # holds a copy of the logs
         self.monitor.ask()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        # A trial of a search that is given up ends in one process alone.
+        # In a hyperparameter search, an abandoned trial ends in one process alone.
         self._end(args.process_index, together=not state.is_hyper_param_search)

@@ -1,6 +1,6 @@
-"""What is drawn at random for a batch, for use outside DALI.
+"""Random draws for a batch, for use outside DALI.
 
-Inside DALI its own operators draw, so that checkpoints cover them.
+In DALI pipelines, DALI's own operators draw the random numbers, so that its checkpoints include their state.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class MixParams(NamedTuple):
-    """What `dali_saliencymix.mix` needs to know of a batch, in its order.
+    """Random arguments of `dali_saliencymix.mix` for one batch, in the order of its parameters.
 
     Attributes
     ----------
     source_index : ndarray of shape (N,), int64
-        A random permutation; an image may be its own partner.
+        Index of each image's source: a random permutation, so an image may be its own source.
     lam : ndarray of shape (N,), float32
-        Weight of the receiving image; 1 where an image is not to be mixed.
+        Weight of each receiver; 1 for images that are not mixed.
     mode : ndarray of shape (N,), int64
         Index into `MODES`.
     point : ndarray of shape (N, 2), float64
-        Fractions (y, x) of the image, uniform.
+        Fractions (y, x) of height and width, drawn uniformly from [0, 1).
     """
 
     source_index: NDArray[np.int64]
@@ -42,25 +42,25 @@ class MixParams(NamedTuple):
 def draw_params(
     rng: np.random.Generator, batch_size: int, *, alpha: float = 1.0, prob: float = 1.0
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Draw partners and mixing weights for one batch.
+    """Draw the sources and mixing weights for one batch.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-        Source of the randomness.
+        Random number generator.
     batch_size : int
         N, the number of images.
     alpha : float
-        `lam` is drawn from Beta(alpha, alpha); 1 is the uniform law of the paper.
+        Parameter of Beta(alpha, alpha), the distribution of `lam`; 1 is the uniform distribution of the paper.
     prob : float
         Probability in [0, 1] that an image is mixed.
 
     Returns
     -------
     source_index : ndarray of shape (N,), int64
-        A random permutation; an image may be its own partner.
+        Index of each image's source: a random permutation, so an image may be its own source.
     lam : ndarray of shape (N,), float32
-        Weight of the receiving image; 1 where an image is not to be mixed.
+        Weight of each receiver; 1 for images that are not mixed.
 
     Examples
     --------
@@ -86,22 +86,22 @@ def draw_mix_params(
     prob: float = 1.0,
     choose: str = "sample",
 ) -> MixParams:
-    """Draw partners, mixing weights and ways to mix for one batch.
+    """Draw the sources, mixing weights and mixing modes for one batch.
 
     Parameters
     ----------
     rng : numpy.random.Generator
-        Source of the randomness.
+        Random number generator.
     batch_size : int
         N, the number of images.
     modes : mapping from str to float
-        Ways to mix, of `MODES`, with their weights: probabilities, or numbers that are in proportion to these.
+        Mixing modes, from `MODES`, with their relative probabilities, which need not sum to 1.
     alpha : float or mapping from str to float
-        `lam` is drawn from Beta(alpha, alpha); one for all modes, or one for each.
+        Parameter of Beta(alpha, alpha), the distribution of `lam`: one number for all modes, or one per mode.
     prob : float
-        Probability in [0, 1] that an image is mixed at all.
+        Probability in [0, 1] that an image is mixed.
     choose : {"sample", "batch"}
-        Whether each image gets a mode of its own, or all the same one.
+        Whether to draw a mode for each image or one for the whole batch.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def draw_mix_params(
     Raises
     ------
     ValueError
-        If an option is wrong.
+        If an option is invalid.
 
     Examples
     --------

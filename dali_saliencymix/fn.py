@@ -1,11 +1,11 @@
-"""DALI operators: SaliencyMix as one line of a pipeline.
+"""SaliencyMix operators for DALI pipelines.
 
-They are called inside a pipeline definition, as ``nvidia.dali.fn`` functions are, and take and return graph nodes on
-either device. All random numbers are drawn by DALI operators, so that the pipeline's seed and checkpoints cover them;
-the Python code that DALI calls for each batch is a pure function.
+Call them inside a pipeline definition, like the functions of ``nvidia.dali.fn``. They take and return graph nodes on
+either device. DALI operators draw all random numbers, so the pipeline's seed and checkpoints cover them. The Python
+code that DALI calls for each batch is a pure function.
 
-`saliencymix`, `cutmix`, `mixup` and `mix` stand at the same place of a pipeline and return the same four nodes; with
-``return_boxes=True``, which mixup does not take, a fifth one says where the patches are.
+`saliencymix`, `cutmix`, `mixup` and `mix` are interchangeable in a pipeline and return the same four nodes. With
+``return_boxes=True``, which mixup does not have, a fifth node holds the boxes of the patches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from dali_saliencymix._array import Array
     from dali_saliencymix.saliency import Detector
 
-Normalize = Normalise  # as it is spelled in American English
+Normalize = Normalise  # the American spelling
 
 __all__ = ["Normalise", "Normalize", "cutmix", "mix", "mixup", "saliency_peaks", "saliencymix", "soft_labels"]
 
@@ -53,7 +53,7 @@ _Nodes = TypeVar("_Nodes")
 
 
 def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _Nodes]:
-    """Refuse what no pipeline can have: no definition around it, nodes as options. Keep DALI's conditionals out."""
+    """Reject calls outside a pipeline definition and nodes as options; disable DALI's conditionals in `function`."""
     parameters = inspect.signature(function).parameters.values()
     options = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} - {"peaks"}
 
@@ -69,9 +69,7 @@ def _operator(function: Callable[_Arguments, _Nodes]) -> Callable[_Arguments, _N
             value = kwargs[name]
             for each in value.values() if isinstance(value, Mapping) else (value,):
                 if isinstance(each, DataNode | types.ScalarConstant):
-                    msg = (
-                        f"{name} must be a plain value, the same for all batches, got a {type(each).__name__} of DALI's"
-                    )
+                    msg = f"{name} must be a plain value, the same for all batches, got a DALI {type(each).__name__}"
                     raise TypeError(msg)
         return function(*args, **kwargs)
 
@@ -98,74 +96,80 @@ def saliencymix(
     normalise: Normalise | None = None,
     return_boxes: bool = False,
 ) -> tuple[DataNode, ...]:
-    """Mix each image of a batch with the most salient part of a random other one.
+    """Paste the most salient patch of a random source image of the batch into each image, the receiver.
 
-    Put it behind the resize, where all images of a batch have one shape and are still uint8, and in front of
+    Place it after the resize, where all images of a batch have the same shape and are still uint8, and before
     ``fn.crop_mirror_normalize``.
 
     Parameters
     ----------
     images : DataNode
-        HWC images, uint8, of 3 or 1 channels and one shape for the whole batch, on CPU or GPU. On a GPU CuPy is needed.
+        HWC images, uint8, with 3 or 1 channels, all of the same shape within a batch, on CPU or GPU. CuPy is
+        required on a GPU.
     labels : DataNode
         Labels of any shape and dtype, on either device.
     alpha : float
-        Each sample's share to keep is drawn from Beta(alpha, alpha); 1 is the uniform law of the paper.
+        `lam`, the share of each image to keep, is drawn from Beta(alpha, alpha); 1 is the uniform distribution of the
+        paper.
     prob : float
-        Probability in [0, 1] that a sample is mixed; the paper's code has 1.0 for ImageNet and 0.5 for CIFAR.
+        Probability in [0, 1] that a sample is mixed; the paper's code uses 1.0 for ImageNet and 0.5 for CIFAR.
     preset : {"default", "paper", "released-code"}
-        What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
-        ``"paper"`` takes fine_grained instead; ``"released-code"`` also has ``box="clip"`` and ``per_batch=True``.
+        Values of the options that are None. ``"default"`` is ``saliency="spectral_residual"``, ``source="salient"``,
+        ``destination="corresponding"``, ``box="fit"`` and ``per_batch=False``. ``"paper"`` differs in
+        ``saliency="fine_grained"``. ``"released-code"`` differs from ``"paper"`` in ``box="clip"`` and
+        ``per_batch=True``.
     saliency : str or callable, optional
         Name of a detector in `dali_saliencymix.DETECTORS`, or a function from images (N, H, W, C) uint8 to maps
-        (N, h, w), NumPy or CuPy as the images are. On the CPU it is asked for the images that are needed only.
+        (N, h, w), NumPy on the CPU and CuPy on the GPU. On the CPU it is called only with the images whose maps are
+        needed.
     source : {"salient", "non_salient"}, optional
-        Cut around the most or the least salient pixel of the source.
+        Cut the patch around the most or the least salient pixel of the source.
     destination : {"corresponding", "salient", "non_salient", "random"}, optional
-        Paste at the same place, around the most or the least salient pixel of the receiver, or around a random one.
+        Paste the patch at the same place, around the most or the least salient pixel of the receiver, or around a
+        random point.
     box : {"fit", "clip"}, optional
-        ``"fit"`` moves a box that would stick out of the source inside, as the paper says; ``"clip"`` cuts it off, as
-        the released code does.
+        If a box crosses the border of the source, ``"fit"`` moves it inside, as in the paper, and ``"clip"`` cuts it at
+        the border, as in the released code.
     per_batch : bool, optional
-        If true, one draw and one box serve the whole batch, as in the released code.
+        If true, one `lam` and one box are used for the whole batch, as in the released code.
     peaks : DataNode, optional
-        Most salient pixel (y, x) of each image, of shape (2,), where it is known already, such as from
-        `saliency_peaks` before a crop; in place of `saliency`.
+        Most salient pixel (y, x) of each image, of shape (2,), if already known, for example from `saliency_peaks`
+        before a crop; replaces `saliency`.
     label_weight : {"area", "saliency"}
-        What the returned `lam` is: the share of the pixels outside the box, or the share of the saliency kept, against
-        that pasted; see `dali_saliencymix.saliencymix`. With ``"saliency"`` there must be no `peaks`.
+        Meaning of the returned `lam`. ``"area"`` is the share of the pixels outside the box. ``"saliency"`` is the
+        ratio of the saliency kept to the saliency kept and pasted, see `dali_saliencymix.saliencymix`; it cannot be
+        combined with `peaks`.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or kernels, for the steps that have one: see `dali_saliencymix.saliencymix`.
+        Array operations, or kernels for the steps that have one; see `dali_saliencymix.saliencymix`.
     normalise : Normalise, optional
-        If given, the mixed images are also flipped and normalised, in place of ``fn.crop_mirror_normalize``.
+        If given, fused flip and normalise: it replaces ``fn.crop_mirror_normalize``.
     return_boxes : bool
-        If true, one more node is returned: where the patches are.
+        If true, also return the boxes of the patches.
 
     Returns
     -------
     images : DataNode
-        Mixed images, HWC uint8, on the device of `images`; with `normalise` of the dtype and layout that it says.
+        Mixed images, HWC uint8, on the device of `images`. With `normalise`, they have its dtype and layout.
     labels : DataNode
-        The labels as they were given.
+        The given labels.
     source_labels : DataNode
         The label of each image's source, on the device of `labels`.
     lam : DataNode
-        Weight of `labels` in each sample, float32 scalars, on the device of `images`: exactly the share of the pixels
-        that are the image's own, unless `label_weight` says otherwise. 1 where a sample was not mixed.
+        Weight of `labels` in each sample, float32 scalars, on the device of `images`. With ``label_weight="area"`` it
+        is exactly the share of the receiver's pixels. 1 for samples that were not mixed.
     boxes : DataNode
-        Only with `return_boxes`. Where the patch is in the image that comes out, flipped with it if `normalise` flips:
-        (y0, x0, y1, x1), half-open, int32 of shape (4,) for each sample, on the device of `images`. All 0 where nothing
-        was pasted.
+        Only with `return_boxes`. Where the patch is in each output image, after the flip of `normalise`: (y0, x0, y1,
+        x1), half-open, int32 of shape (4,) per sample, on the device of `images`. All 0 where nothing was pasted.
 
     Raises
     ------
     TypeError, ValueError
-        While the pipeline is defined, if an argument is wrong. While it runs, DALI reports a ``RuntimeError`` whose
-        text says what is wrong with the images: not uint8, not HWC, not of one shape.
+        At pipeline definition, if an argument is invalid. If the images are not uint8, not HWC or not of one shape,
+        DALI raises a ``RuntimeError`` that says so when the pipeline runs.
 
     Notes
     -----
-    See `dali_saliencymix.saliencymix` for the function on arrays that does the work.
+    See `dali_saliencymix.saliencymix` for the same function on arrays.
 
     Examples
     --------
@@ -206,20 +210,20 @@ def cutmix(
     normalise: Normalise | None = None,
     return_boxes: bool = False,
 ) -> tuple[DataNode, ...]:
-    """Mix each image of a batch with a random part of a random other one: CutMix.
+    """Paste a random patch of a random source image of the batch into each image: CutMix.
 
     Parameters
     ----------
     images, labels, alpha, prob, per_batch, normalise, return_boxes
         As for `saliencymix`.
     box : {"fit", "clip"}
-        ``"clip"``, the default, is CutMix: what sticks out of the image is cut off. ``"fit"`` moves the box inside.
+        If a box crosses the border of the image, ``"clip"`` cuts it at the border, as in CutMix, and ``"fit"`` moves it
+        inside.
 
     Returns
     -------
     images, labels, source_labels, lam, boxes : DataNode
-        As from `saliencymix`, with `boxes` if `return_boxes` is true; the box is put around a point drawn uniformly
-        from the image.
+        As from `saliencymix`, with `boxes` if `return_boxes` is true. The centre of each box is drawn uniformly.
 
     Raises
     ------
@@ -228,8 +232,8 @@ def cutmix(
 
     Notes
     -----
-    See `dali_saliencymix.cutmix` for the function on arrays that does the work. `saliencymix` shows an example of a
-    pipeline: this operator takes the same place.
+    See `dali_saliencymix.cutmix` for the same function on arrays. The example of `saliencymix` also works with this
+    operator.
     """
     options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
     return _mixed(images, labels, options, normalise, return_boxes=return_boxes)
@@ -245,18 +249,18 @@ def mixup(
     per_batch: bool = False,
     normalise: Normalise | None = None,
 ) -> tuple[DataNode, ...]:
-    """Blend each image of a batch with a random other one: mixup.
+    """Blend each image of a batch with a random source image: mixup.
 
     Parameters
     ----------
     images, labels, alpha, prob, per_batch, normalise
-        As for `saliencymix`. Trainings on ImageNet commonly take an `alpha` of 0.2.
+        As for `saliencymix`. With ImageNet, `alpha` is commonly 0.2.
 
     Returns
     -------
     images, labels, source_labels, lam : DataNode
-        As from `saliencymix`; `lam` is the weight that the image was blended with. Pixels are rounded to uint8, also
-        in front of `normalise`. There are no boxes to return: nothing is pasted.
+        As from `saliencymix`; `lam` is the blending weight of the image. Pixels are rounded to uint8, even before
+        `normalise`. There are no boxes, since nothing is pasted.
 
     Raises
     ------
@@ -265,8 +269,8 @@ def mixup(
 
     Notes
     -----
-    See `dali_saliencymix.mixup` for the function on arrays that does the work. `saliencymix` shows an example of a
-    pipeline: this operator takes the same place.
+    See `dali_saliencymix.mixup` for the same function on arrays. The example of `saliencymix` also works with this
+    operator.
     """
     options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
     return _mixed(images, labels, options, normalise)
@@ -293,28 +297,28 @@ def mix(
     normalise: Normalise | None = None,
     return_boxes: bool = False,
 ) -> tuple[DataNode, ...]:
-    """Mix each image of a batch in a way drawn from several: a mixing policy.
+    """Mix each image of a batch with a mode drawn at random.
 
     Parameters
     ----------
     images, labels, prob, peaks, algorithm, normalise, return_boxes
         As for `saliencymix`.
     modes : mapping from str to float
-        Of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"`` those to draw from, with their weights: probabilities, or
-        numbers that are in proportion to these.
+        Mixing modes to draw from, among ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative
+        probabilities, which need not sum to 1.
     alpha : float or mapping from str to float
-        `lam` is drawn from Beta(alpha, alpha): one number for all modes, or one for each.
+        Parameter of Beta(alpha, alpha), the distribution of `lam`: one number for all modes, or one per mode.
     choose : {"sample", "batch"}
-        Whether each sample gets a mode of its own, or all samples of a batch the same one.
+        Whether to draw a mode for each sample or one for the whole batch.
     preset, saliency, source, destination, box, label_weight
-        As for `saliencymix`, for the samples of that mode.
+        As for `saliencymix`, and only for samples of that mode.
     per_batch : bool, optional
-        If true, one draw of everything and one box serve the whole batch.
+        If true, one `lam`, one mode and one box are used for the whole batch.
 
     Returns
     -------
     images, labels, source_labels, lam, boxes : DataNode
-        As from `saliencymix`, with `boxes` if `return_boxes` is true: all 0 for samples of mixup.
+        As from `saliencymix`, with `boxes` if `return_boxes` is true. The boxes of mixup samples are all 0.
 
     Raises
     ------
@@ -323,7 +327,7 @@ def mix(
 
     Notes
     -----
-    See `dali_saliencymix.mix` for the function on arrays that does the work.
+    See `dali_saliencymix.mix` for the same function on arrays.
 
     Examples
     --------
@@ -364,8 +368,9 @@ def saliency_peaks(
 ) -> DataNode:
     """Find the most salient pixel of each image.
 
-    For pipelines in which images are padded, cropped or otherwise moved between the place where their saliency is
-    seen best and the place where they are mixed: move the peak alike and give it to `saliencymix` as `peaks`.
+    Use it if saliency should be detected before a step that changes the geometry of the images, such as padding or
+    cropping, and the images are mixed after that step. Transform the peak in the same way, and pass it to `saliencymix`
+    as `peaks`.
 
     Parameters
     ----------
@@ -374,14 +379,14 @@ def saliency_peaks(
     saliency : str or callable
         As for `saliencymix`.
     least : bool
-        If true, find the least salient pixel.
+        If true, find the least salient pixel instead.
     algorithm : {"auto", "array", "kernel"}
         As for `saliencymix`.
 
     Returns
     -------
     DataNode
-        (y, x), int32 of shape (2,) for each sample, on the device of `images`.
+        (y, x), int32 of shape (2,) per sample, on the device of `images`.
 
     Raises
     ------
@@ -390,7 +395,7 @@ def saliency_peaks(
 
     Notes
     -----
-    See `dali_saliencymix.saliency_peaks` for the function on maps.
+    See `dali_saliencymix.saliency_peaks` for the same function on maps.
 
     Examples
     --------
@@ -419,40 +424,40 @@ def soft_labels(
     num_classes: int | None = None,
     smoothing: float = 0.0,
 ) -> DataNode:
-    """Make the targets of mixed images of their labels.
+    """Compute the targets of mixed images from their labels.
 
     Parameters
     ----------
     labels, source_labels : DataNode
-        Class ids in [0, num_classes), scalars or of shape (1,), as the readers give them; or vectors of K weights,
-        such as one-hot or multi-hot ones. Without `num_classes`, floats of shape (1,) are vectors of one weight, and
+        Class ids in [0, num_classes), scalars or of shape (1,), as returned by DALI's readers; or vectors of K weights,
+        such as one-hot or multi-hot vectors. Without `num_classes`, floats of shape (1,) are vectors of one weight, and
         integers of that shape are class ids.
     lam : DataNode, float or types.Constant
-        Weight of `labels`: floating scalars, or one number in [0, 1] for all samples. With 1, and `labels` in the place
-        of `source_labels`, a validation pipeline has targets of the same form.
+        Weight of `labels`: floating scalars, or one number in [0, 1] for all samples. For targets of the same form in a
+        validation pipeline, pass ``lam=1`` and `labels` also as `source_labels`.
     num_classes : int, optional
-        K, the number of classes. Needed for class ids, to be left out for vectors.
+        K, the number of classes. Required for class ids; omit it for vectors.
     smoothing : float
-        Share of the weight that is spread evenly over all classes, in [0, 1]; for class ids.
+        Label smoothing in [0, 1]: the share of the weight that is spread evenly over all classes. Only for class ids.
 
     Returns
     -------
     DataNode
-        (K,) float32 for each sample, which for class ids sums to 1; on the GPU if one of the arguments is there.
+        Targets of shape (K,), float32. For class ids each sums to 1. They are on the GPU if any of the arguments is.
 
     Raises
     ------
     TypeError, ValueError
-        While the pipeline is defined, if labels are no nodes, or `lam` or an option is wrong.
+        At pipeline definition, if `labels` or `source_labels` is not a node, or `lam` or an option is invalid.
     RuntimeError
-        While the pipeline runs, if labels are class ids and `num_classes` was not given, or the labels of a batch, or
-        vectors and those of their sources, have different shapes; on the CPU, if a label is no whole number in
-        [0, num_classes), or `lam` lies outside [0, 1]. On a GPU, which would have to be waited for, such a label makes
-        a row of NaN instead, and so a loss of NaN.
+        When the pipeline runs, if labels are class ids and `num_classes` was not given, if the labels of a batch have
+        different shapes, or if vectors and those of their sources have different shapes. On the CPU also if a label is
+        not an integer in [0, num_classes), or `lam` is outside [0, 1]. On a GPU the values are not checked, since that
+        would synchronise the stream: an invalid label gives a row of NaN, and so a loss of NaN.
 
     Notes
     -----
-    See `dali_saliencymix.soft_labels` for the function on arrays that does the work.
+    See `dali_saliencymix.soft_labels` for the same function on arrays.
 
     Examples
     --------
@@ -485,9 +490,9 @@ def soft_labels(
         return operator(_mixed_vectors, *(to_device(device, node) for node in nodes), rules=rules)
     check_at_least(num_classes, "num_classes", 1)
     make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
-    # One input for Python instead of three; float64 holds all class ids of up to 2**53.
+    # Pass Python one input instead of three. float64 represents all class ids up to 2**53 exactly.
     flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
-    rule = "all labels of a batch must have one shape; with their source_labels and lam they are vectors of {}"
+    rule = "all labels of a batch must have one shape, got {}, with source_labels and lam appended"
     return operator(make, fn.cat(*flat), rules=[rule])
 
 
@@ -505,7 +510,7 @@ def _mixed(
 
 
 def _checked(normalise: Normalise | None) -> Normalise | None:
-    """Require a valid `Normalise` or None; return it with a dtype that NumPy understands."""
+    """Require a valid `Normalise` or None; return it with a NumPy dtype name."""
     if normalise is None:
         return None
     if not isinstance(normalise, Normalise):
@@ -525,19 +530,18 @@ def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, al
 
 
 def _mixed_vectors(labels: Array, source_labels: Array, lam: Array) -> tuple[Array]:
-    """Return the targets of vectors of weights (N, K)."""
+    """Return the targets for vectors of weights (N, K)."""
     array_labels.check_vectors(labels)
     own, other, weight = (array.astype("float32") for array in (labels, source_labels, lam.reshape(-1)))
     return (array_labels.soft_labels(own, other, weight),)
 
 
 def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
-    """Return the targets of float64 rows (label, source label, lam)."""
+    """Return the targets for float64 rows (label, source label, lam)."""
     if packed.shape[1] != 3:
         msg = (
-            f"labels and source_labels must be class ids, one for each sample, where num_classes={num_classes} is "
-            f"given, and lam one number: these are {packed.shape[1]} numbers. Leave num_classes out where labels are "
-            "vectors"
+            f"labels and source_labels must be one class id per sample if num_classes={num_classes} is given, and lam "
+            f"one number, got {packed.shape[1]} numbers in all. Omit num_classes if labels are vectors"
         )
         raise ValueError(msg)
     labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
@@ -547,10 +551,10 @@ def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[
 
 
 def _class_ids(values: Array, name: str) -> Array:
-    """Return float64 labels as integers; what is no whole number must not become the class below it."""
+    """Return float64 labels as integers; a label that is not an integer is an error, or becomes -1 on a GPU."""
     xp = array_namespace(values)
     whole = (abs(values) <= 2.0**53) & (xp.floor(values) == values)
     if is_host(xp) and not whole.all():
-        msg = f"{name} must be class ids, which are whole numbers, got {values[~whole][0]}"
+        msg = f"{name} must be integer class ids, got {values[~whole][0]}"
         raise ValueError(msg)
     return xp.where(whole, values, -1).astype(xp.int64)

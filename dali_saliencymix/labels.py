@@ -1,4 +1,4 @@
-"""Labels of a mixed batch."""
+"""Soft labels of mixed batches."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from dali_saliencymix._checks import (
 def soft_labels(
     labels: Array, source_labels: Array, lam: Array, *, num_classes: int | None = None, smoothing: float = 0.0
 ) -> Array:
-    """Return the targets of mixed images: `lam` on the label, 1 - `lam` on the source's label.
+    """Return the targets of mixed images: `lam` times the label plus 1 - `lam` times the source's label.
 
     Parameters
     ----------
     labels, source_labels : ndarray of shape (N,) or (N, 1), integer, or (N, K), real
-        Labels of the receiving and of the source images: class ids in [0, num_classes), or vectors of K weights, such
-        as one-hot or multi-hot ones. Integers of shape (N, 1) are class ids.
+        Labels of the images, the receivers, and of their sources: class ids in [0, num_classes), or vectors of K
+        weights, such as one-hot or multi-hot vectors. Integers of shape (N, 1) are class ids.
     lam : ndarray of shape (N,), floating
         Weight of `labels`, in [0, 1].
     num_classes : int, optional
-        K, the number of classes. Needed for class ids, to be left out for vectors.
+        K, the number of classes. Required for class ids; omit it for vectors.
     smoothing : float
-        Share of the weight that is spread evenly over all classes, in [0, 1]; for class ids.
+        Label smoothing in [0, 1]: the share of the weight that is spread evenly over all classes. Only for class ids.
 
     Returns
     -------
     ndarray of shape (N, K), float32
-        For class ids, rows that sum to 1. On a GPU, where looking at a value would stall the stream, a label outside
-        [0, num_classes) is no error: its row is NaN, and so is any loss computed from it.
+        The targets. For class ids each row sums to 1. On a GPU the values of labels are not checked, since that would
+        synchronise the stream: a label outside [0, num_classes) gives a row of NaN, and so a loss of NaN.
 
     Raises
     ------
     TypeError, ValueError
-        If a label in host memory lies outside [0, num_classes), or shapes or dtypes do not agree.
+        If a label in host memory is outside [0, num_classes), or shapes or dtypes do not match.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def soft_labels(
         raise ValueError(msg)
     for name, array in (("labels", labels), ("source_labels", source_labels)):
         check_per_image(array, name, xp, labels.size, "iu")
-        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}), as num_classes={num_classes} says")
+        check_range(array, name, 0, num_classes - 1, f"in [0, {num_classes}) for num_classes={num_classes}")
     check_lam(lam, xp, labels.size)
 
     lam = lam.astype(xp.float32)[:, None]
@@ -80,12 +80,12 @@ def soft_labels(
 
 
 def _are_class_ids(labels: Array) -> bool:
-    """Tell whether labels (N, ...) are class ids: one number each, an integer where it could be a vector of one."""
+    """Return whether labels are class ids: of shape (N,), or integers of shape (N, 1)."""
     return labels.ndim == 1 or (labels.shape[1:] == (1,) and labels.dtype.kind in "iu")
 
 
 def check_vectors(labels: Array) -> None:
-    """Require vectors of weights (N, K), and not class ids."""
+    """Require vectors of weights (N, K), not class ids."""
     if labels.ndim != 2 or _are_class_ids(labels):
         msg = f"num_classes must be given where labels are class ids, got {labels.dtype} of shape {labels.shape}"
         raise ValueError(msg)

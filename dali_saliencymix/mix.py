@@ -1,11 +1,13 @@
-"""Whole batches in, whole batches out: the mixing functions on arrays, without DALI and without randomness.
+"""Mixing functions on batches of arrays, without DALI and without randomness.
 
-Images are (N, H, W, C) uint8 in NumPy or CuPy; all other arrays of a call belong to the same library. With CuPy all
-work is enqueued on the current stream and nothing waits for the GPU. CuPy keeps FFT plans for each thread, and a plan
-has one work area: use one stream in a thread, or synchronise the streams.
+Each image of a batch, the receiver, is mixed with another image of the batch, its source.
 
-Arguments are checked here, once, and here it is chosen what computes: array functions or kernels. What is called from
-here trusts its arguments.
+Images are (N, H, W, C) uint8, in NumPy or CuPy. All other arrays of a call belong to the same library. With CuPy, all
+work is enqueued on the current stream, and no function waits for the GPU. CuPy caches FFT plans per thread, and each
+plan has one work area: use one stream per thread, or synchronise the streams.
+
+This module checks the arguments, once, and chooses between array functions and kernels. The functions that it calls do
+not check their arguments.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ class Mixed(NamedTuple):
     Attributes
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        The mixed images, a new array; what `paste` made where it was given.
+        The mixed images, a new array. If `paste` was given, its return value.
     lam : ndarray of shape (N,), float32
-        Weight of each receiving image's label. Where a box was pasted, it is exactly the share of the pixels outside
-        the box; with ``label_weight="saliency"`` the weight by saliency.
+        Weight of each receiver's label. Where a box was pasted, it is exactly the share of the pixels outside the box;
+        with ``label_weight="saliency"``, the weight by saliency.
     boxes : ndarray of shape (N, 4), int32
-        Where the source's pixels are: (y0, x0, y1, x1), half-open. All 0 where nothing was pasted.
+        Where the patch is in each mixed image: (y0, x0, y1, x1), half-open. All 0 where nothing was pasted.
     source_boxes : ndarray of shape (N, 4), int32
-        Where in the source they were taken from.
+        Where the patch was cut out of the source.
     """
 
     images: Array
@@ -71,68 +73,74 @@ def saliencymix(
     algorithm: str = "auto",
     paste: Paste | None = None,
 ) -> Mixed:
-    """Cut the most salient part out of each image's source and paste it into the image.
+    """Cut the most salient patch out of each image's source and paste it into the image.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1. Not modified.
+        RGB images, or grey images with C = 1. Not modified.
     source_index : ndarray of shape (N,), integer
-        Image `i` receives from ``images[source_index[i]]``. On a GPU the values are not checked.
+        The source of image `i`, the receiver, is ``images[source_index[i]]``. On a GPU the values are not checked.
     lam : ndarray of shape (N,), floating
-        Share of each receiving image to keep, in [0, 1]; 1 leaves it as it is.
+        Share of each receiver to keep, in [0, 1]; with 1 the image is not changed.
     preset : {"default", "paper", "released-code"}
-        What the options that are None are: ``"default"`` is spectral_residual, salient to corresponding, fit;
-        ``"paper"`` takes fine_grained instead; ``"released-code"`` also has ``box="clip"`` and ``per_batch=True``.
+        Values of the options that are None. ``"default"`` is ``saliency="spectral_residual"``, ``source="salient"``,
+        ``destination="corresponding"``, ``box="fit"`` and ``per_batch=False``. ``"paper"`` differs in
+        ``saliency="fine_grained"``. ``"released-code"`` differs from ``"paper"`` in ``box="clip"`` and
+        ``per_batch=True``.
     saliency : str or callable, optional
         Name of a detector in `DETECTORS`, or a function from images (N, H, W, C) uint8 to maps (N, h, w), larger
-        where more salient. On a CPU it is asked for the images that are needed only.
+        where more salient. On a CPU it is called only with the images whose maps are needed.
     source : {"salient", "non_salient"}, optional
-        Cut around the most or the least salient pixel of the source.
+        Cut the patch around the most or the least salient pixel of the source.
     destination : {"corresponding", "salient", "non_salient", "random"}, optional
-        Paste at the same place, around the most or the least salient pixel of the receiver, or around `point`.
+        Paste the patch at the same place, around the most or the least salient pixel of the receiver, or around
+        `point`.
     box : {"fit", "clip"}, optional
-        ``"fit"`` moves a box that would stick out of the source inside, ``"clip"`` cuts it off; see `boxes_at`. At
-        another place than the corresponding one the patch keeps its size and is moved inside.
+        If a box crosses the border of the source, ``"fit"`` moves it inside and ``"clip"`` cuts it at the border; see
+        `boxes_at`. Unless the destination is ``"corresponding"``, the patch then keeps its size and is moved inside the
+        receiver.
     per_batch : bool, optional
-        If true, ``lam[0]`` and the boxes of image 0 and its source serve all images.
+        If true, ``lam[0]`` and the boxes of image 0 and its source are used for all images.
     peaks : ndarray of shape (N, 2), integer, optional
-        Most salient pixel (y, x) of each image, where it is known already: in place of `saliency`.
+        Most salient pixel (y, x) of each image, if already known; replaces `saliency`.
     point : ndarray of shape (N, 2), floating, optional
-        Fractions (y, x) of height and width, in [0, 1], for ``destination="random"``, and only for it; drawn uniformly.
+        Fractions (y, x) of height and width, in [0, 1], usually drawn uniformly. Required with
+        ``destination="random"``; omit it otherwise.
     label_weight : {"area", "saliency"}
-        What the returned `lam` is: the share of the pixels outside the box, or ``kept / (kept + pasted)`` where `kept`
-        is the share of the receiver's saliency outside its box, and `pasted` that of the source's inside its own; see
-        the notes. With ``"saliency"`` there must be no `peaks`.
+        Meaning of the returned `lam`. ``"area"`` is the share of the pixels outside the box. ``"saliency"`` is
+        ``kept / (kept + pasted)``, where `kept` is the share of the receiver's saliency outside its box and `pasted` is
+        the share of the source's saliency inside its box; see the notes. ``"saliency"`` cannot be combined with
+        `peaks`.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or kernels, for the steps that have one: see `fine_grained`.
+        Array operations, or kernels for the steps that have one; see `fine_grained`.
     paste : callable, optional
-        What makes the mixed images once boxes are known, ``(images, source_index, boxes, source_boxes=) -> images``,
-        such as `paste_normalised` with its options bound; by default `paste_boxes`.
+        Function ``(images, source_index, boxes, source_boxes=) -> images`` that produces the mixed images from the
+        boxes, such as `paste_normalised` with its options bound. By default `paste_boxes`.
 
     Returns
     -------
     Mixed
-        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes, as `label_weight` says.
+        Named tuple (images, lam, boxes, source_boxes). `lam` is recomputed from the boxes, according to `label_weight`.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument has the wrong type, dtype, shape, value or name, or arguments contradict each other. Images
-        that are not uint8 are refused.
+        If an argument has the wrong type, dtype, shape, value or name, for example if images are not uint8, or if
+        arguments contradict each other.
 
     Notes
     -----
-    Uddin et al., "SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization", ICLR 2021;
-    the schemes are those of its section 3.4, and salient to random, which the released code once had. The paper found
-    salient to corresponding best.
+    Uddin et al., "SaliencyMix: A Saliency Guided Data Augmentation Strategy for Better Regularization", ICLR 2021.
+    The combinations of source and destination are those of its section 3.4, plus salient to random, which an earlier
+    version of the released code used. The paper found salient to corresponding best.
 
-    With ``label_weight="saliency"`` a map is constant inside each of its cells, and cells that an edge of the box cuts
-    count by the part that is covered. A map with negative values is shifted by its minimum, so that it is at least 0;
-    pixels that are not finite count as not salient. Where the map of the receiver or the source is constant 0, or
-    both shares are 0, the area decides. `lam` stays 1 where nothing was pasted. With `per_batch` the box is
-    one, but each image's own map weighs its label. The published code of SaliencyMixPlus (SS-hj/SaliencyMixPlus, 2024)
-    weighs labels by saliency like this, with the saliency of input gradients.
+    With ``label_weight="saliency"``, a map is constant inside each of its cells, and cells that the edge of a box cuts
+    count in proportion to the covered area. A map with negative values is shifted by its minimum. Pixels that are not
+    finite count as not salient. If the map of the receiver or of the source is zero everywhere, or both shares are 0,
+    the weight is by area. `lam` is 1 where nothing was pasted. With `per_batch` all images share one box, but the
+    weight of each label comes from the maps of that image and its source. The published code of SaliencyMixPlus
+    (SS-hj/SaliencyMixPlus, 2024) weights labels in the same way, with saliency from input gradients.
 
     Examples
     --------
@@ -143,8 +151,8 @@ def saliencymix(
     >>> mixed.lam.tolist()
     [0.75, 0.75, 0.75, 0.75]
 
-    All that is bright in the source is pasted, and a third of what is bright in the receiver is kept; by area `lam`
-    is 0.75.
+    With labels weighted by saliency: the patch contains all bright pixels of the source, and one third of the
+    receiver's bright pixels are kept, so `lam` is (1/3) / (1/3 + 1). By area it would be 0.75.
 
     >>> images = np.zeros((2, 8, 8, 1), np.uint8)
     >>> images[0, 2:4, 3:6] = images[1, 3:5, 3:5] = 200
@@ -183,21 +191,21 @@ def cutmix(
     per_batch: bool = False,
     paste: Paste | None = None,
 ) -> Mixed:
-    """Cut a box around a given point out of each image's source and paste it at the same place.
+    """Cut a patch around a given point out of each image's source and paste it at the same place.
 
     Parameters
     ----------
     images, source_index, lam, per_batch, paste
         As for `saliencymix`.
     point : ndarray of shape (N, 2), floating
-        Centre of each box as fractions (y, x) of height and width, in [0, 1]; drawn uniformly for CutMix.
+        Centre of each box as fractions (y, x) of height and width, in [0, 1]. CutMix draws them uniformly.
     box : {"fit", "clip"}
-        ``"clip"``, the default, is CutMix.
+        As for `saliencymix`. CutMix uses ``"clip"``.
 
     Returns
     -------
     Mixed
-        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes.
+        Named tuple (images, lam, boxes, source_boxes). `lam` is recomputed from the boxes.
 
     Raises
     ------
@@ -206,8 +214,8 @@ def cutmix(
 
     Notes
     -----
-    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
-    with a box and a weight for each sample.
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019, but
+    with one box and one weight per sample.
 
     Examples
     --------
@@ -224,24 +232,24 @@ def cutmix(
 def mixup(
     images: Array, source_index: Array, lam: Array, *, per_batch: bool = False, paste: Paste | None = None
 ) -> Mixed:
-    """Blend each image with its source: `lam` of the image, 1 - `lam` of the source.
+    """Blend each image with its source: `lam` times the image plus 1 - `lam` times the source.
 
     Parameters
     ----------
     images, source_index
         As for `saliencymix`.
     lam : ndarray of shape (N,), floating
-        Weight of each receiving image, in [0, 1].
+        Weight of each receiver, in [0, 1].
     per_batch : bool
-        If true, ``lam[0]`` serves all images.
+        If true, ``lam[0]`` is used for all images.
     paste : callable, optional
-        What is made of the mixed images, as for `saliencymix`: it gets the blended images and empty boxes. With
-        `paste_normalised` they are flipped and normalised.
+        Function with the signature given for `saliencymix`, called with the blended images and empty boxes. For
+        example, `paste_normalised` flips and normalises them.
 
     Returns
     -------
     Mixed
-        Named tuple (images, lam, boxes, source_boxes); `lam` as it was given, and no boxes: they are all 0.
+        Named tuple (images, lam, boxes, source_boxes). `lam` holds the given weights, and the boxes are all 0.
 
     Raises
     ------
@@ -282,29 +290,30 @@ def mix(
     algorithm: str = "auto",
     paste: Paste | None = None,
 ) -> Mixed:
-    """Mix each image in a way of its own: saliencymix, cutmix or mixup.
+    """Mix each image with its own mode: saliencymix, cutmix or mixup.
 
     Parameters
     ----------
     images, source_index, lam
         As for `saliencymix`.
     mode : ndarray of shape (N,), integer
-        Index into `MODES`: 0 for saliencymix, 1 for cutmix, 2 for mixup. On a GPU, where the values are not checked,
-        an image with any other mode stays as it is.
+        Index into `MODES`: 0 for saliencymix, 1 for cutmix, 2 for mixup. On a GPU the values are not checked, and an
+        image with any other value is not changed.
     point : ndarray of shape (N, 2), floating
-        Fractions (y, x) of height and width, in [0, 1], drawn uniformly: the centre of a cutmix box, and the place of
-        a saliencymix patch with ``destination="random"``.
+        Fractions (y, x) of height and width, in [0, 1], usually drawn uniformly: the centre of each cutmix box, and of
+        each saliencymix patch with ``destination="random"``.
     preset, saliency, source, destination, box, peaks, label_weight, algorithm
-        As for `saliencymix`, and for its samples only: cutmix boxes are clipped, and cutmix labels weighed by area.
+        As for `saliencymix`, and only for samples of that mode. cutmix always clips its boxes and weights its labels by
+        area.
     per_batch : bool, optional
-        If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source serve all images.
+        If true, ``lam[0]``, ``mode[0]`` and the boxes of image 0 and its source are used for all images.
     paste : callable, optional
-        As for `mixup`: it gets the images once they are mixed in all ways, and boxes that are empty.
+        As for `mixup`: called with the mixed images and empty boxes.
 
     Returns
     -------
     Mixed
-        Named tuple (images, lam, boxes, source_boxes); `lam` is recomputed from the boxes where there is one.
+        Named tuple (images, lam, boxes, source_boxes). `lam` is recomputed from the boxes where one was pasted.
 
     Raises
     ------
@@ -346,9 +355,10 @@ def apply(
     peaks: Array | None = None,
     paste: Paste | None = None,
 ) -> Mixed:
-    """Mix a batch as `options` say, which have one mode where there is no `mode`: what all mixing goes through.
+    """Mix a batch according to `options`. All mixing functions and operators call this function.
 
-    The arrays are those of `mix` and `saliencymix`. A `point` that the mode does not use is ignored.
+    The arrays are those of `mix` and `saliencymix`. Without `mode`, `options` must have exactly one mode. A `point`
+    that the mode does not use is ignored.
     """
     xp = check_mixing(images, source_index, lam)
     count = len(images)
@@ -380,22 +390,22 @@ def apply(
 
 
 class _Batch(NamedTuple):
-    """The arrays of a call, checked."""
+    """The checked arrays of a call."""
 
     images: Array
     source_index: Array
     lam: Array
-    # Each of these is there where it is needed.
+    # None where not needed.
     mode: Array = None
     point: Array = None
     peaks: Array = None
 
 
 class _Boxes(NamedTuple):
-    """Where patches go, (N, 4) int32, and what this makes of `lam`."""
+    """Boxes (N, 4) int32 of the patches, and the weights that follow from them."""
 
     receivers: Array
-    sources: Array | None = None  # where in the source they are from; None: the same place
+    sources: Array | None = None  # where the patches are cut out; None: at the same place
     lam: Array | None = None  # None: by area
 
 
@@ -428,7 +438,7 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
 
 
 def _finished(mixed: Mixed, source_index: Array, paste_them: Paste | None) -> Mixed:
-    """Return what `paste_them` makes of mixed images, into which it has nothing to paste any more."""
+    """Apply `paste_them`, with empty boxes, to images that are already mixed."""
     if paste_them is None:
         return mixed
     no_boxes = array_namespace(mixed.images).zeros(mixed.boxes.shape, "int32")
@@ -439,7 +449,7 @@ def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, r
     images, source_index, *_ = batch
     boxes, source_boxes, lam = placed
     xp = array_namespace(images)
-    # An empty box can lie anywhere: let all of them look the same.
+    # Set the coordinates of all empty boxes to 0.
     covers = ((boxes[:, 2:] > boxes[:, :2]).all(axis=1))[:, None]
     boxes = xp.where(covers, boxes, 0)
     if source_boxes is not None:
@@ -451,17 +461,17 @@ def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, r
 
 
 def _salient_boxes(options: MixOptions, batch: _Batch, *, route: str) -> _Boxes:
-    """Return boxes of the same sizes in the receivers and in the sources.
+    """Return the saliencymix boxes, of equal sizes in the receivers and in the sources.
 
-    Where nothing is pasted with saliency they are any boxes of the right size.
+    For images that saliencymix does not mix, the boxes are arbitrary.
     """
     xp = array_namespace(batch.images)
     count = len(batch.images)
     if options.per_batch and options.label_weight == "area":
-        rows: Any = slice(1)  # its boxes are all that is asked for
+        rows: Any = slice(1)  # only the boxes of image 0 are needed
     elif not is_host(xp):
         rows = slice(count)
-    else:  # on a CPU it pays to leave out maps that are not needed
+    else:  # on a CPU, skip maps that are not needed
         wanted = batch.lam < 1
         if batch.mode is not None:
             wanted &= batch.mode == MODES.index("saliencymix")
@@ -489,7 +499,7 @@ def _salient_boxes(options: MixOptions, batch: _Batch, *, route: str) -> _Boxes:
 
 
 def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, route: str) -> _Boxes:
-    """Return the boxes of some pairs of images; all arrays but images and peaks have one entry for each pair."""
+    """Return the boxes for some pairs of images; all arrays except images and peaks have one entry per pair."""
     images, sources, lam, _, point, peaks = pairs
     size = images.shape[1:3]
     by_map = options.label_weight == "saliency"
@@ -517,26 +527,26 @@ def _boxes_of_pairs(options: MixOptions, pairs: _Batch, receivers: Array, *, rou
 
 
 def _maps_of(options: MixOptions, images: Array, needed: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """Return maps of the images that are needed, by index, and where among them those of each index are."""
+    """Return the maps of the images in `needed`, and for each of its indices the positions among these maps."""
     xp = array_namespace(images)
     parts = list(needed.values())
     index = xp.concatenate(parts) if len(parts) > 1 else parts[0]
     position = index
     if is_host(xp):
-        different, position = np.unique(index, return_inverse=True)  # no map is computed twice
+        different, position = np.unique(index, return_inverse=True)  # so that no map is computed twice
         images = images if len(different) == len(images) else images[different]
     elif len(index) < len(images):
         images, position = images[index], xp.arange(len(index))
     maps = saliency_maps(images, options.saliency, algorithm=options.algorithm)
-    # All parts have one entry for each pair.
+    # All parts have the same length: one entry per pair.
     return maps, dict(zip(needed, position.reshape(len(needed), -1), strict=True))
 
 
 def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Paste | None = None) -> Mixed:
-    """Do it in CUDA: with `spectral_residual` or `fine_grained` in 3 or 5 launches, without a map in memory.
+    """Mix with CUDA kernels: 3 launches for `spectral_residual`, 5 for `fine_grained`, without a map in memory.
 
-    Maps of `spectral_residual` come through another FFT, so near ties can be decided otherwise; all else has the same
-    bits.
+    The kernel of `spectral_residual` uses a different FFT from the array function, so it may resolve near ties
+    differently. Everything else is bit-identical.
     """
     from dali_saliencymix import _cuda
 
@@ -569,7 +579,7 @@ def _saliencymix_in_kernels(options: MixOptions, batch: _Batch, paste_them: Past
 
 
 def _boxes_around_points(batch: _Batch, box: str) -> Array:
-    """Return CutMix boxes: around points that are fractions of the image."""
+    """Return CutMix boxes, centred at ``batch.point``."""
     size = batch.images.shape[1:3]
     return place_boxes(scale_points(batch.point, *size), batch.lam, *size, box=box)
 

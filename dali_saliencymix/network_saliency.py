@@ -1,4 +1,4 @@
-"""Saliency by a PyTorch network."""
+"""Saliency detection by a PyTorch network."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 
 class NetworkSaliency:
-    """Makes a detector of a PyTorch network, for the `saliency` of all mixing functions.
+    """Wrap a PyTorch network as a detector, for the argument `saliency` of all mixing functions.
 
     Parameters
     ----------
     network : torch.nn.Module
         Takes normalised images (N, 3, H, W) float32, contiguous, and returns maps (N, h, w) or (N, 1, h, w), larger
-        where more salient. Put it on the device that images are mixed on, and into evaluation mode.
+        where more salient. It must be on the device on which images are mixed, and in evaluation mode.
     mean, std : sequence of float
-        Of the normalisation, for pixels in 0..1; by default ImageNet's.
+        Mean and standard deviation of each channel, for pixels in 0..1; by default ImageNet's.
     size : int, optional
-        Height and width that images are resized to before; by default they keep theirs.
+        Height and width to which images are resized for the network; by default they are not resized.
 
     Raises
     ------
     ValueError
-        If an option is wrong.
+        If an option is invalid.
     TypeError
-        When it is called, if the network returns no tensor.
+        When called, if the network does not return a tensor.
 
     Notes
     -----
-    The SaliencyMix paper tries such a network, BASNet at 224x224, in its ablation.
+    The ablation of the SaliencyMix paper includes such a network, BASNet at 224x224.
 
     Examples
     --------
@@ -77,7 +77,7 @@ class NetworkSaliency:
             if self._size is not None:
                 size = (self._size, self._size)
                 pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-            # With numbers in place of tensors nothing is copied to a GPU, which would make the host wait.
+            # Python numbers, since tensors of mean and std would need a copy to the GPU, which makes the host wait.
             channels = zip(pixels.expand(-1, 3, -1, -1).unbind(1), self._mean, self._std, strict=True)
             maps = self._network(torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1))
             if not isinstance(maps, torch.Tensor):

@@ -1,7 +1,7 @@
-"""Every mixing option, declared once: its default, choices and help, what is valid, and which modes use it.
+"""Single declaration of every mixing option: default, choices, help, validation, and the modes that use it.
 
-Functions that users call have explicit keyword arguments of the same names and defaults. They make a `MixOptions` of
-these, which is what the code below them takes, and so do the command lines.
+Public functions have explicit keyword arguments with the same names and defaults. They and the command line build a
+`MixOptions`, which the internal functions take.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DESTINATIONS = ("corresponding", "salient", "non_salient", "random")
 BOXES = ("fit", "clip")
 LABEL_WEIGHTS = ("area", "saliency")
 
-# What an option is where it is not given: this project's choice, the paper's, and the released code's geometry.
+# Values of the options that are not given: this project's defaults, the paper's, and the released code's.
 _DEFAULT = {
     "saliency": "spectral_residual",
     "source": "salient",
@@ -41,7 +41,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "released-code": {**_DEFAULT, "saliency": "fine_grained", "box": "clip", "per_batch": True},
 }
 PRESET_OPTIONS = tuple(_DEFAULT)
-_BOX_OF_CUTMIX = "clip"  # whatever the preset
+_BOX_OF_CUTMIX = "clip"  # with every preset
 
 _SALIENCYMIX = MODES[:1]
 
@@ -54,44 +54,45 @@ def _about(
 
 @dataclass(frozen=True)
 class MixOptions:
-    """How batches are mixed.
+    """Options of the mixing functions.
 
     Attributes
     ----------
     modes : mapping from str to float
-        Modes, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their weights; by default saliencymix alone.
+        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
+        need not sum to 1. By default saliencymix only.
     alpha : float or mapping from str to float
-        `lam` is drawn from Beta(alpha, alpha): one number for all modes, or one for each.
+        Parameter of Beta(alpha, alpha), the distribution of `lam`: one number for all modes, or one per mode.
     prob : float
         Probability in [0, 1] that an image is mixed.
     choose : {"sample", "batch"}
-        Whether each image gets a mode of its own, or all images of a batch the same one.
+        Whether to draw a mode for each image or one for the whole batch.
     preset : {"default", "paper", "released-code"}
-        What the options that are None become. Afterwards none of them is.
+        Values of the options that are None. After construction, no option is None.
     saliency : str or callable, optional
         Detector: a name in `dali_saliencymix.DETECTORS`, or a function from images (N, H, W, C) uint8 to maps
         (N, h, w), larger where more salient.
     source : {"salient", "non_salient"}, optional
         Cut the patch around the most or the least salient pixel of the source.
     destination : {"corresponding", "salient", "non_salient", "random"}, optional
-        Paste it at the same place, around the most or the least salient pixel of the receiver, or around a point
-        drawn uniformly.
+        Paste the patch at the same place, around the most or the least salient pixel of the receiver, or around a
+        point drawn uniformly.
     box : {"fit", "clip"}, optional
-        A box that would stick out of the source is moved inside, or cut off; see `dali_saliencymix.boxes_at`. At
-        another destination the patch keeps its size and is moved inside. Without saliencymix among the modes the
-        default is ``"clip"``.
+        If a box crosses the border of the source, ``"fit"`` moves it inside and ``"clip"`` cuts it at the border; see
+        `dali_saliencymix.boxes_at`. Unless the destination is ``"corresponding"``, the patch then keeps its size and is
+        moved inside the receiver. If saliencymix is not among the modes, the default is ``"clip"``.
     per_batch : bool, optional
-        If true, the pair of image 0 and its source decides for the whole batch.
+        If true, `lam`, the mode and the boxes of image 0 and its source are used for the whole batch.
     label_weight : {"area", "saliency"}
-        What `lam` of a saliencymix sample is: the receiver's share of the pixels, or of the saliency; see
-        `dali_saliencymix.saliencymix`. Not part of a preset.
+        Meaning of `lam` for saliencymix samples: the receiver's share of the pixels, or of the saliency; see
+        `dali_saliencymix.saliencymix`. Presets do not set this option.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or kernels, for the steps that have one: see `dali_saliencymix.fine_grained`.
+        Array operations, or kernels for the steps that have one; see `dali_saliencymix.fine_grained`.
 
     Raises
     ------
     TypeError, ValueError
-        If an option is not valid; it is named.
+        If an option is invalid. The message names it.
 
     Examples
     --------
@@ -99,38 +100,39 @@ class MixOptions:
     'fine_grained'
     """
 
-    # Where None is a default, it is replaced by a value: `Any` lets it in, and out comes what stands beside it.
-    modes: Mapping[str, float] | Any = field(default=None, metadata=_about("modes, one for each sample"))
+    # `Any` admits None as a default, which __post_init__ replaces by a value of the other type.
+    modes: Mapping[str, float] | Any = field(default=None, metadata=_about("mixing modes"))
     alpha: float | Mapping[str, float] = field(
         default=1.0, metadata=_about("lam is drawn from Beta(ALPHA, ALPHA)", metavar="ALPHA")
     )
     prob: float = field(default=1.0, metadata=_about("probability that an image is mixed", metavar="P"))
-    choose: str = field(
-        default="sample", metadata=_about("draw a mode for each sample, or for each batch", choices=CHOOSE)
-    )
+    choose: str = field(default="sample", metadata=_about("draw one mode per sample or per batch", choices=CHOOSE))
     preset: str = field(
-        default="default", metadata=_about("defaults of what follows", choices=tuple(_PRESETS), modes=_SALIENCYMIX)
+        default="default",
+        metadata=_about(
+            "defaults of saliency, source, destination, box and per-batch", choices=tuple(_PRESETS), modes=_SALIENCYMIX
+        ),
     )
     saliency: str | Detector | Any = field(
         default=None, metadata=_about("saliency detector", choices=sorted(DETECTORS), modes=_SALIENCYMIX)
     )
     source: str | Any = field(
-        default=None, metadata=_about("what to cut out of the source", choices=SOURCES, modes=_SALIENCYMIX)
+        default=None, metadata=_about("where to cut the patch out of the source", choices=SOURCES, modes=_SALIENCYMIX)
     )
     destination: str | Any = field(
-        default=None, metadata=_about("where to paste it", choices=DESTINATIONS, modes=_SALIENCYMIX)
+        default=None, metadata=_about("where to paste the patch", choices=DESTINATIONS, modes=_SALIENCYMIX)
     )
     box: str | Any = field(
         default=None,
         metadata=_about(
-            "move or cut boxes that stick out; with cutmix clip by default", choices=BOXES, modes=MODES[:2]
+            "move or cut boxes that cross the border; the default for cutmix is clip", choices=BOXES, modes=MODES[:2]
         ),
     )
-    per_batch: bool | Any = field(default=None, metadata=_about("one box for the whole batch"))
+    per_batch: bool | Any = field(default=None, metadata=_about("use one box for the whole batch"))
     label_weight: str = field(
         default="area",
         metadata=_about(
-            "weigh labels by area, or by saliency kept and pasted", choices=LABEL_WEIGHTS, modes=_SALIENCYMIX
+            "weight labels by area, or by saliency kept and pasted", choices=LABEL_WEIGHTS, modes=_SALIENCYMIX
         ),
     )
     algorithm: str = field(default="auto", metadata=_about("array operations or kernels", choices=ALGORITHMS))
@@ -142,7 +144,7 @@ class MixOptions:
             _check_modes(self.modes)
         for name, value in vars(self).items():
             declared = _DECLARED[name]
-            if value is None or value is declared.default:  # which are valid
+            if value is None or value is declared.default:  # None and defaults are valid
                 continue
             if name == "saliency":
                 get_detector(value)
@@ -164,17 +166,17 @@ class MixOptions:
 
     @property
     def mode(self) -> str | None:
-        """The mode, where there is one only."""
+        """The mode if there is exactly one, otherwise None."""
         return next(iter(self.modes)) if len(self.modes) == 1 else None
 
     @property
     def needs_point(self) -> bool:
-        """Whether a point of each image has to be drawn: for several modes, for cutmix, and for a random place."""
+        """Whether each image needs a random point: with several modes, with cutmix, or with a random destination."""
         return self.mode in (None, "cutmix") or (self.mode == "saliencymix" and self.destination == "random")
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """The probability of each mode, in the order in which they were given."""
+        """The normalised probability of each mode, in the given order."""
         total = sum(self.modes.values())
         return {name: weight / total for name, weight in self.modes.items()}
 
@@ -191,7 +193,7 @@ PRESETS = {name: MixOptions(preset=name) for name in _PRESETS}
 
 
 def check_with_peaks(options: MixOptions, peaks: Any, saliency: str | Detector | None = None) -> None:
-    """Require options that go with `peaks`, if there are any; `saliency` is as it was given."""
+    """Require options that are compatible with `peaks`, if it is given; `saliency` is the user's argument."""
     if peaks is None:
         return
     if saliency is not None:
@@ -207,12 +209,12 @@ def check_with_peaks(options: MixOptions, peaks: Any, saliency: str | Detector |
 
 
 def unused_options(mode: str) -> tuple[str, ...]:
-    """Return the options that a mode has no use for; with ``"none"`` all."""
+    """Return the options that a mode does not use; for ``"none"``, all of them."""
     return tuple(name for name, declared in _DECLARED.items() if mode not in declared.metadata["modes"])
 
 
 def add_option(parser: argparse._ActionsContainer, name: str, *flags: str) -> None:
-    """Add a mixing option to a command line, by default with the flag of its name."""
+    """Add a mixing option to a command line; the default flag is ``--name``."""
     declared = _DECLARED[name]
     add = functools.partial(
         parser.add_argument,
@@ -229,7 +231,7 @@ def add_option(parser: argparse._ActionsContainer, name: str, *flags: str) -> No
 
 
 def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Return what reads an integer of a command line; by default the largest is that of DALI's arguments.
+    """Return an argparse type for integers in `least`..`most`; the default maximum is that of DALI's arguments.
 
     Examples
     --------
@@ -253,7 +255,7 @@ def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 def _check_modes(modes: Mapping[str, float]) -> None:
     if not isinstance(modes, Mapping) or not modes:
-        msg = f"modes must map names of {', '.join(MODES)} to weights, got {modes!r}"
+        msg = f"modes must map mode names ({', '.join(MODES)}) to weights, got {modes!r}"
         raise ValueError(msg)
     for name, weight in modes.items():
         check_choice(name, "modes", MODES)

@@ -1,7 +1,7 @@
-"""The pixels of a mixed batch, once boxes are known: pasted, blended, or pasted and normalised.
+"""Pixels of mixed batches for given boxes: pasting, blending, and fused paste, flip and normalise.
 
-Images are (N, H, W, C). Nothing here modifies its arguments, but for `out`. Each function that users call checks its
-arguments and calls one that trusts them, as `dali_saliencymix.mix` does.
+Images are (N, H, W, C). No function modifies its arguments, except `out`. Each public function checks its arguments and
+calls an internal function that does not, as `dali_saliencymix.mix` does.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 LAYOUTS = ("CHW", "HWC")
 DTYPES = ("float32", "float16")
 
-# Of ImageNet's training images, for pixels in 0..1.
+# Mean and standard deviation of ImageNet's training images, for pixels in 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def in_grey_levels(values: Sequence[float]) -> list[float]:
-    """Return a mean or std as ``fn.crop_mirror_normalize`` and `dali_saliencymix.fn.Normalise` take it: of 0..255."""
+    """Scale a mean or std from 0..1 to 0..255, for ``fn.crop_mirror_normalize`` and `dali_saliencymix.fn.Normalise`."""
     return [255 * value for value in values]
 
 
 IMAGENET_IN_GREY_LEVELS = in_grey_levels(IMAGENET_MEAN), in_grey_levels(IMAGENET_STD)
 
-_CHUNK = 16  # images for one thread at a time
+_CHUNK = 16  # images per call of a thread
 
 
 def paste_boxes(
@@ -55,26 +55,26 @@ def paste_boxes(
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), any dtype
-        The receiving images. Sources are read from here too, always unmixed.
+        The receivers. They also serve as sources, always unmixed.
     source_index : ndarray of shape (N,), integer
-        Image `i` receives from ``images[source_index[i]]``.
+        The source of image `i` is ``images[source_index[i]]``.
     boxes : ndarray of shape (N, 4), integer
-        (y0, x0, y1, x1), half-open, inside the image.
+        Where to paste: (y0, x0, y1, x1), half-open, inside the image.
     source_boxes : ndarray of shape (N, 4), integer, optional
-        Where the pixels are taken from, boxes of the same sizes as `boxes`; by default from the same place. On a GPU
-        only their first corners are used.
+        Where to copy from in the sources: boxes of the same sizes as `boxes`; by default `boxes`. On a GPU only their
+        corners (y0, x0) are used.
     out : ndarray of shape (N, H, W, C), optional
-        Where the result goes, of the dtype of `images` and sharing no memory with it; by default a new array.
+        Output array with the dtype of `images`. It must not share memory with `images`. By default a new array.
 
     Returns
     -------
     ndarray of shape (N, H, W, C)
-        A new array of the dtype of `images`, or `out`.
+        A new array with the dtype of `images`, or `out`.
 
     Raises
     ------
     ValueError
-        If a box lies outside the image, a box and its source box differ in size, or `out` does not fit.
+        If a box is not inside the image, a box and its source box differ in size, or `out` does not match.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def paste_boxes(
     if out is not None:
         check_out(out, xp, images.shape, images.dtype)
         if xp.may_share_memory(out, images):
-            msg = "out must share no memory with images, whose pixels are read until the end"
+            msg = "out must not share memory with images"
             raise ValueError(msg)
     return paste(images, source_index, boxes, source_boxes=source_boxes, out=out, route=route_of("auto", xp))
 
@@ -101,7 +101,7 @@ def paste(
     out: Array | None = None,
     route: str,
 ) -> Array:
-    """Return what `paste_boxes` returns, on a GPU by the kernel or by array operations."""
+    """Return what `paste_boxes` returns, without checks; on a GPU `route` selects the kernel or array operations."""
     if is_host(array_namespace(images)):
         return _paste_by_slices(images, source_index, boxes, source_boxes, out)
     if route == "cuda":
@@ -112,7 +112,7 @@ def paste(
 
 
 def _into(out: Array | None, made: Array) -> Array:
-    """Return `made`, or `out` with the same values where there is one."""
+    """Copy `made` to `out` and return `out`; if `out` is None, return `made`."""
     if out is None:
         return made
     out[...] = made
@@ -120,7 +120,7 @@ def _into(out: Array | None, made: Array) -> Array:
 
 
 def _check_pasting(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None) -> Namespace:
-    """Require arguments of `paste_boxes` that fit the images; return their array library."""
+    """Require valid arguments of `paste_boxes`; return their array library."""
     xp = check_array(images, "images")
     check_source_index(source_index, xp, len(images))
     check_boxes(boxes, "boxes", xp, *images.shape[:3])
@@ -143,7 +143,7 @@ def _check_same_sizes(boxes: Array, source_boxes: Array, xp: Namespace) -> None:
 def _paste_by_slices(
     images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None, out: Array | None = None
 ) -> Array:
-    """Two copies for each image: what a CPU does best. The layout of a new array in memory is that of `images`."""
+    """Paste with two slice copies per image, the fastest way on a CPU. A new array has the strides of `images`."""
     mixed = np.empty_like(images) if out is None else out
     index = source_index.tolist()
     places, origins = boxes.tolist(), (boxes if source_boxes is None else source_boxes).tolist()
@@ -159,7 +159,7 @@ def _paste_by_slices(
 
 
 def _paste_by_mask(images: Array, source_index: Array, boxes: Array, source_boxes: Array | None = None) -> Array:
-    """One selection over all pixels: what a GPU does best, without asking it where the boxes are."""
+    """Paste with one ``where`` over all pixels, which needs no box coordinates on the host."""
     xp = array_namespace(images)
     _, height, width, _ = images.shape
     position = constant(xp, np.arange, max(height, width))
@@ -171,7 +171,7 @@ def _paste_by_mask(images: Array, source_index: Array, boxes: Array, source_boxe
         taken = position - boxes[:, :2, None] + source_boxes[:, :2, None]
         rows = xp.clip(taken[:, 0, :height, None], 0, height - 1)
         columns = xp.clip(taken[:, 1, None, :width], 0, width - 1)
-        # Three index arrays would be as many launches, each over an index of all pixels.
+        # Indexing with three arrays would take three launches, each over an index of all pixels.
         index = (source_index.astype(xp.int64, copy=False)[:, None, None] * height + rows) * width + columns
         sources = xp.take(images.reshape(-1, images.shape[3]), index, axis=0)
     return xp.where(inside[..., None], sources, images)
@@ -183,21 +183,21 @@ def blend_images(images: Array, source_index: Array, lam: Array) -> Array:
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        The receiving images. Sources are read from here too, always unmixed.
+        The receivers. They also serve as sources, always unmixed.
     source_index : ndarray of shape (N,), integer
-        Image `i` is blended with ``images[source_index[i]]``.
+        The source of image `i` is ``images[source_index[i]]``.
     lam : ndarray of shape (N,), floating
-        Weight of the receiving image, in [0, 1].
+        Weight of each receiver, in [0, 1].
 
     Returns
     -------
     ndarray of shape (N, H, W, C), uint8
-        ``lam * image + (1 - lam) * source`` in float32, rounded to the nearest integer, halves to even ones.
+        ``lam * image + (1 - lam) * source``, computed in float32 and rounded to the nearest integer, ties to even.
 
     Notes
     -----
-    Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018, on 8-bit pixels: rounding costs at most half
-    a grey level.
+    This is mixup on 8-bit pixels: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. Rounding
+    changes a pixel by at most half a grey level.
 
     Examples
     --------
@@ -211,12 +211,12 @@ def blend_images(images: Array, source_index: Array, lam: Array) -> Array:
 
 
 def blend(mixed: Array, images: Array, source_index: Array, lam: Array) -> Array:
-    """Return `mixed`, which may be written to, with the images whose `lam` is under 1 replaced by blended `images`."""
+    """Return `mixed`, with blended `images` where `lam` < 1; on a CPU `mixed` is modified in place."""
     xp = array_namespace(images)
     if not is_host(xp):
         weight = lam[:, None, None, None]
         return xp.where(weight < 1, _blended(images, images[source_index], weight), mixed)
-    for receiver in np.flatnonzero(lam < 1).tolist():  # image by image: the float32 pixels of one fit the cache
+    for receiver in np.flatnonzero(lam < 1).tolist():  # one by one: the float32 pixels of one image fit the cache
         mixed[receiver] = _blended(images[receiver], images[source_index[receiver]], lam[receiver])
     return mixed
 
@@ -240,30 +240,30 @@ def paste_normalised(
     algorithm: str = "auto",
     out: Array | None = None,
 ) -> Array:
-    """Return mixed images, mirrored, normalised and in the layout of a network.
+    """Return `images` with boxes pasted from their sources, then flipped and normalised, as network input.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        The receiving images, and the sources.
+        The receivers. They also serve as sources, always unmixed.
     source_index : ndarray of shape (N,), integer
-        Image `i` receives from ``images[source_index[i]]``.
+        The source of image `i` is ``images[source_index[i]]``.
     boxes, source_boxes : ndarray of shape (N, 4), integer
         As for `paste_boxes`.
     mirror : ndarray of shape (N,), bool or integer, optional
-        Which of the mixed images are flipped horizontally, with their patches: those that are not 0. By default none.
+        Nonzero for each mixed image to flip horizontally, together with its patch. By default no image is flipped.
     mean, std : sequence of C floats
-        Of each channel, in grey levels 0..255; `std` is positive.
+        Mean and standard deviation of each channel, in grey levels 0..255; `std` is positive.
     dtype : {"float32", "float16"}
-        Of the result, which is computed in float32 and rounded once.
+        Dtype of the result, which is computed in float32 and rounded once.
     layout : {"CHW", "HWC"}
-        Of each image of the result.
+        Layout of each image of the result.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel that goes over the pixels once: compiled by Numba on a CPU, for float32, and in
-        CUDA on a GPU. Both give the same bits. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is
-        installed.
+        Array operations, or a kernel that makes one pass over the pixels. There are kernels in CUDA on a GPU and, for
+        float32 results, compiled by Numba on a CPU. Both algorithms are bit-identical. ``"auto"`` selects the kernel on
+        a GPU, and on a CPU if Numba is installed.
     out : ndarray, optional
-        Where the result goes, C-contiguous; by default a new array.
+        C-contiguous output array. By default a new array.
 
     Returns
     -------
@@ -277,7 +277,7 @@ def paste_normalised(
 
     Notes
     -----
-    The arithmetic of DALI's ``fn.crop_mirror_normalize`` but for its last bit.
+    The result agrees with DALI's ``fn.crop_mirror_normalize`` except for the last bit.
 
     Examples
     --------
@@ -314,9 +314,9 @@ def paste_and_normalise(
     route: str,
     out: Array | None,
 ) -> Array:
-    """Return what `paste_normalised` returns, by a kernel of that route where there is one for `dtype`.
+    """Return what `paste_normalised` returns, without checks; use the kernel of `route` if it supports `dtype`.
 
-    `shift_and_scale` is `scaling` of mean and std, of the library of the images.
+    `shift_and_scale` is the array ``scaling(mean, std)``, in the array library of the images.
     """
     xp = array_namespace(images)
     if route == "cuda":
@@ -342,13 +342,13 @@ def paste_and_normalise(
 
 
 def normalised_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Return the shape of the result for images of shape (N, H, W, C)."""
+    """Return the shape of normalised images in `layout`, for images of shape (N, H, W, C)."""
     count, height, width, channels = shape
     return (count, channels, height, width) if layout == "CHW" else shape
 
 
 def check_channels(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Require a mean and a std for each channel."""
+    """Require one mean and one std per channel."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             msg = f"{name} must have one finite number for each of the {channels} channels, got {list(values)}"
@@ -356,11 +356,11 @@ def check_channels(channels: int, mean: Sequence[float], std: Sequence[float]) -
 
 
 def check_scaling(mean: Sequence[float], std: Sequence[float], dtype: Any, layout: str) -> np.dtype[Any]:
-    """Require what can be required before there are images; return `dtype` as an object of that class."""
+    """Require a valid mean, std, dtype and layout, as far as images are not needed; return the ``numpy.dtype``."""
     for name, values in (("mean", mean), ("std", std)):
         try:
             finite = all(math.isfinite(value) for value in values)
-        except TypeError:  # no sequence, or not of numbers
+        except TypeError:  # not a sequence of numbers
             finite = False
         if not finite:
             msg = f"{name} must have one finite number for each channel, got {values!r}"
@@ -373,7 +373,7 @@ def check_scaling(mean: Sequence[float], std: Sequence[float], dtype: Any, layou
         found = np.dtype(dtype)
     except TypeError:
         found = None
-    if dtype is None or found not in DTYPES:  # NumPy takes None for float64
+    if dtype is None or found not in DTYPES:  # NumPy interprets None as float64
         msg = f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
         raise ValueError(msg)
     return found

@@ -1,4 +1,4 @@
-"""Pictures of mixed samples: what is received from where, and why from there."""
+"""Figures of mixed samples, with their sources, saliency maps and boxes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def draw_mixed(
     per_batch: bool | None = None,
     label_weight: str = "area",
 ) -> Figure:
-    """Mix a batch and draw one column for each sample: receiver, source, saliency map, result.
+    """Mix a batch and plot one column per sample: receiver, source, saliency map, result.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
         The batch, in host memory.
     params : MixParams
-        Partners, weights, modes and points, as from `dali_saliencymix.draw_mix_params`.
+        Sources, weights, modes and points, as returned by `dali_saliencymix.draw_mix_params`.
     names : sequence of str
         Class name of each image.
     preset, saliency, source, destination, box, per_batch, label_weight
@@ -55,8 +55,8 @@ def draw_mixed(
     Returns
     -------
     matplotlib.figure.Figure
-        A box is drawn in cyan where its pixels come from, in the source and its map, and in white where they go to;
-        in the result it is cyan.
+        Cyan boxes mark the patch in the source, in the source's map and in the mixed image. White boxes mark the
+        destination in the receiver and in the receiver's map.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def draw_mixed(
     figure, axes = _panels(rows, len(images))
     for column, partner in enumerate(params.source_index):
         own, other = mixed.boxes[column], mixed.source_boxes[column]
-        # In a batch with one box for all, the box belongs to the first sample and its source.
+        # With `per_batch`, the box comes from the maps of the first sample and its source.
         receiver, giver = (0, params.source_index[0]) if options.per_batch else (column, partner)
         pictures = {
             "receiver": (images[column], names[column], own, "white"),
@@ -119,18 +119,18 @@ def draw_detectors(
     lam: float = 0.75,
     box: str = "fit",
 ) -> Figure:
-    """Draw what several detectors see in the same images: one row for each, with its peaks and boxes.
+    """Plot the maps of several detectors for the same images: one row per detector, with its peaks and boxes.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        In host memory.
+        The batch, in host memory.
     names : sequence of str
         Class name of each image.
     detectors : mapping from str to callable
-        Functions from images to maps (N, h, w), by name; by default all of this package.
+        Functions from images to maps (N, h, w), by name; by default all detectors of this package.
     lam : float
-        The boxes have the share 1 - `lam` of the image.
+        Each box covers the share 1 - `lam` of the image.
     box : {"fit", "clip"}
         As for `dali_saliencymix.boxes_at`.
 
@@ -173,39 +173,39 @@ def save_preview(
     label_weight: str = "area",
     **options: Any,
 ) -> None:
-    """Write a picture of mixed samples of a data set, or of what the detectors see in it.
+    """Write a figure of mixed samples of a data set, or of the maps of all detectors.
 
     Parameters
     ----------
     root : path
-        Folder with one folder of images per class, or with such a folder called ``train``.
+        Folder with one folder of images per class, or a folder that contains such a folder called ``train``.
     path : path
-        Picture to write; the ending decides on its format.
+        Image file to write; its suffix sets the format.
     count : int
         Number of samples.
     size : int
         Height and width that random crops of the images are resized to, in pixels.
     min_crop_area : float
-        Smallest area of the random crop as a share of the image.
+        Minimum area fraction of the random crop.
     seed : int
-        Seed of all draws.
+        Random seed.
     compare : bool
-        If true, draw the maps of all detectors for the same images instead of mixed samples.
+        If true, plot the maps of all detectors for the same images instead of mixed samples.
     modes : sequence of str
-        Ways to mix, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
+        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
     alpha, prob
         As for `dali_saliencymix.draw_mix_params`.
     label_weight : {"area", "saliency"}
-        As for `dali_saliencymix.mix`: what the `lam` is that is shown. ``"saliency"`` needs saliencymix in `modes`.
+        As for `dali_saliencymix.mix`: the meaning of the `lam` shown. ``"saliency"`` requires saliencymix in `modes`.
     **options
         `preset`, `saliency`, `source`, `destination`, `box`, `per_batch` as for `dali_saliencymix.mix`.
 
     Raises
     ------
     OSError
-        If `root` is not there or holds no images, or `path` cannot be written.
+        If `root` does not exist or contains no images, or `path` cannot be written.
     ValueError
-        If an option is wrong.
+        If an option is invalid.
     """
     check_at_least(count, "count", 1)
     check_at_least(size, "size", 1)
@@ -234,7 +234,7 @@ def save_preview(
 
 
 def _random_crops(files: Sequence[str], size: int, min_crop_area: float, seed: int) -> NDArray[np.uint8]:
-    """Decode a random crop of each file with DALI, as a training pipeline does: (N, size, size, 3) uint8."""
+    """Decode a random crop of each file with DALI, as training pipelines do: (N, size, size, 3) uint8."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=len(files), num_threads=2, device_id=None, seed=seed, prefetch_queue_depth=1)
@@ -250,7 +250,7 @@ def _random_crops(files: Sequence[str], size: int, min_crop_area: float, seed: i
 
 
 def _panels(rows: Sequence[str], columns: int) -> tuple[Figure, NDArray[Any]]:
-    """Return a figure with a named row of axes without ticks for each of `rows`."""
+    """Return a figure with one labelled row of axes, without ticks, for each of `rows`."""
     require("matplotlib", by="drawing")
     from matplotlib.figure import Figure
 
@@ -268,7 +268,7 @@ def _show_image(axis: Axes, pixels: NDArray[np.uint8]) -> None:
 
 
 def _show_map(axis: Axes, saliency_map: NDArray[Any], size: tuple[int, int], *, least: bool) -> None:
-    """Show a map, its cells over the pixels of the image, and its peak."""
+    """Show a map, scaled to the size of the image, and its peak."""
     height, width = size
     axis.imshow(saliency_map, cmap="magma", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     ((y, x),) = saliency_peaks(saliency_map[None], height, width, least=least)

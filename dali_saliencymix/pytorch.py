@@ -1,7 +1,7 @@
-"""SaliencyMix after the loader: on batches of PyTorch tensors from any loader.
+"""SaliencyMix for batches of PyTorch tensors, from any loader.
 
-Batches are uint8, before they are normalised, on CPU or GPU. They reach the array functions through DLPack, without
-being copied, and what comes back is a new tensor of the same layout in memory.
+Batches are uint8, not yet normalised, on a CPU or a GPU. They are passed to the array functions through DLPack, without
+a copy. The mixed batch is a new tensor with the same memory format.
 """
 
 from __future__ import annotations
@@ -36,58 +36,60 @@ if TYPE_CHECKING:
 
 __all__ = ["NetworkSaliency", "SaliencyMix"]
 
-_BOXES_KEY = "mix_boxes"  # of the boxes in a batch that is a dict
+_BOXES_KEY = "mix_boxes"  # key of the boxes in dict batches
 
 
 class SaliencyMix:
-    """Mixes batches: ``images, targets = mix(images, labels)``.
+    """Mix batches: ``images, targets = mix(images, labels)``.
 
-    It stands where ``timm.data.Mixup`` or ``torchvision.transforms.v2.CutMix`` stand: behind a loader, or as its
-    ``collate_fn`` in the form of `collate`.
+    Use it in place of ``timm.data.Mixup`` or ``torchvision.transforms.v2.CutMix``: call it on the batches of a loader,
+    or pass its method `collate` as the ``collate_fn`` of a ``DataLoader``.
 
     Parameters
     ----------
     num_classes : int
         K, the number of classes.
     alpha : float or mapping from str to float
-        `lam`, the share that an image keeps, is drawn from Beta(alpha, alpha); one number for all modes, or one for
-        each.
+        `lam`, the share of each image to keep, is drawn from Beta(alpha, alpha). One number for all modes, or one per
+        mode.
     prob : float
         Probability in [0, 1] that an image is mixed.
     modes : mapping from str to float
-        Ways to mix, of ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their weights.
+        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
+        need not sum to 1. By default saliencymix only.
     choose : {"sample", "batch"}
-        Whether each image gets a mode of its own, or all images of a batch the same one.
+        Whether to draw a mode for each image or one for the whole batch.
     label_smoothing : float
-        Share of the weight that is spread evenly over all classes, in [0, 1]: each row of the targets becomes
-        ``(1 - label_smoothing) * row + label_smoothing / K``, of class ids and of vectors alike, as in
+        Share of the weight that is spread evenly over all classes, in [0, 1]. Each row of the targets becomes
+        ``(1 - label_smoothing) * row + label_smoothing / K``, for class ids and for vectors, as in
         ``torch.nn.CrossEntropyLoss``.
     return_boxes : bool
-        Whether the boxes of what was pasted are returned, too.
+        If true, also return the boxes of the pasted patches.
     image_key, label_key : str
-        Where `collate` finds image and label in samples that are dicts.
+        Keys of the image and the label in samples that are dicts, for `collate`.
     seed : int, optional
-        Seed of the draws of this object. Give each process of a distributed run one of its own, or all mix alike.
+        Seed of this object's random draws. In distributed training, give each process its own seed; otherwise all
+        processes make the same draws.
     generator : torch.Generator, optional
-        Where to draw from instead, on the CPU. By default it is PyTorch's global one.
+        CPU generator to draw from, instead of `seed`. By default PyTorch's global generator.
     preset, saliency, source, destination, box, per_batch, label_weight, algorithm
         As for `dali_saliencymix.saliencymix`.
 
     Raises
     ------
     TypeError, ValueError
-        If an option is wrong, or `seed` and `generator` are both given.
+        If an option is invalid, or `seed` and `generator` are both given.
 
     Notes
     -----
-    In the workers of a ``DataLoader`` each worker draws on its own: PyTorch seeds its global generator there in
-    every epoch, and a `seed` or `generator` given here is combined with the worker's seed, which comes from the
-    loader's generator.
+    Each worker of a ``DataLoader`` makes its own draws. PyTorch seeds the global generator of each worker in every
+    epoch. A `seed` or `generator` given here is combined with the worker's seed, which comes from the loader's
+    generator.
 
-    In a function under ``torch.compile`` the call is one operator of the graph, with ``fullgraph=True``, too. It draws
-    from the same generator and returns the same bits as without the compiler. A wrong shape or dtype is found when the
-    function is compiled: the error is one of ``torch._dynamo.exc`` then, with the text that it has otherwise. A CUDA
-    graph cannot hold the call, since it would repeat the draws that it was captured with: that is a ``RuntimeError``.
+    Under ``torch.compile`` the call is one operator of the graph, also with ``fullgraph=True``. It draws from the same
+    generator and is bit-identical to eager mode. A wrong shape or dtype raises an error from ``torch._dynamo.exc`` at
+    compile time, with the same message as in eager mode. The call raises a ``RuntimeError`` if it is captured in a CUDA
+    graph, because replays would repeat the captured draws.
 
     Examples
     --------
@@ -140,7 +142,7 @@ class SaliencyMix:
             label_weight=label_weight,
             algorithm=algorithm,
         )
-        self._num_classes = int(num_classes)  # to the compiler a number of NumPy is a tensor
+        self._num_classes = int(num_classes)  # torch.compile treats NumPy scalars as tensors
         self._smoothing = smoothing
         self._return_boxes = return_boxes
         self._image_key, self._label_key = image_key, label_key
@@ -155,29 +157,31 @@ class SaliencyMix:
         Parameters
         ----------
         images : torch.Tensor of shape (N, C, H, W), uint8
-            RGB images, or grey ones with C = 1, contiguous or channels-last in memory, on CPU or GPU. Not modified. On
-            a GPU CuPy is needed.
+            RGB images, or grey images with C = 1, contiguous or channels-last in memory, on a CPU or a GPU. Not
+            modified. CuPy is required on a GPU.
         labels : torch.Tensor of shape (N,) or (N, 1), integer, or (N, K), real
             Class ids in [0, num_classes), or vectors of K = num_classes weights, such as one-hot, multi-hot or soft
-            ones. Integers of shape (N, 1) are class ids, also where K is 1: vectors of one weight are bool or floating.
+            labels. Integers of shape (N, 1) are class ids, even if K is 1: vectors of one weight must be bool or
+            floating.
 
         Returns
         -------
         images : torch.Tensor of shape (N, C, H, W), uint8
-            The mixed images, in the memory format of `images` and on its device.
+            The mixed images, in the memory format and on the device of `images`.
         targets : torch.Tensor of shape (N, K), float32
-            For ``torch.nn.CrossEntropyLoss``, on the device of `images`. Rows of class ids sum to 1, those of vectors
-            where the vectors do. On a GPU a label outside [0, num_classes) is no error, but makes a row of NaN.
+            Targets for ``torch.nn.CrossEntropyLoss``, on the device of `images`. Rows for class ids sum to 1; rows for
+            vectors sum to 1 if the vectors do. On a GPU the values of labels are not checked: a label outside
+            [0, num_classes) gives a row of NaN.
         boxes : torch.Tensor of shape (N, 4), int32
-            With ``return_boxes=True``: where the source's pixels are, (y0, x0, y1, x1), half-open, on the device of
-            `images`. All 0 where nothing was pasted, as by mixup.
+            Only with ``return_boxes=True``. Where the patch is in each mixed image: (y0, x0, y1, x1), half-open, on the
+            device of `images`. All 0 where nothing was pasted, for example with mixup.
 
         Raises
         ------
         TypeError, ValueError
             If an argument has the wrong type, dtype, shape or value.
         RuntimeError
-            If a CUDA graph is being captured.
+            If the current stream is capturing a CUDA graph.
         """
         _check_tensor(images, "images")
         _check_tensor(labels, "labels")
@@ -189,20 +193,20 @@ class SaliencyMix:
         return mixed if self._return_boxes else mixed[:2]
 
     def collate(self, samples: Sequence[Any]) -> tuple[torch.Tensor, ...] | dict[str, Any]:
-        """Make a mixed batch of samples: the ``collate_fn`` of a ``DataLoader``.
+        """Collate samples and mix the batch; pass this method as the ``collate_fn`` of a ``DataLoader``.
 
         Parameters
         ----------
         samples : sequence of (image, label), or of dict
             Images (C, H, W) uint8, tensors or NumPy arrays, all of one shape; class ids, or vectors of K weights.
-            Dicts have them at `image_key` and `label_key`.
+            Dicts have the images and labels at `image_key` and `label_key`.
 
         Returns
         -------
         images, targets : torch.Tensor
-            As from calling the object, with the boxes as a third member if there are any. Of dicts a dict with the
-            same keys: images and targets are in the places of images and labels, boxes at the key ``"mix_boxes"``,
-            and other values are put together by ``torch.utils.data.default_collate``.
+            As from calling the object, with the boxes as a third member if `return_boxes` is true. If the samples are
+            dicts, a dict with the same keys. It has the mixed images and the targets in place of images and labels, and
+            the boxes at the key ``"mix_boxes"``. Other values are collated by ``torch.utils.data.default_collate``.
 
         Raises
         ------
@@ -216,7 +220,8 @@ class SaliencyMix:
             if not isinstance(sample, Sequence) or len(sample) != 2:
                 members = f" with {len(sample)} members" if isinstance(sample, Sequence) else ""
                 msg = (
-                    f"samples must be pairs (image, label), or dicts, which may hold more; got {_kind(sample)}{members}"
+                    "samples must be pairs (image, label), or dicts, which may have more entries; "
+                    f"got {_kind(sample)}{members}"
                 )
                 raise TypeError(msg)
         images, labels = data.default_collate(samples)
@@ -243,13 +248,13 @@ class SaliencyMix:
         return batch
 
     def _mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mix a batch that has been checked; return images, targets and boxes, which share no memory."""
+        """Mix a checked batch; return images, targets and boxes, which do not share memory."""
         if images.is_cuda and torch.cuda.is_current_stream_capturing():
             msg = "SaliencyMix must be called outside of a CUDA graph, which would repeat its draws: mix before it"
             raise RuntimeError(msg)
-        # Beside other workers a worker has one core; PyTorch does the same.
+        # DataLoader workers share the cores, so a worker uses one thread, as PyTorch's own operators do there.
         with limited_to(0 if data.get_worker_info() is None else 1), on_torch_s_stream(images):
-            # The view (N, H, W, C) of a channels-first batch is as good: nothing here asks for contiguous memory.
+            # No array function needs contiguous memory, so the view (N, H, W, C) of a channels-first batch suffices.
             batch = to_array(images.permute(0, 2, 3, 1))
             params = draw(self._rng(), len(images), self._options)
             source_index, lam, mode, point = (
@@ -267,13 +272,13 @@ class SaliencyMix:
             memory_format = _memory_format(images)
             pixels, boxes = to_tensor(mixed.images).permute(0, 3, 1, 2), to_tensor(mixed.boxes)
             if images.is_cuda:
-                # Into PyTorch's memory. CuPy would use its own again as soon as the tensor is dropped, even where
-                # another stream still reads it and `record_stream` was called.
+                # Copy to PyTorch's memory. CuPy's pool reuses a buffer once the tensor is released, even if another
+                # stream still reads it and `record_stream` was called.
                 return pixels.clone(memory_format=memory_format), targets.clone(), boxes.clone()
             return pixels.contiguous(memory_format=memory_format), targets, boxes
 
     def __getstate__(self) -> dict[str, Any]:
-        # On the way to a worker that is spawned, PyTorch 2.10 frees the state of a generator before it has arrived.
+        # When PyTorch 2.10 sends a generator to a spawned worker, it frees the state before the worker receives it.
         state = self.__dict__.copy()
         del state["_handle"]
         if self._generator is not None:
@@ -288,29 +293,30 @@ class SaliencyMix:
             self._generator = torch.Generator("cpu").set_state(own)
 
     def _rng(self) -> np.random.Generator:
-        """Return a generator for one batch, seeded from PyTorch's, whose state covers everything so."""
+        """Return a generator for one batch, seeded from PyTorch's: its state determines all further draws."""
         worker = data.get_worker_info()
         if worker is not None and self._generator is not None and worker.seed != self._worker_seed:
-            # Every worker has a copy of this object: without this all of them would draw the same, every epoch.
+            # Every worker has a copy of this object. Without reseeding, all workers would make the same draws, and in
+            # every epoch.
             self._worker_seed = worker.seed
             seeds = np.random.SeedSequence([self._own_seed, worker.seed])
             self._generator.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-        # The device is named because a user's default device may be another one.
+        # The device is explicit because the user may have changed the default device.
         seed = torch.randint(2**63 - 1, (), generator=self._generator, device="cpu")
         return np.random.default_rng(int(seed))
 
 
-# A graph of torch.compile cannot hold an object of Python. It holds the tensor `_handle`, whose value leads back to the
-# object that it belongs to. To the compiler the operator writes to that tensor: so calls of one object are neither
-# merged nor left out, and keep their order, which a tag does not achieve.
+# A torch.compile graph cannot contain Python objects. It contains the tensor `_handle`, whose value identifies its
+# object. The operator declares that it mutates this tensor. Hence the compiler neither merges nor removes the calls of
+# an object and keeps their order, which no tag achieves.
 _objects: weakref.WeakValueDictionary[int, SaliencyMix] = weakref.WeakValueDictionary()
 
 
 def _new_handle(mix: SaliencyMix) -> torch.Tensor:
-    # A random number: in another process a saved graph must find no object, rather than a wrong one.
+    # The number is random so that a graph saved by another process finds no object, rather than a wrong one.
     number = uuid.uuid4().int >> 65
     _objects[number] = mix
-    with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside of it
+    with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
         return torch.tensor(number, device="cpu")
 
 
@@ -325,7 +331,7 @@ def _mix_in_graph(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mix = _objects.get(int(handle))
     if mix is None:
-        msg = "the SaliencyMix that this graph was compiled with must be in this process: compile the function here"
+        msg = "the SaliencyMix of this compiled graph must exist in this process: compile the function in this process"
         raise RuntimeError(msg)
     return mix._mix(images, labels)
 
@@ -351,7 +357,7 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
             msg = f"generator must be a torch.Generator, got {_kind(generator)}"
             raise TypeError(msg)
         if generator.device.type != "cpu":
-            msg = f"generator must be one of the CPU, got one of {generator.device}"
+            msg = f"generator must be a CPU generator, got one on {generator.device}"
             raise ValueError(msg)
         return generator
     if seed is None:
@@ -369,7 +375,7 @@ def _check_keys(image_key: str, label_key: str) -> None:
             msg = f"{name} must be a str, got {key!r}"
             raise TypeError(msg)
     if image_key == label_key:
-        msg = f"label_key must be another one than image_key, got {label_key!r} for both"
+        msg = f"label_key must differ from image_key, got {label_key!r} for both"
         raise ValueError(msg)
 
 
@@ -413,7 +419,7 @@ def _check_labels(labels: torch.Tensor, count: int, num_classes: int) -> None:
 
 
 def _are_vectors(labels: torch.Tensor) -> bool:
-    """Tell vectors of weights from class ids, by their shape and dtype alone."""
+    """Return whether labels are vectors of weights rather than class ids, by shape and dtype."""
     return labels.ndim == 2 and not (labels.shape[1] == 1 and _is_integer(labels))
 
 
@@ -426,7 +432,7 @@ def _kind(value: Any) -> str:
 
 
 def _memory_format(images: torch.Tensor) -> torch.memory_format:
-    """Return the format that the mixed images get."""
+    """Return the memory format of the mixed images."""
     if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Configuration of the documentation: ``make docs``, or ``sphinx-build -W docs docs/_build/html``."""
+"""Sphinx configuration: ``make docs``, or ``sphinx-build -W docs docs/_build/html``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated parts; train.py, which is not installed
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]  # generated.py; train.py, which is not installed
 
 import generated  # noqa: E402
 
@@ -16,12 +16,11 @@ project = "dali-saliencymix"
 author = "the authors of dali-saliencymix"
 version = release = dali_saliencymix.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 templates_path: list[str] = []
 
-# Names in single backticks, which docstrings use for parameters as well as for functions: a link where there is
-# something of that name.
+# Docstrings use single backticks for parameters and for functions; py:obj links the names that it finds.
 default_role = "py:obj"
 
 autodoc_member_order = "bysource"
@@ -35,7 +34,14 @@ myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = generated.parts()
 
+# In a block with prompts, copy only the commands, without the prompts.
+copybutton_prompt_text = r"\$ |>>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+
 html_theme = "furo"
 html_title = f"dali-saliencymix {version}"
+html_static_path = ["_static"]
+html_css_files = ["width.css"]
 html_copy_source = False
 html_show_copyright = False

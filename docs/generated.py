@@ -1,4 +1,4 @@
-"""Parts of the pages that are made while they are built, from the code and from results of benchmarks: Markdown."""
+"""Markdown parts of the pages, generated during the build from the code and from benchmark results."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import transfer_voc
+from benchmarks.render import opencv_table
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.options import PRESET_OPTIONS
@@ -22,12 +23,13 @@ MEASURED = json.loads(_FILE.read_text())  # by benchmarks/bench_detectors.py
 
 
 def parts() -> dict[str, str]:
-    """Return each part by the name that pages include it under."""
+    """Return the parts; pages include them by these names."""
     return {
         "presets": presets(),
         "detector_costs": detector_costs(),
         "detector_peaks": detector_peaks(),
         "detector_conditions": detector_conditions(),
+        "detector_opencv": opencv_table(MEASURED),
         "help_package": help_of("python -m dali_saliencymix", package_main),
         **{
             f"help_{command.replace('-', '_')}": help_of("python -m dali_saliencymix", package_main, command)
@@ -48,7 +50,7 @@ def presets() -> str:
 
 
 def detector_costs() -> str:
-    """Return what each detector costs as a table."""
+    """Return the time of each detector as a table."""
     batch = MEASURED["conditions"]["batch_size"]
     rows = []
     for name in DETECTORS:
@@ -59,7 +61,7 @@ def detector_costs() -> str:
 
 
 def detector_peaks() -> str:
-    """Return where the peaks of each detector lie as a table."""
+    """Return the positions of each detector's peaks as a table."""
     other = MEASURED["agreement_with_fine_grained"]
     kinds = ("border_ring", "central_quarter")
     columns = ["detector", "in the border ring", "in the central quarter", "within 1/8 of those of `fine_grained`"]
@@ -74,18 +76,18 @@ def detector_peaks() -> str:
 
 
 def detector_conditions() -> str:
-    """Return the conditions that the detectors were measured under as a sentence."""
+    """Return the conditions of the measurements as a sentence."""
     conditions = MEASURED["conditions"]
     versions = conditions["versions"]
     return (
         f"{conditions['device']}; batches of {conditions['batch_size']} images of {conditions['size']}x"
-        f"{conditions['size']}, median (least to largest) of {conditions['rounds']} rounds; peaks of "
+        f"{conditions['size']}, median (minimum to maximum) of {conditions['rounds']} rounds; peaks of "
         f"{conditions['images']} photographs; NumPy {versions['numpy']}. `{conditions['command']}`"
     )
 
 
 def percent(share: float) -> str:
-    """Return a share of 1 as per cent."""
+    """Return a fraction as a percentage."""
     return f"{100 * share:.1f} %"
 
 
@@ -95,7 +97,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def help_of(program: str, main: Callable[[list[str]], object], *command: str) -> str:
-    """Return what a program prints for ``--help``, as a block of text."""
+    """Return the output of ``--help`` as a block of text."""
     text = io.StringIO()
     plain = {"COLUMNS": "100", "NO_COLOR": "1"}
     with (

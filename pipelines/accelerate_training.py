@@ -1,16 +1,16 @@
-"""A training with Hugging Face Accelerate, in one process or many, fed by DALI and mixed with SaliencyMix.
+"""Train with Hugging Face Accelerate, DALI and SaliencyMix, in one or several processes.
 
     python pipelines/accelerate_training.py DATA
     accelerate launch pipelines/accelerate_training.py DATA --output weights.pt
     accelerate launch pipelines/accelerate_training.py DATA --epochs 90 --checkpoints FOLDER
 
-DATA is a folder with one folder of images for each class. With --checkpoints the same command goes on with a training
-that was killed: at the next batch of the epoch, so that each image is trained on once in it.
+DATA is a folder with one folder of images for each class. With --checkpoints, the same command resumes a training that
+was killed, in the middle of the epoch, and neither repeats nor skips images.
 
-Model and optimizer go through ``accelerator.prepare``; the loader does not. Each process asks DALI for its own share of
-the files, and the tensors are on its device already. A prepared loader would shard and move each batch again. What an
-Accelerator does for a prepared loader alone is done here: the place in the epoch is saved beside its own state, and a
-last, shorter window of accumulated batches ends with the epoch.
+``accelerator.prepare`` wraps the model and the optimizer, but not the loader. DALI already gives each process its own
+shard of the files, and returns tensors on its device; a prepared loader would shard and move each batch again. So this
+job does itself what Accelerate does for a prepared loader: it saves the position in the epoch next to the state of the
+Accelerator, and updates the weights at the end of an epoch, even if fewer batches are accumulated by then.
 """
 
 import argparse
@@ -42,8 +42,8 @@ MEAN, STD = IMAGENET_IN_GREY_LEVELS
 
 @pipeline_def(enable_checkpointing=True)
 def training_pipeline(folder: ImageFolder, size: int, gpu: bool, rank: int, processes: int) -> tuple[DataNode, ...]:
-    """Read this process's share of the files, decode a random crop, resize, mix, flip horizontally, normalise."""
-    # All processes shuffle with one seed, or their shares would overlap; the other draws have the pipeline's own seed.
+    """Read this process's shard of the files, decode a random crop, resize, mix, flip horizontally, normalise."""
+    # All processes shuffle with one seed, because shards must not overlap. All other draws use the pipeline's seed.
     encoded, labels = fn.readers.file(
         files=folder.files, labels=folder.labels, shard_id=rank, num_shards=processes, pad_last_batch=True,
         shuffle_after_epoch=True, shuffle_after_epoch_seed=0, name="reader",
@@ -56,30 +56,30 @@ def training_pipeline(folder: ImageFolder, size: int, gpu: bool, rank: int, proc
 
 
 class Checkpoints:
-    """Folders ``update_00000100`` of what an Accelerator saves, and of each process the place in its data.
+    """Folders such as ``update_00000100``, with the state of the Accelerator and of each process's data pipeline.
 
-    A process may be killed at any time: a folder gets that name when all processes have written to it.
+    A process may be killed at any time, so a folder gets its final name after all processes have written to it.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, settings: dict[str, Any]) -> None:
         self.accelerator, self.folder = accelerator, folder
-        self.settings = settings  # what decides the batches: DALI would take its state for others without complaint
+        self.settings = settings  # DALI would load a state saved with other settings without an error
         self.latest = max(folder.glob("update_*"), default=None)
         self.name_of_place = f"place_{accelerator.process_index}.pt"
 
     def place(self) -> dict[str, Any] | None:
-        """Return what this process saved last, or None; refuse it where the settings have changed."""
+        """Return what this process saved last, or None; raise an error if the settings have changed."""
         if self.latest is None:
             return None
         saved = torch.load(self.latest / "place_0.pt", weights_only=True)["settings"]
         changed = [f"{name} was {saved[name]}, is {now}" for name, now in self.settings.items() if saved[name] != now]
         if changed:
-            msg = f"{self.latest}: cannot go on with other batches: {'; '.join(changed)}"
+            msg = f"{self.latest}: cannot resume with other batches: {'; '.join(changed)}"
             raise ValueError(msg)
         return torch.load(self.latest / self.name_of_place, weights_only=True)
 
     def save(self, update: int, place: dict[str, Any]) -> None:
-        """Save, in all processes, after a number of updates of the weights; remove the checkpoints before."""
+        """Save a checkpoint after `update` updates, and remove the older ones; call it in all processes."""
         partial = self.folder / "partial"
         self.latest = self.folder / f"update_{update:08d}"
         self.accelerator.save_state(partial)
@@ -95,11 +95,11 @@ def train(
     folder: ImageFolder, accelerator: Accelerator, *, epochs: int, batch_size: int, size: int, lr: float,
     checkpoints: Path | None = None, checkpoint_every: int = 100,
 ) -> tuple[nn.Module, list[float]]:  # fmt: skip
-    """Train a ResNet-18 in all processes; return it, unwrapped, and the mean loss of each epoch over all of them.
+    """Train a ResNet-18; return the unwrapped model and the loss of each epoch, averaged over all processes.
 
-    ``accelerator.gradient_accumulation_steps`` batches make an update of the weights, fewer at the end of an epoch.
-    With `checkpoints` the state is saved in that folder every `checkpoint_every` updates, and the training goes on from
-    the last one there.
+    Each update of the weights accumulates ``accelerator.gradient_accumulation_steps`` batches, or fewer at the end of
+    an epoch. With `checkpoints`, training saves a checkpoint in that folder every `checkpoint_every` updates, and
+    resumes from the last one in it.
     """
     rank, processes, accumulated = (
         accelerator.process_index, accelerator.num_processes, accelerator.gradient_accumulation_steps,
@@ -121,7 +121,7 @@ def train(
         batch_size=batch_size, num_threads=4, device_id=accelerator.device.index or 0 if gpu else None, seed=rank,
         checkpoint=place["pipeline"] if place else None,
     )  # fmt: skip
-    # A batch read in advance would be lost to a state at the end of an epoch, together with that end.
+    # With a prefetched batch, a checkpoint at the end of an epoch would lose that batch and the end of the epoch.
     loader = DALIGenericIterator(
         [pipeline], ["images", "targets"], reader_name="reader", auto_reset=True, prepare_first_batch=False
     )
@@ -133,20 +133,20 @@ def train(
     if saving and place:
         accelerator.load_state(saving.latest)
         losses, step, update, total = place["losses"], place["step"], place["update"], total + place["total"]
-        accelerator.print(f"goes on with epoch {len(losses) + 1} after {step} steps: {saving.latest}")
+        accelerator.print(f"resumes in epoch {len(losses) + 1} after {step} steps: {saving.latest}")
     while len(losses) < epochs:
         for (batch,) in loader:
-            if step == steps:  # no full batch without padding: to be read, so that no share gets into the next epoch
+            if step == steps:  # DALI pads this batch: skip it, but read it, so that every shard ends its epoch
                 continue
             window = min(accumulated, steps - step // accumulated * accumulated)  # batches of the update
             step += 1
-            # Accelerate finds the end of a window by itself only where the loader is its own.
+            # Accelerate sets this itself only for a prepared loader.
             accelerator.sync_gradients = step % accumulated == 0 or step == steps
             with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
                 with accelerator.autocast():
                     loss = cross_entropy(model(batch["images"]), batch["targets"])
-                accelerator.backward(loss * (accumulated / window))  # which divides by `accumulated`
-            optimizer.step()  # inside of a window this does nothing, nor does the next line
+                accelerator.backward(loss * (accumulated / window))  # backward divides by `accumulated`
+            optimizer.step()  # Accelerate skips this line and the next one unless `sync_gradients` is true
             optimizer.zero_grad()
             total += loss.detach()
             if not accelerator.sync_gradients:
@@ -163,27 +163,25 @@ def train(
 
 
 def positive(text: str) -> int:
-    """Return the number that an option gives, which must be at least 1."""
+    """Parse the value of an option that must be at least 1."""
     if (number := int(text)) < 1:
         raise ValueError
     return number
 
 
 def main() -> None:
-    """Train, and write the weights."""
+    """Parse the command line, train, and write the weights."""
     parser = argparse.ArgumentParser(description="Train a ResNet-18 with Accelerate and SaliencyMix.")
     parser.add_argument("data", metavar="DATA", help="folder with one folder of images for each class")
-    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="images in a batch of each process")
-    parser.add_argument("--accumulation-steps", type=positive, default=1, help="batches that make one update")
+    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="batch size of each process")
+    parser.add_argument("--accumulation-steps", type=positive, default=1, help="batches per update of the weights")
     parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="height and width of the images")
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--cpu", action="store_true", help="compute on the CPU even where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="compute on the CPU even if there is a GPU")
     parser.add_argument("--output", type=Path, help="file for the weights")
-    parser.add_argument(
-        "--checkpoints", type=Path, help="folder to save checkpoints in, and to go on from the last one"
-    )
-    parser.add_argument("--checkpoint-every", type=positive, default=100, help="updates from a checkpoint to the next")
+    parser.add_argument("--checkpoints", type=Path, help="folder to save checkpoints in and to resume from")
+    parser.add_argument("--checkpoint-every", type=positive, default=100, help="updates between two checkpoints")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=args.cpu, gradient_accumulation_steps=args.accumulation_steps)
     names = ("epochs", "batch_size", "size", "lr", "checkpoints", "checkpoint_every")

@@ -1,15 +1,15 @@
-"""SaliencyMix between the operators of DALI's dynamic mode, which Python calls one by one, without a graph.
+"""Use SaliencyMix in DALI's dynamic mode, in which Python calls DALI operators one by one, without a graph.
 
     python pipelines/dynamic_mode.py DATA
     python pipelines/dynamic_mode.py DATA --device gpu --capture
 
-DATA is a folder with one folder of images for each class. DALI marks dynamic mode as experimental, and may change it;
-this was written for DALI 2.4.
+DATA is a folder with one folder of images for each class. Dynamic mode is experimental and may change; this job was
+written for DALI 2.4.
 
-The array function is called on a batch as it stands between two operators. One seed decides all that is random: the
-reader's order of the files, and a NumPy generator that partners and weights are drawn from. ``ndd.random`` would draw
-them inside DALI, from where they would have to be fetched, and with ``capture=True`` some batches ahead. The NumPy
-generator stands where the training stands.
+The job calls the array function on the batch between two operators. One seed determines everything random: the order of
+the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI, so they
+would have to be copied out, and with ``capture=True`` they would be drawn some batches ahead. The state of the NumPy
+generator always matches the batch that is trained on.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def training_batches(
     capture: bool = False,
     **options: Any,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Decode, resize, mix, normalise: yield ``(images, labels, source_labels, lam)`` for some epochs.
+    """Decode, resize, mix and normalise; yield ``(images, labels, source_labels, lam)`` for `epochs` epochs.
 
-    All batches are full: the last one of an epoch takes its missing images from the next epoch. With `capture` DALI
-    makes a pipeline of its operators in front of the mixing, and has their batches ready in advance; the batches are
-    the same, but the loop has to end by itself, not by ``break``. `options` are those of `saliencymix`.
+    All batches are full: the last batch of an epoch is filled with images of the next epoch. With `capture`, DALI
+    compiles the operators before the mixing into a pipeline and prefetches their batches. The batches are the same, but
+    the loop must run to its end: do not leave it with ``break``. `options` are passed to `saliencymix`.
     """
     if len(folder) < batch_size:
         msg = f"batch_size must be at most {len(folder)}, the images in {folder.root}, got {batch_size}"
@@ -62,11 +62,11 @@ def training_batches(
     )
     for _ in range(epochs):
         for encoded, label in reader.next_epoch(batch_size=batch_size, capture=capture):
-            # To be captured, an argument has to be a constant that DALI can prove from this source, or a promised one.
+            # Capture needs constant arguments: DALI infers this from the source code, or `invariant` declares it.
             images = ndd.decoders.image(encoded, device=device)
             images = ndd.resize(images, size=ndd.capture.invariant([size, size]))
 
-            # From here on it is arrays: a view of DALI's memory, and a new array for what is mixed.
+            # `batch` is a view of DALI's memory; `mixed.images` is a new array.
             source_index, lam = draw_params(rng, batch_size, alpha=alpha, prob=prob)
             batch = xp.from_dlpack(ndd.as_tensor(images))
             mixed = saliencymix(batch, xp.asarray(source_index), xp.asarray(lam), **options)
@@ -81,12 +81,12 @@ def training_batches(
 
 
 def main() -> None:
-    """Print what comes out of one epoch."""
-    parser = argparse.ArgumentParser(description="Print an epoch of batches that are mixed in DALI's dynamic mode.")
+    """Print the batches of one epoch."""
+    parser = argparse.ArgumentParser(description="Mix one epoch of batches in DALI's dynamic mode and print them.")
     parser.add_argument("data", metavar="DATA", help="folder with one folder of images for each class")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images in a batch")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where images are processed")
-    parser.add_argument("--capture", action="store_true", help="let DALI prepare batches in advance")
+    parser.add_argument("--capture", action="store_true", help="let DALI prefetch batches")
     args = parser.parse_args()
     folder = list_image_folder(args.data)
     batches = training_batches(folder, batch_size=args.batch_size, device=args.device, capture=args.capture)

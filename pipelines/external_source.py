@@ -1,11 +1,11 @@
-"""Images that come from Python as arrays, out of a database or a format of your own: ``fn.external_source``.
+"""Use SaliencyMix on arrays from Python, such as images from a database or a custom format: ``fn.external_source``.
 
     python pipelines/external_source.py DATA
 
-DATA is a folder with one folder of images for each class. Pillow opens the files, in place of your own code.
+DATA is a folder with one folder of images for each class. Pillow opens the files; replace it with your own code.
 
-The source is a function of the sample's index and keeps no state, so a checkpoint of the pipeline covers the source and
-the mixing: a restored pipeline continues with the same batches.
+The source depends only on the sample's index and keeps no state. So DALI's checkpoints cover the source and the mixing:
+a restored pipeline resumes with the same batches.
 """
 
 import argparse
@@ -28,10 +28,10 @@ MEAN, STD = IMAGENET_IN_GREY_LEVELS
 
 
 class ShuffledImages:
-    """Gives image and label number ``info.idx_in_epoch`` of an order that the seed and the epoch decide.
+    """Images and labels of a folder, shuffled in each epoch, in an order that depends on the seed and the epoch.
 
-    Where no full batch is left the epoch ends: DALI's iterators begin the next one, with ``pipeline.run()`` you do it
-    by ``pipeline.reset()``.
+    The epoch ends when no full batch is left. DALI's iterators then start the next epoch. If you call
+    ``pipeline.run()`` yourself, start it with ``pipeline.reset()``.
     """
 
     def __init__(self, folder: ImageFolder, seed: int = 0) -> None:
@@ -41,7 +41,7 @@ class ShuffledImages:
         """Return one image (H, W, 3) uint8, of any size, and its label, of shape (1,)."""
         if info.idx_in_epoch >= len(self.folder):
             raise StopIteration
-        # Drawn for each sample, since nothing may be kept; for millions of images keep the last epoch's order.
+        # Recomputed for each sample, because the source keeps no state. For millions of images, cache it.
         order = np.random.default_rng([self.seed, info.epoch_idx]).permutation(len(self.folder))
         number = order[info.idx_in_epoch]
         with Image.open(self.folder.files[number]) as image:
@@ -50,18 +50,18 @@ class ShuffledImages:
 
 @pipeline_def(enable_checkpointing=True)
 def training_pipeline(source: ShuffledImages, size: int = 224) -> tuple[DataNode, ...]:
-    """Take arrays, resize, mix, flip horizontally, normalise."""
+    """Read arrays, resize, mix, flip horizontally, normalise."""
     images, labels = fn.external_source(
         source, num_outputs=2, batch=False, dtype=[types.UINT8, types.INT32], layout=["HWC", ""], ndim=[3, 1]
     )
-    images = fn.resize(images, size=(size, size))  # images.gpu() for a GPU
+    images = fn.resize(images, size=(size, size))  # on a GPU: images.gpu()
     images, labels, source_labels, lam = saliencymix(images, labels)
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=MEAN, std=STD, mirror=fn.random.coin_flip())
     return images, labels, source_labels, lam
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print a batch of images that Python gives.")
+    parser = argparse.ArgumentParser(description="Mix a batch of arrays from Python and print its labels and weights.")
     parser.add_argument("data", metavar="DATA", help="folder with one folder of images for each class")
     source = ShuffledImages(list_image_folder(parser.parse_args().data))
     pipeline = training_pipeline(source, batch_size=8, num_threads=4, device_id=None)

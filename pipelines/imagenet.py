@@ -1,10 +1,10 @@
-"""Ten training steps of a ResNet-18 on images that DALI reads and mixes with SaliencyMix.
+"""Train a ResNet-18 for ten steps on images that DALI reads and mixes with SaliencyMix.
 
     python pipelines/imagenet.py DATA
     python pipelines/imagenet.py DATA --device gpu
 
-DATA is a folder with one folder of images for each class, or with train/, which holds these.
-``python -m dali_saliencymix sample-data DATA`` makes a small one.
+DATA is a folder with one folder of images for each class, or a folder that contains such a folder called train.
+``python -m dali_saliencymix sample-data DATA`` creates a small one.
 """
 
 import argparse
@@ -37,23 +37,23 @@ def training_pipeline(files: list[str], labels: list[int], size: int, device: st
     encoded, labels = fn.readers.file(files=files, labels=labels, random_shuffle=True, name="reader")
     images = fn.decoders.image_random_crop(encoded, device="mixed" if device == "gpu" else "cpu")
     images = fn.resize(images, size=(size, size))
-    # Here, where images are uint8 and of one size. Labels stay as they are; lam is the share of an image's own pixels.
+    # Images must be uint8 and of one size here. Labels do not change; lam is the receiver's share of the pixels.
     images, labels, source_labels, lam = saliencymix(images, labels)
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mean=MEAN, std=STD, mirror=fn.random.coin_flip())
     return images, labels, source_labels, lam
 
 
 def main() -> None:
-    """Train, and print the loss of each step."""
-    parser = argparse.ArgumentParser(description="Ten training steps of a ResNet-18 with SaliencyMix.")
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder of class folders, or of train/ with these")
+    """Train and print the loss of each step."""
+    parser = argparse.ArgumentParser(description="Train a ResNet-18 for ten steps with SaliencyMix.")
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder with one folder per class, or with train/")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where to decode, mix and train")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="images in a batch")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     args = parser.parse_args()
     gpu = args.device == "gpu"
     if gpu and not torch.cuda.is_available():
-        sys.exit("error: --device must be cpu where PyTorch finds no CUDA GPU, got gpu")
+        sys.exit("error: --device must be cpu if PyTorch finds no CUDA GPU, got gpu")
 
     train = args.data / "train"
     folder = list_image_folder(train if train.is_dir() else args.data)

@@ -191,7 +191,7 @@ def test_two_processes_resume_within_an_epoch_in_which_one_was_killed(reports, d
     assert [path.name for path in (tmp_path / "checkpoints").glob("update_*")] == ["update_00000003"]
     second = recorded_by(torchrun, data_folder, tmp_path / "second", **options)
     assert [len(report["targets"]) for report in second] == [1, 1]
-    assert "goes on with epoch 2 after 2 steps" in second[0]["said"]
+    assert "resumes in epoch 2 after 2 steps" in second[0]["said"]
     together = [{"targets": a["targets"][:5] + b["targets"]} for a, b in zip(first, second, strict=True)]
     assert seen_by_all(together, IMAGES // 2 // BATCH) == [list(range(IMAGES))] * EPOCHS
     for ours, undisturbed, end in zip(together, reports, second, strict=True):
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_other_batches_is_refused(data_folder, tmp_path):
     ended = run_program(*train, *options, "-b", "8", "--accumulation-steps", "2", check=False)
     what = "batch_size was 16, is 8; gradient_accumulation_steps was 1, is 2"
     assert ended.returncode == 1
-    assert ended.stderr.endswith(f"error: {tmp_path}/update_00000002: cannot go on with other batches: {what}\n")
+    assert ended.stderr.endswith(f"error: {tmp_path}/update_00000002: cannot resume with other batches: {what}\n")
 
 
 def test_the_command_trains_and_writes_weights(data_folder, tmp_path):

@@ -118,14 +118,14 @@ def test_the_verdict_is_on_all_steps():
     assert monitor.data_wait_share == 0
     assert monitor.share_of_all == pytest.approx(20 / 180)
     assert monitor.verdict() == (
-        "data wait 11% of the time (1000.0 of 9000.0 ms a step, as the host sees it): the loader keeps up"
+        "data wait 11% of the time (1000.0 of 9000.0 ms per step, measured on the host): the loader keeps up"
     )
     monitor, _ = watched([5.0, 2.0], [8.0] * 2)
     assert monitor.verdict() == (
-        "data wait 20% of the time (2000.0 of 10000.0 ms a step, as the host sees it): the loader starves the step; on "
+        "data wait 20% of the time (2000.0 of 10000.0 ms per step, measured on the host): the loader is too slow; on "
         "a GPU this is an upper bound. What to do about it: python -m dali_saliencymix bottleneck --help"
     )
-    assert Monitor().verdict() == "data wait: not measured: no step was seen but the first of an epoch"
+    assert Monitor().verdict() == "data wait: not measured: there was no step after the first of an epoch"
 
 
 def test_the_warning_goes_to_stderr_by_default(capsys):

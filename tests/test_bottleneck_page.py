@@ -67,7 +67,7 @@ def report_of(figures: Figures, *, source: str = "pipeline", timeline=None, **co
         images=64,
         until={},
         stages_note=None if figures.stages else "it <cannot> be cut",
-        stored=StorageRates(not_measured="was not asked for"),
+        stored=StorageRates(not_measured="not requested"),
         what_ifs=[{"kind": "predicted", "what": "rest", "text": "Two <more> threads"}],
         timeline=timeline,
         conditions={"source": source, "images_per_batch": 64, "processes": 1, "device": "cpu", **conditions},
@@ -190,7 +190,7 @@ def test_the_timeline_is_drawn_to_scale_and_its_legend_stands_outside():
     assert labels == ["0", "10", "20", "30", "40", "1", "step", "5"]
     assert not any("wait" in text for text in page.texts("svg"))
     (label,) = (attributes["aria-label"] for tag, attributes, _ in page.elements if tag == "svg")
-    assert label == "5 steps of up to 40.0 ms, which wait for data for up to 30.0 ms"
+    assert label == "5 steps of up to 40.0 ms, with waits for data of up to 30.0 ms"
 
 
 def test_a_long_timeline_has_columns_of_several_steps():

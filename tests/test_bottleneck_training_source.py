@@ -89,7 +89,7 @@ def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, s
     assert [row["what"] for row in found] == [label]
     assert source.settings.get(setting) == (1 if setting else None)
     if setting is None:
-        assert found[0]["not_measured"] == "this loader has no num_threads that could be changed"
+        assert found[0]["not_measured"] == "this loader has no num_threads that can be changed"
         return
     assert (found[0]["now"], found[0]["then"]) == (1, 2)
     assert found[0]["loader_images_per_second"].median > 0
@@ -107,14 +107,14 @@ GROWING = ("--epochs", "8", "--progressive-size", "24@0", "40@4")
             GROWING,
             40,
             True,
-            "the batches are those of epochs 5 to 8 (40x40 pixels); not measured: epochs 1 to 4 (24x24 pixels)",
+            "measured with the batches of epochs 5 to 8 (40x40 pixels); not measured: epochs 1 to 4 (24x24 pixels)",
         ),
         (
             ("--epochs", "8", "--mix-off-epochs", "2"),
             32,
             True,
-            "the batches are those of epochs 1 to 6 (32x32 pixels, mixed); not measured: epochs 7 to 8 (32x32 pixels, "
-            "not mixed)",
+            "measured with the batches of epochs 1 to 6 (32x32 pixels, mixed); not measured: epochs 7 to 8 "
+            "(32x32 pixels, not mixed)",
         ),
         ((*GROWING, "--mix-off-epochs", "4"), 40, False, "epochs 5 to 8 (40x40 pixels, not mixed); not measured"),
         (("--epochs", "8", "--mix-off-epochs", "8"), 32, False, None),
@@ -149,7 +149,7 @@ def test_images_that_are_too_few_are_repeated_and_the_report_says_so(root):
     source = training_source(options(root, *FOLDER, "-b", "64"), ALONE, images=2048)
     assert len(next(iter(source.open({})))[0]) == 64
     assert source.conditions["notes"] == [
-        "the 32 images are too few for a step, and train.py refuses them: they are repeated"
+        "32 images are too few for a step: train.py would reject them, here they are repeated"
     ]
 
 

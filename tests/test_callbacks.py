@@ -33,7 +33,7 @@ def trained(package: str, *scenarios: dict) -> list[dict]:
 def check_what_is_said(starved: dict, fed: dict) -> None:
     warning, summary = starved["said"]
     assert warning.startswith("warning: the training waits for its data: ")
-    assert "the loader starves the step" in summary
+    assert "the loader is too slow" in summary
     assert "python -m dali_saliencymix bottleneck" in summary
     (summary,) = fed["said"]
     assert summary.startswith("data wait 5% of the time (")
@@ -91,4 +91,4 @@ hooks._end(rank, together=True)
 dist.destroy_process_group()
 """
     (line,) = (line for line in torchrun("-c", script).stdout.splitlines() if "data wait" in line)
-    assert line.startswith("process 1 of 2: data wait 80% of the time (800.0 of 1000.0 ms a step")
+    assert line.startswith("process 1 of 2: data wait 80% of the time (800.0 of 1000.0 ms per step")

@@ -598,7 +598,7 @@ def test_kernels_compile_without_warnings(file):
 
 
 def test_numpy_arrays_are_refused():
-    with pytest.raises(TypeError, match="must be CuPy arrays: a CUDA kernel was asked for, got NumPy arrays"):
+    with pytest.raises(TypeError, match="must be CuPy arrays for a CUDA kernel, got NumPy arrays"):
         cuda.fine_grained(pictures(1, 4, 4, 3))
 
 

@@ -580,7 +580,7 @@ def test_a_stdout_that_is_closed_or_full_is_named_and_names_that_are_no_text_are
     )
     ended = run(stdout=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (0, b"")
-    assert ended.stdout.startswith(rb"caf\udce9, as before")
+    assert ended.stdout.startswith(rb"caf\udce9 (unchanged)")
 
 
 def test_bottleneck_names_the_file_that_a_pipeline_fails_at(ends, images, tmp_path):

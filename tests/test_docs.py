@@ -75,7 +75,7 @@ def public_names():
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Build the site; return the completed process and the folder."""
-    for name in ("sphinx", "furo", "myst_parser"):
+    for name in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
         pytest.importorskip(name, reason=f"the documentation needs {name}, which is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]

@@ -150,8 +150,8 @@ def test_equal_seeds_repeat_a_policy_and_others_differ():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modes": {}}, "modes must map names of saliencymix, cutmix, mixup to weights, got {}"),
-        ({"modes": ["mixup"]}, r"modes must map names .* got \['mixup'\]"),
+        ({"modes": {}}, r"modes must map mode names \(saliencymix, cutmix, mixup\) to weights, got {}"),
+        ({"modes": ["mixup"]}, r"modes must map mode names .* got \['mixup'\]"),
         ({"modes": {"puzzle": 1}}, "modes must be one of saliencymix, cutmix, mixup, got 'puzzle'"),
         ({"modes": {"mixup": -1}}, r"modes\['mixup'\] must be a positive number, got -1"),
         ({"modes": {"mixup": math.nan}}, r"modes\['mixup'\] must be a positive number, got nan"),

@@ -87,7 +87,7 @@ def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_fold
     options = (data_folder, "--device", "cpu", "-j", "1", "--evaluate", "--resume", alone)
     ended = train_here(*options)
     assert ended.status == 0, ended.err
-    assert "as it was trained" not in ended.err
+    assert "differ from its training" not in ended.err
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["val"] == pytest.approx(val, rel=1e-5)
     assert (report["arch"], report["epoch"], report["resize_size"], report["crop_size"]) == ("tiny_resnet", 2, 32, 32)
@@ -99,9 +99,9 @@ def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_fold
         f"{data_folder / 'val'}: {VAL_IMAGES} images by dali-cpu, resized to 48 and cropped to 24 pixels, mean 0.485 "
     )
     assert line in ended.out
-    (line,) = (line for line in ended.err.splitlines() if "trained" in line)
+    (line,) = (line for line in ended.err.splitlines() if "differ" in line)
     sizes = "val_resize_size was 32, is now 48; val_crop_size was 32, is now 24"
-    assert line == f"{alone}: not as it was trained: {sizes}"
+    assert line == f"{alone}: options differ from its training: {sizes}"
 
 
 def test_a_checkpoint_of_cifar_knows_its_data_set_and_normalisation(tmp_path, train_here):
@@ -129,7 +129,8 @@ def test_two_processes_count_exactly_what_one_counts(full_run, only_validation, 
     asked = ("--evaluate", "--resume", output_dir / BEST, "--per-class-csv", "--fgsm", "4/255", "--val-crop-size", "30")
     assert train_here(only_validation, *TINY, *asked, "--output-dir", tmp_path / "one", "-b", "4").status == 0
     ended = torchrun("train.py", only_validation, *TINY, *asked, "--output-dir", tmp_path / "two", "-b", "9")
-    assert ended.stderr.count(f"{output_dir / BEST}: not as it was trained: val_crop_size was 32, is now 30") == 1
+    what = "options differ from its training: val_crop_size was 32, is now 30"
+    assert ended.stderr.count(f"{output_dir / BEST}: {what}") == 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     images = (CLASS_COUNT - 2) * VAL_PER_CLASS + 1
     for part in ("val", "fgsm"):
@@ -162,7 +163,7 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),
         ((*evaluating, "--cam", picture, "--cam-class", "dog"), 1, "must be one of the 8 classes"),
         ((*evaluating, "--output-dir", existing / "in"), 1, f"{existing / 'in'}: Not a directory; --output-dir names"),
-        ((*evaluating, "--model-ema"), 1, f"{checkpoint}: has no moving average of the weights"),
+        ((*evaluating, "--model-ema"), 1, f"{checkpoint}: has no EMA of the weights"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "out", *options)
         assert ended.status == status

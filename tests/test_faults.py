@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_with_the_same_b
     assert ended.returncode == EXIT_PREEMPTED
     assert f"passed over a checkpoint that is not whole: {tmp_path / 'run' / LAST}: damaged" in ended.stderr
     assert errors_in(ended.stderr) == [
-        f"train.py: stopped by SIGTERM; --resume auto goes on from {tmp_path / 'run' / LAST}"
+        f"train.py: stopped by SIGTERM; --resume auto resumes from {tmp_path / 'run' / LAST}"
     ]
     places = [line.split()[:2] for line in (tmp_path / "batches.0").read_text().splitlines()]
     saved = load_checkpoint(tmp_path / "run" / LAST)
@@ -142,7 +142,7 @@ def test_a_signal_to_a_run_and_its_worker_processes_stops_it_with_a_checkpoint(d
     ended = launch(run_program, tmp_path, f"{name} to all@0:2", data_folder, *options)
     assert ended.returncode == EXIT_PREEMPTED
     assert errors_in(ended.stderr) == [
-        f"train.py: stopped by {name}; --resume auto goes on from {tmp_path / 'run' / LAST}"
+        f"train.py: stopped by {name}; --resume auto resumes from {tmp_path / 'run' / LAST}"
     ]
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] in (2, 3)
 
@@ -167,13 +167,13 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
     ended = launch(torchrun, tmp_path, "SIGTERM@1:2", *options)
     assert f"exitcode  : {EXIT_PREEMPTED}" in ended.stderr
     assert errors_in(ended.stderr) == [
-        f"train.py: stopped by SIGTERM; --resume auto goes on from {tmp_path / 'run' / LAST}"
+        f"train.py: stopped by SIGTERM; --resume auto resumes from {tmp_path / 'run' / LAST}"
     ]
 
     ended = launch(real_torchrun, tmp_path, "SIGKILL of torchrun@0:2", *options)
     assert ended.returncode == -9
     assert errors_in(ended.stderr) == [
-        f"train.py: stopped by SIGTERM; --resume auto goes on from {tmp_path / 'run' / LAST}"
+        f"train.py: stopped by SIGTERM; --resume auto resumes from {tmp_path / 'run' / LAST}"
     ]
     assert launch(torchrun, tmp_path, "none", *options).returncode == 0
     assert_same_training(tmp_path, unbroken_of_two, ranks=2)

@@ -628,8 +628,8 @@ def test_wrong_smoothing_is_refused_while_the_pipeline_is_defined(files, options
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"modes": {}}, ValueError, "modes must map names of saliencymix, cutmix, mixup to weights, got {}"),
-        ({"modes": "mixup"}, ValueError, "modes must map names .* got 'mixup'"),
+        ({"modes": {}}, ValueError, r"modes must map mode names \(saliencymix, cutmix, mixup\) to weights, got {}"),
+        ({"modes": "mixup"}, ValueError, "modes must map mode names .* got 'mixup'"),
         ({"modes": {"resizemix": 1}}, ValueError, "modes must be one of saliencymix, .* got 'resizemix'"),
         ({"modes": {"mixup": 0}}, ValueError, r"modes\['mixup'\] must be a positive number, got 0"),
         ({"modes": {"mixup": 1}, "choose": "x"}, ValueError, "choose must be one of sample, batch, got 'x'"),
@@ -652,7 +652,7 @@ def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classe
         images, labels = read(files)
         return dsfn.soft_labels(*dsfn.saliencymix(images, labels)[1:], num_classes=num_classes)
 
-    message = rf"labels must be in \[0, {num_classes}\), as num_classes={num_classes} says, got {num_classes}"
+    message = rf"labels must be in \[0, {num_classes}\) for num_classes={num_classes}, got {num_classes}"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
@@ -667,7 +667,7 @@ def test_an_invalid_class_id_is_an_error_and_not_truncated(name, wrong):
         nodes = {"labels": ids, "source_labels": ids, name: fn.constant(fdata=[wrong])}
         return dsfn.soft_labels(nodes["labels"], nodes["source_labels"], lam, num_classes=4)
 
-    message = rf"ValueError: {name} must be class ids, which are whole numbers, got {re.escape(str(wrong))}"
+    message = rf"ValueError: {name} must be integer class ids, got {re.escape(str(wrong))}"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
@@ -679,7 +679,7 @@ def test_vectors_with_num_classes_are_an_error_that_says_so(files):
         one_hot = fn.one_hot(labels, num_classes=FILES)
         return dsfn.soft_labels(*dsfn.saliencymix(images, one_hot)[1:], num_classes=FILES)
 
-    message = rf"must be class ids, one for each sample, where num_classes={FILES} is .* Leave num_classes out"
+    message = rf"must be one class id per sample if num_classes={FILES} is given, .* Omit num_classes if labels are"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
@@ -758,7 +758,7 @@ def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, fo
         return dsfn.soft_labels(labels, labels, 1.0, **options)
 
     shown = {
-        "ids": r"; with their source_labels and lam they are vectors of 3: \(5,\), \(7,\), ",
+        "ids": r", got 3: \(5,\), \(7,\), .*, with source_labels and lam appended",
         "vectors": r", got 3: \(2,\), ",
     }
     with pytest.raises(RuntimeError, match=f"ValueError: all labels of a batch must have one shape{shown[form]}"):
@@ -918,7 +918,7 @@ def test_options_that_must_be_plain_values_refuse_nodes(files, name, op):
         images, labels = read(files)
         return op(images, labels, **{name: fn.random.uniform(range=[0.0, 1.0]) if value is None else value})
 
-    message = f"{name} must be a plain value, the same for all batches, got a DataNode of DALI's"
+    message = f"{name} must be a plain value, the same for all batches, got a DALI DataNode"
     with pytest.raises(TypeError, match=message):
         build(drawn, None)
     with pytest.raises(TypeError, match=message.replace("DataNode", "ScalarConstant")):

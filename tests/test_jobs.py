@@ -539,7 +539,7 @@ def test_the_imagenet_job_trains_ten_steps(folder, tmp_path, layout):
 def test_the_imagenet_job_says_in_one_line_that_there_is_no_gpu(folder):
     ended = run_job("imagenet", folder.root, "--device", "gpu", check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "error: --device must be cpu where PyTorch finds no CUDA GPU, got gpu\n"
+    assert ended.stderr == "error: --device must be cpu if PyTorch finds no CUDA GPU, got gpu\n"
 
 
 def test_the_imagenet_job_is_short():

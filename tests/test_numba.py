@@ -343,8 +343,8 @@ def test_a_read_only_installation_without_a_home_compiles_for_each_process_and_s
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
     assert found == peaks_here(phase_spectrum(images))
     assert said == [
-        "warning: Numba compiles for this process alone, which takes some seconds: there is no folder that can be "
-        "written for what it has compiled; set NUMBA_CACHE_DIR to a folder that can be written"
+        "warning: Numba cannot cache its kernels, so each process compiles them, which takes some seconds: there is no "
+        "writable folder for the cache; set NUMBA_CACHE_DIR to a writable folder"
     ]
     assert not list(read_only_installation.rglob("*.nb?"))
 
@@ -356,15 +356,15 @@ def test_a_full_disk_and_damaged_files_cost_the_time_to_compile_and_nothing_else
     expected, said = found_peaks(maps, setup=full, NUMBA_CACHE_DIR=str(tmp_path))
     (folder,) = tmp_path.iterdir()
     assert said == [
-        f"warning: Numba compiles for this process alone, which takes some seconds: {folder}: File too large; "
-        "set NUMBA_CACHE_DIR to a folder that can be written"
+        "warning: Numba cannot cache its kernels, so each process compiles them, which takes some seconds: "
+        f"{folder}: File too large; set NUMBA_CACHE_DIR to a writable folder"
     ]
     assert list(folder.iterdir()) == []
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)
     assert expected == peaks_here(images[..., 0].astype(np.float32))
     compiles = [
-        f"Numba compiles kernels: up to half a minute of processor time, once; it keeps them in {folder}; "
-        '"python -m dali_saliencymix compile" does it in advance'
+        f"Numba compiles kernels: up to half a minute of processor time, once; it caches them in {folder}; "
+        'to compile them in advance, run "python -m dali_saliencymix compile"'
     ]
     assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path), RANK="0") == (expected, compiles)
     assert found_peaks(maps, NUMBA_CACHE_DIR=str(tmp_path)) == (expected, [])
@@ -426,7 +426,7 @@ def test_the_command_compiles_all_that_is_called_and_its_folder_may_be_read_only
     (folder,) = tmp_path.iterdir()
     first, *groups, last = compiled.stdout.splitlines()
     assert compiled.stderr == ""
-    assert first.endswith(f"keeps them in {folder}")
+    assert first.endswith(f"caches them in {folder}")
     assert len(groups) == 5
     assert all(re.fullmatch(r"[\w ]+: \d+\.\d s", line) for line in groups)
     assert re.fullmatch(r"done, \d+\.\d s in all", last)

@@ -95,7 +95,7 @@ def test_options_are_values():
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"modes": {}}, ValueError, r"modes must map names of saliencymix, cutmix, mixup to weights, got \{\}"),
+        ({"modes": {}}, ValueError, r"modes must map mode names \(saliencymix, cutmix, mixup\) to weights, got \{\}"),
         ({"modes": {"mix": 1}}, ValueError, "modes must be one of saliencymix, cutmix, mixup, got 'mix'"),
         ({"modes": {"mixup": 0}}, ValueError, r"modes\['mixup'\] must be a positive number, got 0"),
         ({"alpha": 0}, ValueError, "alpha must be a positive number, got 0"),

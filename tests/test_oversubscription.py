@@ -13,7 +13,7 @@ from dali_saliencymix.measure import environment
 
 pytest_plugins = ["shared.training_fixtures"]
 
-TAKE = "more than one per core does not help, and takes time from the steps"
+TAKE = "more than one per core does not help and slows the steps down"
 OMP = "; OMP_NUM_THREADS sets those of PyTorch"
 # (processes, threads of each loader, what they are, PyTorch's threads; None: the step runs on a GPU), on one core.
 ON_ONE_CORE = {

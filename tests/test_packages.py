@@ -85,7 +85,7 @@ def test_a_program_does_without_what_it_does_not_ask_for(command, needed, tmp_pa
 def test_importing_a_module_without_its_package_says_what_to_install(module, needed, extra, tmp_path):
     ended = run_without(OF_EXTRAS, ("-c", f"import {module}"), tmp_path)
     assert ended.returncode == 1
-    message = f"{module} needs {needed}, which is not installed; the extra {extra} brings it: pip install '.[{extra}]' "
+    message = f"{module} needs {needed}, which is not installed; the extra {extra} provides it: pip install '.[{extra}"
     assert message in ended.stderr.splitlines()[-1]
 
 
@@ -95,7 +95,7 @@ def test_importing_a_module_without_its_package_says_what_to_install(module, nee
 def test_a_callback_without_its_package_says_what_to_install(function, needed, tmp_path):
     script = f"from dali_saliencymix import callbacks; callbacks.{function}()"
     ended = run_without({"lightning", "pytorch_lightning", "transformers"}, ("-c", script), tmp_path)
-    message = f"{function} needs {needed}, which is not installed; the extra test brings it: pip install '.[test]' "
+    message = f"{function} needs {needed}, which is not installed; the extra test provides it: pip install '.[test]' "
     assert message in ended.stderr.splitlines()[-1]
 
 

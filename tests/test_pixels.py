@@ -61,7 +61,7 @@ def test_a_place_that_does_not_fit_is_refused(out, message):
 @pytest.mark.parametrize("first", [0, 1], ids=["the same", "in part"])
 def test_the_images_are_no_place_for_the_result(first):
     memory, boxes = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((2, 4), np.int32)
-    with pytest.raises(ValueError, match="out must share no memory with images"):
+    with pytest.raises(ValueError, match="out must not share memory with images"):
         paste_boxes(memory[:2], np.array([1, 0]), boxes, out=memory[first : first + 2])
 
 
@@ -169,7 +169,7 @@ GOOD = {"labels": np.array([0, 1]), "source_labels": np.array([1, 0]), "lam": np
         (
             {"labels": np.array([0, 3])},
             ValueError,
-            r"labels must be in \[0, 3\), as num_classes=3 says, got 3 at \[1\]",
+            r"labels must be in \[0, 3\) for num_classes=3, got 3 at \[1\]",
         ),
         ({"labels": np.array([-1, 0])}, ValueError, r"labels must be in \[0, 3\).* got -1 at \[0\]"),
         ({"source_labels": np.array([0, 7])}, ValueError, r"source_labels must be in \[0, 3\).* got 7 at \[1\]"),

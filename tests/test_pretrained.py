@@ -169,7 +169,7 @@ def test_a_training_begins_with_the_weights_and_its_checkpoint_counts_from_then_
     weights.unlink()
     ended = train_here(data_folder, *options, "--lr", "1e-9", "--max-steps", "1", "--training-only")
     assert ended.status == 0
-    assert f"resuming from {tmp_path / 'run' / LAST}: --pretrained is not read" in ended.err
+    assert f"resuming from {tmp_path / 'run' / LAST}: --pretrained is ignored" in ended.err
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 2
 
 
@@ -210,4 +210,4 @@ def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp
     line = f"{what}: fc.weight, fc.bias keep fresh weights"
     assert f"{full_run[0] / BEST}: {line}" in ended.err.splitlines()
     mean = "mean was [0.485, 0.456, 0.406], is now [0.5, 0.5, 0.5]"
-    assert f"{full_run[0] / BEST}: not as it was trained: {mean}" in ended.err.splitlines()
+    assert f"{full_run[0] / BEST}: options differ from its training: {mean}" in ended.err.splitlines()

@@ -13,6 +13,7 @@ from benchmarks import bench_pipeline
 from dali_saliencymix import PRESETS
 from dali_saliencymix.__main__ import main as package_main
 from dali_saliencymix.datasets.sample_data import make_sample_data
+from dali_saliencymix.options import PRESET_OPTIONS
 from dali_saliencymix.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def test_the_snippet_on_arrays_runs():
     assert (names["mixed"].images != names["images"]).any()
 
 
-def test_the_line_in_a_dali_job_runs(tmp_path):
+def test_the_snippet_on_a_dali_pipeline_runs(tmp_path):
     make_sample_data(tmp_path, train=2, val=1)
     names: dict = {}
     source = snippet("pipeline_def").replace('device="mixed"', 'device="cpu"')
@@ -55,10 +56,16 @@ def test_the_snippet_on_tensors_runs():
 
 
 def test_the_presets_are_those_of_the_code():
+    (row,) = re.findall(r"^\| `preset` \| (.*) \|$", README, re.MULTILINE)
+    shown = dict(re.findall(r'`"([\w-]+)"`: (?:the same with )?([^;]+)', row))
+    assert shown.keys() == PRESETS.keys()
+    default = {option: getattr(PRESETS["default"], option) for option in PRESET_OPTIONS}
     for name, preset in PRESETS.items():
-        values = (getattr(preset, option) for option in ("saliency", "source", "destination", "box", "per_batch"))
-        cells = " | ".join(f'`"{value}"`' if isinstance(value, str) else f"`{value}`" for value in values)
-        assert f'| `"{name}"` | {cells} |' in README
+        values = {option: getattr(preset, option) for option in PRESET_OPTIONS}
+        if name != "default":
+            values = {option: value for option, value in values.items() if value != default[option]}
+        texts = {option: f'"{value}"' if isinstance(value, str) else str(value) for option, value in values.items()}
+        assert shown[name] == ", ".join(f"`{option}={text}`" for option, text in texts.items())
 
 
 def help_of(main, monkeypatch, capsys, *arguments: str) -> str:

@@ -89,7 +89,7 @@ def test_a_job_on_two_machines_is_stopped_in_time_queued_again_and_goes_on(job, 
     running.send_signal(signal.SIGUSR1)
     text = (tmp_path / "log").read_text
     assert running.wait(timeout=200) == 0, text()
-    assert "queued again" in text(), text()
+    assert "requeued" in text(), text()
     number = calls(tmp_path)[-1].split()[-1]
     shown, *others = calls(tmp_path)
     assert shown == "scontrol show hostnames machine[1-2]"

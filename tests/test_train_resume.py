@@ -33,7 +33,7 @@ def half_run(full_run, data_folder, tmp_path, train_here, monkeypatch):
         patch.setattr(metrics, "mixed_cross_entropy", interrupted)
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "half")
     assert ended.status == 130
-    assert "interrupted; --resume auto goes on from" in ended.err
+    assert "interrupted; --resume auto resumes from" in ended.err
     assert "Traceback" not in ended.err
     return tmp_path / "half"
 
@@ -126,8 +126,8 @@ def test_other_options_of_the_training_count_and_are_named(half_run, data_folder
     assert ended.status == 0
     (line,) = (line for line in ended.err.splitlines() if "warning" in line)
     changed = "accumulation_steps was 1, is now 2; lr was 0.01, is now 0.02"
-    assert line.startswith(f"warning: {half_run / LAST}: not all options are those of the checkpoint, and the new ")
-    assert line.endswith(f" count: {changed}")
+    assert line.startswith(f"warning: {half_run / LAST}: options differ from the checkpoint, and the new values ")
+    assert line.endswith(f" apply: {changed}")
     assert load_checkpoint(half_run / LAST)["config"]["lr"] == 0.02
     assert read_log(half_run)[-1]["train"]["lr"] == pytest.approx(0.02 / 2)  # half-way through the cosine
     assert "warning" not in train_here(*options, "--lr", "0.02", "--accumulation-steps", "2").err
@@ -178,7 +178,7 @@ def test_a_finished_run_goes_on_to_more_epochs(data_folder, tmp_path, train_here
     assert train_here(*options, "--epochs", "1").status == 0
     ended = train_here(*options, "--epochs", "2", "--model-ema", "--norm-weight-decay", "0")
     assert ended.status == 0
-    assert f"{tmp_path / 'run' / LAST}: has no moving average; it begins with these weights" in ended.err
+    assert f"{tmp_path / 'run' / LAST}: has no EMA of the weights; the EMA starts from its weights" in ended.err
     lines = [line for line in read_log(tmp_path / "run") if line["event"] == "epoch"]
     assert [(line["epoch"], line["train"]["images"]) for line in lines] == [(1, 48), (2, 48)]
 

@@ -153,7 +153,7 @@ def test_steps_on_a_batch_lower_its_loss(resnet18, voc, tmp_path):
 def test_a_run_reports_what_it_took_and_ends_with_the_precision_of_each_class(whole_run, voc):
     output_dir, ended = whole_run
     assert sorted(path.name for path in output_dir.iterdir()) == [LAST, "log.jsonl", "voc.json"]
-    assert "all 100 tensors of its backbone taken from" in ended.stdout
+    assert "all 100 tensors of its backbone loaded from" in ended.stdout
     start, *lines, test = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
     assert start["event"] == "start"
     assert start["config"]["arch"] == "resnet18"

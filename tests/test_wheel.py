@@ -17,7 +17,7 @@ import pytest
 import dali_saliencymix
 
 REPOSITORY = Path(__file__).parents[1]
-NOT_IN_THE_SDIST = {".ci/run", ".gitignore"}
+NOT_IN_THE_SDIST = {".ci/run", ".gitignore", ".readthedocs.yaml"}
 GENERATED = {"PKG-INFO", "setup.cfg"}  # in an sdist, beside *.egg-info
 BUILD = """
 import sys

@@ -1,6 +1,7 @@
-// Which image of a batch an index means.
+// Indices into a batch.
 
-// An index outside the batch, which nobody has checked, counts around it, as in CuPy: it must not leave the memory.
+// Wrap around an index outside the batch, as CuPy does. Indices are not checked, and no thread may access memory
+// outside the batch.
 __device__ inline int wrapped(int index, int count) {
     if ((unsigned)index < (unsigned)count) {
         return index;

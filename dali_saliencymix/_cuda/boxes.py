@@ -1,7 +1,7 @@
 """Peaks and boxes: `dali_saliencymix.boxes` in CUDA.
 
-Maps are (N, h, w) float32, peaks (N, 2) int32 as (y, x), boxes (N, 4) int32 as (y0, x0, y1, x1), half-open: all CuPy
-arrays.
+All arrays are CuPy arrays. Maps are (N, h, w) float32, peaks (N, 2) int32 as (y, x), and boxes (N, 4) int32 as
+(y0, x0, y1, x1), half-open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LAM_DTYPES = (np.dtype("float32"), np.dtype("float64"))
 
 
 def saliency_peaks(saliency_map: Array, height: int, width: int, *, least: bool = False) -> Array:
-    """Return what `dali_saliencymix.saliency_peaks` returns of float32 maps."""
+    """Return the result of `dali_saliencymix.saliency_peaks` for float32 maps."""
     xp = array_namespace(saliency_map)
     peaks = xp.empty((len(saliency_map), 2), xp.int32)
     _saliency_peaks(xp, saliency_map.shape, height, width, least)(xp.ascontiguousarray(saliency_map), peaks)
@@ -43,11 +43,11 @@ def boxes_at_peaks(
     box: str = "fit",
     centres: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return the boxes in the receivers, those in the sources, and the share (N,) float32 left of each receiver.
+    """Return the boxes in the receivers and in the sources, and the kept share of each receiver, (N,) float32.
 
-    The same bits as from ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then ``boxes_moved_to`` if
-    there are `centres`, then ``kept_fraction``. An empty box is all 0; without `centres` both boxes are one array. An
-    index outside the batch wraps around; the box of a `lam` outside [0, 1] is empty or the whole image.
+    The result is bit-identical to ``boxes_at(peaks[source_index], lam, height, width, box=box)``, then, with `centres`,
+    ``boxes_moved_to``, then ``kept_fraction``. Empty boxes are all 0. Without `centres`, both boxes are the same array.
+    An index outside the batch wraps around. If `lam` is outside [0, 1], the box is empty or the whole image.
     """
     xp = array_namespace(peaks)
     count = len(peaks)
@@ -82,7 +82,7 @@ def _boxes_at_peaks(
 
 
 def cell_tables(xp: Namespace, map_height: int, map_width: int, height: int, width: int) -> tuple[Array, Array]:
-    """Return the closeness of each cell of a map to the centre, and the cells by distance: what ``Cells`` needs."""
+    """Return the tables of ``Cells``: the closeness of each cell of a map to the centre, and the cells by distance."""
     size = map_height, map_width, height, width
     return constant(xp, closeness_to_centre, *size), constant(xp, _cells_by_distance, *size)
 

@@ -1,63 +1,65 @@
-// Fine-grained saliency from pixels to map, or to its peak: saliency/contrast.py, fine_grained.
+// Fine-grained saliency from pixels to map, or to its peak: fine_grained in saliency/contrast.py.
 //
-// Three launches, in the order below, with a scratch of 9 bytes a pixel: the maxima have to be known before the maps
-// are added, and large images do not fit into the shared memory of a block. All roundings are those of contrast.py, in
-// its order; row sums are integers under 2^24, exact in any.
+// Three launches, in the order below, with 9 bytes of scratch memory per pixel. The maxima must be known before the
+// sums are scaled, and large images do not fit into the shared memory of a block. All roundings are those of
+// contrast.py, in the same order. Row sums are integers below 2^24, which are exact in any order.
 
 #include "grey.cuh"
 #include "reduction.cuh"
 
-constexpr int BAND = 32;  // rows that a block works on at a time
+constexpr int BAND = 32;  // rows that a block processes at a time
 
-// Index with the border mirrored at the centres of the outermost pixels, for i in -2..size+1; in an image of one or
-// two pixels that takes more than one reflection. What lies further outside, where a strip does, becomes any pixel.
+// Return the index for `i` in -2..size+1 with the border mirrored at the centres of the outermost pixels. In an image
+// of one or two pixels this takes more than one reflection. Indices further outside, which occur in strips, map to an
+// arbitrary pixel.
 __device__ inline int mirrored(int i, int size) {
     i = abs(i);
     i = i < size ? i : abs(2 * (size - 1) - i);
     return min(i, size - 1);
 }
 
-// 1. Grey levels after two blurs of weights 1-2-1 over 4 along both axes, each rounded: (N, H, W) uint8; and their
-// integral image, (N, H, W) float32, which begins with the first pixel: there is no row and no column of zeros.
+// 1. Grey levels after two blurs with weights (1, 2, 1) / 4 along both axes, each rounded, (N, H, W) uint8; and their
+// integral image, (N, H, W) float32, without the usual first row and column of zeros.
 //
-// One block makes an image, from the top, in bands of one row for each warp, and a band in strips from the left. A
-// mirrored border stays mirrored under a symmetric filter, so a strip's margin is mirrored once. In an image of one
-// strip, a band begins with the rows that the one above it has made for its lower margin.
+// One block processes an image in bands from the top, with one row per warp, and each band in strips from the left. A
+// mirrored border stays mirrored under a symmetric filter, so the margin of a strip is mirrored only once. If an image
+// has only one strip, each band reuses the rows that the band above has computed for its lower margin.
 //
-// Levels lie in words of four pixels, which are blurred together.
-constexpr int PAIR = 2;                          // words of a lane
-constexpr int WORDS = PAIR * WARP;               // of a row: a strip and its margins
-constexpr int MARGIN = PAIR;                     // words on either side of a strip, where two pixels are needed
-constexpr int STRIP = 4 * (WORDS - 2 * MARGIN);  // 240 columns: most images have no more
+// Levels are stored in words of four pixels, which are blurred together.
+constexpr int PAIR = 2;                          // words per lane
+constexpr int WORDS = PAIR * WARP;               // words per row: a strip and its margins
+constexpr int MARGIN = PAIR;                     // words on each side of a strip; two pixels are needed
+constexpr int STRIP = 4 * (WORDS - 2 * MARGIN);  // 240 columns; most images are not wider
 
-// The row of a ring that holds row y of the image, for y >= -2.
+// Return the row of a ring buffer that holds row y of the image, for y >= -2.
 template <int SIZE>
 __device__ inline unsigned* ring_row(unsigned (&ring)[SIZE][WORDS], int y) {
     return ring[(unsigned)(y + 2) % SIZE];
 }
 
-// Add weights 1-2-1 down the columns of the pixels 0 and 2 of a word, each in 16 bits; of 1 and 3 if `shift` is 8.
+// Sum with weights (1, 2, 1) along the columns of the pixels 0 and 2 of a word, in 16 bits each; of the pixels 1 and 3
+// if `shift` is 8.
 __device__ inline unsigned column_sum(unsigned above, unsigned level, unsigned below, int shift) {
     const unsigned even = 0x00ff00ffu;
     return (above >> shift & even) + 2 * (level >> shift & even) + (below >> shift & even);
 }
 
-// Blur the four pixels of a word; the arguments are rows of words. At the ends of a row the pixel that has no neighbour
-// becomes any number: nobody reads it.
+// Blur the four pixels of a word. The arguments are rows of words. At the ends of a row, the pixel without a neighbour
+// becomes an arbitrary number, which is never read.
 __device__ inline unsigned blurred(const unsigned* above, const unsigned* level, const unsigned* below, int word) {
     const int before = max(word - 1, 0), after = min(word + 1, WORDS - 1);
     const unsigned odd_before = column_sum(above[before], level[before], below[before], 8);
     const unsigned even = column_sum(above[word], level[word], below[word], 0);
     const unsigned odd = column_sum(above[word], level[word], below[word], 8);
     const unsigned even_after = column_sum(above[after], level[after], below[after], 0);
-    // A sum is at most 16 * 255 + 8: nothing is carried into the upper half.
+    // A sum is at most 16 * 255 + 8, so it does not overflow into the upper half.
     const unsigned rounding = 0x00080008u;
     const unsigned even_sum = (odd << 16 | odd_before >> 16) + 2 * even + odd + rounding;
     const unsigned odd_sum = even + 2 * odd + (even_after << 16 | even >> 16) + rounding;
     return (even_sum >> 4 & 0x00ff00ffu) | (odd_sum << 4 & 0xff00ff00u);
 }
 
-// Write the pixels of a word at x..x+3 of a row, as far as they lie in it.
+// Write the pixels of a word to x..x+3 of a row, except those beyond its end.
 __device__ inline void write_four(unsigned four, unsigned char* row, int x, int width) {
     if (width % 4 == 0) {
         if (x < width) {
@@ -85,12 +87,12 @@ extern "C" __global__ void __launch_bounds__(1024, 2)
     grey += first_pixel;
     integral += first_pixel;
     if (threadIdx.x < 2) {
-        maxima[2LL * blockIdx.x + threadIdx.x] = 0;  // for the kernel that follows
+        maxima[2LL * blockIdx.x + threadIdx.x] = 0;  // for the next kernel
     }
     for (int top = 0; top < height; top += BAND) {
         const int bottom = min(top + BAND, height);
         const bool goes_on = top > 0 && width <= STRIP;
-        int row_sum = 0;  // of the warp's row, up to the strip
+        int row_sum = 0;  // sum of the warp's row left of the strip
         for (int left = 0; left < width; left += STRIP) {
             for (int y = (goes_on ? top + 2 : top - 2) + warp; y < bottom + 2; y += BAND) {
                 const unsigned char* row = images + (long long)mirrored(y, height) * width * channels;
@@ -116,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(1024, 2)
             if (y < bottom) {
                 const unsigned *above = ring_row(once, y - 1), *level = ring_row(once, y);
                 const unsigned* below = ring_row(once, y + 1);
-                // Each lane makes the PAIR words at x, and adds up their pixels; lanes beyond the strip make nothing.
+                // Each lane blurs the PAIR words at x and sums their pixels. Lanes beyond the strip do nothing.
                 const bool inside = lane < STRIP / (4 * PAIR);
                 const int x = left + 4 * PAIR * lane;
                 int sum[4 * PAIR], all = 0;
@@ -146,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(1024, 2)
                 row_sum += __shfl_sync(0xffffffffu, sum_of_lanes, WARP - 1);
             }
             __syncthreads();
-            // Down the columns in float32, so that sums over 2^24 are rounded where NumPy rounds them.
+            // Sum along columns in float32, so that sums above 2^24 are rounded as in NumPy.
             const int x = left + threadIdx.x;
             if (threadIdx.x < STRIP && x < width) {
                 float* at = integral + (long long)top * width + x;
@@ -162,12 +164,12 @@ extern "C" __global__ void __launch_bounds__(1024, 2)
     }
 }
 
-// Division by an integer under 2^16, rounded as IEEE 754 asks, without the steps that other divisors take.
+// Division by an integer below 2^16 with IEEE 754 rounding, without the steps that general divisors require.
 //
-// The inverse is off by 2^-22 of it at most, 2 units in the last place. So `near` is within 5 units of its last place
-// of the quotient, the remainder has few bits and is exact, and the sum that is rounded last is within 2^-19 units of
-// the quotient. No quotient is nearer than 2^-17 units to where roundings part, the middle between two floats: it is a
-// fraction whose denominator is 2 * number in these units.
+// The relative error of the inverse is at most 2^-22, 2 units in the last place (ulp). Hence `near` is within 5 ulp of
+// the quotient, the remainder has few bits and is exact, and the last sum, before it is rounded, is within 2^-19 ulp of
+// the quotient. The result is correct, since no quotient is nearer than 2^-17 ulp to a midpoint between two floats:
+// their distance in ulp is a fraction with denominator 2 * number.
 struct Divisor {
     float number, inverse;
 
@@ -179,20 +181,22 @@ struct Divisor {
     }
 };
 
-// 2. What is brighter (on) and what is darker (off) than six surrounds, each summed: (N, H, W) uint32, on in the lower
-// half; and the maxima of both for each image, (N, 2). Each is at most 6 * 255, or somewhat more where sums are rounded.
+// 2. The sums of the positive (on) and the negative (off) differences from six surrounds, (N, H, W) uint32, with on in
+// the lower half; and the maxima of both for each image, (N, 2). Each is at most 6 * 255, or slightly more if sums are
+// rounded.
 //
-// One block makes a band of an image, or a strip of it: `columns` columns, a multiple of 32, are as many threads, and
-// as many rows are made at a time as the block has room for. What a surround has to do with the row is looked up, and
-// each thread stays in its column. A factor of 0 stands for the row and the column of zeros before the integral image.
+// One block processes a band of an image, or a strip of the band. It has one thread for each of `columns` columns, a
+// multiple of 32, and for each of the rows that it processes at a time, as many as fit. Each thread stays in its column
+// and looks up the row-dependent values of the surrounds. A factor of 0 replaces the missing row and column of zeros of
+// the integral image.
 constexpr int SURROUNDS = 6;
 
 struct __align__(16) Rows {
-    const float *above, *below;  // the last row above the surround, and its last one
-    float count, factor;         // rows of the surround, factor of the row above
+    const float *above, *below;  // the last row above the surround, and the last row of the surround
+    float count, factor;         // number of rows of the surround, and factor of the row above
 };
 
-// The compiler no longer knows that these pointers lead to global memory, since they were kept in shared memory.
+// These pointers were stored in shared memory, so the compiler no longer knows that they point to global memory.
 __device__ inline float sum_at(const float* row, unsigned bytes) {
     return __ldg((const float*)((const char*)row + bytes));
 }
@@ -219,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
         }
     }
     const int x = blockIdx.x % strips * columns + threadIdx.x % columns;
-    unsigned left[SURROUNDS], right[SURROUNDS];  // the last column before the surround, and its last one, in bytes
+    unsigned left[SURROUNDS], right[SURROUNDS];  // the last column before the surround, and its last column, in bytes
     float count[SURROUNDS], factor[SURROUNDS];
 #pragma unroll
     for (int i = 0; i < SURROUNDS; ++i) {
@@ -229,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(512, 2)
         count[i] = (float)(last - before);
         factor[i] = fminf((float)(before + 1), 1.0f);
     }
-    // The pixel itself does not count, unless it is alone.
+    // The mean excludes the pixel itself, unless it is the only one.
     const float less = height == 1 && width == 1 ? 0.0f : -1.0f;
     int most_on = 0, most_off = 0;
     __syncthreads();
@@ -265,8 +269,8 @@ extern "C" __global__ void __launch_bounds__(512, 2)
     }
 }
 
-// Both sums brought to 0..255 by their maxima and added in 8 bits. Quotients of integers under 2^24 and 2^16 are not
-// rounded up to a whole number that they do not reach.
+// Both sums scaled to 0..255 by their maxima and added in 8 bits. Truncating the quotients is exact: a quotient of
+// integers below 2^24 and 2^16 is never rounded up to the next integer.
 struct Contrast {
     Divisor most_on, most_off;
 
@@ -279,7 +283,7 @@ struct Contrast {
     }
 };
 
-// 3. Either the maps, (N, H, W) float32, times the rounded inverse of 255, as OpenCV scales, ...
+// 3a. The maps, (N, H, W) float32, multiplied by the rounded inverse of 255, as in OpenCV.
 extern "C" __global__ void contrast_maps(const unsigned* __restrict__ on_off, const int* __restrict__ maxima,
                                          int pixels, long long all_pixels, float* __restrict__ maps) {
     const long long pixel = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -288,7 +292,8 @@ extern "C" __global__ void contrast_maps(const unsigned* __restrict__ on_off, co
     }
 }
 
-// ... or their peaks, (N, 2). One block looks at one image; a thread asks for AHEAD pixels before it waits for the first.
+// 3b. The peaks of the maps, (N, 2), without the maps. One block searches one image. A thread issues the loads of AHEAD
+// pixels before it waits for the first.
 constexpr int AHEAD = 4;
 
 extern "C" __global__ void __launch_bounds__(1024, 2)
@@ -307,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(1024, 2)
         for (int i = 0; i < AHEAD; ++i) {
             const unsigned pixel = first + i * blockDim.x;
             sums[i] = pixel < pixels ? on_off[pixel] : 0;
-            close[i] = pixel < pixels ? closeness[pixel] : 0;  // of a pixel it is not 0
+            close[i] = pixel < pixels ? closeness[pixel] : 0;  // never 0 for a pixel
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {

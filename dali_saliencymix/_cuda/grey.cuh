@@ -1,4 +1,4 @@
-// Grey levels of uint8 HWC images and their reduction, in the integers of saliency/grey.py and saliency/reduction.py.
+// Grey levels of uint8 HWC images and their reduction, in the integer arithmetic of saliency/grey.py.
 
 // Rec. 601 luma weights in units of 2^-15, rounded.
 __device__ inline int luma(const unsigned char* pixel, int channels) {
@@ -8,14 +8,14 @@ __device__ inline int luma(const unsigned char* pixel, int channels) {
     return (9798 * pixel[0] + 19235 * pixel[1] + 3735 * pixel[2] + (1 << 14)) >> 15;
 }
 
-// Where the samples of one axis of length `size` lie: tables of reduction.py, so that no position is computed twice.
+// Positions of the samples along one axis: the tables tap_indices and tap_weights of _tables.py.
 struct Taps {
     const long long* index;  // (2 * size,): the lower neighbour of each sample, then the upper one
-    const int* weight;       // (size,): of the upper neighbour, in units of 1/256
-    int size;
+    const int* weight;       // (size,): weight of the upper neighbour, in units of 1/256
+    int size;                // number of samples
 };
 
-// Grey level of one pixel of the reduced image.
+// Return the grey level of one pixel of the reduced image.
 __device__ inline int reduced_luma(const unsigned char* image, int width, int channels, Taps rows, Taps columns, int y,
                                    int x) {
     const long long left = columns.index[x] * channels;

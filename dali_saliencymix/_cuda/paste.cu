@@ -1,15 +1,15 @@
-// The mixed batch, out of place: mixing.py, paste_boxes. Pixels of any dtype are moved as bytes.
+// Out-of-place pasting: paste_boxes in pixels.py. Pixels of any dtype are copied as bytes.
 //
-// Each byte of the result is written once and one byte is read for it, from the receiver or from the source: there is
-// no other memory traffic. A thread moves CHUNKS chunks of a vector each, a block's width apart, and asks for all of
-// them before it waits for the first.
+// Each byte of the result is written once, and one byte is read for it, from the receiver or from the source. There is
+// no other memory traffic. A thread copies CHUNKS vectors, one block width apart, and issues all loads before it waits
+// for the first.
 
 #include "paste.cuh"
 
 constexpr int CHUNKS = 4;
 constexpr int THREADS = 256;
 
-// Made of words: those of a thread's vectors stay in registers, where bytes cannot be indexed.
+// Vectors consist of words, which stay in registers; bytes in registers cannot be indexed.
 struct alignas(16) Vector16 {
     unsigned word[4];
 };
@@ -20,31 +20,31 @@ struct Vector1 {
     unsigned char word[1];
 };
 
-// What is in a batch, in bytes where nothing else is said.
+// Shape and strides of a batch, in bytes unless stated otherwise.
 struct Layout {
     int count;               // images
     int height, width;       // pixels
     int pixel;               // size of a pixel
-    long long image_stride;  // from an image to the next one in `images`; rows and pixels follow each other
+    long long image_stride;  // distance between images in `images`; rows and pixels are contiguous
 };
 
 // One row of a patch, in bytes from the start of the row.
 struct PatchRow {
-    int left, right;              // where it goes
-    const unsigned char* source;  // the row it is taken from, whole
-    int shift;                    // from there to where it is taken from
+    int left, right;              // its interval in the receiver
+    const unsigned char* source;  // the whole row of the source
+    int shift;                    // offset from the receiver's interval to the source's
     int row_bytes, pixel;
 };
 
-// Return `word`, the bytes from `start` on, with those inside the patch replaced one by one.
+// Return `word`, which holds the bytes from `start` on, with the bytes inside the patch replaced one by one.
 template <class Word>
 __device__ inline Word patched(Word word, int start, PatchRow row) {
-#pragma unroll 1  // this is rare, and long
+#pragma unroll 1  // rarely executed, and long code
     for (int i = 0; i < (int)sizeof(Word); ++i) {
         const int position = start + i;
         if (row.left <= position && position < row.right) {
             int at = position + row.shift;
-            if ((unsigned)at >= (unsigned)row.row_bytes) {  // of a source box that sticks out: the nearest pixel
+            if ((unsigned)at >= (unsigned)row.row_bytes) {  // the source box crosses the border: nearest pixel
                 at = (at < 0 ? 0 : row.row_bytes - row.pixel) + position % row.pixel;
             }
             word = (Word)((word & ~(0xffu << 8 * i)) | (unsigned)row.source[at] << 8 * i);
@@ -53,7 +53,7 @@ __device__ inline Word patched(Word word, int start, PatchRow row) {
     return word;
 }
 
-// Rows and addresses are multiples of the vector's size. Blocks go over the chunks of an image, then over the images.
+// Rows and addresses are multiples of the vector's size. Blocks iterate over the chunks of an image, then over images.
 template <class Vector>
 __device__ inline void paste(const unsigned char* __restrict__ images, Layout layout,
                              const int* __restrict__ source_index, int index_step, const int* __restrict__ boxes,
@@ -69,7 +69,7 @@ __device__ inline void paste(const unsigned char* __restrict__ images, Layout la
     const Patch patch = patch_of(boxes, source_boxes, image);
     const unsigned char* receiver_pixels = images + image * layout.image_stride;
     const unsigned char* source_pixels = images + source * layout.image_stride;
-    // Boxes that nobody has checked: keep products of their corners inside the range of int.
+    // Boxes are not checked: clip them, so that products of their corners do not overflow.
     const int left = inside(patch.x0, layout.width + 1) * layout.pixel;
     const int right = inside(patch.x1, layout.width + 1) * layout.pixel;
     const bool same_place = patch.dy == 0 && patch.dx == 0;
@@ -95,7 +95,7 @@ __device__ inline void paste(const unsigned char* __restrict__ images, Layout la
         const int y = chunk / row_chunks, start = chunk % row_chunks * SIZE;
         const bool whole = left <= start && start + SIZE <= right;
         const bool touched = patch.y0 <= y && y < patch.y1 && left < start + SIZE && start < right;
-        // At the left and right edges of the box, and all over it where the source's bytes are aligned otherwise.
+        // Copy byte by byte at the left and right edges of the box, and in the whole box if the patch is moved.
         if (touched && !(whole && same_place)) {
             const int source_y = inside(y + patch.dy, layout.height);
             const PatchRow row = {left, right, source_pixels + (long long)source_y * row_bytes,

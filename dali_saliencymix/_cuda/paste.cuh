@@ -1,4 +1,4 @@
-// Where the pixels of a mixed batch come from: mixing.py, paste_boxes.
+// Origin of the pixels of a mixed batch: paste_boxes in pixels.py.
 
 #include "batch.cuh"
 
@@ -6,8 +6,8 @@ __device__ inline int inside(int value, int size) { return value < 0 ? 0 : value
 
 // The patch that one image receives.
 struct Patch {
-    int y0, x0, y1, x1;  // where it goes
-    int dy, dx;          // from there to where it is taken from
+    int y0, x0, y1, x1;  // its box in the receiver
+    int dy, dx;          // offset from the receiver's box to the source's box
 
     __device__ bool covers(int y, int x) const { return y0 <= y && y < y1 && x0 <= x && x < x1; }
 };

@@ -1,11 +1,11 @@
-// Paste, mirror, normalise and change the layout, in one pass over uint8 images: normalise.py, paste_normalised.
+// Paste, flip, normalise and change the layout in one pass over uint8 images: paste_normalised in pixels.py.
 //
-// The output is 2 or 4 times what is read, so its stores decide. In CHW a thread makes a pixel, all channels of it, in
-// HWC one number: either way a warp writes neighbours.
+// The output has 2 or 4 times the bytes of the input, so the stores limit the speed. In CHW a thread produces all
+// channels of a pixel, and in HWC one number. In both layouts a warp writes adjacent numbers.
 
 #include "paste.cuh"
 
-// cuda_fp16.h is not everywhere where NVRTC is; the one instruction needed is.
+// NVRTC may be installed without cuda_fp16.h, so use the one instruction needed directly.
 #ifdef __CUDACC__
 __device__ inline unsigned short half_bits(float value) {
     unsigned short bits;
@@ -21,7 +21,7 @@ struct Half {
 __device__ inline void store(float value, float* out) { *out = value; }
 __device__ inline void store(float value, Half* out) { out->bits = half_bits(value); }
 
-// Blocks go over the pixels (CHW) or the numbers (HWC) of an image, then over the images.
+// Blocks iterate over the pixels (CHW) or the numbers (HWC) of an image, then over images.
 template <class Out, bool CHW>
 __device__ inline void paste_normalised(const unsigned char* __restrict__ images, int count, int height, int width,
                                         int channels, long long image_stride, const int* __restrict__ source_index,
@@ -38,7 +38,7 @@ __device__ inline void paste_normalised(const unsigned char* __restrict__ images
         return;
     }
     const int y = pixel / width;
-    // The mixed image is mirrored: its patch with it.
+    // The mixed image is flipped together with its patch.
     const int x = mirror != nullptr && mirror[image] ? width - 1 - pixel % width : pixel % width;
     const Patch patch = patch_of(boxes, source_boxes, image);
     const bool pasted = patch.covers(y, x);

@@ -1,9 +1,9 @@
-// From maps to peaks and from peaks to boxes: boxes.py, in its integers and its float64.
+// From maps to peaks, and from peaks to boxes, in the integer and float64 arithmetic of boxes.py.
 
 #include "batch.cuh"
 #include "reduction.cuh"
 
-// Peak of each map (N, map_height, map_width) float32. One block looks at one map.
+// Find the peak of each map (N, map_height, map_width) float32. One block searches one map.
 extern "C" __global__ void __launch_bounds__(1024)
     saliency_peaks(const float* __restrict__ maps, const int* __restrict__ closeness, const int* __restrict__ nearest,
                    int map_height, int map_width, int height, int width, int least, int* __restrict__ peaks) {
@@ -26,15 +26,15 @@ struct Interval {
     int start, stop;
 };
 
-// Interval of `side` pixels around `centre`, moved inside 0..size.
+// Return the interval of `side` pixels around `centre`, moved inside 0..size.
 __device__ inline Interval fitted(int centre, int side, int size) {
     const int start = clipped(centre - side / 2, 0, size - side);
     return {start, start + side};
 }
 
 __device__ inline Interval around(int centre, double share, int size, bool fit) {
-    // In float64 as in boxes.py: the floor must not depend on where it is computed. A share that is no number, or not
-    // in [0, 1], as of a lam outside of it, must not send anybody out of the image.
+    // float64 as in boxes.py, so that the floor does not depend on the device. If lam is outside [0, 1], the share is
+    // too, or it is NaN; the box must stay inside the image even then.
     const double length = floor(size * share);
     const int side = length >= 0 ? (length <= size ? (int)length : size) : 0;
     if (fit) {
@@ -50,8 +50,8 @@ __device__ inline void write_box(Interval rows, Interval columns, int* box) {
     box[3] = columns.stop;
 }
 
-// Boxes around the peaks of the sources, where they go, and the share that is left of the receivers. One thread makes
-// one box. Empty boxes are all 0.
+// Compute the boxes around the peaks of the sources, the boxes in the receivers, and the kept share of the receivers.
+// One thread computes one pair of boxes. Empty boxes are all 0.
 template <class Real>
 __device__ inline void boxes_at_peaks(const int* peaks, const int* source_index, int index_step, const Real* lam,
                                       int lam_step, const int* centres, int count, int height, int width, int fit,

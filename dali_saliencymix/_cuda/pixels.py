@@ -1,6 +1,6 @@
-"""The pixels of a mixed batch: `dali_saliencymix.pixels` in CUDA.
+"""Pixels of mixed batches: `dali_saliencymix.pixels` in CUDA.
 
-Images are (N, H, W, C) CuPy arrays; a batch whose images lie apart is read where it is. Nothing is modified.
+Images are (N, H, W, C) CuPy arrays. Batches with gaps between the images are read in place. No input is modified.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PASTE_THREADS, _PASTE_CHUNKS = 256, 4  # as in paste.cu
 
 
 def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None = None) -> Array:
-    """Return what `dali_saliencymix.paste_boxes` returns; an index outside the batch wraps around."""
+    """Return the result of `dali_saliencymix.paste_boxes`; an index outside the batch wraps around."""
     xp = array_namespace(images)
     mixed = xp.empty(images.shape, images.dtype)
     if not mixed.size:
@@ -32,7 +32,7 @@ def paste_boxes(images: Array, source_index: Array, boxes: Array, *, source_boxe
     images, stride = with_image_stride(images, xp)
     source_index, step = index_with_step(source_index)
     pixel = images.shape[3] * images.dtype.itemsize
-    # The widest accesses of which rows and images are multiples.
+    # The widest vector whose size divides the addresses of all rows and images.
     places = _address(images, xp) | _address(mixed, xp) | stride | images.shape[2] * pixel
     vector = next(size for size in (16, 4, 1) if places % size == 0)
     launch = _paste(xp, images.shape[:3], pixel, stride, step, vector)
@@ -60,10 +60,10 @@ def paste_normalised(
     layout: str,
     out: Array | None = None,
 ) -> Array:
-    """Return what `dali_saliencymix.paste_normalised` returns, to the bit, in one pass over the pixels.
+    """Return the result of `dali_saliencymix.paste_normalised`, bit-identical, in one pass over the pixels.
 
-    `scaling` (2, C) float32 holds what is subtracted from each channel, and the factor. An index outside the batch
-    wraps around.
+    `scaling` (2, C) float32 holds the number to subtract from each channel, and then the factor. An index outside the
+    batch wraps around.
     """
     xp = array_namespace(images)
     if out is None:

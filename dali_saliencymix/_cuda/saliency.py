@@ -1,6 +1,6 @@
-"""Detectors: `dali_saliencymix.saliency` in CUDA, down to the maps or to their peaks, which leave no maps behind.
+"""Detectors: `dali_saliencymix.saliency` in CUDA. They return maps, or their peaks without storing maps.
 
-Images are (N, H, W, C) uint8 CuPy arrays; a batch whose images lie apart is read where it is.
+Images are (N, H, W, C) uint8 CuPy arrays. Batches with gaps between the images are read in place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dali_saliencymix._tables import MAP_SIZE, tap_indices, tap_weights
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:
-    """Return the grey levels of `images` reduced to (N, height, width) int32, as ``saliency.grey.small_luma`` does."""
+    """Return the result of ``saliency.grey.small_luma``: reduced grey levels, (N, height, width) int32."""
     xp = array_namespace(images)
     images, stride = with_image_stride(images, xp)
     grey = xp.empty((len(images), height, width), xp.int32)
@@ -38,9 +38,9 @@ def _taps(xp: Namespace, full: int, reduced: int) -> tuple[Array, Array]:
 
 
 def spectral_residual(images: Array) -> Array:
-    """Return what `dali_saliencymix.spectral_residual` returns for images of at least 64x64.
+    """Return the result of `dali_saliencymix.spectral_residual` for images of at least 64x64.
 
-    The maps differ from those of the array function by rounding, since the FFT adds in another order.
+    The maps differ from those of the array function by rounding errors, since this FFT adds in another order.
     """
     xp = array_namespace(images)
     maps = xp.empty((len(images), MAP_SIZE, MAP_SIZE), xp.float32)
@@ -70,10 +70,10 @@ def _spectral_residual(
 
 
 def fine_grained(images: Array) -> Array:
-    """Return what `dali_saliencymix.fine_grained` returns.
+    """Return the result of `dali_saliencymix.fine_grained`.
 
-    The bits are those of the array function in host memory, whatever the size of the images: the integral image is
-    summed in a fixed order.
+    It is bit-identical to that of the array function in host memory for images of any size, since the integral image
+    is summed in a fixed order.
     """
     xp = array_namespace(images)
     on_off, maxima = _sums_over_surrounds(images, xp)
@@ -98,7 +98,7 @@ def _turns(size: int) -> np.ndarray:
 
 
 def _sums_over_surrounds(images: Array, xp: Namespace) -> tuple[Array, Array]:
-    """Return what is brighter and darker than the surrounds, (N, H, W) uint32, and the maxima of both, (N, 2) int32."""
+    """Return the packed sums of positive and negative differences, (N, H, W) uint32, and their maxima, (N, 2) int32."""
     images, stride = with_image_stride(images, xp)
     count, height, width, _ = images.shape
     grey = xp.empty((count, height, width), xp.uint8)

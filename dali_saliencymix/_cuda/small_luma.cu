@@ -1,6 +1,6 @@
-// Grey levels of a batch of images, reduced: saliency/grey.py, small_luma. One thread makes one pixel.
+// Reduced grey levels of a batch of images: small_luma in saliency/grey.py. One thread computes one pixel.
 //
-// A warp makes neighbours in a row, whose taps share cache lines; rows of the image between the taps are not read.
+// A warp computes adjacent pixels of a row, whose taps share cache lines. Rows of the image between taps are not read.
 
 #include "grey.cuh"
 

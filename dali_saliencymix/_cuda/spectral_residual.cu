@@ -1,18 +1,18 @@
 // Spectral residual saliency from pixels to map, or to its peak, in one launch: saliency/spectral.py.
 //
-// One block makes one image. Its map is 64x64, and 4096 complex numbers fit into the registers of 512 threads, 8 each,
-// and into 36 KB of shared memory, over which they are exchanged. Global memory sees the taps of the image, once, and
-// what comes out. With cuFFT and a kernel for each step between, every step would write and read the whole spectrum,
-// 8 MB for 256 images, and be a launch of its own.
+// One block processes one image. Its map is 64x64. The 4096 complex numbers fit into the registers of 512 threads, 8
+// each, and into 36 KB of shared memory, through which threads exchange them. Global memory traffic consists of the
+// taps of the image, read once, and the result. With cuFFT and separate kernels for the other steps, each step would be
+// a launch that writes and reads the whole spectrum, 8 MB for 256 images.
 //
-// Every exchange begins with a barrier, behind which what was in shared memory before has been read by all, and has
-// another between its writes and its reads.
+// Every exchange starts with a barrier, after which all threads have read the previous contents of shared memory, and
+// has a second barrier between its writes and its reads.
 
 #include "grey.cuh"
 #include "reduction.cuh"
 
 constexpr int SIDE = 64;
-constexpr int RADIX = 8;                     // 64 = 8 * 8: a line is transformed in two steps, by 8 threads
+constexpr int RADIX = 8;                     // 64 = 8 * 8: 8 threads transform a line in two steps
 constexpr int THREADS = SIDE * SIDE / RADIX;  // 512; a thread holds 8 elements
 constexpr int FORWARD = -1, INVERSE = 1;     // sign of the exponent
 
@@ -26,12 +26,12 @@ __device__ inline Complex operator*(Complex a, Complex b) {
     return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
 
-// Squares stay inside float32's range: moduli are at most 255 * 4096 before and 4096 * 255 * 4096 after whitening, and
-// what rounding leaves where there should be 0 is far over 1e-18.
+// Squares stay within the range of float32. Moduli are at most 255 * 4096 before and 4096 * 255 * 4096 after whitening,
+// and rounding errors in place of 0 are far above 1e-18.
 __device__ inline float modulus(Complex z) { return sqrtf(z.re * z.re + z.im * z.im); }
 
-// Where an element of the 64x64 array lies in shared memory. A gap behind every 8 elements makes a line 72 long and
-// keeps the threads of half a warp, which access 8 bytes each at a time, in different banks: in a row they read
+// Position of an element of the 64x64 array in shared memory. A gap after every 8 elements makes each row 72 long. It
+// avoids bank conflicts within half a warp, whose threads access 8 bytes each at a time: along rows they read the
 // elements 8 a + part or 8 part + b for part = 0..7, of two rows.
 constexpr int PITCH = SIDE + SIDE / RADIX;
 __device__ inline int slot(int y, int x) { return y * PITCH + x + x / RADIX; }
@@ -68,7 +68,7 @@ __device__ inline void swap(Complex& a, Complex& b) {
     b = old;
 }
 
-// Transform 8 elements in registers, by halves (decimation in frequency).
+// Transform 8 elements in registers, with radix 2 and decimation in frequency.
 template <int SIGN>
 __device__ inline void dft8(Complex (&v)[RADIX]) {
     butterfly<0, SIGN>(v[0], v[4]);
@@ -82,18 +82,19 @@ __device__ inline void dft8(Complex (&v)[RADIX]) {
     for (int pair = 0; pair < RADIX; pair += 2) {
         butterfly<0, SIGN>(v[pair], v[pair + 1]);
     }
-    // They come out with the bits of their index reversed.
+    // The results are in bit-reversed order.
     swap(v[1], v[4]);
     swap(v[3], v[6]);
 }
 
-// A line of the array: row or column `line`.
+// Position of element `i` of row or column `line`.
 template <bool ROW>
 __device__ inline int line_slot(int line, int i) {
     return ROW ? slot(line, i) : slot(i, line);
 }
 
-// Transform all rows, or all columns. A thread holds the elements 8 i + part of its line, before and after.
+// Transform all rows, or all columns. A thread holds the elements 8 i + part of its line, before and after the
+// transform.
 //
 // With n = 8 a + b and k = c + 8 d:  X[k] = sum_b w8^(b d) * w64^(b c) * (sum_a w8^(a c) * x[n]).
 // `turns` are w64^0 .. w64^63 for the forward sign.
@@ -116,7 +117,7 @@ __device__ inline void fft64(Complex (&v)[RADIX], int line, int part, Complex* s
     dft8<SIGN>(v);
 }
 
-// Hand the elements from the threads that hold rows to those that hold columns, or the other way.
+// Exchange the elements from threads that hold rows to threads that hold columns, or vice versa.
 template <bool TO_ROWS>
 __device__ inline void transpose(Complex (&v)[RADIX], int row, int row_part, int column, int column_part,
                                  Complex* spectrum) {
@@ -130,12 +131,12 @@ __device__ inline void transpose(Complex (&v)[RADIX], int row, int row_part, int
     }
 }
 
-// Position of index `i` with the border mirrored at the centres of the outermost elements, for i in -63..126.
+// Return the index for `i` in -63..126 with the border mirrored at the centres of the outermost elements.
 __device__ inline int mirrored(int i) { return i < 0 ? -i : i >= SIDE ? 2 * (SIDE - 1) - i : i; }
 
-// Divide the spectrum by its smooth part: the amplitude becomes exp(log amplitude - its mean over 3x3 bins), the phase
-// stays. The border is mirrored although the spectrum is periodic, as in OpenCV; this makes it lose its symmetry, so
-// that all of it is needed.
+// Divide the spectrum by its smooth part: the amplitude becomes exp(log amplitude - its mean over 3x3 bins), and the
+// phase is kept. As in OpenCV, the border is mirrored although the spectrum is periodic. This breaks the symmetry of
+// the spectrum, so the whole spectrum is needed.
 __device__ inline void whiten(Complex (&v)[RADIX], int column, int part, float* log_amplitude) {
     __syncthreads();
     for (int i = 0; i < RADIX; ++i) {
@@ -151,7 +152,7 @@ __device__ inline void whiten(Complex (&v)[RADIX], int column, int part, float* 
             }
         }
         const float wanted = expf(log_amplitude[row * SIDE + column] - sum * (1.0f / 9.0f));
-        const float amplitude = modulus(v[i]);  // once more: keeping eight of them would take registers that are short
+        const float amplitude = modulus(v[i]);  // recomputed, since keeping all 8 would take too many registers
         if (amplitude == 0.0f) {  // an empty bin has phase 0 by convention
             v[i] = {wanted, 0.0f};
         } else {
@@ -161,14 +162,15 @@ __device__ inline void whiten(Complex (&v)[RADIX], int column, int part, float* 
     }
 }
 
-// One of two passes of the 5x5 Gaussian of sigma 8 around element i of a line of elements `step` apart.
+// Return one of the two passes of the 5x5 Gaussian with sigma 8 at element i of a line with elements `step` apart.
 __device__ inline float blurred(const float* line, int step, int i) {
-    const float centre = 0.20313220f, near = 0.20155142f, far = 0.19688248f;  // exp(-i^2 / 128), of sum 1
+    const float centre = 0.20313220f, near = 0.20155142f, far = 0.19688248f;  // exp(-i^2 / 128), scaled to sum 1
     return centre * line[i * step] + near * (line[mirrored(i - 1) * step] + line[mirrored(i + 1) * step]) +
            far * (line[mirrored(i - 2) * step] + line[mirrored(i + 2) * step]);
 }
 
-// At 2 blocks to a multiprocessor, which takes at most 64 registers a thread, 256 images run at once on 128 of them.
+// With 2 blocks per multiprocessor, which allows 64 registers per thread, 128 multiprocessors process 256 images at
+// once.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     spectral_residual(const unsigned char* __restrict__ images, long long image_stride, int image_width, int channels,
                       const long long* __restrict__ row_index, const int* __restrict__ row_weight,
@@ -182,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     __shared__ float maximum_slots[MAX_WARPS];
     __shared__ Key key_slots[MAX_WARPS];
     const int thread = threadIdx.x;
-    // In rows a thread's neighbours hold the same row, in columns the neighbouring columns: both keep to few banks.
+    // Adjacent threads hold the same row, or adjacent columns, which avoids bank conflicts in both cases.
     const int row = thread / RADIX, row_part = thread % RADIX;
     const int column = thread % SIDE, column_part = thread / SIDE;
     float(&plane)[2][SIDE * SIDE] = memory.plane;
@@ -212,7 +214,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     transpose<true>(v, row, row_part, column, column_part, memory.spectrum);
     fft64<true, INVERSE>(v, row, row_part, memory.spectrum, turns);
 
-    // The factor 1/4096 of the inverse is left out: it is a power of two and goes out with the maximum, exactly.
+    // The factor 1/4096 of the inverse transform is omitted: it is a power of two, and dividing by the maximum cancels
+    // it exactly.
     __syncthreads();
     for (int i = 0; i < RADIX; ++i) {
         plane[0][row * SIDE + RADIX * i + row_part] = modulus(v[i]);
@@ -241,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             best = larger(best, peak_key(value, closeness[cell], least));
         }
     }
-    if (peaks != nullptr) {  // the same for all threads
+    if (peaks != nullptr) {  // the same branch in all threads
         best = block_maximum(best, key_slots);
         if (thread == 0) {
             write_peak(best, {closeness, nearest, SIDE, SIDE, height, width}, peaks + 2LL * blockIdx.x);

@@ -1,1 +1,1 @@
-"""What `dali_saliencymix.fn` puts into a DALI graph: Python operators on whole batches, and the mixing among them."""
+"""Implementation of `dali_saliencymix.fn`: Python operators on whole batches in a DALI graph, and the mixing nodes."""

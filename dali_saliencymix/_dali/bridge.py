@@ -1,6 +1,6 @@
-"""Between DALI's ``fn.python_function``, which deals in lists of samples, and functions on batch arrays.
+"""Adapter between DALI's ``fn.python_function``, which passes lists of samples, and functions on batch arrays.
 
-On a GPU DALI calls these functions with CuPy's current stream set to the operator's.
+On a GPU, DALI calls these functions with CuPy's current stream set to the stream of the operator.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 
-# What must have one shape, and what to do: `{}` are the shapes that there are.
+# Message for samples of different shapes: `{}` stands for the shapes.
 OF_IMAGES = "all images of a batch must have one shape, got {}; put fn.resize in front"
 
 
 def check_one_shape(shapes: Iterable[tuple[int, ...]], rule: str = OF_IMAGES) -> None:
-    """Require the samples of a batch to have one shape; `rule` says so in words."""
+    """Require the samples of a batch to have one shape; `rule` is the error message."""
     different = sorted(set(shapes))
     if len(different) > 1:
         raise ValueError(rule.format(f"{len(different)}: {', '.join(map(str, different[:4]))}"))
 
 
 def as_batch(samples: Sequence[Array], rule: str = OF_IMAGES) -> Array:
-    """Return samples of one shape as one array (N, ...), without a copy where they are evenly spaced in memory.
+    """Return samples of one shape as one array (N, ...), without a copy if they are evenly spaced in memory.
 
-    The result may be a view that does not keep the samples alive: hold on to them while it is in use.
+    The result may be a view that does not keep the samples alive, so the caller must keep a reference to them.
     """
     check_one_shape((sample.shape for sample in samples), rule)
     first = samples[0]
@@ -44,14 +44,14 @@ def as_batch(samples: Sequence[Array], rule: str = OF_IMAGES) -> Array:
 
 
 def as_samples(batch: Array) -> list[Array]:
-    """Return the samples of a batch array as a list of arrays, also where a sample is a single number."""
+    """Return the samples of a batch as a list of arrays; scalar samples become arrays of shape ()."""
     return [batch[i, ...] for i in range(len(batch))]
 
 
 def on_samples(
     function: Callable[..., tuple[Array, ...]], *inputs: Sequence[Array], rules: Sequence[str | None]
 ) -> tuple[list[Array], ...]:
-    """Apply ``function(*batches) -> batches`` to lists of samples of one shape, as `rules` say; return such lists."""
+    """Apply ``function(*batches) -> batches`` to lists of samples of one shape; `rules` are the error messages."""
     xp = array_namespace(inputs[0][0])
     if is_host(xp):
         return _on_batches(function, inputs, rules)
@@ -59,18 +59,19 @@ def on_samples(
     try:
         return in_lasting_thread(stream, xp, _on_batches, function, inputs, rules)
     except BaseException:
-        # DALI lends its stream to this one of CuPy, which would destroy it in the end, and takes it back only after a
-        # call that returns. A destroyed one would come back in some later pipeline.
+        # DALI puts its own stream into this CuPy object and removes it only if the call returns. After an exception the
+        # object would destroy DALI's stream when it is deleted, and a later pipeline could use the destroyed stream.
         stream.ptr = 0
         raise
 
 
 def in_lasting_thread(stream: Any, xp: Namespace, function: Callable[..., Any], *args: Any) -> Any:
-    """Return ``function(*args)``, called on a CuPy stream and the current device in a thread of its own.
+    """Return ``function(*args)``, called on a CuPy stream and the current device in a persistent thread.
 
-    DALI calls from threads whose state in Python ends with each call, and with it what CuPy keeps for a thread: plans
-    of FFTs and the handle of cuBLAS. To create these for every batch takes time, and to end them waits for all work on
-    the GPU, that of the training too. A thread serves one stream, since a plan has memory that two must not share.
+    DALI calls Python from threads whose Python thread state ends with each call. CuPy's per-thread objects, the FFT
+    plans and the cuBLAS handle, end with it. Creating them for every batch takes time, and destroying them waits for
+    all work on the GPU, including the training step. Each thread serves one stream, because FFT plans have work areas
+    that two streams must not share.
     """
     device = xp.cuda.runtime.getDevice()
 
@@ -83,7 +84,7 @@ def in_lasting_thread(stream: Any, xp: Namespace, function: Callable[..., Any], 
 
 @functools.cache
 def _thread_for(device: int, stream: int) -> ThreadPoolExecutor:
-    del device, stream  # only the key
+    del device, stream  # only the cache key
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="dali_saliencymix_gpu")
 
 

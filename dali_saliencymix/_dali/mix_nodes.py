@@ -1,7 +1,7 @@
-"""Mixing as nodes of a DALI graph: what is random is drawn by DALI, images are mixed in Python.
+"""Mixing nodes of a DALI graph: DALI draws the random numbers, and Python mixes the images.
 
-Python gets what is drawn as it is drawn. DALI runs the operators of a CPU one by one, and on a batch of numbers each
-takes as long as decoding some images: converting and packing the numbers there would hold up the decoder.
+Python receives the drawn numbers unconverted. DALI runs CPU operators one at a time, and an operator on a batch of
+numbers takes as long as decoding several images. Converting and packing the numbers in DALI would delay the decoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dali_saliencymix._array import Array
 
 
-# What must have one shape, of that which comes from the user.
+# Messages for user inputs of different shapes.
 _RULES = {
     "mirror": "mirror must be one number for each image, got shapes {}",
     "peaks": "all peaks of a batch must have shape (2,), got {}",
@@ -38,22 +38,23 @@ _RULES = {
 
 
 class Normalise(NamedTuple):
-    """Flip and normalise in the same operator as the mix, instead of behind it.
+    """Options of fused flip and normalise, in the same operator as the mixing instead of after it.
 
-    On a CPU with Numba installed one pass over the pixels does it all for saliencymix and cutmix, which takes less time
-    than ``fn.crop_mirror_normalize`` alone. For mixup and mix it is a second pass. On a GPU both ways are equally fast.
+    On a CPU with Numba installed, saliencymix and cutmix mix, flip and normalise in one pass over the pixels, which
+    takes less time than ``fn.crop_mirror_normalize`` alone. mixup and mix need a second pass. On a GPU, fused and
+    separate operators are equally fast.
 
     Attributes
     ----------
     mean, std : sequence of float
-        Of each channel, in grey levels 0..255.
+        Mean and standard deviation of each channel, in grey levels 0..255.
     mirror : DataNode, optional
-        Whether a mixed image is flipped horizontally with its patch: 0 or 1, scalars or of shape (1,). On a GPU, where
-        it is not checked, anything but 0 is 1.
+        1 to flip a mixed image horizontally, with its patch, or 0; scalars or of shape (1,). On a GPU the values are
+        not checked, and any nonzero value flips.
     dtype : {"float32", "float16"} or DALIDataType
-        Of the images; DALI's own types are accepted, such as ``types.FLOAT``.
+        Dtype of the output images, as a name or a DALI type such as ``types.FLOAT``.
     layout : {"CHW", "HWC"}
-        Of the images.
+        Layout of the output images.
     """
 
     mean: Sequence[float]
@@ -73,9 +74,9 @@ def mix_nodes(
     return_boxes: bool = False,
     policy: bool = False,
 ) -> tuple[DataNode, ...]:
-    """Return mixed images, labels, labels of the sources, weights, and boxes if they are asked for.
+    """Return the mixed images, labels, source labels, weights, and, with `return_boxes`, boxes.
 
-    See `dali_saliencymix.fn.saliencymix`. Where `policy` is true, or `options` have several modes, a mode is drawn for
+    See `dali_saliencymix.fn.saliencymix`. If `policy` is true, or `options` have several modes, a mode is drawn for
     each sample or batch.
     """
     policy = policy or options.mode is None
@@ -108,7 +109,7 @@ def mix_nodes(
 
 
 class _Mixing:
-    """What DALI calls for each batch: mixes images as `options` say, with arrays that have `names`."""
+    """Callback for each batch: mix images according to `options`, with further input arrays called `names`."""
 
     def __init__(
         self, options: MixOptions, names: tuple[str, ...], normalise: Normalise | None, *, return_boxes: bool
@@ -120,7 +121,7 @@ class _Mixing:
         self._buffers = Buffers()
 
     def __call__(self, images: Array, *given: Array) -> tuple[Array, ...]:
-        """Return the mixed images, lam, and boxes if they are asked for."""
+        """Return the mixed images, `lam` and, with `return_boxes`, boxes."""
         options, count = self._options, len(images)
         arrays = dict(zip(self._names, given, strict=True))
         xp = array_namespace(arrays["source_index"])
@@ -132,13 +133,13 @@ class _Mixing:
         if "mode" in arrays:
             arrays |= _chosen(arrays["mode"], xp.stack(lams, axis=1), options)
         if "peaks" in arrays:
-            # Peaks of any shape get as far as the check that names them.
+            # Accept any shape here; a check with a better message follows.
             arrays["peaks"] = arrays["peaks"].reshape(count, -1).astype("int64")
         on_host = is_host(xp)
         mirror = arrays.pop("mirror", None)
         if mirror is not None:
             mirror = _flipped(mirror, count)
-        # What blends makes a new array anyway.
+        # Blending allocates a new array anyway, so a buffer would not help.
         into_buffer = on_host and "mode" not in arrays and options.mode != "mixup"
         paste = functools.partial(self._paste, mirror=mirror) if into_buffer or self._normalise is not None else None
         mixed = apply(options, images, **arrays, paste=paste)
@@ -149,7 +150,7 @@ class _Mixing:
     def _paste(
         self, images: Array, source_index: Array, boxes: Array, *, source_boxes: Array | None, mirror: Array | None
     ) -> Array:
-        """Make the mixed images, or the normalised ones; in host memory in buffers that are used again."""
+        """Return the mixed images, normalised if requested; in host memory, write them to reused buffers."""
         xp = array_namespace(images)
         on_host = is_host(xp)
         route = route_of(self._options.algorithm, xp)
@@ -164,7 +165,7 @@ class _Mixing:
         return pixels.paste_and_normalise(*patches, shift_and_scale, np.dtype(dtype), layout, route, out)
 
     def stage(self) -> Stage:
-        """Return what this is in a graph."""
+        """Return the description of this operator in a graph."""
         options = self._options
         looks_for_saliency = "saliencymix" in options.modes and "peaks" not in self._names
         return Stage(
@@ -177,7 +178,7 @@ class _Mixing:
 
 
 def _flipped(mirror: Array, count: int) -> Array:
-    """Return which images are flipped, (N,) bool; in host memory anything but 0 and 1 is refused."""
+    """Return which images are flipped, (N,) bool; in host memory reject values other than 0 and 1."""
     if mirror.size != count:
         msg = f"mirror must be one number for each image, got shape {mirror.shape[1:]}"
         raise ValueError(msg)
@@ -191,7 +192,7 @@ def _flipped(mirror: Array, count: int) -> Array:
 
 
 def _as_they_come_out(boxes: Array, mirror: Array | None, width: int) -> Array:
-    """Return boxes where the patches are in images of which some are flipped; those without a patch stay all 0."""
+    """Return the boxes after the flip of the images in `mirror`; empty boxes stay all 0."""
     if mirror is None:
         return boxes
     xp = array_namespace(boxes)
@@ -201,12 +202,12 @@ def _as_they_come_out(boxes: Array, mirror: Array | None, width: int) -> Array:
 
 
 def _no_saliency(images: Array) -> Array:
-    """Return constant maps (N, 8, 8): a detector that costs nothing."""
+    """Return constant maps (N, 8, 8): a detector of negligible cost."""
     return array_namespace(images).zeros((len(images), 8, 8), dtype="float32")
 
 
 def _chosen(position: Array, lam: Array, options: MixOptions) -> dict[str, Array]:
-    """Return mode and lam of each sample from positions in the modes and one column of lam for each of these."""
+    """Return the mode and lam of each sample, from its position in ``options.modes`` and one column of lam per mode."""
     xp = array_namespace(position)
     if options.choose == "batch":
         position = xp.repeat(position[:1], len(position), axis=0)

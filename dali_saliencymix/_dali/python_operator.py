@@ -1,11 +1,11 @@
-"""Python functions in a pipeline: whole batches in, whole batches out.
+"""Python functions on whole batches as operators of a DALI pipeline.
 
-DALI has two operators for that. ``fn.python_function`` deals in lists of samples, which are made, copied and taken
-apart with the GIL held; `bridge` turns them into batches. The other one is there for DALI's JAX plugin and needs
-no JAX: it passes a batch as it is in memory, and takes the result without a copy. It is not documented, so
-it serves only with the versions of DALI in which it was tried. Both give the same batches.
+DALI has two operators for Python functions. ``fn.python_function`` passes lists of samples, which it creates, copies
+and unpacks while holding the GIL; `bridge` converts them to batches. The other operator belongs to DALI's JAX plugin
+but does not need JAX. It passes whole batches to the function and takes whole batches back, without copies. It is
+undocumented, so it is used only with the DALI versions on which it was tested. Both operators produce the same batches.
 
-DALI calls the functions in a thread of its own. What they raise reaches the user as text inside DALI's own error.
+DALI calls the functions in its own thread. The message of an exception becomes part of DALI's error message.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 _WHOLE_BATCHES_TRIED = ("2.4.",)
 
 _CACHE_LINE = 64  # bytes
-_MOST_FREE = 4  # buffers: more are not in use at a time in a steady training
+_MOST_FREE = 4  # buffers; training never has more in use at a time
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What an operator of this package is in a graph: the attribute `stage` of its nodes' ``source``, to measure it."""
+    """Description of an operator for measurements: the attribute `stage` of the ``source`` of its nodes."""
 
-    name: str  # what it does, without the saliency
-    # Makes the operator use a detector that costs nothing, for good; None where it has no detector.
+    name: str  # what the operator does, apart from saliency
+    # Permanently replaces the detector by one of negligible cost; None if the operator has no detector.
     leave_out_saliency: Callable[[], None] | None = None
-    small: bool = False  # it works on a few numbers a sample, and counts with the next operator
+    small: bool = False  # processes a few numbers per sample, and is measured with the next operator
 
 
 def python_operator(
@@ -60,12 +60,12 @@ def python_operator(
     layouts: Sequence[str] = (),
     rules: Sequence[str | None] = (bridge.OF_IMAGES,),
 ) -> Any:
-    """Put ``function(*batches) -> batches``, a tuple of `num_outputs`, into the pipeline that is being defined.
+    """Add the operator ``function(*batches) -> batches``, with `num_outputs` outputs, to the current pipeline.
 
-    Batches are arrays (N, ...) on the device of the inputs; `layouts` are those of the first outputs. `name` is what
-    errors call the operator, where DALI lets it have a name, and `rules` what they say where samples of an input have
-    different shapes, one for each input; None where they never have. On a CPU `function` may use as many threads as the
-    pipeline has. Those of the pipeline wait meanwhile: DALI runs no two operators of the CPU at a time.
+    Batches are arrays (N, ...) on the device of the inputs. `layouts` are those of the first outputs. `name` is the
+    operator's name in error messages, if DALI supports one. `rules` has one entry per input: the error message for
+    samples of different shapes, or None if shapes cannot differ. On a CPU, `function` may use as many threads as the
+    pipeline has. The pipeline's own threads are idle meanwhile, because DALI runs CPU operators one at a time.
     """
     device = inputs[0].device
     if device == "gpu":
@@ -73,19 +73,19 @@ def python_operator(
     pipeline = Pipeline.current()
     limited = functools.partial(_limited, pipeline.num_threads, function)
     options: dict[str, Any] = {"num_outputs": num_outputs, "device": device}
-    # DALI's debug mode knows the functions of `nvidia.dali.fn` only.
+    # DALI's debug mode supports only the functions of `nvidia.dali.fn`.
     debugged = getattr(pipeline, "_debug_on", False)
     if whole_batches_work() and not debugged:
         options["output_layouts"] = [*layouts, *[""] * (num_outputs - len(layouts))]
         if device == "cpu":
-            # DALI refuses samples of different shapes in words that name JAX: these come before it does.
+            # DALI's own error for samples of different shapes mentions JAX, so check the shapes first.
             shapes = [node.shape() for node, rule in zip(inputs, rules, strict=True) if rule]
             checked = _whole_batches(functools.partial(_only_one_shape, list(filter(None, rules))), name)(*shapes)
             inputs = (*inputs, marked(checked, Stage("shapes", small=True)))
             limited = functools.partial(_without_last, limited)
         nodes = marked(_whole_batches(limited, name, **options)(*inputs), stage)
-        # CuPy's pool may reuse a buffer once DALI or its user releases it, while they may still read it on streams of
-        # their own. DALI's copy, on this one, is the one to keep.
+        # CuPy's pool may reuse a buffer once DALI or the user releases it, although another stream may still read it.
+        # Return DALI's copy instead, which is made on this stream.
         return nodes if device == "cpu" else fn.copy(nodes)
     if layouts:
         options["output_layouts"] = list(layouts)
@@ -95,19 +95,19 @@ def python_operator(
 
 
 def marked(nodes: Any, stage: Stage) -> Any:
-    """Return nodes of one operator, and say what it is in a graph."""
+    """Attach `stage` to the operator of `nodes`; return `nodes`."""
     first = nodes[0] if isinstance(nodes, list | tuple) else nodes
-    first.source.stage = stage  # the operator, which all of its outputs share
+    first.source.stage = stage  # all outputs of an operator share their source
     return nodes
 
 
 def to_device(device: str, node: DataNode) -> DataNode:
-    """Return `node`, copied to the GPU if that is the device; never back from there."""
+    """Return `node`, copied to the GPU if `device` is ``"gpu"``; never copy from the GPU to the CPU."""
     return node.gpu() if device == "gpu" and node.device == "cpu" else node
 
 
 def whole_batches_work() -> bool:
-    """Tell whether DALI is of a version in which its operator for whole batches was tried."""
+    """Return whether the operator for whole batches was tested with the installed version of DALI."""
     return nvidia.dali.__version__.startswith(_WHOLE_BATCHES_TRIED)
 
 
@@ -116,7 +116,7 @@ def _without_last(function: Callable[..., Batches], *arrays: Array) -> Batches:
 
 
 def _only_one_shape(rules: Sequence[str], *inputs: Array) -> Batches:
-    """Require equal rows of the shapes of each input, (N, axes); return something, for another operator to wait for."""
+    """Require equal rows in the shapes (N, axes) of each input; return a dummy output for operators to depend on."""
     for rule, shapes in zip(rules, inputs, strict=True):
         if (shapes != shapes[0]).any():
             bridge.check_one_shape(map(tuple, shapes.tolist()), rule)
@@ -133,10 +133,10 @@ def _whole_batches(function: Callable[..., Batches], name: str, **options: Any) 
 def _whole_batch_function() -> Any:
     base: Any = ops.python_op_factory("_JaxFunction", "_JaxFunction", "_JaxFunction", generated=False)
 
-    class WholeBatchFunction(base):  # type: ignore[misc]  # DALI makes the class while the program runs
+    class WholeBatchFunction(base):  # type: ignore[misc]  # DALI creates the class at run time
         def __init__(self, function: Callable[..., Batches], *, device: str, **options: Any) -> None:
             on_tensors = _on_tensors if device == "cpu" else _on_gpu_tensors
-            self.function = functools.partial(on_tensors, function)  # DALI knows nothing but its address
+            self.function = functools.partial(on_tensors, function)  # DALI stores only its address
             super().__init__(function_id=id(self.function), device=device, **options)
 
     return WholeBatchFunction
@@ -144,7 +144,7 @@ def _whole_batch_function() -> Any:
 
 def _on_tensors(function: Callable[..., Batches], *tensors: Any) -> tuple[Any, ...]:
     arrays = [python_function_plugin.DLTensorToArray(tensor.__dlpack__(stream=None)) for tensor in tensors]
-    # NumPy exports no read-only array.
+    # NumPy cannot export read-only arrays through DLPack.
     return tuple(np.require(_dense(array), requirements="W").__dlpack__() for array in function(*arrays))
 
 
@@ -159,11 +159,11 @@ def _on_cupy_tensors(function: Callable[..., Batches], tensors: tuple[Any, ...])
     import cupy
 
     outputs = function(*map(cupy.from_dlpack, tensors))
-    return tuple(_dense(array).__dlpack__(stream=-1) for array in outputs)  # -1: DALI reads it on this very stream
+    return tuple(_dense(array).__dlpack__(stream=-1) for array in outputs)  # -1: no sync, DALI reads on this stream
 
 
 def _dense(array: Array) -> Array:
-    """Return a C-contiguous array with the strides of one, also where an axis is 1 long: DALI looks at them."""
+    """Return a C-contiguous array with canonical strides, also for axes of length 1: DALI checks the strides."""
     strides = tuple(array.itemsize * math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
     return array if array.strides == strides else array.copy()
 
@@ -174,23 +174,24 @@ def _limited(num_threads: int, function: Callable[..., Batches], *arrays: Array)
 
 
 class Buffers:
-    """Arrays in host memory that are reused once nothing refers to them.
+    """Pool of arrays in host memory. An array is reused once nothing refers to it.
 
-    DALI holds a batch for as long as it or its user needs it. A new array of that size costs as much as filling it: the
-    kernel has to clear its pages first.
+    DALI keeps a batch for as long as it or its user needs it. Allocating an array of that size takes as long as filling
+    it, because the operating system has to clear its pages first.
     """
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return an array that is C-contiguous, begins with a line of the cache, and is not initialised."""
+        """Return an uninitialised C-contiguous array that is aligned to a cache line."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         buffer = self._free.pop() if self._free else None
         if buffer is None or buffer.nbytes != size + _CACHE_LINE:
             buffer = np.empty(size + _CACHE_LINE, np.uint8)
         start = -buffer.ctypes.data % _CACHE_LINE
-        # A view of an array holds on to the first one that has memory of its own, or memory that is no array's.
+        # NumPy collapses chains of views: a view refers to the array at the end of the chain. `frombuffer` makes `lent`
+        # that array for all its views, so it lives as long as any of them.
         lent = np.frombuffer(buffer.data[start : start + size], dtype)
         weakref.finalize(lent, self._give_back, buffer).atexit = False
         return lent.reshape(shape)

@@ -1,1 +1,1 @@
-"""Kernels that Numba compiles for the CPU; imported only where Numba is installed."""
+"""CPU kernels compiled by Numba. Imported only if Numba is installed."""

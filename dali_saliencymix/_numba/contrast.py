@@ -1,11 +1,11 @@
-"""Steps of the detectors as kernels that Numba compiles for the CPU; imported only where Numba is installed.
+"""Detector steps as CPU kernels compiled by Numba. Imported only if Numba is installed.
 
-Each one has a reference in NumPy, `dali_saliencymix.saliency`, and gives the same bits. Loops over the pixels of a row
-write to one array only: LLVM can then show that nothing overlaps, and uses the vector units of the CPU. For the same
-reason rows are handed to functions of their own. All functions work without the GIL.
+Each kernel has a reference implementation in NumPy, in `dali_saliencymix.saliency`, and is bit-identical to it. Each
+loop over the pixels of a row writes to one array only, and rows are passed to separate functions. LLVM can then prove
+that arrays do not overlap, and vectorises the loops. All kernels release the GIL.
 
-Numba keeps what it compiled beside the file of a kernel, and looks at that file only: after a change in a kernel that
-one in another file calls, delete ``__pycache__``.
+Numba's cache of a kernel depends only on the kernel's own file. After changing a kernel that is called from another
+file, delete ``__pycache__``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LARGEST_SUM = len(SURROUNDS) * 255
 
 
 def small_luma(images: Array, height: int, width: int) -> Array:
-    """Return what `dali_saliencymix.saliency.grey.small_luma` returns, in float32."""
+    """Return the result of `dali_saliencymix.saliency.grey.small_luma`, in float32."""
     count, full_height, full_width, _ = images.shape
     grey = np.empty((count, height, width), np.float32)
     rows, columns = constant(np, tap_indices, full_height, height), constant(np, tap_indices, full_width, width)
@@ -32,9 +32,9 @@ def small_luma(images: Array, height: int, width: int) -> Array:
 
 
 def rows_of_pixels(images: Array) -> Array:
-    """Return RGB images that lie densely in memory as rows of bytes, (N, H, 3 W), and others as they are; read-only.
+    """Return contiguous RGB images as rows of bytes, (N, H, 3 W), and other images unchanged; read-only.
 
-    In rows of bytes all pixels have the same distance, known beforehand: that makes reading them four times as fast.
+    In rows of bytes the distance between pixels is a compile-time constant, which makes reading four times as fast.
     """
     count, height, width, channels = images.shape
     rows = images.reshape(count, height, 3 * width) if channels == 3 and images.flags.c_contiguous else images
@@ -50,7 +50,7 @@ def _small_luma(pixels, full_width, rows, columns, row_weights, column_weights, 
 
 @kernel
 def reduce_luma(image, rows, columns, row_weights, column_weights, levels, line, grey):  # type: ignore[no-untyped-def]
-    """Reduce the grey levels of one image of `rows_of_pixels`; `levels` (2, W) and `line` (W,) are for work."""
+    """Reduce the grey levels of one image of `rows_of_pixels`; `levels` (2, W) and `line` (W,) are work arrays."""
     height, width = grey.shape
     for y in range(height):
         _luma_of_row(image[rows[y]], levels[0])
@@ -70,7 +70,7 @@ def _between_rows(upper, lower, weight, line):  # type: ignore[no-untyped-def]
 
 @kernel
 def _luma_of_row(row, grey):  # type: ignore[no-untyped-def]
-    """Grey levels of a row of pixels: (3 W,) bytes, or (W, C)."""
+    """Compute the grey levels of a row of pixels, (3 W,) bytes or (W, C)."""
     if row.ndim == 1:
         for x in range(grey.size):
             grey[x] = _luma(row[3 * x], row[3 * x + 1], row[3 * x + 2])
@@ -87,7 +87,7 @@ def _luma(red, green, blue):  # type: ignore[no-untyped-def]
 
 
 def fine_grained(images: Array) -> Array:
-    """Return what `dali_saliencymix.saliency.contrast.fine_grained` returns."""
+    """Return the result of `dali_saliencymix.saliency.contrast.fine_grained`."""
     maps = np.empty(images.shape[:3], np.float32)
     _fine_grained(rows_of_pixels(images), maps)
     return maps
@@ -96,8 +96,8 @@ def fine_grained(images: Array) -> Array:
 @kernel
 def _fine_grained(images, maps):  # type: ignore[no-untyped-def]
     count, height, width = maps.shape
-    # Rows and columns of sums start at 0. On either side they are padded with their first and their last value: then a
-    # window that sticks out of the image needs no case of its own.
+    # The first row and column of the integral image are 0. Each row is padded on both sides with its first and its last
+    # value, so that windows that cross the border of the image need no special case.
     integral = np.zeros((height + 1, width + 1 + 2 * _MARGIN), np.float32)
     grey = np.empty((height, width), np.float32)
     on, off = np.empty((height, width), np.int32), np.empty((height, width), np.int32)
@@ -153,7 +153,7 @@ def _on_and_off(grey, integral, columns, on, off):  # type: ignore[no-untyped-de
 
 @kernel
 def _stretch_and_add(on, off, saliency_map):  # type: ignore[no-untyped-def]
-    """Bring both sums to 0..255, each by its own maximum, and add them in 8 bits."""
+    """Scale both sums to 0..255, each by its own maximum, and add them in 8 bits."""
     stretched = np.empty((2, _LARGEST_SUM + 1), np.int32)
     largest_on, largest_off = max(on.max(), 1), max(off.max(), 1)
     for level in range(_LARGEST_SUM + 1):
@@ -168,7 +168,7 @@ def _stretch_and_add(on, off, saliency_map):  # type: ignore[no-untyped-def]
 
 @kernel
 def _blur_along(row, blurred):  # type: ignore[no-untyped-def]
-    """Weights 1-2-1 along a row, mirrored at its ends."""
+    """Blur with weights (1, 2, 1) along a row, mirrored at its ends, without rounding."""
     last = row.size - 1
     for x in range(1, last):
         blurred[x] = 2 * row[x] + row[x - 1] + row[x + 1]
@@ -178,14 +178,14 @@ def _blur_along(row, blurred):  # type: ignore[no-untyped-def]
 
 @kernel
 def _blur_across(row, above, below, blurred):  # type: ignore[no-untyped-def]
-    """Weights 1-2-1 over three rows, and the rounding."""
+    """Blur with weights (1, 2, 1) over three rows, and round the result of both blurs."""
     for x in range(row.size):
         blurred[x] = (2 * row[x] + above[x] + below[x] + 8) >> 4
 
 
 @kernel
 def _sum_row(row, grey, above, sums):  # type: ignore[no-untyped-def]
-    """Add a row to the integral image, in float32 and in the order in which NumPy's cumsum adds."""
+    """Add a row to the integral image, in float32 and in the order of NumPy's cumsum."""
     total = np.float32(0)
     for x in range(row.size):
         grey[x] = row[x]
@@ -196,7 +196,7 @@ def _sum_row(row, grey, above, sums):  # type: ignore[no-untyped-def]
 
 @kernel
 def _difference(grey, above_left, above_right, below_left, below_right, columns, rows, difference):  # type: ignore[no-untyped-def]
-    """Grey level less the mean of the others in the window, rounded towards 0."""
+    """Compute the grey level minus the mean of the other pixels in the window, rounded towards 0."""
     for x in range(grey.size):
         surround = below_right[x] + above_left[x]
         surround -= below_left[x]

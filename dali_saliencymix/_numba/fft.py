@@ -1,10 +1,10 @@
-"""Fourier transforms of maps of 64x64 or 32x32, in kernels that Numba compiles for the CPU.
+"""Fourier transforms of maps of 64x64 or 32x32, as CPU kernels compiled by Numba.
 
-A complex map is an array (2, 64, 64), real and imaginary parts, of which smaller maps use the first rows and columns.
-Transforms take it flat: LLVM uses the vector units of the CPU where it knows how far apart the rows are, as it does in
+A complex map is an array (2, 64, 64) of real and imaginary parts. Smaller maps use its first rows and columns.
+Transforms take the array flat, because LLVM vectorises loops if it knows the distance between rows. It also vectorises
 loops over a whole map that write to one array.
 
-Spectra are transposed, (kx, ky): after a transform along columns they lie ready for the one along rows.
+Spectra are stored transposed, (kx, ky), so that the transform along rows is also one along columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from dali_saliencymix._numba.kernel import kernel
 
-ROW = 64  # numbers from one row to the next, whatever the size
+ROW = 64  # distance between rows in numbers, for maps of any size
 _PLANE = ROW * ROW
 
 _put_in = numba.njit(inline="always", error_model="numpy")
@@ -59,7 +59,7 @@ def _transform_32(planes, spare, twiddles, width):  # type: ignore[no-untyped-de
 
 @_put_in
 def _by_eights(planes, spare, twiddles, width, steps):  # type: ignore[no-untyped-def]
-    """Transform every `steps`-th row, and turn the results by what they lag behind."""
+    """Transform every `steps`-th row, and multiply the results by the twiddle factors."""
     for j in range(steps):
         w1, w2, w3, w4 = twiddles[j, 1], twiddles[j, 2], twiddles[j, 3], twiddles[j, 4]
         w5, w6, w7 = twiddles[j, 5], twiddles[j, 6], twiddles[j, 7]
@@ -125,7 +125,7 @@ def _turned(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def pair_columns(grey, planes):  # type: ignore[no-untyped-def]
-    """Make complex columns of pairs of real ones: their spectrum can be taken apart by its symmetry."""
+    """Combine pairs of real columns into complex columns, whose spectra can be separated by symmetry."""
     size = len(grey)
     half = size // 2
     for y in range(size):
@@ -138,7 +138,7 @@ def pair_columns(grey, planes):  # type: ignore[no-untyped-def]
 
 @kernel
 def transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
-    """Take the pairs apart, (x, ky): frequencies below the highest, which is paired with the lowest: both are real."""
+    """Separate the pairs and transpose to (x, ky). One complex number holds the lowest and highest ky, both real."""
     half = size // 2
     for x in range(half):
         for y in range(1, half):
@@ -156,7 +156,7 @@ def transpose_half(planes, transposed, size):  # type: ignore[no-untyped-def]
 
 @kernel
 def take_half(planes, spectrum):  # type: ignore[no-untyped-def]
-    """Fill the half of the spectrum that says all, (2, kx, ky): the lowest and the highest ky are still paired."""
+    """Fill the half spectrum, (2, kx, ky), and separate the pair of the lowest and the highest ky."""
     _, size, stored = spectrum.shape
     half = stored - 1
     for part in range(2):
@@ -173,7 +173,7 @@ def take_half(planes, spectrum):  # type: ignore[no-untyped-def]
 
 @kernel
 def transpose(planes, transposed, size):  # type: ignore[no-untyped-def]
-    """Turn a complex map over."""
+    """Transpose a complex map."""
     for part in range(2):
         for y in range(size):
             for x in range(size):

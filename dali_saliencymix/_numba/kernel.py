@@ -1,7 +1,8 @@
-"""Compiles functions with Numba, and keeps them on the disk for the next process where that is possible.
+"""Compilation of functions by Numba, with a cache on disk if possible.
 
-Numba alone raises an error where it finds no folder that it can write, as in an installation that is read-only for a
-user without a home, and where its files cannot be written or read: on a full disk, of another user, damaged.
+Numba's own cache raises an error if it finds no writable folder, for example in a read-only installation for a user
+without a home folder. It also raises one if its files cannot be written or read, for example if the disk is full, or
+if the files are damaged or belong to another user. Kernels compiled here work without a cache in these cases.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from dali_saliencymix._array import Array
 from dali_saliencymix._errors import line_of, naming, try_writing
 from dali_saliencymix._numba import stopwatch
 
-_NO_FOLDER = "there is no folder that can be written for what it has compiled"
-_ROOM = 2**20  # bytes: more than any kernel takes
+_NO_FOLDER = "there is no writable folder for the cache"
+_ROOM = 2**20  # bytes; more than any kernel needs
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for the types that it is called with, to work without the GIL and to divide as NumPy does."""
+    """Compile a function for the types that it is called with, without the GIL and with NumPy's division semantics."""
     compiled = numba.njit(nogil=True, error_model="numpy")(function)
     try:
-        compiled._cache = _Cache(function)  # as `cache=True` does, but that Numba's own one raises errors
+        compiled._cache = _Cache(function)  # in place of `cache=True`, which raises errors
     except RuntimeError:
         _say_that_nothing_is_kept(_NO_FOLDER)
     return compiled
 
 
 def as_input(array: Array) -> Array:
-    """Return an array that a kernel reads as one of two types, C-contiguous or not: it is compiled for each type."""
-    odd = array.flags.fnc or not array.flags.aligned  # other types, too rare to be compiled for
+    """Return a read-only array of one of two Numba types, C-contiguous or not, since each type needs a compilation."""
+    odd = array.flags.fnc or not array.flags.aligned  # of other types, too rare for a compilation
     view = array.copy(order="C") if odd else array.view()
     view.flags.writeable = False
     return view
 
 
 def folder_for(compiled: Any) -> str:
-    """Return the folder that a kernel is kept in; OSError if there is none, or none that has room for it."""
+    """Return the cache folder of a kernel; raise an OSError if there is none, or if it has no room."""
     folder = compiled._cache.cache_path
     if folder is None:
         raise OSError(_NO_FOLDER)
@@ -54,7 +55,7 @@ def folder_for(compiled: Any) -> str:
 
 
 class _GivenFolder(FunctionCache._impl_class._locator_classes[0]):  # type: ignore[misc]  # Numba has no types
-    """The folder that NUMBA_CACHE_DIR names, also where it can only be read, as that of a container's image may be."""
+    """Locator for the folder in NUMBA_CACHE_DIR, even if it is read-only, as in a container image."""
 
     def ensure_cache_path(self) -> None:
         if not any(Path(self.get_cache_path()).glob("*.nbi")):
@@ -66,7 +67,7 @@ class _Files(FunctionCache._impl_class):  # type: ignore[misc]
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    """The files of a compiled function, without which it works all the same."""
+    """Cache of a compiled function that works without files if they cannot be used."""
 
     _impl_class = _Files
 
@@ -76,7 +77,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
                 return super().load_overload(*arguments)
             except OSError:
                 raise
-            except Exception:  # a damaged file: there is no telling what unpickling it raises
+            except Exception:  # unpickling a damaged file can raise anything
                 self.flush()
         return None
 
@@ -97,23 +98,23 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 @functools.cache
 def _say_that_nothing_is_kept(why: str) -> None:
     sys.stderr.write(
-        f"warning: Numba compiles for this process alone, which takes some seconds: {why}; "
-        "set NUMBA_CACHE_DIR to a folder that can be written\n"
+        f"warning: Numba cannot cache its kernels, so each process compiles them, which takes some seconds: {why}; "
+        "set NUMBA_CACHE_DIR to a writable folder\n"
     )
 
 
 def check_all_kept() -> None:
-    """Raise an OSError if something that was compiled could not be kept."""
+    """Raise an OSError if a compiled kernel could not be cached."""
     if _say_that_nothing_is_kept.cache_info().currsize:
-        msg = "compiled, but not kept: see the warning above"
+        msg = "compiled, but not cached: see the warning above"
         raise OSError(msg)
 
 
 class Compilations(event.Listener):  # type: ignore[misc]
-    """Says that kernels are compiled, the first time, and takes the time; kernels may call others."""
+    """Listener that announces the first compilation and measures compile times; compilations of kernels may nest."""
 
     def __init__(self) -> None:
-        self.silent = os.environ.get("RANK", "0") != "0"  # one process of torchrun is enough
+        self.silent = os.environ.get("RANK", "0") != "0"  # with torchrun, only rank 0 reports
         self._depth = 0
 
     def on_start(self, started: event.Event) -> None:
@@ -140,8 +141,8 @@ class Compilations(event.Listener):  # type: ignore[misc]
             _say_that_nothing_is_kept(line_of(error, expected=True))
         else:
             sys.stderr.write(
-                f"Numba compiles kernels: up to half a minute of processor time, once; it keeps them in {folder}; "
-                '"python -m dali_saliencymix compile" does it in advance\n'
+                f"Numba compiles kernels: up to half a minute of processor time, once; it caches them in {folder}; "
+                'to compile them in advance, run "python -m dali_saliencymix compile"\n'
             )
 
 

@@ -1,7 +1,7 @@
-"""Peaks and pixels of a batch, in kernels that Numba compiles for the CPU; imported only where Numba is installed.
+"""Peaks and pixels of a batch, as CPU kernels compiled by Numba. Imported only if Numba is installed.
 
-Their references are `dali_saliencymix.boxes` and `dali_saliencymix.pixels`, whose bits they give.
-They work without the GIL.
+The reference implementations are in `dali_saliencymix.boxes` and `dali_saliencymix.pixels`; the kernels are
+bit-identical to them. All kernels release the GIL.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dali_saliencymix._array import Array
 from dali_saliencymix._numba.kernel import as_input, kernel
 from dali_saliencymix._threads import for_each_chunk
 
-_CHUNK = 4  # images for one thread at a time
+_CHUNK = 4  # images per call of a thread
 
 
 def most_salient(maps: Array, closeness: Array) -> Array:
-    """Return the index of the largest value of each map (N, h, w) float32, flat; of several that with most `closeness`.
+    """Return the flat index of the maximum of each map (N, h, w) float32; ties go to the largest `closeness`.
 
-    A pixel that is NaN is taken for minus infinity.
+    NaN counts as minus infinity.
     """
     found = np.empty(len(maps), np.int64)
     _most_salient(as_input(maps), closeness, found)
@@ -28,7 +28,7 @@ def most_salient(maps: Array, closeness: Array) -> Array:
 @kernel
 def _most_salient(maps, closeness, found):  # type: ignore[no-untyped-def]
     count, height, width = maps.shape
-    tops = np.empty(width, np.float32)  # of the columns: side by side they use the vector units
+    tops = np.empty(width, np.float32)  # of the columns, so that the loop vectorises
     for i in range(count):
         _tops_of_columns(maps[i], tops)
         top = tops.max()
@@ -36,7 +36,7 @@ def _most_salient(maps, closeness, found):  # type: ignore[no-untyped-def]
         for x in range(width):
             if tops[x] == top:
                 for y in range(height):
-                    # Anything that is not over minus infinity is NaN or minus infinity itself.
+                    # A value that is not greater than minus infinity is NaN or minus infinity.
                     is_top = maps[i, y, x] == top or (top == -np.inf and not maps[i, y, x] > top)
                     if is_top and closeness[y, x] > best:
                         best = closeness[y, x]
@@ -62,9 +62,9 @@ def paste_normalised(
     layout: str,
     out: Array,
 ) -> None:
-    """Do what `dali_saliencymix.paste_normalised` does in float32, of checked arguments, into `out`.
+    """Write the float32 result of `dali_saliencymix.paste_normalised` to `out`, without checks.
 
-    `scaling` (2, C) float32 holds what is taken off each channel, and what is multiplied then.
+    `scaling` (2, C) float32 holds the number to subtract from each channel, and then the factor.
     """
     count, height, width, channels = images.shape
     images = as_input(np.ascontiguousarray(images).reshape(count, height, width * channels))
@@ -74,7 +74,7 @@ def paste_normalised(
     mirrored = np.zeros(count, np.bool_) if mirror is None else mirror != 0
     if layout == "HWC" or channels == 1:
         out = out.reshape(count, 1, height, width * channels)
-        scaling = np.tile(scaling, width)  # of each number in a row
+        scaling = np.tile(scaling, width)  # one entry per number in a row
 
     def paste(chunk: slice) -> None:
         patches = sources[chunk], boxes[chunk], source_boxes[chunk], mirrored[chunk]
@@ -85,7 +85,7 @@ def paste_normalised(
 
 @kernel
 def _paste_normalised(images, first, sources, boxes, source_boxes, mirrored, channels, scaling, out):  # type: ignore[no-untyped-def]
-    """Make ``out``, the mixed images from number `first` on: planes (n, C, H, W), or rows (n, 1, H, W C)."""
+    """Fill `out` with the mixed images from index `first` on, as planes (n, C, H, W) or rows (n, 1, H, W C)."""
     count, planes, height, _ = out.shape
     mixed, flipped = np.empty((height, images.shape[2]), np.uint8), np.empty((height, images.shape[2]), np.uint8)
     for i in range(count):
@@ -112,7 +112,7 @@ def _copy(pixels, copied):  # type: ignore[no-untyped-def]
 
 @kernel
 def _mirror(mixed, channels, flipped):  # type: ignore[no-untyped-def]
-    # An index that could be negative would count from the end: unsigned ones keep the vector units busy.
+    # A signed index could be negative and count from the end, which prevents vectorisation; use unsigned indices.
     height, width = mixed.shape
     last = np.uint64(width - channels)
     for y in range(height):
@@ -136,7 +136,8 @@ def _scale_rows(mixed, scaling, rows):  # type: ignore[no-untyped-def]
 
 @kernel
 def _scale_planes(mixed, scaling, red, green, blue):  # type: ignore[no-untyped-def]
-    # Channels and the distance between pixels are literals, and each loop writes to one array: for the same reason.
+    # The number of channels and the distance between pixels are literals, and each loop writes to one array, so that
+    # the loops vectorise.
     height, width = red.shape
     red_shift, green_shift, blue_shift = scaling[0, 0], scaling[0, 1], scaling[0, 2]
     red_scale, green_scale, blue_scale = scaling[1, 0], scaling[1, 1], scaling[1, 2]

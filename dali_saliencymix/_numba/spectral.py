@@ -1,11 +1,11 @@
-"""`spectral_residual` as a kernel that Numba compiles for the CPU: image by image, from pixels to map.
+"""`spectral_residual` as a CPU kernel compiled by Numba, from pixels to map, one image at a time.
 
-It is for maps of 64x64 or 32x32, which are those of all larger images and of CIFAR's. All arrays of one image fit a
-core's cache, and the GIL is released in between. Maps differ from those of the NumPy reference by rounding: the
-transform is another one.
+The kernel supports maps of 64x64, for images of at least that size, and 32x32, for CIFAR images. All arrays of one
+image fit into a core's cache, and the GIL is released for a whole chunk of images. Maps differ from those of the NumPy
+reference implementation by rounding errors, since the FFT is a different one.
 
-Each step is a function of its own, with loops over a whole map that write to one array: LLVM uses the vector units of
-the CPU then. Spectra are transposed, (kx, ky): see `dali_saliencymix._numba.fft`.
+Each step is a separate function with loops over a whole map that write to one array, so that LLVM vectorises them.
+Spectra are stored transposed, (kx, ky); see `dali_saliencymix._numba.fft`.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from dali_saliencymix._threads import for_each_chunk
 
 SIZES = ((32, 32), (64, 64))
 
-_CHUNK = 8  # images for one thread at a time: few enough that all threads end together
+_CHUNK = 8  # images per call of a thread; few, so that all threads finish at about the same time
 
 _HALF, _ONE = np.float32(0.5), np.float32(1)
 _BITS_OF_HALF_ROOT = np.int32(np.float32(math.sqrt(0.5)).view(np.int32))
 _LOG_2 = math.log(2)
 
-_REACH = 2  # of the filters, in pixels to either side
-# Weights of the centre and outwards. The mean has none at that distance: adding 0 changes no bit.
+_REACH = 2  # of the filters, in pixels on each side
+# Weights from the centre outwards. The mean reaches only 1 pixel; its third weight is 0, which changes no bit.
 _GAUSSIAN = tuple(np.float32(weight) for weight in GAUSSIAN)
 _MEAN = (*(np.float32(weight) for weight in MEAN), np.float32(0))
 
 
 def spectral_residual(images: Array, size: int) -> Array:
-    """Return what `dali_saliencymix.saliency.spectral.spectral_residual` returns, (N, size, size), but for rounding."""
+    """Return the maps of `dali_saliencymix.saliency.spectral.spectral_residual`, (N, size, size), up to rounding."""
     maps = np.empty((len(images), size, size), np.float32)
     height, width = images.shape[1:3]
     taps = (
@@ -107,9 +107,9 @@ def _has_one_level(grey):  # type: ignore[no-untyped-def]
 
 @kernel
 def _whiten(spectrum, factor, planes):  # type: ignore[no-untyped-def]
-    """Phase times factor, of all bins: those that are not stored are those of the mirror image, conjugate.
+    """Compute phase times factor for all bins; bins that are not stored are conjugates of their mirror images.
 
-    Real and imaginary parts change places, which makes the transforms that follow inverse ones.
+    The real and imaginary parts are swapped, so that the following forward transforms compute the inverse transform.
     """
     _, size, stored = spectrum.shape
     for x in range(size):
@@ -146,7 +146,7 @@ def _amplitude(spectrum, whole):  # type: ignore[no-untyped-def]
 
 @kernel
 def _keep_phase(spectrum, amplitude):  # type: ignore[no-untyped-def]
-    """Divide by the amplitude; an empty bin has phase 0 by convention."""
+    """Divide the spectrum by its amplitude; empty bins have phase 0 by convention."""
     _, size, stored = spectrum.shape
     for x in range(size):
         for y in range(stored):
@@ -160,7 +160,7 @@ def _keep_phase(spectrum, amplitude):  # type: ignore[no-untyped-def]
 
 @kernel
 def _log_of_all(amplitude, tall):  # type: ignore[no-untyped-def]
-    """log(1 + amplitude) of all bins, of the half that is filled."""
+    """Compute log(1 + amplitude) for all bins from the half that is stored."""
     size = len(amplitude)
     stored = size // 2 + 1
     for x in range(size):
@@ -174,7 +174,7 @@ def _log_of_all(amplitude, tall):  # type: ignore[no-untyped-def]
 
 @kernel
 def _exponential(tall, mean):  # type: ignore[no-untyped-def]
-    """exp(log amplitude - mean), in place of the mean."""
+    """Compute exp(log amplitude - mean), in place of the mean."""
     size = len(mean)
     for x in range(size):
         for y in range(size):
@@ -183,7 +183,7 @@ def _exponential(tall, mean):  # type: ignore[no-untyped-def]
 
 @kernel
 def _log(value):  # type: ignore[no-untyped-def]
-    """Logarithm of a normal float32: that of the library does not use the vector units."""
+    """Return the logarithm of a normal float32; unlike the library function, it vectorises."""
     bits = np.float32(value).view(np.int32)
     exponent = (bits - _BITS_OF_HALF_ROOT) >> 23
     mantissa = np.int32(bits - (exponent << 23)).view(np.float32)  # in [sqrt(0.5), sqrt(2))
@@ -197,9 +197,9 @@ def _log(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _exp(value):  # type: ignore[no-untyped-def]
-    """Exponential of a float32 in -80..80."""
+    """Return the exponential of a float32 in -80..80."""
     exponent = np.floor(value * np.float32(1 / _LOG_2) + _HALF)
-    # log(2) in two parts, the first of so few bits that its product is exact; at most 0.347 is left.
+    # log(2) in two parts. The first has so few bits that its product is exact. The remainder is at most 0.347.
     rest = (value - exponent * np.float32(355 / 512)) - exponent * np.float32(_LOG_2 - 355 / 512)
     series = np.float32(1 / 120) + rest * (np.float32(1 / 720) + rest * np.float32(1 / 5040))
     series = _HALF + rest * (np.float32(1 / 6) + rest * (np.float32(1 / 24) + rest * series))
@@ -209,9 +209,9 @@ def _exp(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def _filter(tall, weights, wide, filtered):  # type: ignore[no-untyped-def]
-    """Filter by symmetric weights along columns, then along rows, mirrored at the border.
+    """Filter with symmetric weights along columns, then along rows, mirrored at the border.
 
-    The map lies in `tall`, between margins that are filled here.
+    `tall` contains the map between margins, which this function fills.
     """
     size = len(filtered)
     for i in range(1, _REACH + 1):
@@ -249,9 +249,9 @@ def _filter_rows(wide, weights, filtered):  # type: ignore[no-untyped-def]
 
 @kernel
 def _square(saliency_map):  # type: ignore[no-untyped-def]
-    """Square, and bring to a maximum of 1."""
+    """Scale to a maximum of 1 and square."""
     size = len(saliency_map)
-    tops = np.zeros(size, np.float32)  # of the columns: side by side they use the vector units
+    tops = np.zeros(size, np.float32)  # of the columns, so that the loop vectorises
     for y in range(size):
         for x in range(size):
             tops[x] = max(tops[x], saliency_map[y, x])

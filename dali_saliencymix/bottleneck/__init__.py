@@ -1,4 +1,4 @@
-"""Whether the loader or the training step is the bottleneck, measured from outside.
+"""Measure whether the loader or the training step is the bottleneck, without changes in the training script.
 
 ``python -m dali_saliencymix bottleneck`` is the command. From Python::
 
@@ -7,10 +7,10 @@
     report = bottleneck.diagnose(loader, step)
     print(bottleneck.report_text(report))
 
-`loader` is any iterable of batches that can be iterated over again and again, or a function that makes a DALI
-pipeline; `step` is called with each batch. `Monitor` watches a training while it runs.
+`loader` is an iterable of batches that can be iterated over repeatedly, or a function that returns a DALI pipeline.
+`step` is called with each batch. `Monitor` measures the data wait of a running training.
 
-Importing this needs NumPy alone; DALI and PyTorch are imported for what needs them.
+Importing this package needs only NumPy; DALI and PyTorch are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -59,47 +59,51 @@ def diagnose(
     tune: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure a loader and a training step, and say what holds the training back.
+    """Measure a loader and a training step, and return a report that names the bottleneck.
 
     Parameters
     ----------
     loader : iterable or callable
-        Batches, epoch after epoch: a DataLoader, a DALI iterator that resets itself. Or a function that makes a new
-        DALI pipeline each time, such as one decorated with ``pipeline_def`` and bound to its arguments by
-        ``functools.partial``; it is cut into stages.
+        An iterable of batches that can be iterated over once per epoch, such as a DataLoader or a DALI iterator that
+        resets itself. Or a function that returns a new DALI pipeline at each call, such as one decorated with
+        ``pipeline_def`` and bound to its arguments by ``functools.partial``; such a pipeline is split into stages.
     step : callable, optional
-        ``step(batch)`` trains on a batch. Without it the loader is measured alone, and the verdict is LOADER-ALONE.
+        ``step(batch)`` trains on a batch. Without it, only the loader is measured, and the verdict is LOADER-ALONE.
     batch_size, num_threads : int, optional
-        For a pipeline's function; for an iterable `batch_size` is the number of images in a full batch, where it
-        cannot be seen.
+        Arguments for the pipeline function. For an iterable, `batch_size` is the number of images in a full batch; by
+        default it is that of the first batch.
     files : sequence of str, optional
-        The files that the loader reads, for the measurement of storage; a pipeline's readers are asked.
+        The files that the loader reads, for measuring storage. By default, those of the pipeline's readers.
     device : {"cpu", "cuda"}
         Where the step runs.
     seconds : float
-        For everything, about.
+        Approximate duration of the whole measurement.
     rounds : int
-        Windows of each figure, at least 5.
+        Number of windows for each figure, at least 5.
     cache : {"auto", "warm", "cold"}
         Whether the training will find its files in memory; ``"auto"`` compares their size with the memory.
     storage, what_ifs : bool
-        Whether to measure these.
+        Whether to measure storage, and the loader with other settings.
     tune : bool
-        Whether to search for a faster setting of a pipeline's function, with arguments of it that are called
-        ``num_threads``, ``prefetch_queue_depth`` and ``hw_decoder_load``, in the place of the measured what-ifs. The
-        result is ``report["tune"]``: ``best`` are the arguments, ``trials`` the figures.
+        Whether to search for a faster setting of the pipeline function instead of measuring what-ifs. The search varies
+        its arguments ``num_threads``, ``prefetch_queue_depth`` and ``hw_decoder_load``, as far as it has them. The
+        result is ``report["tune"]``: ``best`` holds the arguments, ``trials`` the figures.
     notify : callable
-        Is given lines that say what is being measured.
+        Called with a line of text about each part of the measurement.
 
     Returns
     -------
     dict
-        The report: JSON as it stands. ``report["verdict"]["name"]`` is one of `verdict.VERDICTS`.
+        The report, a dictionary that can be saved as JSON. ``report["verdict"]`` has the strings ``name``, ``why`` and
+        ``next``. The other keys are listed under :ref:`bottleneck-report`.
 
     Raises
     ------
     BottleneckError
-        If the loader or the step fail, or with `tune` the loader has no setting to search, with the reason in one line.
+        If the loader or the step fails, or if `tune` is set and the loader has no setting to search. The message is one
+        line with the reason.
+    ValueError
+        If an option is out of range.
 
     Examples
     --------
@@ -108,7 +112,7 @@ def diagnose(
     >>> batches = [np.zeros((8, 3, 32, 32))] * 50
     >>> report = diagnose(batches, lambda batch: time.sleep(0.01), seconds=1, rounds=5, storage=False)
     >>> report["rates"]["storage"]["not_measured"]
-    'was not asked for'
+    'not requested'
     """
     listed = list(files) if files is not None else None
     if callable(loader) and not isinstance(loader, type) and not hasattr(loader, "__iter__"):

@@ -38,18 +38,19 @@ if TYPE_CHECKING:
     from dali_saliencymix.loaders.processes import Processes
     from dali_saliencymix.training.options import TrainingOptions
 
-_MOST_TO_DECODE = 10_000  # files, to find one that a pipeline fails at: a minute
+_MOST_TO_DECODE = 10_000  # files; decoding them to find a damaged one takes about a minute
 STALLED = 3  # exit status of --fail-above-stall
 
 _EPILOG = """
-DATA is measured with the loader and the training step of train.py. All of its options that shape a batch or a step are
-taken: -a, -b, -j, --dataset, --mix, --saliency, --mix-prob, --train-crop-size, --amp, --channels-last, --device, ...
-"python train.py --help" lists them. Folders of images that DALI reads are cut into stages. With --pipeline, -b, -j,
---prefetch and --hw-decoder-load set batch_size, num_threads, prefetch_queue_depth and hw_decoder_load where given.
+DATA is measured with the loader and the training step of train.py, with the same options: -a, -b, -j, --dataset, --mix,
+--saliency, --mix-prob, --train-crop-size, --amp, --channels-last, --device, ... "python train.py --help" lists them.
+Image folders that DALI reads are split into stages. With --pipeline, the options -b, -j, --prefetch and
+--hw-decoder-load set the arguments batch_size, num_threads, prefetch_queue_depth and hw_decoder_load of the function.
 
 Several processes: torchrun --nproc_per_node=2 -m dali_saliencymix bottleneck ...
 
-exit status: 0; 1 for an error; 3 if the stall is above --fail-above-stall, also by the lower end of its range.
+exit status: 0; 1 for an error; 2 for wrong options; 3 if the lower end of the stall's range is above
+--fail-above-stall.
 """
 
 
@@ -57,42 +58,40 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         usage="%(prog)s [options] [options of train.py] (DATA | --pipeline M:F | --loader M:F)",
-        description="Say whether the loader or the training step is the bottleneck, and what to do about it.",
+        description="Find out whether the loader or the training step is the bottleneck, and what to do about it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     option = parser.add_argument
-    option("--pipeline", metavar="MODULE:FUNCTION", help="makes a DALI pipeline, in place of DATA")
-    option("--loader", metavar="MODULE:FUNCTION", help="makes any iterable of batches, in place of DATA")
+    option("--pipeline", metavar="MODULE:FUNCTION", help="function that returns a new DALI pipeline, instead of DATA")
+    option("--loader", metavar="MODULE:FUNCTION", help="function that returns an iterable of batches, instead of DATA")
     option(
         "--step",
         metavar="MODULE:FUNCTION",
-        help="the training step, step(batch); or a function without arguments that returns it. By default a network "
-        "of train.py (-a)",
+        help="training step: step(batch), or a function without arguments that returns it (default: train a network "
+        "of train.py, -a)",
     )
-    option("--no-step", action="store_true", help="measure the loader alone")
-    option("--files", nargs="+", type=Path, help="files or folders that --pipeline or --loader reads")
-    option(
-        "--images", type=whole_number(1), default=2048, help="images of DATA to read, for each process (%(default)s)"
-    )
-    option("--cache", choices=CACHES, default="auto", help="will the training find its files in memory?")
-    option("--seconds", type=float, default=100.0, help="time for everything, about (%(default)g)")
+    option("--no-step", action="store_true", help="measure only the loader")
+    option("--files", nargs="+", type=Path, help="files or folders that the loader of --pipeline or --loader reads")
+    option("--images", type=whole_number(1), default=2048, help="images of DATA to read in each process (%(default)s)")
+    option("--cache", choices=CACHES, default="auto", help="does the training find its files in memory? auto: by size")
+    option("--seconds", type=float, default=100.0, help="approximate duration of the measurement (%(default)g)")
     option(
         "--rounds", type=whole_number(LEAST_ROUNDS, 10_000), default=ROUNDS, help="windows of each figure (%(default)s)"
     )
-    option("--no-storage", action="store_true", help="do not drop files from memory to read them again")
-    option("--no-what-ifs", action="store_true", help="do not measure other settings")
+    option("--no-storage", action="store_true", help="do not measure storage, which drops files from the page cache")
+    option("--no-what-ifs", action="store_true", help="do not measure other settings of the loader")
     option(
         "--tune",
         type=Path,
         metavar="YAML",
-        help="search for a faster setting of the loader and write it: a file for train.py --config, or the arguments "
-        "of --pipeline by name",
+        help="search for a faster setting of the loader and write it to this file: options for train.py --config, or "
+        "the arguments of the --pipeline function by name",
     )
-    option("-o", "--output", type=Path, metavar="JSON", help="report to write")
-    option("--html", type=Path, help="page to write")
-    option("--fail-above-stall", type=float, metavar="PERCENT", help="end with status 3 above this stall")
+    option("-o", "--output", type=Path, metavar="JSON", help="write the report to this file")
+    option("--html", type=Path, help="write the report as an HTML page")
+    option("--fail-above-stall", type=float, metavar="PERCENT", help="exit with status 3 if the stall is above this")
     add_traceback(parser)
     return parser
 
@@ -126,7 +125,7 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
     from dali_saliencymix.training.arguments import parse_arguments
 
     parser = _parser(prog)
-    training = parse_arguments(rest, prog=prog, validates=False)  # DATA is one of its options
+    training = parse_arguments(rest, prog=prog, validates=False)  # DATA is an option of train.py
     has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
         parser.error("give one of DATA, --pipeline and --loader")
@@ -136,12 +135,12 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
     if not 0 < own.seconds < math.inf:
         parser.error(f"--seconds must be a positive number, got {own.seconds}")
     if own.tune and own.loader:
-        parser.error("--tune is for DATA and --pipeline: --loader names no settings that could be changed")
+        parser.error("--tune needs DATA or --pipeline: the settings of --loader are not known")
     for option in OF_PIPELINES.values():
         if own.loader and option != "batch_size" and _is_given(rest, option):
             parser.error(f"{data_flags(option)[-1]} does nothing with --loader: leave it out")
     if own.files and has_data:
-        parser.error("--files is for --pipeline and --loader: the files of DATA are known")
+        parser.error("--files needs --pipeline or --loader: the files of DATA are known")
     if not own.step and not own.no_step:
         from dali_saliencymix.training.models import choose_kernels
 
@@ -154,7 +153,7 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
 
 
 def profile_training(training: TrainingOptions, processes: Processes) -> None:
-    """Measure the loader and the step of a training with these options of ``train.py``, and say what holds it back.
+    """Measure the loader and the step of a training with these options of ``train.py``, and write the report.
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
@@ -167,13 +166,13 @@ def profile_training(training: TrainingOptions, processes: Processes) -> None:
 def _measured_by_all(
     own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes
 ) -> Report:
-    """Measure; where that fails, the first process that does so says why, and which one it is."""
+    """Measure; the first process that fails raises an error with its rank and the reason."""
     from dali_saliencymix.training import distributed
 
     try:
         if processes.is_main:
             for path in filter(None, (own.tune, own.output, own.html)):
-                check_replaceable(path)  # now, not after minutes of measuring
+                check_replaceable(path)  # fails before minutes of measuring
         return _measured(own, training, rest, processes)
     except EXPECTED as error:
         text = line_of(error, expected=True)
@@ -208,7 +207,7 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
         assert own.loader
         source = loader_source(load_function(own.loader, "--loader"), batch_size=given.get("batch_size"), files=files)
     if own.tune:
-        tunable(source)  # else an error, for which no file is to blame
+        tunable(source)  # checked here, so that its error is not attributed to a damaged file
     step = None
     if own.step:
         step = step_of(load_function(own.step, "--step"))
@@ -240,7 +239,7 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
 
 
 def _named_bad_file(source: Source) -> str | None:
-    """Return the first file that a pipeline fails at, and why: DALI's own errors often name none."""
+    """Return the first damaged file and what is wrong with it: DALI's errors often do not name the file."""
     from dali_saliencymix.datasets.damage import find_unusable
 
     if source.define is None or len(source.files or ()) > _MOST_TO_DECODE:
@@ -249,15 +248,15 @@ def _named_bad_file(source: Source) -> str | None:
 
 
 def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Return the step that a user's function is, or makes if it needs no argument."""
+    """Return a user's function as the step, or the step that it returns if it needs no argument."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a built-in
+    except (TypeError, ValueError):  # some built-ins have no signature
         return function
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if any(value.default is value.empty and value.kind not in optional for value in parameters):
         return function
-    with in_one_line("the training step cannot be made"):
+    with in_one_line("the training step cannot be created"):
         step = function()
     if not callable(step):
         msg = (
@@ -268,13 +267,13 @@ def step_of(function: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def _is_given(rest: list[str], option: str) -> bool:
-    """Return whether the option of a field of `DataOptions` stands on a command line."""
+    """Return whether a command line sets a field of `DataOptions`."""
     flags = data_flags(option)
     return any(word.partition("=")[0] in flags or word[:2] in flags for word in rest)
 
 
 def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) -> str:
-    """Return the command line with other values of options, which are fields of `DataOptions`, and without ``--tune``.
+    """Return a command line with changed options, named by fields of `DataOptions`, and without ``--tune``.
 
     Examples
     --------
@@ -287,9 +286,9 @@ def changed_command(prog: str, arguments: list[str], changed: dict[str, Any]) ->
             del words[place : place + 2]
         short = len(name) == 2
         words = [word for word in words if not (word.startswith(name) and (short or word.startswith(f"{name}=")))]
-    end = words.index("--") if "--" in words else len(words)  # no option stands behind that
+    end = words.index("--") if "--" in words else len(words)  # only positional arguments follow "--"
     words[end:end] = [word for option, value in changed.items() for word in (data_flags(option)[0], str(value))]
-    if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # of torchrun, whose options for several machines are not known
+    if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun; its options for several machines are unknown
         alone = os.environ.get("WORLD_SIZE", processes) == processes
         program = prog.removeprefix("python ") if prog.startswith("python ") else f"--no-python {prog}"
         prog = f"torchrun {f'--nproc_per_node={processes}' if alone else '...'} {program}"
@@ -306,7 +305,7 @@ def _listed(paths: list[Path] | None) -> list[str] | None:
 
 
 def _show(report: Report, own: argparse.Namespace) -> int:
-    """Write the report to where it is wanted; return the exit status."""
+    """Print and save the report; return the exit status."""
     if own.tune:
         report["tune"]["file"] = str(own.tune)
     sys.stdout.write(report_text(report) + "\n")
@@ -322,7 +321,7 @@ def _show(report: Report, own: argparse.Namespace) -> int:
         return 0
     stall = report["stall"]
     if stall is None:
-        msg = "the stall was not measured, so --fail-above-stall cannot be answered"
+        msg = "--fail-above-stall needs the stall, which was not measured"
         raise MeasurementError(msg)
     if 100 * stall["low"] > own.fail_above_stall:
         sys.stderr.write(

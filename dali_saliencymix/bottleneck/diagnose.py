@@ -1,4 +1,4 @@
-"""The whole measurement, from a source and a step to a report."""
+"""The complete measurement, from a source and a step to a report."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ CACHES = ("auto", "warm", "cold")
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from running: it ends unused pipelines, in whichever thread it happens to run.
+    """Disable Python's garbage collector, which would destroy unused pipelines in whichever thread it runs.
 
-    In a thread in which DALI calls a Python operator that aborts the process, or deadlocks. Here pipelines are ended by
-    calls of ``gc.collect``.
+    Destroying a pipeline in a thread in which DALI calls a Python operator aborts the process, or deadlocks. Explicit
+    calls of ``gc.collect`` destroy the pipelines instead.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -56,10 +56,10 @@ def measure_source(
     with_tuning: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Measure a source and a training step, and say what holds the training back: see `bottleneck.diagnose`.
+    """Measure a source and a training step, and return the report of `bottleneck.diagnose`.
 
-    Where a step updates the weights once in N batches, its attribute `batches_per_update` is N; where it has another
-    one without the other processes, that is its attribute `alone`.
+    A step may have two attributes: `batches_per_update`, the number of batches for each update of the weights, and
+    `alone`, the same step without communication with other processes.
     """
     if cache not in CACHES:
         msg = f"cache must be one of {', '.join(CACHES)}, got {cache!r}"
@@ -73,7 +73,7 @@ def measure_source(
     synchronise: Callable[[], None] = lambda: None  # noqa: E731
     if device == "cuda":
         from torch.cuda import synchronize as synchronise
-    notify("loader, step and stages, in turns")
+    notify("loader, step and stages, interleaved")
     cuts, stages_note = _cuts(source)
     opened = source.open({})
     epoch_images = getattr(opened, "epoch_images", None)
@@ -88,15 +88,15 @@ def measure_source(
     timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if end else None
     epochs, epoch_images = batches.epochs, source.conditions.get("images_in_data_set", epoch_images)
     epoch_length = batches.epoch_length
-    # The loaders' threads and mapped files would be in the way of what follows.
+    # The loaders' threads and mapped files would disturb the following measurements.
     del subjects, batches, opened, end
     gc.collect()
 
     shares = [sum(waits) / sum(steps) for waits, steps in zip(*timeline.values(), strict=True)] if timeline else None
     gathered = gather({**found.ms, **({"waits": shares} if shares else {})})
-    stored = StorageRates(not_measured="was not asked for")
+    stored = StorageRates(not_measured="not requested")
     if with_storage:
-        notify("storage: files dropped from memory and read again")
+        notify("storage: dropping files from memory and reading them again")
         stored = measure_storage(
             source,
             images=images,
@@ -108,7 +108,7 @@ def measure_source(
     what_ifs: list[dict[str, Any]] = []
     tuned = None
     if with_tuning:
-        notify("tune: other settings of the loader, in turns with the best so far")
+        notify("tune: other settings of the loader, interleaved with the best so far")
         tuned = tune(
             source,
             step=_of_an_image(gathered, "step", images),
@@ -177,24 +177,24 @@ def measure_source(
 
 
 def _of_an_image(gathered: list[dict[str, list[float]]], name: str, images: int) -> Series | None:
-    """Return the milliseconds of an image, of several processes those of the slowest."""
+    """Return milliseconds per image; with several processes, those of the slowest."""
     series = by_round(gathered, name)
     return series and tuple(ms / images for ms in series)
 
 
 def _cuts(source: Source) -> tuple[list[Cut], str | None]:
-    """Return the cuts of a source, the same number on all processes, or why there are none."""
+    """Return the cuts of a source, the same number on all processes, or the reason why there are none."""
     define, cuts, why = source.define, [], None
     try:
         cuts = cut_pipeline(lambda: define({})) if define else []
     except MeasurementError as error:
         why = f"{error}: the pipeline is measured as a whole"
-    why = first_reason(why if define else "an iterable cannot be cut into stages: it is measured as a whole")
+    why = first_reason(why if define else "an iterable cannot be split into stages: it is measured as a whole")
     return ([], why) if why else (cuts, None)
 
 
 def _subjects(batches: Batches, step: Step | None, cuts: list[Cut]) -> dict[str, Subject]:
-    """Return what takes turns; without the cuts if one of them does not work."""
+    """Return what is measured in interleaved windows; without the cuts if one of them fails."""
     subjects: dict[str, Subject] = {}
     update = getattr(step, "batches_per_update", 1)
     if step is not None:
@@ -227,7 +227,7 @@ def _figures(
     reads_cold: bool,
     device: str,
 ) -> Figures:
-    """Put together what a verdict needs: of several processes the slowest in each round."""
+    """Return what a verdict depends on; with several processes, the slowest in each round."""
     loader = by_round(gathered, "loader")
     assert loader is not None
     stages = []
@@ -254,7 +254,7 @@ def _figures(
 
 
 def _threads(source: Source) -> tuple[int | None, str]:
-    """Return how many threads or processes a loader has, and what they are called."""
+    """Return the number of threads or worker processes of a loader, and what they are called."""
     workers = source.settings.get("workers", source.conditions.get("num_workers"))
     if workers is not None:
         return workers, "worker processes"

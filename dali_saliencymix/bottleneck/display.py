@@ -1,4 +1,4 @@
-"""A report, or a comparison of two, as text for the screen; `page.py` has the HTML page."""
+"""Format a report, or a comparison of two, as text. The module `page` formats a report as HTML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATE_NAMES = {
 
 
 def report_text(report: Report) -> str:
-    """Return a report for the screen: the verdict first, then tables."""
+    """Return a report as text: the verdict first, then the tables."""
     verdict, conditions = report["verdict"], report["conditions"]
     lines = [verdict["name"], f"  {verdict['why']}", f"  Next: {verdict['next']}", *_change_lines(report), ""]
     if stall := stall_lines(report):
@@ -44,38 +44,38 @@ def report_text(report: Report) -> str:
         f"{conditions['source']}; batches of {conditions['images_per_batch']}; "
         f"{processes}, {step}on {where}, load average {host['load_average']:.1f}",
         *(f"Note: {line}." for line in conditions.get("notes", ())),
-        "Figures are medians of windows that took turns; in brackets the range that holds the median at 90 %.",
+        "Figures are medians of interleaved windows; brackets: 90 % confidence interval of the median.",
     ]
     return "\n".join(lines)
 
 
 def _measured_of(report: Report, *names: str) -> list[str]:
-    """Return these names of rates, but those that need a training step where there was to be none."""
+    """Return these names of rates, without those that need a step if only the loader was measured."""
     alone = report["verdict"]["name"] == LOADER_ALONE
     return [name for name in names if not (alone and name in ("step", "end_to_end"))]
 
 
 def stall_lines(report: Report) -> list[str]:
-    """Return the stall and the utilisation in words; nothing where there was to be no training step."""
+    """Return lines about stall, utilisation and contention; none if only the loader was measured."""
     stall = report["stall"]
     if report["verdict"]["name"] == LOADER_ALONE:
         return []
     if stall is None:
         return ["stall: not measured"]
-    passes = {True: "passes", False: "does not pass", None: "it may pass or not, within the spread"}[report["passes"]]
+    passes = {True: "passes", False: "does not pass", None: "undecided, within the noise"}[report["passes"]]
     lines = [
         f"stall {_spread(stall)}, {stall['band']} (warning from 10 %, critical from 20 %)",
         f"utilisation of the step {_percent(min(report['utilisation'], 1))}: {passes} (90 % passes)",
     ]
     warm = ", with the files in memory" if report["storage"]["training_reads_from_storage"] else ""
     if waits := report["waits"]:
-        lines.append(f"the step waits for its batches for {_spread(waits)} of the time, as the host sees it{warm}")
+        lines.append(f"the step waits for data {_spread(waits)} of the time, measured on the host{warm}")
     contention = report["contention"]
     if contention["answer"] != "no" and report["verdict"]["name"] != "CONTENTION":
-        answer = "contention, too" if contention["answer"] == "yes" else "contention is an open question"
+        answer = "also contention" if contention["answer"] == "yes" else "contention is undecided"
         low, high = contention["low"], contention["high"]
-        lost = _spread(contention) if low > 0 else f"nothing, or up to {_percent(high)}"
-        lines.append(f"{answer}: loader and step cost each other {lost} of the time of a batch{warm}")
+        lost = _spread(contention) if low > 0 else f"at most {_percent(high)}"
+        lines.append(f"{answer}: loader and step cost each other {lost} of the time per batch{warm}")
     return lines
 
 
@@ -99,7 +99,7 @@ def _rate_lines(report: Report) -> list[str]:
             speed = prediction["from_storage_images_per_second"]
             found = _median_and_range(speed) if speed else f"{'-':>10}  not measured"
             lines.append(f"{'predicted from storage':<26}{found}")
-        lines.append("G, P and E are with the files in memory, where the training will not find them all (--cache).")
+        lines.append("G, P and E are with files in memory, but the training reads from storage (--cache).")
     return lines
 
 
@@ -124,26 +124,26 @@ def _stage_lines(report: Report) -> list[str]:
 
 
 def _change_lines(report: Report) -> list[str]:
-    """Return the change that makes the loader faster, where it is what holds the training back."""
+    """Return lines about the change that makes the loader faster, if the loader is the bottleneck."""
     change = report["change"]
     if change is None:
         rows = report["tune"]["trials"] if report["tune"] else report["what_ifs"]
         measured = any(row.get("change") and row["setting"] != "batch_size" for row in rows)
-        none = "  Change: no other setting was found that makes the loader faster beyond the noise"
+        none = "  Change: no other setting made the loader faster beyond the noise"
         return [none] if measured and report["verdict"]["name"] in OF_THE_LOADER else []
     speed = change["loader_changes"]
-    where = "for train.py and for this tool" if change["of_train_py"] else "as arguments of the pipeline's function"
-    lines = [f"  Change: {change['words']}, {where}: the loader alone is {_ratio(speed)} as fast"]
+    where = "options of train.py and of this tool" if change["of_train_py"] else "arguments of the pipeline function"
+    lines = [f"  Change: {change['words']} ({where}): the loader alone is {_ratio(speed)} as fast"]
     return lines if change["command"] is None else [*lines, f"    {change['command']}"]
 
 
 def _what_if_lines(report: Report) -> list[str]:
-    """Return the what-ifs; without those settings that this loader does not have."""
+    """Return lines of the what-ifs, without settings that this loader does not have."""
     rows = [row for row in report["what_ifs"] if "text" in row or row["then"] is not None]
     if not rows:
-        return [] if report["tune"] or report["what_ifs"] else ["what if: not measured: was not asked for"]
+        return [] if report["tune"] or report["what_ifs"] else ["what if: not measured: not requested"]
     cold = report["storage"]["training_reads_from_storage"]
-    lines = ["what if (other settings: with the files in memory)" if cold else "what if"]
+    lines = ["what if (other settings: with files in memory)" if cold else "what if"]
     for row in rows:
         if "text" in row:
             lines.append(f"  {row['kind']:<12} {row['text']}")
@@ -159,11 +159,11 @@ def _setting_line(row: dict[str, Any]) -> str:
 
 
 def _tune_lines(report: Report) -> list[str]:
-    """Return what a search has tried, and its result."""
+    """Return lines about the trials of a search and its result."""
     tune = report["tune"]
     if tune is None:
         return []
-    lines = ["", "tune (the loader alone, each setting in turns with the best before it)"]
+    lines = ["", "tune (the loader alone, each setting interleaved with the best before it)"]
     for row in tune["trials"]:
         if row["change"] is None:
             tried = f"{row['what']} {row['now']} -> {row['then']}"
@@ -174,9 +174,9 @@ def _tune_lines(report: Report) -> list[str]:
     if tune["is_better"]:
         lines.append(f"  {'best':<12} {tune['words']}, against the present setting: {_change(confirmed)}")
     else:
-        why = "nothing that was tried was faster beyond the noise" if tune["trials"] else "no other was tried"
+        why = "no trial was faster beyond the noise" if tune["trials"] else "no other setting was tried"
         if any(row["kept"] for row in tune["trials"]):
-            why = "what was kept on the way was not better than it in turns"
+            why = "the settings kept during the search were not better in the final comparison"
         lines.append(f"  {'best':<12} {tune['words']}, the present setting: {why}")
     lines.append(f"  {'ended':<12} {tune['stopped']}")
     if "file" in tune:
@@ -189,20 +189,20 @@ def _ratio(spread: dict[str, float]) -> str:
 
 
 def _change(found: dict[str, Any]) -> str:
-    """Return a change of the loader's rate in words; within the noise the two rates would only mislead."""
+    """Return the change of the loader's rate as text, without the two rates if they differ only by noise."""
     change = found["change"]
     ratio = _ratio(change)
     if change["low"] <= 1 <= change["high"]:
         return f"{ratio}, within the noise"
     speed, before = (found[key]["median"] for key in ("loader_images_per_second", "now_images_per_second"))
-    return f"{ratio}, {number_text(speed)} images/s against {number_text(before)} measured in turns"
+    return f"{ratio}, {number_text(speed)} images/s against {number_text(before)}, interleaved"
 
 
 def _longer(spread: dict[str, float]) -> str:
-    """Return by how much something took longer, in words."""
+    """Return by how much something took longer, as text."""
     low, median, high = (spread[key] for key in ("low", "median", "high"))
-    if round(100 * low) <= 0 <= round(100 * high):  # as they are shown
-        return f"as long, within the noise ({_percent(low)} to {_percent(high)})"
+    if round(100 * low) <= 0 <= round(100 * high):  # as they are displayed
+        return f"equally long, within the noise ({_percent(low)} to {_percent(high)})"
     if low > 0:
         return f"{_percent(median)} longer ({_percent(low)} to {_percent(high)})"
     return f"{_percent(-median)} less ({_percent(-high)} to {_percent(-low)})"
@@ -213,7 +213,7 @@ def _spread(share: dict[str, float]) -> str:
 
 
 def _times(ratio: float) -> str:
-    """Return a ratio in three digits, more of them only before the point."""
+    """Return a ratio with three digits, or with all digits before the decimal point."""
     digits = 2 if abs(ratio) < 9.995 else 1 if abs(ratio) < 99.95 else 0
     return f"{ratio:,.{digits}f}x"
 
@@ -224,7 +224,7 @@ def _median_and_range(spread: dict[str, float]) -> str:
 
 
 def number_text(value: float) -> str:
-    """Return a number with the digits that all tables and charts show."""
+    """Return a number with the number of digits used in all tables and charts."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{_tenths(value):.1f}"
 
 
@@ -237,10 +237,10 @@ def _percent(share: float) -> str:
 
 
 def comparison_text(found: dict[str, Any]) -> str:
-    """Return a comparison for the screen."""
+    """Return a comparison as text."""
     sure = {None: "  not measured in both", True: "  more than noise", False: "  within the noise"}
     was, now = found["verdicts"]
-    lines = [f"{was} -> {now}" if was != now else f"{was}, as before", ""]
+    lines = [f"{was} -> {now}" if was != now else f"{was} (unchanged)", ""]
     if found["conditions"]:
         lines.append("measured under different conditions:")
         lines += [f"  {key}: {was} -> {now}" for key, (was, now) in found["conditions"].items()]

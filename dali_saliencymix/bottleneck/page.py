@@ -1,4 +1,4 @@
-"""A report as one HTML page: its text, with charts."""
+"""Format a report as one HTML page, with charts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dali_saliencymix.measure.results import replace_file
 if TYPE_CHECKING:
     from dali_saliencymix.bottleneck.report import Report
 
-    Bar = tuple[str, str, float, Mapping[str, float]]  # name, class, start, spread of what it is long
+    Bar = tuple[str, str, float, Mapping[str, float]]  # name, CSS class, start, spread of the length
 
 _TONES = {"GPU-BOUND": "good", "COMPUTE-BOUND": "good", LOADER_ALONE: "plain", "INCONCLUSIVE": "open"}  # others: bad
 _KINDS = {"step": "step", "loader": "loader", "storage": "read", "loader_from_storage": "loader", "end_to_end": "end"}
-_OUT_OF_SIGHT = 8  # times as long as the others: they could not be seen beside such a bar
+_OUT_OF_SIGHT = 8  # a bar this many times as long as the others would make them invisible
 _COLUMNS = 400  # of the timeline at most
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 900, 240, 56, 40  # of the timeline
-_RANGE = "thin lines: the range that holds the median at 90 %"
+_RANGE = "thin lines: 90 % confidence interval of the median"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #111827; --soft: #6b7280; --paper: #fff; --shade: #f3f4f6; --good: #15803d;
   --bad: #b91c1c; --open: #a16207; --read: #6b7280; --decode: #2563eb; --prep: #0d9488; --mix: #d97706;
@@ -66,12 +66,12 @@ svg .step { fill: var(--step); opacity: .45; } svg .wait { fill: var(--wait); }
 
 
 def save_page(report: Report, path: str | Path) -> None:
-    """Write the page of a report, with `page_html`; folders are made."""
+    """Write a report as an HTML page; missing folders are created."""
     replace_file(Path(path), page_html(report))
 
 
 def page_html(report: Report) -> str:
-    """Return a report as one HTML page without scripts that needs no network: all of `report_text`, and charts."""
+    """Return a report as one HTML page: the text of `report_text`, and charts, without scripts or network."""
     head, *blocks = re.split(r"\n{2,}", report_text(report))
     name, *said = head.splitlines()
     about, date = _about(report)
@@ -88,7 +88,7 @@ def page_html(report: Report) -> str:
         *([_text(stall.splitlines())] if stall else []),
     ]
     for heading, chart in (
-        ("What a batch is made of", _stage_chart(report)),
+        ("Time per batch", _stage_chart(report)),
         ("Rates", _rate_chart(report)),
         ("Waiting for data, step by step", _timeline(report)),
     ):
@@ -104,7 +104,7 @@ def page_html(report: Report) -> str:
 
 
 def _about(report: Report) -> tuple[list[str], str]:
-    """Return what was measured, on which data and machine; and when."""
+    """Return the source, the data, the machine and the processes of a report; and its date."""
     conditions = report["conditions"]
     host, processes = conditions["host"], conditions["processes"]
     machine = host["device"] if host["cuda"] else f"{host['cpu']}, {counted(host['cores'], 'cores')}"
@@ -114,7 +114,7 @@ def _about(report: Report) -> tuple[list[str], str]:
 
 
 def _text(lines: list[str]) -> str:
-    """Return lines as a paragraph; as they are where they have columns, or where they are indented as a command is."""
+    """Return lines as a paragraph, or preformatted if they have columns or are indented like a command."""
     if any("  " in line.rstrip() for line in lines):
         return f"<pre>{html.escape(textwrap.dedent(chr(10).join(lines)))}</pre>"
     escaped = [html.escape(line) for line in lines]
@@ -122,7 +122,7 @@ def _text(lines: list[str]) -> str:
 
 
 def _stage_chart(report: Report) -> str | None:
-    """Draw what each stage adds to the time of a batch; the loader as a whole and the step below."""
+    """Draw the time that each stage adds to a batch, and below it the whole loader and the step."""
     stages = report["stages"]
     if not stages:
         return None
@@ -137,7 +137,7 @@ def _stage_chart(report: Report) -> str | None:
     caption = "ms per batch"
     if step:
         bars.append(("the step alone", "step", 0.0, step))
-        if step["median"] > _OUT_OF_SIGHT * end:  # the stages would be lines
+        if step["median"] > _OUT_OF_SIGHT * end:  # otherwise the stages would be too small to see
             caption += "; the bar of the step is cut off"
         else:
             end = max(end, step["median"])
@@ -147,7 +147,7 @@ def _stage_chart(report: Report) -> str | None:
 
 
 def _rate_chart(report: Report) -> str | None:
-    """Draw the rates that were measured."""
+    """Draw the measured rates."""
     rates = {key: report["rates"][key]["images_per_second"] for key in RATE_NAMES}
     bars: list[Bar] = [(RATE_NAMES[key], _KINDS[key], 0.0, speed) for key, speed in rates.items() if speed]
     if not bars:
@@ -163,7 +163,7 @@ def _rate_chart(report: Report) -> str | None:
 
 
 def _bars(bars: list[Bar], ends: tuple[float, float], unit: str, *, logarithmic: bool = False) -> str:
-    """Draw bars and their ranges, with their numbers as the text has them; what is out of the scale is cut off."""
+    """Draw bars with their ranges and numbers; bars beyond the scale are cut off."""
 
     def place(value: float) -> float:
         low, high = ends
@@ -192,7 +192,7 @@ def _caption(text: str) -> str:
 
 
 def _timeline(report: Report) -> str | None:
-    """Draw for each step, end to end, how long the host waited for its batch, and how long the step took."""
+    """Draw for each step of the end-to-end windows its duration and its wait for data, measured on the host."""
     timeline = report["timeline"]
     if not timeline or not any(timeline["waits_ms"]):
         return None
@@ -227,17 +227,17 @@ def _timeline(report: Report) -> str | None:
         marks.append(f'<text x="{x}" y="{ground + 18}" text-anchor="{anchor}">{text}</text>')
     longest = f"; each column is the longest of {together} steps" if together > 1 else ""
     most, longest_wait = number_text(top), number_text(max(waits))
-    said = f"{len(steps):,} steps of up to {most} ms, which wait for data for up to {longest_wait} ms"
-    keys = '<span class="key step"></span>step with its wait <span class="key wait"></span>wait for data'
+    said = f"{len(steps):,} steps of up to {most} ms, with waits for data of up to {longest_wait} ms"
+    keys = '<span class="key step"></span>step, including its wait <span class="key wait"></span>wait for data'
     return (
         f'<p class="caption">{keys}</p><div class="scroll">'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT - 16}" role="img" aria-label="{said}">'
         f"{area(steps, 'step')}{area(waits, 'wait')}{''.join(marks)}</svg></div>"
-        + _caption(f"ms, as the host sees it; upright lines: between two windows{longest}")
+        + _caption(f"ms, measured on the host; vertical lines separate windows{longest}")
     )
 
 
 def _tick(top: float) -> float:
-    """Return a round distance of marks, of which at most five are below `top`."""
+    """Return a round distance between tick marks, with at most five marks below `top`."""
     power: float = 10.0 ** math.floor(math.log10(top))
     return next(each * power for each in (0.2, 0.5, 1.0, 2.0, 5.0) if top / (each * power) <= 5)

@@ -1,7 +1,7 @@
-"""The report: a dictionary that is JSON as it stands, its file, and the comparison of two.
+"""Build, save, load and compare reports. A report is a dictionary that can be written as JSON.
 
-What was not measured is None, ``null`` in the file, with the reason beside it; never 0. Shares are 0 to 1, times
-milliseconds per batch, rates images per second of one process.
+Values that were not measured are None (``null`` in the file), never 0; the reason is beside them. Shares are from 0 to
+1, times are in milliseconds per batch, and rates are in images per second of one process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERSION = 3
 
 Report = dict[str, Any]
 
-# Conditions that change from run to run, or are figures themselves.
+# Conditions that change from run to run, or that are results.
 _NO_CONDITIONS = ("seconds_taken", "command", "host.load_average", "steps_in_a_window", "memory_bytes", "epochs_begun")
 
 
@@ -48,11 +48,30 @@ def build_report(
     timeline: dict[str, list[list[float]]] | None,
     conditions: dict[str, Any],
 ) -> Report:
-    """Put figures, verdict and conditions together.
+    """Return a report with figures, verdict and conditions.
 
-    `until` has the times of the cut pipelines, each with all stages up to the one of that name; `stages_note` says why
-    there are none. `change` makes the loader faster, where it is what holds the training back; `tuned` is what a search
-    has found. `timeline` has ``waits_ms`` and ``steps_ms`` of each window, end to end.
+    Parameters
+    ----------
+    figures, verdict : Figures, Verdict
+        The measured times and the verdict on them.
+    images : int
+        Images in a batch.
+    until : mapping from str to tuple of float
+        Times of the shortened pipelines, by the name of their last stage.
+    stages_note : str or None
+        Why there are no stages.
+    stored : StorageRates
+        The measurement of storage.
+    what_ifs : sequence of dict
+        Rows of `whatifs`.
+    change : dict, optional
+        The change of settings that makes the loader faster, if the loader is the bottleneck.
+    tuned : dict, optional
+        Result of the search for a faster setting.
+    timeline : dict or None
+        ``waits_ms`` and ``steps_ms`` of each window, end to end.
+    conditions : dict
+        Settings and other conditions of the measurement.
     """
     stall, no_step = verdict.stall, "no training step was given"
     report = {
@@ -62,10 +81,10 @@ def build_report(
         "verdict": {"name": verdict.name, "why": verdict.why, "next": verdict.next_step},
         "stall": None if stall is None else {**_spread(stall), "band": _band(stall)},
         "waits": figures.waits and {**_spread(interval(figures.waits)), "windows_share": list(figures.waits)},
-        # Of loader and step together: how much slower than the slower one alone, and whether that is more than 10 %.
+        # How much slower loader and step are together than the slower one alone, and whether that is above 10 %.
         "contention": verdict.clash and {**_spread(verdict.clash), "answer": verdict.contention},
         "utilisation": None if stall is None else 1 - stall.median,
-        # None where the range of the stall contains the limit.
+        # None if the range of the stall contains the limit.
         "passes": None if stall is None or stall.low <= PASS_STALL <= stall.high else stall.high < PASS_STALL,
         "rates": {
             "step": _figure(figures.step_ms, images, no_step),
@@ -94,12 +113,12 @@ def build_report(
         "timeline": timeline,
         "conditions": {**conditions, "host": environment(str(conditions.get("device", "cpu")))},
     }
-    # As it comes back from its file: with lists, not tuples, and None for numbers that are not finite.
+    # The same as after saving and loading: lists instead of tuples, None for numbers that are not finite.
     return finite(json.loads(json.dumps(report, default=_without_type)))
 
 
 def _band(stall: Interval) -> str:
-    """Return the band that a stall lies in, or the bands that its range reaches over."""
+    """Return the band of a stall, or the first and last band of its range."""
     low, high = (
         "ok" if end < PASS_STALL else "warning" if end < CRITICAL_STALL else "critical"
         for end in (stall.low, stall.high)
@@ -126,12 +145,12 @@ def _figure(ms: Series | None, images: int, why: str | None = None) -> dict[str,
 
 
 def _storage_rate(figures: Figures, stored: StorageRates, images: int) -> dict[str, Any]:
-    """Return the rate of storage: reading alone, or what a loader takes more with files that are not in memory."""
+    """Return the rate of storage: of reading alone, or from the extra time of a loader with files not in memory."""
     if figures.reading_ms:
         return {**_figure(figures.reading_ms, images), "method": "reading alone, files not in memory"}
     why = stored.not_measured
     if not why and interval(stored.cold_ms).low <= interval(stored.warm_ms).high:
-        why = "files from storage were not slower than files in memory, beyond the spread"
+        why = "files from storage were not slower than files in memory, beyond the noise"
     if why:
         return {**_figure(None, images, why), "method": None}
     extra = tuple(cold - warm for cold, warm in zip(stored.cold_ms, stored.warm_ms, strict=True))
@@ -139,16 +158,16 @@ def _storage_rate(figures: Figures, stored: StorageRates, images: int) -> dict[s
 
 
 def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
-    """Compare the slower of step and loader with what both together were measured to do, with files in memory.
+    """Predict the rate of loader and step together from the slower of the two, and compare it with the measurement.
 
-    Where the training will not find them there, the loader is the one from storage.
+    This is with files in memory. If the training reads from storage, also predict the rate from storage.
     """
     if figures.step_ms is None or figures.loader_ms is None or figures.end_ms is None:
         return None
     slower = [max(pair) for pair in zip(figures.step_ms, figures.loader_ms, strict=True)]
     longer = interval([end / alone - 1 for end, alone in zip(figures.end_ms, slower, strict=True)])
     from_storage = None
-    if figures.reads_cold and figures.cold_ms:  # of other rounds than the step
+    if figures.reads_cold and figures.cold_ms:  # measured in other rounds than the step
         step, cold = interval(figures.step_ms), interval(figures.cold_ms)
         ends = (max(step.median, cold.median), max(step.low, cold.low), max(step.high, cold.high))
         from_storage = _spread(rate(Interval(*ends, min(step.count, cold.count)), images))
@@ -184,7 +203,7 @@ def _stages(figures: Figures, until: Mapping[str, Series], images: int) -> list[
 
 
 def _stages_sum(figures: Figures) -> dict[str, Any] | None:
-    """Return what the stages that stand out of the noise sum up to, against the loader as a whole."""
+    """Return the sum of the stages (negative ones count as 0), and its ratio to the time of the whole loader."""
     if figures.stages is None or figures.loader_ms is None:
         return None
     total = sum(max(median(stage.ms), 0.0) for stage in figures.stages)
@@ -193,7 +212,7 @@ def _stages_sum(figures: Figures) -> dict[str, Any] | None:
 
 
 def save_report(report: Report, path: str | Path) -> None:
-    """Write a report as JSON; folders are made."""
+    """Write a report as JSON; missing folders are created."""
     write_json(path, report)
 
 
@@ -203,9 +222,9 @@ def load_report(path: str | Path) -> Report:
     Raises
     ------
     MeasurementError
-        If the file is no report of this version, or is damaged.
+        If the file is not a report of this version, or is damaged.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     try:
         report = read_json(path)
@@ -224,13 +243,13 @@ def load_report(path: str | Path) -> Report:
 
 
 def _fault_of(report: Report) -> str | None:
-    """Return what `compare` could not make sense of in a report, in words."""
+    """Return what is wrong with a report that `compare` could not use; None if nothing is."""
     verdict, rates, stages = (report.get(name) for name in ("verdict", "rates", "stages"))
     if not isinstance(verdict, dict) or not isinstance(verdict.get("name"), str):
         return "verdict.name must be a text"
     missing = {"stages", "stall"} - report.keys()
     if missing:
-        return f"it has no {min(missing)}"
+        return f"{min(missing)} is missing"
     if not isinstance(report.get("conditions"), dict):
         return "conditions must be an object"
     if not isinstance(rates, dict) or not all(isinstance(each, dict) for each in rates.values()):
@@ -246,7 +265,7 @@ def _fault_of(report: Report) -> str | None:
 
 def _fault_of_spread(where: str, parent: dict[str, Any], name: str) -> str | None:
     if name not in parent:
-        return f"{where} has no {name}"
+        return f"{where}.{name} is missing"
     spread: Any = parent[name]
     if spread is None:  # not measured
         return None
@@ -272,10 +291,10 @@ def compare(before: Report, after: Report) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``verdicts``: the two names. ``conditions``: for each that differs, its two values. ``rates`` and ``stages``:
-        for each figure its two spreads and its `change`, the ratio of the medians for rates and the difference in
-        milliseconds for stages; `more_than_noise` is true if the two ranges do not overlap, and None where one of them
-        was not measured. ``stall``: the same in shares.
+        ``verdicts``: the two names. ``conditions``: the two values of each condition that differs. ``rates`` and
+        ``stages``: for each figure ``before`` and ``after`` with median and range, the ``ratio`` of the medians (rates)
+        or their ``difference`` in milliseconds (stages), and ``more_than_noise``: True if the two ranges do not
+        overlap, None if one of them was not measured. ``stall``: the same as for stages, as shares from 0 to 1.
     """
     rates = {
         name: _changed(before["rates"][name]["images_per_second"], after["rates"][name]["images_per_second"], "ratio")

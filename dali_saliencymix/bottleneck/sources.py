@@ -1,4 +1,4 @@
-"""Where batches come from: a DALI pipeline, or any iterable; `training_source` has those of ``train.py``."""
+"""Sources of batches: a DALI pipeline or any iterable; `training_source` returns the source of ``train.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 Settings = Mapping[str, Any]
 
-# Of a DALI pipeline, each with the field of `DataOptions` that sets it.
+# Arguments of a DALI pipeline, each with the field of `DataOptions` that sets it.
 OF_PIPELINES = {
     "batch_size": "batch_size",
     "num_threads": "workers",
@@ -30,21 +30,21 @@ OF_PIPELINES = {
 
 @dataclass
 class Source:
-    """Something that gives batches, again and again, with other settings where it has settings."""
+    """A source of batches that can be opened repeatedly, also with changed settings."""
 
     name: str
-    settings: dict[str, Any]  # what it is measured with; those in here can be changed for a what-if
+    settings: dict[str, Any]  # the present settings, which what-ifs can change
     open: Callable[[Settings], Iterable[Any]]  # returns batches
-    define: Callable[[Settings], Any] | None = None  # returns a DALI pipeline, new and not built, where there is one
-    files: list[str] | None = None  # that are read, if they are known
-    dataset_bytes: float | None = None  # of the whole data set that the training will read
+    define: Callable[[Settings], Any] | None = None  # returns a new DALI pipeline, not built
+    files: list[str] | None = None  # the files that are read, if known
+    dataset_bytes: float | None = None  # size of the whole data set of the training
     ahead: int = 2  # batches that may be prefetched
-    conditions: dict[str, Any] = field(default_factory=dict)  # for the report; `batch_size` is that of a full batch
-    options: dict[str, str] = field(default_factory=dict)  # of settings: the field of `DataOptions` that sets each
-    is_training: bool = False  # whether it is the loader of ``train.py``, which has these options too
+    conditions: dict[str, Any] = field(default_factory=dict)  # for the report
+    options: dict[str, str] = field(default_factory=dict)  # fields of `DataOptions` by setting
+    is_training: bool = False  # whether this is the loader of ``train.py``
 
     def in_words(self, settings: Settings) -> str:
-        """Return settings as they are given: options of ``train.py``, or arguments of the pipeline's function."""
+        """Return settings as a user writes them: options of ``train.py``, or arguments of the pipeline function."""
         if self.is_training:
             return " ".join(f"{data_flags(self.options[name])[0]} {value}" for name, value in settings.items())
         return ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -63,12 +63,12 @@ def data_flags(option: str) -> tuple[str, ...]:
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names; `option` is what errors call it."""
+    """Return the function named by ``module:function``; errors name `option`."""
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         msg = f"{option} must be module:function, got {name!r}"
         raise MeasurementError(msg)
-    with in_one_line(f"{option}: {module_name} does not import"):
+    with in_one_line(f"{option}: cannot import {module_name}"):
         found: Any = importlib.import_module(module_name)
     with in_one_line(f"{option}: module {module_name!r} has no {function_name!r}"):
         found = operator.attrgetter(function_name)(found)
@@ -79,9 +79,9 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
 
 
 def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str] | None = None) -> Source:
-    """Return a source for any iterable of batches, or for a function or class that makes one."""
+    """Return a source for an iterable of batches, or for a function or class that returns one."""
     is_function = isinstance(loader, type) or (callable(loader) and not hasattr(loader, "__iter__"))
-    with in_one_line("the loader cannot be made"):
+    with in_one_line("the loader cannot be created"):
         made = loader() if is_function else loader
     if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
         msg = f"the loader must be an iterable of batches, got a {type(made).__name__}"
@@ -99,10 +99,10 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
 
 
 def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: list[str] | None = None) -> Source:
-    """Return a source for a function that makes a new DALI pipeline each time, such as one of ``pipeline_def``.
+    """Return a source for a function that returns a new DALI pipeline at each call.
 
-    `settings` are arguments for it by name, None where not given; it has to take those that are. Without `files` its
-    readers are asked.
+    `settings` holds arguments for the function by name; None is not passed. An argument that the function does not have
+    is an error. By default, `files` are those of the pipeline's readers.
     """
     from dali_saliencymix.bottleneck.stages import reader_files
 
@@ -115,7 +115,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         raise MeasurementError(msg)
 
     def defined(changed: Settings) -> Any:
-        with in_one_line("the pipeline cannot be made"):
+        with in_one_line("the pipeline cannot be created"):
             return define(**{**given, **changed})
 
     first = defined({})
@@ -127,7 +127,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
         "num_threads": first.num_threads,
         "prefetch_queue_depth": first.prefetch_queue_depth,
     }
-    # A share for the JPEG engine that is given, or that the function has a default for.
+    # The load of the hardware JPEG decoder, if it is given or the function has a default for it.
     share = inspect.signature(define).parameters.get("hw_decoder_load")
     load = given.get("hw_decoder_load", share.default if share else None)
     if isinstance(load, (int, float)):
@@ -137,7 +137,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
     ahead = max(ahead.values()) if isinstance(ahead, dict) else int(ahead)
 
     if files is None:
-        with contextlib.suppress(OSError, ValueError):  # the pipeline itself says what is wrong with its files
+        with contextlib.suppress(OSError, ValueError):  # running the pipeline raises a better error
             files = reader_files(lambda: defined({}))
     return Source(
         f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),
@@ -153,7 +153,7 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
 
 
 def _accepted(function: Callable[..., Any]) -> set[str] | None:
-    """Return the settings that a function takes; None if it takes all."""
+    """Return the names of the arguments that a function accepts; None if it accepts any."""
     parameters = inspect.signature(function).parameters
     named = {name for name, value in parameters.items() if value.kind is not value.VAR_KEYWORD}
     inner = function
@@ -165,7 +165,7 @@ def _accepted(function: Callable[..., Any]) -> set[str] | None:
 
 
 class PipelineBatches:
-    """The batches of a DALI pipeline: tuples of PyTorch tensors where samples have one shape; `raw`: DALI's outputs."""
+    """Batches of a DALI pipeline: tuples of PyTorch tensors, or DALI outputs if shapes differ or `raw` is set."""
 
     def __init__(self, pipeline: Any, *, raw: bool = False) -> None:
         self._pipeline = pipeline
@@ -176,7 +176,7 @@ class PipelineBatches:
         self.epoch_images = max(sizes, default=None)  # of all processes
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches until the pipeline says that an epoch is over, which only external sources do."""
+        """Yield batches until an external source ends the epoch; a pipeline with readers never ends."""
         while True:
             try:
                 with in_one_line("the pipeline failed", explained):
@@ -196,7 +196,7 @@ def _as_tensor(output: Any) -> Any:
 
 
 def explained(error: BaseException) -> str:
-    """Return what DALI says about a failure, in one line without its stack."""
+    """Return the message of a DALI error on one line, without the stack trace."""
     text = str(error)
     raised = re.search(r"\b\w*(?:Error|Exception): (?!DLTensor)((?:.|\n)*?)\n\s*\nAt:", text)
     if raised:
@@ -206,7 +206,7 @@ def explained(error: BaseException) -> str:
 
 
 def bytes_of(files: list[str] | None) -> float | None:
-    """Return the size of files; None where there are none, or one cannot be seen."""
+    """Return the total size of files; None if there are none or the size of one is unknown."""
     if not files:
         return None
     try:

@@ -1,11 +1,11 @@
-"""Cuts of a DALI pipeline: shorter pipelines, each with one more of its operators, whose times tell what each costs.
+"""Split a DALI pipeline into stages: measure shorter pipelines ("cuts"), each with one more of its operators.
 
-DALI has no timers for its operators. A pipeline is defined again for each cut, and its outputs are what its first
-operators pass to the rest. The added time of a batch is what an operator costs the whole: less than its own time where
-DALI overlaps it with others.
+DALI has no timers for its operators. Each cut is a new definition of the pipeline that outputs what its first operators
+pass to the remaining ones. The cost of an operator is the time that it adds to a batch. This is less than its own time
+if DALI overlaps it with others.
 
-Operators of this package carry the name of their stage, see `dali_saliencymix._dali.python_operator.Stage`. Others are
-named here, after their schema.
+Operators of this package carry the name of their stage, see `dali_saliencymix._dali.python_operator.Stage`. This module
+names other operators after their schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dali_saliencymix.measure.windows import MeasurementError, in_one_line
 
 MOST_STAGES = 9
 
-# Operators that work on a few numbers a sample: they count with the next operator that works on images.
+# Operators on a few numbers per sample belong to the stage of the next operator on images.
 _SMALL = (
     *("Constant", "Cast", "Stack", "Cat", "Reshape", "Squeeze", "ExpandDims", "Reinterpret", "Copy", "MakeContiguous"),
     *("random__", "Beta", "CoinFlip", "Uniform", "Normal", "Choice", "BatchPermutation", "PermuteBatch"),
@@ -35,20 +35,33 @@ _SMALL = (
 class Cut:
     """A pipeline up to one of its operators."""
 
-    name: str  # of what it has more than the cut before
+    name: str  # of the stage that it adds to the previous cut
     category: str  # one of `verdict.CATEGORIES`
-    make: Callable[[], Any]  # makes the pipeline, which is not built yet
+    make: Callable[[], Any]  # returns the pipeline, which is not built
 
 
 def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
-    """Cut a pipeline behind each operator that works on images.
+    """Return the cuts of a pipeline, one after each operator that processes images.
 
-    `define` returns the same DALI pipeline each time, new and not built. The cuts are in the order of the graph; the
-    last one is the whole pipeline. A mixing operator of this package makes two cuts: pasting, with a saliency detector
-    that costs nothing, and then the saliency itself. A `MeasurementError` says why a pipeline cannot be cut.
+    The cuts are in the order of the graph; the last one is the whole pipeline. A mixing operator of this package has
+    two cuts: one with a saliency detector that costs nothing, and one with the real detector.
+
+    Parameters
+    ----------
+    define : callable
+        Returns the same DALI pipeline at each call, new and not built.
+
+    Returns
+    -------
+    list of Cut
+
+    Raises
+    ------
+    MeasurementError
+        If the pipeline cannot be split.
     """
     operators = _operators(_graph_outputs(define))
-    ends: list[tuple[str, str, int]] = []  # name, category, how many operators belong to it and those before
+    ends: list[tuple[str, str, int]] = []  # name, category, number of operators up to its end
     for number, operator in enumerate(operators, start=1):
         schema = _schema(operator)
         if schema.lstrip("_").startswith(_SMALL) or getattr(getattr(operator, "stage", None), "small", False):
@@ -57,23 +70,23 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
         if len(ends) > 1 and ends[-1][:2] == ends[-2][:2] == ("read", "read"):
             del ends[-2]
     if not ends:
-        msg = "the pipeline has no operator that works on images"
+        msg = "the pipeline has no operator that processes images"
         raise MeasurementError(msg)
     ends[-1] = (*ends[-1][:2], len(operators))
     ends = _with_unique_names(_fewer(ends))
     cuts = []
     for name, category, count in ends:
-        if name == "saliency":  # an operator of this package that looks for it
+        if name == "saliency":  # a mixing operator of this package
             pasting = _searching(operators)[0].name
             cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
-    # The whole pipeline is itself, with all that is not on the way of the images.
+    # The last cut is the original pipeline, including operators that do not lead to the images.
     cuts[-1] = Cut(cuts[-1].name, cuts[-1].category, define)
     return cuts
 
 
 def reader_files(define: Callable[[], Any]) -> list[str] | None:
-    """Return the files that the readers of a pipeline read, as far as their arguments say so; None if they do not."""
+    """Return the files that the readers of a pipeline read, from the arguments of the readers; None if unknown."""
     readers = [op for op in _operators(_graph_outputs(define)) if _schema(op).startswith("readers__")]
     return sorted({file for op in readers for file in _listed(getattr(op._op, "_init_args", {}))}) or None
 
@@ -101,7 +114,7 @@ def _graph_outputs(define: Callable[[], Any]) -> list[Any]:
 
 def _outputs_of(pipeline: Any) -> list[Any]:
     if getattr(pipeline, "_built", False):
-        msg = "the pipeline is built already; return it unbuilt, from a function that makes a new one each time"
+        msg = "the pipeline is already built; the function must return a new pipeline at each call, not built"
         raise MeasurementError(msg)
     outputs = getattr(pipeline, "_graph_out", None)
     if not outputs:
@@ -117,7 +130,7 @@ def _inputs(operator: Any) -> Iterator[Any]:
 
 
 def _operators(outputs: Sequence[Any]) -> list[Any]:
-    """Return all operators that outputs depend on, each behind its inputs."""
+    """Return all operators that the outputs depend on, each after its inputs."""
     found: dict[int, Any] = {}
 
     def visit(operator: Any) -> None:
@@ -128,14 +141,14 @@ def _operators(outputs: Sequence[Any]) -> list[Any]:
 
     for node in outputs:
         visit(node.source)
-    # What reads comes first, also where it only reads labels for the end: one stage for all of it.
+    # Readers come first, also those that only read labels used at the end: they form one stage.
     operators = list(found.values())
     first = [operator for operator in operators if _reads(operator) and not operator.inputs]
     return first + [operator for operator in operators if not any(operator is reader for reader in first)]
 
 
 def _searching(operators: list[Any]) -> list[Any]:
-    """Return the stages of operators of this package that look for saliency."""
+    """Return the stages of operators of this package that compute saliency."""
     stages = (getattr(operator, "stage", None) for operator in operators)
     return [stage for stage in stages if stage and stage.leave_out_saliency]
 
@@ -149,9 +162,9 @@ def _reads(operator: Any) -> bool:
 
 
 def _described(operator: Any, schema: str) -> tuple[str, str]:
-    """Return name and category of an operator that works on images."""
+    """Return the name and the category of an operator that processes images."""
     lower = schema.lower()
-    if stage := getattr(operator, "stage", None):  # of an operator of this package
+    if stage := getattr(operator, "stage", None):  # only operators of this package have one
         return "saliency" if stage.leave_out_saliency else stage.name, "mix"
     if _reads(operator):
         return "read", "read"
@@ -167,7 +180,7 @@ def _described(operator: Any, schema: str) -> tuple[str, str]:
 
 
 def _described_python(operator: Any) -> str:
-    """Name the function of a user's Python operator, which DALI has wrapped."""
+    """Return a name for a Python operator of the user, from the function that DALI has wrapped."""
     function = getattr(operator._op, "function", None)
     inner = inspect.getclosurevars(function).nonlocals.get("function") if inspect.isfunction(function) else function
     name = getattr(inner, "__name__", None) or getattr(getattr(inner, "func", None), "__name__", None)
@@ -175,7 +188,7 @@ def _described_python(operator: Any) -> str:
 
 
 def _fewer(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Join neighbours of one category until there are few enough."""
+    """Join neighbours of the same category until there are at most `MOST_STAGES`."""
     while len(ends) > MOST_STAGES:
         for i in reversed(range(len(ends) - 1)):
             if ends[i][1] == ends[i + 1][1] and "saliency" not in (ends[i][0], ends[i + 1][0]):
@@ -203,6 +216,6 @@ def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = T
         stage.leave_out_saliency()
     kept = {id(operator) for operator in operators[:count]}
     used = [node for operator in operators[count:] for node in _inputs(operator)] + outputs
-    pipeline._sinks = []  # such as debugging outputs, which would bring back what was cut off
+    pipeline._sinks = []  # sinks, such as debugging outputs, would keep the operators that are cut off
     pipeline.set_outputs(*{node.name: node for node in used if id(node.source) in kept}.values())
     return pipeline

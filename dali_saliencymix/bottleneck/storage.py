@@ -1,4 +1,4 @@
-"""How fast batches come when their files are not in memory, beside the same with the files in memory."""
+"""Measure the rate of batches from storage, with files that were dropped from memory."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ MOST_FILES = 20_000
 
 @dataclass
 class StorageRates:
-    """Milliseconds per batch of passes over the files, or the reason why there are none.
+    """Milliseconds per batch in passes over the files, or the reason why they were not measured.
 
-    A pass begins with a new loader, which has nothing ready, and reads ahead of the batches that it gives. How much was
-    read from storage is seen by what is in memory after the pass: the time of a cold pass is that of as many batches.
+    A pass starts with a new loader, which has prefetched nothing, and which reads ahead of the batches that it returns.
+    The files that are in memory after a cold pass are those that it read from storage, so the time of the pass is
+    divided by that many batches.
     """
 
-    cold_ms: list[float] = field(default_factory=list)  # the whole loader, with no file in memory
-    read_cold_ms: list[float] = field(default_factory=list)  # reading alone, likewise, where the loader can be cut;
-    warm_ms: list[float] = field(default_factory=list)  # where it cannot: the whole loader, with all files in memory
-    batches: int = 0  # of one pass
+    cold_ms: list[float] = field(default_factory=list)  # the whole loader, no files in memory
+    read_cold_ms: list[float] = field(default_factory=list)  # reading alone, no files in memory, if it can be split
+    warm_ms: list[float] = field(default_factory=list)  # the whole loader, all files in memory, if it cannot be split
+    batches: int = 0  # in one pass
     not_measured: str | None = None
 
     def from_storage(self, loader_ms: float) -> tuple[float, ...] | None:
-        """Return what the loader takes for a batch from storage, of what it takes from memory in a window."""
-        # A loader that begins may have to start processes first: both kinds of passes have that, and windows do not.
+        """Return the loader's ms per batch from storage; `loader_ms` is that from memory, measured in windows."""
+        # Passes include the start of the loader's processes, and windows do not: the difference of passes cancels it.
         pairs = zip(self.cold_ms, self.warm_ms, strict=True) if self.warm_ms else ()
         cold_ms = [loader_ms + cold - warm for cold, warm in pairs] or self.cold_ms
-        # Storage does not make a loader faster; what looks so is noise.
+        # Storage cannot make a loader faster: anything below `loader_ms` is noise.
         return tuple(max(loader_ms, ms) for ms in cold_ms) or None
 
     def reading(self, read_ms: float) -> tuple[float, ...] | None:
-        """Return what reading alone takes for a batch from storage, of what it takes from memory in a window."""
+        """Return the ms per batch of reading alone from storage; `read_ms` is that from memory, measured in windows."""
         return tuple(max(read_ms, ms) for ms in self.read_cold_ms) or None
 
 
@@ -59,20 +60,33 @@ def measure_storage(
     seconds: float,
     synchronise: Callable[[], None],
 ) -> StorageRates:
-    """Time passes over the source's files: two kinds in turns, which tell what reading from storage costs.
+    """Measure the cost of reading a source's files from storage, in interleaved passes of two kinds.
 
-    Each kind starts from files that were dropped from memory, or read into it; at the end all are in memory again.
-    `loader_ms`, what a batch of `images` takes from memory, chooses the length of a pass; `read_cut` makes the pipeline
-    that only reads, where there is one.
+    Before each pass, the files are dropped from memory or read into it. At the end, all files are in memory again.
+
+    Parameters
+    ----------
+    source : Source
+        The loader and its files.
+    images : int
+        Images in a batch.
+    loader_ms : float
+        Milliseconds per batch with files in memory. It determines the length of a pass.
+    read_cut : callable, optional
+        Returns the pipeline that only reads, if the source can be split.
+    seconds : float
+        Approximate duration.
+    synchronise : callable
+        Waits for the device.
     """
     files = source.files
     why = None
     if not files:
-        why = "which files the loader reads is not known; --files says so"
+        why = "the files of the loader are not known; name them with --files"
     elif len(files) > MOST_FILES or source.dataset_bytes is None:
-        why = f"{len(files)} files are too many to drop from memory, or cannot be seen; --files names a part of them"
+        why = f"{len(files)} files are too many, or their size is unknown; name some of them with --files"
     elif sum(os.stat(file).st_size for file in files) > MOST_BYTES:
-        why = f"more than {MOST_BYTES >> 30} GiB of files; --files names a part of them"
+        why = f"more than {MOST_BYTES >> 30} GiB of files; name some of them with --files"
     why = first_reason(why)
     if why or not files:
         return StorageRates(not_measured=why)
@@ -90,7 +104,7 @@ def measure_storage(
         kinds.append((found.warm_ms, whole, False))
     try:
         for times, open_it, cold in kinds * PASSES:
-            loader, why = _on_all(open_it)  # what is slow to make is made before the clock starts
+            loader, why = _on_all(open_it)  # the pass does not include the creation of the loader
             _, why = (None, why) if why else _on_all(partial(_prepare, files, cold=cold))
             if why or loader is None:
                 return StorageRates(not_measured=why)
@@ -100,15 +114,15 @@ def measure_storage(
             taken, given = passed
             if cold:
                 read = max(given, (page_cache.resident_share(files) or 0) * len(files) / images / world)
-            times.append(agree(taken / read, max))  # a warm pass reads ahead as far as the cold one before it
+            times.append(agree(taken / read, max))  # also for the following warm pass, which reads ahead as far
     finally:
         with contextlib.suppress(OSError):
-            page_cache.read_into_memory(files)  # what is measured after this expects them there
+            page_cache.read_into_memory(files)  # later measurements expect them there
     return found
 
 
 def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return what an action gives, and why it failed on this process or another: none continues without the rest."""
+    """Return the result of an action, and why it failed on any process, so that all processes stop together."""
     result = why = None
     try:
         result = action()
@@ -118,7 +132,7 @@ def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def _prepare(files: list[str], *, cold: bool) -> None:
-    """Bring files into memory or out of it."""
+    """Drop files from memory, or read them into it."""
     gather(None)
     if cold:
         if why := page_cache.why_not_dropped(files):
@@ -132,7 +146,7 @@ def _prepare(files: list[str], *, cold: bool) -> None:
 
 
 def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> tuple[float, float]:
-    """Return how many ms the next batches of a loader took, and how many full batches they make up."""
+    """Return the milliseconds for the next batches of a loader, and their number as full batches."""
     start = time.perf_counter()
     batches = Batches(loader, nominal=images)
     batches.first = None

@@ -21,7 +21,7 @@ from dali_saliencymix.training.optimisation import Updater, train_on
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions, ScheduleOptions, TrainingOptions
 from dali_saliencymix.training.schedule import Phase, phase_at
 
-# Settings of the loaders by who makes the batches, each with the field of `DataOptions` that sets it.
+# Settings of the loaders by data backend, each with the field of `DataOptions` that sets it.
 _SETTINGS = {
     "dali-cpu": {name: option for name, option in OF_PIPELINES.items() if name != "hw_decoder_load"},
     "dali-gpu": OF_PIPELINES,
@@ -33,8 +33,8 @@ _SETTINGS = {
 def training_source(training: TrainingOptions, processes: Processes, *, images: int) -> Source:
     """Return a source for the training batches of ``train.py`` with these options.
 
-    Folders of images that DALI reads are cut into stages; other backends and CIFAR are measured as a whole. Of a folder
-    at most `images` are read for each process, spread evenly over it.
+    Image folders that DALI reads are split into stages; other backends and CIFAR are measured as a whole. Each process
+    reads at most `images` images of a folder, spread evenly over it.
     """
     phase, instead = measured_phase(training.schedule, training.data.train_crop_size)
     options = phase.applied_to(training.data)
@@ -50,7 +50,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         whole = options.batch_size * processes.world_size
         if data.train_images < whole:
             instead.append(
-                f"the {data.train_images} images are too few for a step, and train.py refuses them: they are repeated"
+                f"{data.train_images} images are too few for a step: train.py would reject them, here they are repeated"
             )
         chosen = _spread_indices(len(data.train), whole, images * processes.world_size)
         data = replace(data, train=data.train.take(chosen))
@@ -62,7 +62,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         conditions["notes"] = instead
     about: dict[str, Any] = {"files": files, "dataset_bytes": size, "conditions": conditions}
     mix = f"mix {'none' if options.mix is None else options.mix.mode}"
-    process_on(options, processes)  # refuses work on a GPU in a run without one
+    process_on(options, processes)  # raises if the backend needs a GPU and the run has none
     names = _SETTINGS[backend]
     if not isinstance(data, FolderData):
         names = {name: option for name, option in names.items() if option != "hw_decoder_load"}
@@ -88,9 +88,9 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
 
 
 def measured_phase(schedule: ScheduleOptions, crop_size: int) -> tuple[Phase, list[str]]:
-    """Return the epochs whose batches stand for a training, and what to say of the others where there are others.
+    """Return the epochs whose batches are measured, and a note if a training has other epochs.
 
-    They are those with the largest images, and of these the ones that are mixed.
+    These are the epochs with the largest images, and among them the mixed ones.
     """
     begun: dict[Phase, list[int]] = {}
     for epoch in range(schedule.epochs):
@@ -104,11 +104,11 @@ def measured_phase(schedule: ScheduleOptions, crop_size: int) -> tuple[Phase, li
         return f"{begun[phase][0]} to {begun[phase][-1]} ({phase.crop_size}x{phase.crop_size} pixels{mixing})"
 
     others = ", ".join(described(phase) for phase in begun if phase != chosen)
-    return chosen, [f"the batches are those of epochs {described(chosen)}; not measured: epochs {others}"]
+    return chosen, [f"measured with the batches of epochs {described(chosen)}; not measured: epochs {others}"]
 
 
 def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
-    """Return indices of files, in number a multiple of `whole`; repeated only where there are fewer files than that."""
+    """Return evenly spread indices of files, a multiple of `whole`; they repeat if there are fewer than `whole`."""
     if length < whole:
         return [index % length for index in range(4 * whole)]
     count = max(min(length, wanted) // whole, 1) * whole
@@ -116,11 +116,11 @@ def _spread_indices(length: int, whole: int, wanted: int) -> list[int]:
 
 
 class TrainingStep:
-    """The training step of a network of ``train.py``, on batches from anywhere.
+    """The training step of a network of ``train.py``, for batches of any loader.
 
-    A batch from elsewhere is brought to the device, which then is part of the step. The learning rate is 0: the weights
-    stay as they are, so that thousands of steps on one batch end in no overflow, while all that a step computes is
-    computed. ``batches_per_update`` is that of ``--accumulation-steps``.
+    A batch that is not on the device is copied there as part of the step. The learning rate is 0, so that thousands of
+    steps on one batch do not overflow; the step computes everything else as usual. ``batches_per_update`` is the value
+    of ``--accumulation-steps``.
     """
 
     def __init__(
@@ -143,14 +143,14 @@ class TrainingStep:
         self.network = as_trained(model, options, distributed=processes.world_size > 1)
 
     def __call__(self, batch: Any) -> None:
-        """Train on a batch: its first four-dimensional floating tensor, with its labels where they are ours."""
+        """Train on the first four-dimensional floating-point tensor of a batch, with the labels of ``train.py``."""
         tensors = _tensors(batch)
         images = next((part for part in tensors if part.ndim == 4 and part.is_floating_point()), None)
         if images is None:
             got = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}" for part in tensors)
             msg = (
-                "the built-in step needs a batch with images as a floating tensor (N, C, H, W), got "
-                f"{got or type(batch).__name__}; give your own with --step module:function"
+                "the built-in step needs a batch with images as a floating-point tensor (N, C, H, W), got "
+                f"{got or type(batch).__name__}; pass your own step with --step module:function"
             )
             raise MeasurementError(msg)
         if images.shape[1] != 3 and images.shape[3] == 3:
@@ -158,9 +158,9 @@ class TrainingStep:
         images = images.to(self._device, non_blocking=True)
         if not self._options.amp:
             images = images.float()
-        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # of pipelines/: labels twice, and lam
+        if len(tensors) == 4 and all(part.ndim == 1 for part in tensors[1:]):  # labels, source labels, lam
             targets = [part.to(self._device, non_blocking=True) for part in tensors[1:]]
-        else:  # which label is right makes no difference to the time
+        else:  # the values of the labels do not affect the time
             labels = torch.zeros(len(images), dtype=torch.long, device=self._device)
             targets = [labels, labels, torch.ones(len(images), device=self._device)]
         self._batches += 1
@@ -175,7 +175,7 @@ class TrainingStep:
         )
 
     def alone(self, batch: Any) -> None:
-        """Train on a batch without the other processes: what this one needs for itself."""
+        """Train on a batch without all-reduce, so that the time is that of this process alone."""
         with all_reduce(self.network, wanted=False):
             self(batch)
 

@@ -1,4 +1,4 @@
-"""The search for a faster setting of a loader, within a time: ``--tune``."""
+"""Search for a faster setting of a loader within a time limit: ``--tune``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dali_saliencymix.measure.figures import interval
 from dali_saliencymix.measure.processes import agree
 from dali_saliencymix.measure.windows import MeasurementError, longest
 
-_MARGIN = 1.1  # times the step's rate: a loader that is faster than this is fast enough
-_AS_FAST = 0.95  # by the lower end of its range: the smaller one of two settings is then taken for as fast
-_TRIALS = 8  # that the time is divided by
+_MARGIN = 1.1  # a loader that exceeds the step's rate by this factor is fast enough
+_AS_FAST = 0.95  # a smaller setting counts as equally fast if the lower end of its change is at least this
+_TRIALS = 8  # each trial gets 1 / _TRIALS of the time
 _MOST_PREFETCHED = 16
 
 _THREADS = ("num_threads", "workers")
@@ -25,12 +25,12 @@ _TUNABLE = (*_THREADS, "prefetch_queue_depth", "prefetch_factor", "hw_decoder_lo
 
 
 def tunable(source: Source) -> dict[str, Any]:
-    """Return the present values of the settings that can be searched; refuse a loader without any."""
+    """Return the present values of the settings that can be searched; raise an error if there are none."""
     found = {
         name: value for name in _TUNABLE if isinstance(value := source.settings.get(name), (int, float)) and value >= 0
     }
     if not found:
-        msg = f"tune needs a loader that takes one of {', '.join(_TUNABLE)}; {source.name} takes none"
+        msg = f"tune needs a loader that takes at least one of {', '.join(_TUNABLE)}; {source.name} takes none"
         raise MeasurementError(msg)
     return found
 
@@ -44,27 +44,28 @@ def tune(
     synchronise: Callable[[], None],
     notify: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Search from the present setting for a faster one, each trial in turns with the best so far.
+    """Search for a faster setting, starting from the present one; trials are interleaved with the best so far.
 
-    One setting after the other is halved and doubled, for as long as that is faster beyond the noise, or smaller and as
-    fast. At the end the best one is measured in turns with the present one, which stays where the best is then neither.
+    The search halves and doubles one setting at a time, as long as the result is faster beyond the noise, or smaller
+    and as fast. Finally, the best setting is interleaved with the present one, and replaces it only if it is then
+    faster beyond the noise, or smaller and as fast.
 
     Parameters
     ----------
     source : Source
         The loader; its `settings` are the present ones.
     step, loader : tuple of float
-        Milliseconds per image of the step alone, where there is one, and of the loader as it is. The search ends where
-        the loader's rate is more than 10 % above the step's.
+        Milliseconds per image of the step alone (if there is a step) and of the loader with the present setting. The
+        search ends when the loader's rate is more than 10 % above the step's.
     seconds : float
-        Time for the search, about.
+        Approximate duration of the search.
 
     Returns
     -------
     dict
-        ``present`` and ``best``: the settings. ``words``: the best as they are given. ``is_better``: whether they
-        differ. ``trials``: what was tried, with figures, in order. ``confirmed``: best against present in figures, None
-        where they are the same. ``stopped``: why the search ended.
+        ``present`` and ``best``: the settings. ``words``: the best setting as the user would write it. ``is_better``:
+        whether best and present differ. ``trials``: what was tried, in order, with figures. ``confirmed``: figures of
+        the final comparison, None if no setting was kept. ``stopped``: why the search ended.
 
     Raises
     ------
@@ -87,15 +88,15 @@ def tune(
             synchronise=synchronise,
             notify=notify,
         )
-        gc.collect()  # pipelines end here, where Python's collector is off
+        gc.collect()  # destroys pipelines: Python's automatic collection is off
         takes = max(takes, longest(time.perf_counter() - begun))
         return found
 
     def searched() -> str:
-        """Return why the search has ended."""
+        """Run the search; return why it ended."""
         nonlocal best
         if _is_fast_enough(loader, step):
-            return "the loader exceeds the rate of the step by more than 10 % as it is"
+            return "the loader exceeds the rate of the step by more than 10 % with the present setting"
         again = True
         while again:
             again = False
@@ -105,8 +106,8 @@ def tune(
                     others = [settings for settings in others if _key(settings) not in tried]
                     if not others:
                         break
-                    if longest(time.perf_counter() - start) + 2 * takes > seconds:  # the last one confirms
-                        return "the time is over: more of it (--seconds) searches further"
+                    if longest(time.perf_counter() - start) + 2 * takes > seconds:  # keep time for the final comparison
+                        return "the time is over; a larger --seconds continues the search"
                     now, *then = measured(*others)
                     chosen = _chosen(name, best, others, now, then)
                     for settings, series in zip(others, then, strict=True):
@@ -134,7 +135,7 @@ def tune(
         else:
             lacks = "as fast" if smaller else "faster beyond the noise"
             changed = source.in_words(_changed(present, found))
-            stopped += f"; at last, in turns with the present setting, {changed} was not {lacks}"
+            stopped += f"; in the final comparison with the present setting, {changed} was not {lacks}"
     return {
         "present": present,
         "best": best,
@@ -147,7 +148,7 @@ def tune(
 
 
 def as_file(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as a file holds them: options for ``train.py --config``, or arguments of a function by name."""
+    """Return settings as they are written to a file: options for ``train.py --config``, or arguments by name."""
     if not source.is_training:
         return settings
     return {data_flags(source.options[name])[-1].removeprefix("--"): value for name, value in settings.items()}
@@ -162,7 +163,7 @@ def _changed(present: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 
 
 def _neighbours(name: str, value: Any, most: int) -> list[Any]:
-    """Return the values next to one: half and double, no more threads than cores; of a share less and more by 0.2."""
+    """Return the values to try next: half and double, with threads limited to `most`; for `hw_decoder_load`, +-0.2."""
     if name == "hw_decoder_load":
         near = (round(max(value - 0.2, 0.0), 2), round(min(value + 0.2, 1.0), 2))
     else:
@@ -178,7 +179,7 @@ def _chosen(
     now: Series | str,
     then: list[Series | str],
 ) -> dict[str, Any] | None:
-    """Return the fastest that is faster beyond the noise, else a smaller one that is as fast; None if there is none."""
+    """Return the fastest setting that is faster beyond the noise, else a smaller one that is as fast, else None."""
     changes = [compared(now, series)["change"] for series in then]
     found = [(change, settings) for change, settings in zip(changes, others, strict=True) if change is not None]
     faster = [(change.median, settings) for change, settings in found if change.low > 1]
@@ -189,7 +190,7 @@ def _chosen(
 
 
 def _is_smaller(name: str, value: Any, than: Any) -> bool:
-    """Return whether a value costs less than another one: fewer threads, fewer batches; of a share less does not."""
+    """Return whether a value costs less than another: fewer threads or batches. A lower `hw_decoder_load` does not."""
     return bool(value < than) and name != "hw_decoder_load"
 
 

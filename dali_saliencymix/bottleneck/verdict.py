@@ -1,8 +1,8 @@
-"""From measured times to a verdict: a pure function, which reads no clock and no file.
+"""Compute a verdict from measured times. `decide` is a pure function: it reads no clock and no file.
 
-All times are milliseconds per batch. The series of one measurement have one value for each round; those of `cold_ms`
-have their own count. Gaps are taken within rounds and judged by `measure.figures.interval`: where the range of the
-deciding gap contains the limit, the verdict is INCONCLUSIVE and names the gap.
+All times are milliseconds per batch. A series has one value for each round; `cold_ms` and `reading_ms` have their own
+number of values. Differences are taken within rounds and judged by `measure.figures.interval`. If the range of the
+deciding difference contains the limit, the verdict is INCONCLUSIVE and names that difference.
 """
 
 from __future__ import annotations
@@ -21,57 +21,59 @@ CRITICAL_STALL = 0.20
 
 CATEGORIES = ("read", "decode", "prep", "mix", "iterator")
 _CATEGORY_VERDICTS = {"read": "DISK-BOUND", "decode": "DECODE-BOUND", "prep": "CPU-PREP-BOUND", "mix": "MIX-BOUND"}
-LOADER_ALONE = "LOADER-ALONE"  # no verdict was asked for
+LOADER_ALONE = "LOADER-ALONE"  # there is no step to compare with
 
 _NEXT = {
-    "GPU-BOUND": "Leave the loader as it is: only a faster step makes the training faster (--amp, --channels-last, "
-    "a smaller network). A lighter loader would save CPU, not time.",
-    "COMPUTE-BOUND": "Leave the loader as it is: only a faster training step makes the training faster. The step runs "
-    "on a CPU: a GPU is the first thing to try.",
-    "DISK-BOUND": "Put the files on faster storage or into memory, read fewer and larger files (WebDataset, TFRecord), "
-    "or raise the reader's prefetch_queue_depth and num_threads where the storage answers slowly but in parallel.",
-    "DECODE-BOUND": "Give the decoding more: DALI threads (-j), on a GPU hw_decoder_load (see the what-ifs); or less "
-    "to do: store the images at the size that the training needs.",
-    "CPU-PREP-BOUND": "Give the preparation more DALI threads (-j), move it to the GPU, or drop the operator that "
-    "costs most in the table.",
-    "MIX-BOUND": "Take a cheaper saliency detector (spectral_residual), mix fewer samples (--mix-prob), or mix on the "
+    "GPU-BOUND": "Keep the loader as it is: only a faster step speeds up the training (--amp, --channels-last, a "
+    "smaller network). A cheaper loader would save CPU time, but no training time.",
+    "COMPUTE-BOUND": "Keep the loader as it is: only a faster step speeds up the training. The step runs on a CPU: try "
+    "a GPU first.",
+    "DISK-BOUND": "Put the files on faster storage or into memory, or read fewer and larger files (WebDataset, "
+    "TFRecord). If the storage is slow for each read but serves many at once, raise the reader's prefetch_queue_depth "
+    "and num_threads.",
+    "DECODE-BOUND": "Speed up decoding with more DALI threads (-j) or, on a GPU, another hw_decoder_load (see the "
+    "what-ifs). Or store the images at the size that the training needs.",
+    "CPU-PREP-BOUND": "Use more DALI threads (-j), move the preprocessing to the GPU, or drop the most expensive "
+    "operator in the table.",
+    "MIX-BOUND": "Use a cheaper saliency detector (spectral_residual), mix fewer samples (--mix-prob), or mix on the "
     "GPU.",
-    "LOADER-BOUND": "Give the loader more workers or threads, and look inside it with its own profiler: this tool "
-    "cannot cut it into stages. --pipeline module:function takes a DALI pipeline apart.",
-    "CONTENTION": "The parts are fast enough, but not together. Where they share a CPU, lower -j or torch's threads "
-    "until both fit; where they share a GPU, move work to the CPU or the JPEG engine (hw_decoder_load); if the loader "
-    "makes nothing in advance, let it (prefetch).",
+    "LOADER-BOUND": "Use more workers or threads, and profile the loader with its own tools: this tool cannot split it "
+    "into stages. It can split a DALI pipeline: --pipeline module:function.",
+    "CONTENTION": "Loader and step are fast enough alone, but not together. If they share a CPU, lower -j or PyTorch's "
+    "threads until both fit. If they share a GPU, move work to the CPU or to the hardware JPEG decoder "
+    "(hw_decoder_load). If the loader does not prefetch, enable prefetching.",
     LOADER_ALONE: "Compare its rate with what the training needs, or measure it together with a training step.",
-    "STRAGGLER": "Look at that process's machine, disk and CPU affinity: all others wait for it in every step.",
-    "INCONCLUSIVE": "Measure again on a quieter machine, or longer: --seconds 300 takes longer windows.",
+    "STRAGGLER": "Check the machine, the disk and the CPU affinity of that process: all others wait for it in every "
+    "step.",
+    "INCONCLUSIVE": "Measure again on a quieter machine, or for longer: --seconds 300.",
 }
 VERDICTS = tuple(_NEXT)
-OF_A_PART = tuple(_CATEGORY_VERDICTS.values())  # those that name a part of the loader
-# Of these, the verdicts that another setting of the loader can change.
+OF_A_PART = tuple(_CATEGORY_VERDICTS.values())  # those that name a stage of the loader
+# Verdicts that another setting of the loader can change.
 OF_THE_LOADER = (*(name for name in OF_A_PART if name != "DISK-BOUND"), "LOADER-BOUND", LOADER_ALONE)
 _NEXT_PARTS_OPEN = (
-    "Give the loader more threads (-j), on a GPU hw_decoder_load (see the what-ifs). A quieter machine or a longer "
-    "measurement tells its parts apart: --seconds 300."
+    "Use more threads (-j) or, on a GPU, another hw_decoder_load (see the what-ifs). To tell the stages apart, measure "
+    "on a quieter machine or for longer: --seconds 300."
 )
-# Where the stall itself says nothing, and the waits decide.
+# For a stall that is undecided, where the waits decide.
 _NEXT_KEEPS_UP = (
-    "Leave the loader as it is. Whether it slows the step down, on a CPU that they share above all, is told by a "
-    "quieter machine or a longer measurement: --seconds 300."
+    "Keep the loader as it is. To find out whether it slows the step down, for example on a shared CPU, measure on a "
+    "quieter machine or for longer: --seconds 300."
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a part of the loader adds to the time of a batch in each round; may be negative by noise."""
+    """The time that a stage of the loader adds to a batch in each round; noise can make it negative."""
 
     name: str
-    category: str  # of CATEGORIES: which verdict it leads to
+    category: str  # one of CATEGORIES, which determines the verdict
     ms: Series
 
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one of several processes has measured, as in `Figures`."""
+    """Times that one of several processes measured for itself, as in `Figures`."""
 
     step_ms: Series | None
     loader_ms: Series | None
@@ -79,7 +81,7 @@ class RankFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """All that a verdict depends on. What was not measured is None.
+    """The input of `decide`. Figures that were not measured are None.
 
     Attributes
     ----------
@@ -90,21 +92,21 @@ class Figures:
     end_ms : tuple of float, optional
         Loader and step together.
     stages : tuple of Stage, optional
-        What the loader's time is made of; None if it cannot be cut.
+        Stages of the loader; None if it cannot be split.
     cold_ms : tuple of float, optional
         The loader alone, with files that are not in memory.
     reading_ms : tuple of float, optional
-        Reading alone, with files that are not in memory; None if the loader cannot be cut.
+        Reading alone, with files that are not in memory; None if the loader cannot be split.
     storage_measured : bool
-        Whether reading from storage was measured, with the files' absence from memory checked.
+        Whether storage was measured, with a check that the files were not in memory.
     reads_cold : bool
-        Whether the training will read from storage in every epoch: more data than memory.
+        Whether the training reads from storage in every epoch, because the data do not fit into memory.
     device : {"cuda", "cpu"}
         Where the step runs.
     ranks : tuple of RankFigures
-        Of all processes where there are several; the figures above are then those of the slowest process per round.
+        One for each process if there are several; the figures above are then those of the slowest process per round.
     waits : tuple of float, optional
-        Share of the time of `end_ms`, 0 to 1, for which the host waited for batches: at least as long as the step did.
+        Share of `end_ms`, 0 to 1, in which the host waited for batches: an upper bound of the wait of the step.
     """
 
     step_ms: Series | None = None
@@ -122,24 +124,24 @@ class Figures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What holds the training back.
+    """The bottleneck of a training.
 
     Attributes
     ----------
     name : str
         One of `VERDICTS`.
     why : str
-        One sentence.
+        The reason, in one sentence.
     next_step : str
-        What to do first.
+        What to do next.
     stall : Interval or None
         Share of the time, 0 to 1, by which the training is slower than its step alone; negative values are noise.
     clash : Interval or None
-        Share of the time, 0 to 1, by which the training is slower than the slower one of loader and step alone, files
-        in memory: what the two cost each other. Negative values are noise.
+        Share of the time, 0 to 1, that loader and step cost each other: by which the training is slower than the
+        slower one of the two alone, with files in memory. Negative values are noise.
     contention : {"no", "yes", "open"} or None
-        Whether that is more than 10 %, a question apart from which of the two is slower; ``"open"`` where the windows
-        differ too much to say. None where they were not measured together.
+        Whether `clash` is more than 10 %; ``"open"`` if the windows differ too much to decide. Independent of which of
+        the two is slower. None if the two were not measured together.
     """
 
     name: str
@@ -151,12 +153,12 @@ class Verdict:
 
 
 def decide(figures: Figures) -> Verdict:
-    """Say what holds the training back, or why that cannot be said.
+    """Return the bottleneck of a training, or INCONCLUSIVE with the reason.
 
     Parameters
     ----------
     figures : Figures
-        As measured.
+        The measured times.
 
     Returns
     -------
@@ -165,20 +167,20 @@ def decide(figures: Figures) -> Verdict:
     Raises
     ------
     ValueError
-        If series that belong together differ in length, a time is not positive, or a category is unknown.
+        If series of the same rounds differ in length, a time is not positive, or a category is unknown.
 
     Notes
     -----
-    The stall is ``1 - step / end``. Below 10 % the step is the bottleneck. Otherwise the stalled time is divided
-    between the loader, ``max(loader - step, 0)``, and what the two cost each other, ``max(end - max(loader, step),
-    0)``; the larger part names the verdict, CONTENTION for the second one. The loader's part goes to the category of
-    stages that costs most, and is LOADER-BOUND where that one cannot be told. Reading counts as DISK-BOUND only where
-    storage was measured.
+    The stall is ``1 - step / end``. Below 10 %, the step is the bottleneck. Otherwise the stalled time has two parts:
+    the slow loader, ``max(loader - step, 0)``, and the contention of loader and step, ``max(end - max(loader, step),
+    0)``. If contention is the larger part, the verdict is CONTENTION. If the loader is the larger part, the verdict
+    names the most expensive category of its stages, or is LOADER-BOUND if no category is clearly the most expensive.
+    Reading leads to DISK-BOUND only if storage was measured.
 
-    Where the stall or its parts cannot be told by these, direct evidence decides: a step that waits for its batches for
-    less than 10 % of the time, with a loader that alone is faster, is the bottleneck; a loader is it that alone is
-    slower, by more than 10 % in the median, and for which the step waits for more than 10 % of the time. Whether the
-    two slow each other down as well is then a question of its own, `Verdict.contention`.
+    If noise hides the stall or its parts, the waits decide. The step is the bottleneck if it waits for data less than
+    10 % of the time and the loader alone is faster. The loader is the bottleneck if the step waits for data more than
+    10 % of the time and the loader alone is slower, by more than 10 % in the median. In both cases,
+    `Verdict.contention` says whether the two also slow each other down.
 
     Examples
     --------
@@ -197,16 +199,16 @@ def decide(figures: Figures) -> Verdict:
 
 
 def _contention(clash: Interval, loader: Series, step: Series, end: Series) -> str:
-    """Say whether loader and step slow each other down, or that this is open."""
+    """Return whether loader and step slow each other down: ``"yes"``, ``"no"`` or ``"open"``."""
     if clash.high < PASS_STALL:
         return "no"
     return "yes" if clash.low > PASS_STALL and _slower_than_apart(loader, step, end) else "open"
 
 
 def _slower_than_apart(loader: Series, step: Series, end: Series) -> bool:
-    """Return whether both together are slower than each alone at its slowest.
+    """Return whether the range of both together is slower than the ranges of loader and step alone.
 
-    Not within the rounds alone: where all figures jump about, some series of rounds looks like a clash by chance.
+    Differences within rounds are not enough: with noisy figures, they can look like contention by chance.
     """
     return interval(end).low > max(interval(loader).high, interval(step).high)
 
@@ -214,12 +216,12 @@ def _slower_than_apart(loader: Series, step: Series, end: Series) -> bool:
 def _decide(figures: Figures) -> Verdict:
     step, loader, end = figures.step_ms, figures.loader_ms, figures.end_ms
     if step is None and end is None and loader is not None and len(loader) >= LEAST_ROUNDS:
-        return _verdict(LOADER_ALONE, f"No training step was asked for: the loader alone needs {_ms(loader)} a batch.")
+        return _verdict(LOADER_ALONE, f"There is no training step: the loader alone needs {_ms(loader)} per batch.")
     measured = {"the step alone": step, "the loader alone": loader, "both together": end}
     missing = [what for what, series in measured.items() if series is None or len(series) < LEAST_ROUNDS]
     if step is None or loader is None or end is None or missing:
-        why = f"Too little was measured to say: that takes {LEAST_ROUNDS} windows of {' and of '.join(missing)}."
-        return _verdict("INCONCLUSIVE", why, next_step="Give the tool a --step and more --seconds.")
+        why = f"A verdict needs {LEAST_ROUNDS} windows of {' and of '.join(missing)}."
+        return _verdict("INCONCLUSIVE", why, next_step="Measure with a step (--step) and for longer (--seconds).")
     stall = interval([1 - g / e for g, e in zip(step, end, strict=True)])
     if straggler := _straggler(figures, stall):
         return straggler
@@ -227,10 +229,8 @@ def _decide(figures: Figures) -> Verdict:
         return _decide_with_storage(figures, stall, interval(figures.cold_ms), step, loader, end)
     verdict = _decide_warm(figures, stall, step, loader, end)
     if figures.reads_cold and verdict.name in {"GPU-BOUND", "COMPUTE-BOUND"}:
-        why = (
-            "The loader keeps up while the files are in memory, but they do not all fit, and storage was not measured."
-        )
-        next_step = "Measure storage: see the report for why that was not possible here."
+        why = "The loader keeps up with files in memory, but they do not all fit there, and storage was not measured."
+        next_step = "Measure storage: the report says why it was not measured."
         return _verdict("INCONCLUSIVE", why, stall, next_step)
     return verdict
 
@@ -253,8 +253,8 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
         if more.high < 0 and interval(clash).low > 0 and _slower_than_apart(loader, step, end):
             apart = max(median(loader), median(step))
             why = (
-                f"Together a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
-                f"{_ms(step)}: they hold each other up by {_ms(max(median(end) - apart, 0))}."
+                f"Together, a batch takes {_ms(end)}, although the loader alone needs {_ms(loader)} and the step alone "
+                f"{_ms(step)}: they cost each other {_ms(max(median(end) - apart, 0))}."
             )
             return _verdict("CONTENTION", why, stall)
         if more.low > 0:
@@ -264,21 +264,21 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
     faster = interval([g / p for p, g in zip(loader, step, strict=True)])
     if waits and waits.high < PASS_STALL and faster.low > 1:
         why = (
-            f"The step waits for its batches for {_percent(waits.median)} of the time, and the loader alone is "
-            f"{faster.median:.1f} times as fast: it keeps up."
+            f"The step waits for data {_percent(waits.median)} of the time, and the loader alone is "
+            f"{faster.median:.1f} times as fast as the step: the loader keeps up."
         )
         return _verdict(bound_by_step, why, stall, _NEXT_KEEPS_UP)
     if waits and waits.low > PASS_STALL and faster.high < 1 and faster.median < 1 - PASS_STALL:
         return _loader_verdict(figures, stall, step, loader, waits)
     if stall.low < PASS_STALL:
         why = (
-            f"The stall is {_range(stall)}, on both sides of the {_percent(PASS_STALL)} line: the windows differ too "
-            "much to say whether the loader keeps up."
+            f"The range of the stall, {_range(stall)}, contains the limit of {_percent(PASS_STALL)}: noise hides "
+            "whether the loader keeps up."
         )
         return _verdict("INCONCLUSIVE", why, stall)
     why = (
-        f"There is a stall of {_range(stall)}, but the loader's lack of speed ({_gap(slow)} a batch) and what the "
-        f"two cost each other ({_gap(clash)}) cannot be told apart within the spread."
+        f"There is a stall of {_range(stall)}, but noise hides whether the slow loader ({_gap(slow)} per batch) or "
+        f"contention ({_gap(clash)}) costs more."
     )
     return _verdict("INCONCLUSIVE", why, stall)
 
@@ -286,39 +286,39 @@ def _decide_warm(figures: Figures, stall: Interval, step: Series, loader: Series
 def _decide_with_storage(
     figures: Figures, warm_stall: Interval, cold: Interval, step_ms: Series, loader_ms: Series, end_ms: Series
 ) -> Verdict:
-    """Decide for a training that reads from storage, where `cold` is the time of the loader then."""
+    """Return the verdict for a training that reads from storage; `cold` is the time of the loader from storage."""
     step, loader, end = interval(step_ms), interval(loader_ms), interval(end_ms)
-    if cold.high < max(end.low, step.low / (1 - PASS_STALL)):  # it keeps up with what holds the training back anyway
+    if cold.high < max(end.low, step.low / (1 - PASS_STALL)):  # storage is not the limit
         return _decide_warm(figures, warm_stall, step_ms, loader_ms, end_ms)
     stall = Interval(
         1 - step.median / cold.median, 1 - step.high / cold.low, 1 - step.low / cold.high, min(step.count, cold.count)
     )
     other = max(loader.high, step.high, end.high)
     slows = stall.low >= PASS_STALL and cold.low > other
-    # Storage is the slowest of all, or it adds more than what is slow already.
+    # Storage is the slowest part, or adds more time than was lost without it.
     slowest = figures.reading_ms is not None and interval(figures.reading_ms).low > other
     adds, before = cold.low - other, max(end.high - step.low, 0)
     if slows and (slowest or adds > before):
         why = (
-            f"The data do not fit into memory, and from storage a batch takes {_ms(cold.median)}, against "
+            f"The training reads from storage, and from there a batch takes {_ms(cold.median)}, against "
             f"{_ms(end.median)} with the files in memory and {_ms(step.median)} for the step alone."
         )
         return _verdict("DISK-BOUND", why, stall)
     if stall.low >= PASS_STALL and not slowest and cold.high - min(loader.low, end.low) < end.low - step.high:
-        # Whatever storage adds, what is slow without it costs more.
+        # Storage adds less time than was lost without it, whatever the noise.
         verdict = _decide_warm(figures, warm_stall, step_ms, loader_ms, end_ms)
         if verdict.name not in {"GPU-BOUND", "COMPUTE-BOUND"}:
             return verdict if verdict.name == "INCONCLUSIVE" else dataclasses.replace(verdict, stall=stall)
     if not slows:
-        unsure = "whether the storage keeps up" if stall.low < PASS_STALL else "how much of the stall the storage costs"
+        unsure = "whether storage keeps up" if stall.low < PASS_STALL else "how much of the stall is due to storage"
         why = (
             f"From storage a batch takes {_ms(cold.low)} to {_ms(cold.high)}, from memory up to {_ms(end.high)}: "
-            f"within the spread it cannot be said {unsure}."
+            f"noise hides {unsure}."
         )
         return _verdict("INCONCLUSIVE", why, stall)
     why = (
-        f"Storage ({_ms(cold.median)} a batch) and the rest ({_ms(end.median)} with the files in memory) both hold the "
-        "training back, and neither clearly more."
+        f"Storage ({_ms(cold.median)} per batch) and the rest ({_ms(end.median)} with the files in memory) both limit "
+        "the training, neither of them clearly more."
     )
     return _verdict("INCONCLUSIVE", why, stall)
 
@@ -326,12 +326,12 @@ def _decide_with_storage(
 def _loader_verdict(
     figures: Figures, stall: Interval, step: Series, loader: Series, waits: Interval | None = None
 ) -> Verdict:
-    """Say which part of a loader that is too slow costs most; `waits` are named where they decide that it is."""
-    slow = f"The loader alone needs {_ms(loader)} a batch, the step {_ms(step)}"
+    """Return the verdict for a slow loader, with its most expensive stages; `waits` is given if the waits decided."""
+    slow = f"The loader alone needs {_ms(loader)} per batch, the step {_ms(step)}"
     if waits:
-        slow += f", which waits for its batches for {_percent(waits.median)} of the time"
+        slow += f", which waits for data {_percent(waits.median)} of the time"
     if not figures.stages:
-        return _verdict("LOADER-BOUND", f"{slow}; it could not be cut into stages.", stall)
+        return _verdict("LOADER-BOUND", f"{slow}; the loader could not be split into stages.", stall)
     costs = {
         category: [sum(values) for values in zip(*series, strict=True)]
         for category in CATEGORIES
@@ -341,8 +341,8 @@ def _loader_verdict(
     for other in others:
         if interval([a - b for a, b in zip(costs[first], costs[other], strict=True)]).low <= 0:
             why = (
-                f"{slow}; which of the loader's most expensive parts costs most, {first} ({_gap(costs[first])}) or "
-                f"{other} ({_gap(costs[other])}), cannot be told within the spread."
+                f"{slow}; noise hides whether {first} ({_gap(costs[first])}) or {other} ({_gap(costs[other])}) is the "
+                "most expensive part of the loader."
             )
             return _verdict("LOADER-BOUND", why, stall, _NEXT_PARTS_OPEN)
     if interval(costs[first]).low <= 0:
@@ -353,13 +353,13 @@ def _loader_verdict(
     why = f"{slow}; {_percent(min(share, 1))} of the loader's time goes to {named}."
     name = _CATEGORY_VERDICTS.get(first, "LOADER-BOUND")
     if name == "DISK-BOUND" and not figures.storage_measured:
-        why = f"{why[:-1]}, and whether that is the storage was not measured."
-        return _verdict("LOADER-BOUND", why, stall, "Measure the storage: the report says why it was not measured.")
+        why = f"{why[:-1]}, but storage was not measured."
+        return _verdict("LOADER-BOUND", why, stall, "Measure storage: the report says why it was not measured.")
     return _verdict(name, why, stall)
 
 
 def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
-    """Find a process whose own work, its loader or its step, is clearly slower than that of the others."""
+    """Return a STRAGGLER verdict if the loader or the step of one process is clearly slower than the others'."""
     own = []
     for rank in figures.ranks:
         if rank.step_ms is None or rank.loader_ms is None:
@@ -368,7 +368,7 @@ def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
     if len(own) < 2:
         return None
     slowest = max(range(len(own)), key=lambda rank: median(own[rank]))
-    # The middle of the others in the same round; with two processes that is the other one.
+    # Median of the others in the same round.
     others = [median(times) for times in zip(*(own[:slowest] + own[slowest + 1 :]), strict=True)]
     lag = interval([1 - other / mine for other, mine in zip(others, own[slowest], strict=True)])
     if lag.low < PASS_STALL or lag.count < LEAST_ROUNDS:
@@ -376,8 +376,8 @@ def _straggler(figures: Figures, stall: Interval) -> Verdict | None:
     rank = figures.ranks[slowest]
     what = "loader" if median(rank.loader_ms or ()) >= median(rank.step_ms or ()) else "step"
     why = (
-        f"Process {slowest} of {len(own)} needs {_ms(own[slowest])} a batch for its own {what}, the others "
-        f"{_ms(others)}: all of them go at its pace."
+        f"Process {slowest} of {len(own)} needs {_ms(own[slowest])} per batch for its own {what}, the others need "
+        f"{_ms(others)}: all processes run at its speed."
     )
     return _verdict("STRAGGLER", why, stall)
 
@@ -401,7 +401,7 @@ def _check(figures: Figures) -> None:
             msg = f"category must be one of {', '.join(CATEGORIES)}, got {stage.category!r}"
             raise ValueError(msg)
     if figures.stages == ():
-        msg = "stages must be None where the loader was not cut, got ()"
+        msg = "stages must be None if the loader was not split, got ()"
         raise ValueError(msg)
 
 
@@ -414,7 +414,7 @@ def _range(stall: Interval) -> str:
 
 
 def _ms(value: float | Sequence[float]) -> str:
-    """Return a time, or the median of several, in words."""
+    """Return a time, or the median of several, as text."""
     value = value if isinstance(value, (int, float)) else median(value)
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 

@@ -1,4 +1,4 @@
-"""What-ifs: other settings, measured; other hardware, predicted. Each row says which of the two it is."""
+"""What-ifs: measured changes of settings, and predictions. Each row says which of the two it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "num_threads": ("DALI threads", _half_and_double),
     "workers": ("worker processes", _half_and_double),
     "prefetch_queue_depth": ("prefetch depth", lambda value: (value * 2,) if isinstance(value, int) else ()),
-    "prefetch_factor": ("batches in advance of each worker", lambda value: (value * 2,)),
+    "prefetch_factor": ("prefetch factor of the workers", lambda value: (value * 2,)),
     "hw_decoder_load": ("hw_decoder_load", lambda value: (0.3, 0.9)),
     "batch_size": ("batch size", _half_and_double),
 }
@@ -31,10 +31,10 @@ LABELS = {setting: label for setting, (label, _) in _TRIED.items()}
 def measured_rows(
     source: Source, *, seconds: float, synchronise: Callable[[], None], notify: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Measure the loader alone with other settings, in turns with the present ones.
+    """Measure the loader alone with other settings, interleaved with the present ones.
 
-    Returns a row for each setting and value; for a setting that this loader does not have, one with `then` and `change`
-    None. Of several processes the slowest counts.
+    Return one row for each setting and value. A setting that this loader does not have gets one row in which `then` and
+    `change` are None. With several processes, the slowest counts.
     """
     rows: list[dict[str, Any]] = []
     variants: list[tuple[str, Any]] = []
@@ -46,7 +46,7 @@ def measured_rows(
         present = source.settings.get(setting)
         tried = [value for value in values(present) if value != present] if present is not None else []
         if not tried:
-            why = f"this loader has no {setting} that could be changed"
+            why = f"this loader has no {setting} that can be changed"
             rows.append(_row(label, setting, present, None, compared(why, why)))
         variants += [(setting, value) for value in tried]
     if not variants:
@@ -71,10 +71,10 @@ def measure_settings(
     synchronise: Callable[[], None],
     notify: Callable[[str], None],
 ) -> list[Series | str]:
-    """Measure the loader alone with each of these settings, in turns.
+    """Measure the loader alone with each of these settings, interleaved.
 
-    Returns the milliseconds per image in each round, of several processes those of the slowest; or why a loader could
-    not be opened.
+    Return for each setting the milliseconds per image in each round (with several processes, of the slowest), or the
+    reason why the loader could not be opened.
     """
     subjects: dict[str, Subject] = {}
     images: dict[str, int] = {}
@@ -84,7 +84,7 @@ def measure_settings(
         try:
             batches = Batches(source.open(changed), ahead=_ahead(source, changed))
             batches.first = None
-        except (RuntimeError, ValueError) as error:  # such as one of DALI's, or a MeasurementError
+        except (RuntimeError, ValueError) as error:  # errors of DALI, or a MeasurementError
             why = explained(error) if isinstance(error, RuntimeError) else str(error)
         why = first_reason(why)
         if why or batches is None:
@@ -97,9 +97,9 @@ def measure_settings(
 
 
 def best_change(source: Source, rows: Sequence[dict[str, Any]], tuned: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the change of settings that makes the loader faster by more than the noise: the largest one measured.
+    """Return the change of settings that makes the loader fastest, beyond the noise; None if there is none.
 
-    That is what a search has found, where there was one. Another batch size is no such change: it is another training.
+    This is the result of the search, if there was one. Batch sizes do not count, because they change the training.
     """
     if tuned is not None:
         sure = [(tuned["best"], tuned["confirmed"]["change"])] if tuned["is_better"] else []
@@ -134,7 +134,7 @@ def _ahead(source: Source, changed: Settings) -> int:
 
 
 def compared(now: Series | str, then: Series | str) -> dict[str, Any]:
-    """Return a change of settings in figures, from milliseconds per image; or why there are none."""
+    """Return the figures of a change of settings, from milliseconds per image; or why there are none."""
     if isinstance(now, str) or isinstance(then, str):
         why = then if isinstance(then, str) else f"no baseline: {now}"
         return {**dict.fromkeys(("now_images_per_second", "loader_images_per_second", "change")), "not_measured": why}
@@ -163,19 +163,34 @@ def predicted_rows(
     images: float | None = None,
     stalls: bool = True,
 ) -> list[dict[str, Any]]:
-    """Predict from rates in images/s of one process; None is what was not measured.
+    """Return predictions from the measured rates. Predictions that would change nothing are left out.
 
-    `cold` is the rate of the loader from storage, which bounds the training if it `reads_cold`: if that was not
-    measured, nothing is known of the training. `threads` are those of the loader, `world` is the number of processes,
-    `images` are those of an epoch of all processes, where that is known. `stalls` says whether the training is slower
-    than its step alone by more than the noise. What would change nothing has no row.
+    Parameters
+    ----------
+    step, loader, end : float or None
+        Images per second of one process: step alone, loader alone, both together. None if not measured.
+    cold : float or None
+        Images per second of the loader from storage.
+    reads_cold : bool
+        Whether the training reads from storage. Then `cold` limits its rate; if that is None, the training has no
+        predictions.
+    threads : int or None
+        Threads or worker processes of the loader.
+    world : int
+        Number of processes.
+    threads_are : str
+        What `threads` counts, in the plural.
+    images : float, optional
+        Images in an epoch of all processes.
+    stalls : bool
+        Whether the training is slower than its step alone beyond the noise.
 
     Examples
     --------
     >>> rates = {"step": 1000.0, "loader": 2000.0, "end": 800.0}
     >>> rows = predicted_rows(**rates, cold=None, reads_cold=False, threads=4, world=1)
     >>> rows[0]["text"]
-    "a step twice as fast: 1600 images/s, 2.00 times today's"
+    'a step twice as fast: 1600 images/s, 2.00 times the present rate'
     """
     bound = cold if reads_cold else None
     rows: list[dict[str, Any]] = []
@@ -183,24 +198,24 @@ def predicted_rows(
     def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
         rows.append({"kind": kind, "what": what, "value": value, "text": text})
 
-    if step and loader and threads and loader < (1 - PASS_STALL) * step:  # else it keeps up
+    if step and loader and threads and loader < (1 - PASS_STALL) * step:  # otherwise it keeps up
         needed = -(-threads * step // loader)
         more = f"; this machine has {counted(cores(), 'cores')}" if needed * world > cores() else ""
-        text = f"{needed:.0f}, if the loader grew with them in proportion ({threads} now{more})"
+        text = f"{needed:.0f}, if the loader scales linearly with them ({threads} now{more})"
         if bound and bound < loader:
-            text += f"; that is with the files in memory: from storage the loader gives {bound:.0f} images/s"
+            text += f"; this is with files in memory: from storage, the loader reaches {bound:.0f} images/s"
         add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
     known = cold is not None or not reads_cold
     today = min(end, bound or end) if end and known else None
     if step and loader and today:
-        # What the parts cost each other today stays.
+        # Assume that loader and step slow each other down as much as today.
         kept = min(today / min(step, loader, bound or loader), 1.0)
         value = min(2 * step, loader, bound or loader) * kept
         if value > 1.02 * today:
             add(
                 "a step twice as fast",
                 value,
-                f"a step twice as fast: {value:.0f} images/s, {value / today:.2f} times today's",
+                f"a step twice as fast: {value:.0f} images/s, {value / today:.2f} times the present rate",
             )
     if not images:
         return rows
@@ -209,9 +224,9 @@ def predicted_rows(
         why = "not measured: the training reads from storage, which was not measured"
         add("epoch as it is", None, f"{epoch}: {why}", "-")
         return rows
-    limit = "from storage, with which the loader does not keep up" if end and today != end else "at today's rate"
+    limit = "at the rate of the loader from storage" if end and today != end else "at the present rate"
     alone = min(loader, bound or loader) if loader and not step else None
-    found = (("epoch as it is", today, limit), ("epoch of the loader alone", alone, "by the loader alone"))
+    found = (("epoch as it is", today, limit), ("epoch of the loader alone", alone, "for the loader alone"))
     for name, rate, text in found:
         if rate:
             seconds = images / (rate * world)
@@ -221,7 +236,7 @@ def predicted_rows(
             seconds = images / (step * world)
             add("epoch without a stall", seconds, f"{epoch}: {_duration(seconds)} if the loader cost nothing")
         else:
-            add("epoch without a stall", None, f"{epoch}: as long, within the noise, if the loader cost nothing")
+            add("epoch without a stall", None, f"{epoch}: equally long, within the noise, if the loader cost nothing")
     return rows
 
 

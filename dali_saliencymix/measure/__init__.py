@@ -1,4 +1,4 @@
-"""Measuring: figures with a range, interleaved rounds, the environment, result files and their comparison.
+"""Measurements: figures with a range, interleaved rounds, the environment, result files and their comparison.
 
-What `dali_saliencymix.bottleneck`, the training log and the benchmarks of the repository have in common.
+`dali_saliencymix.bottleneck`, the training log and the benchmarks of the repository use this package.
 """

@@ -1,4 +1,4 @@
-"""What a measurement depends on beside its options: versions, device, driver, processor, state of the code."""
+"""Collect the environment of a measurement: versions, device, driver, processor, commit of the code."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _DRIVER = r"Kernel Module.*?\s(\d+\.[\d.]+)"  # not the number in "for x86_64"
 
 
 def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
-    """Return what a result depends on, as plain values for a log or a result file.
+    """Return the environment of a measurement, as plain values for a log or a result file.
 
     Parameters
     ----------
     device : str
-        ``"cpu"``, ``"cuda"`` or ``"cuda:0"``: where the work is done. Of a GPU PyTorch is asked if it is imported,
-        else CuPy.
+        ``"cpu"``, ``"cuda"`` or ``"cuda:0"``: where the work is done. Properties of a GPU come from PyTorch if it is
+        imported, else from CuPy.
     *packages : str
-        Packages whose versions matter too, if they are installed.
+        Further packages whose versions are included, if they are installed.
 
     Returns
     -------
     dict
         ``device``, ``cuda``, ``cudnn``, ``driver``, ``cpu``, ``cores``, ``system``, ``load_average``,
-        ``torch_threads``, ``versions`` and ``git_commit``; None where that is unknown or does not apply.
+        ``torch_threads``, ``versions`` and ``git_commit``. Values that are unknown or do not apply are None.
     """
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch is not None else None
@@ -54,7 +54,7 @@ def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use: those of its affinity, or fewer by a container's quota."""
+    """Return the number of cores that the affinity of this process and the CPU quota of its container allow."""
     return _within_quota(len(os.sched_getaffinity(0)))
 
 
@@ -64,36 +64,36 @@ def local_processes() -> int:
 
 
 def _within_quota(count: int) -> int:
-    """Return a number of cores, or fewer where the control group of a container has time for no more, rounded up."""
+    """Return a number of cores, limited to the CPU quota of the container, rounded up."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1
-        with contextlib.suppress(OSError, ValueError):  # the latter of the word "max": no limit, as is -1
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number, and means no limit, as does -1
             quota, period = (int(word) for name in names for word in (_CGROUP / name).read_text().split())
             return min(count, math.ceil(quota / period)) if quota > 0 else count
     return count
 
 
 def oversubscription(loader: int | None, called: str = "DALI threads", *, computes: bool) -> str | None:
-    """Say that the processes of this machine have more threads than cores; all of them have to call this.
+    """Return a warning if the processes of a machine have more threads than cores; all processes must call this.
 
     Parameters
     ----------
     loader : int, optional
-        Threads or worker processes of each loader; None where they are not known, and then not counted.
+        Threads or worker processes of each loader; None if unknown, and then not counted.
     called : str
-        What they are called, in the plural.
+        What `loader` counts, in the plural.
     computes : bool
-        Whether the training step runs on a CPU, where PyTorch's own threads count: beside a GPU they wait. One thread
-        of each loader is not counted then, since no loader has fewer.
+        Whether the training step runs on a CPU. Only then do PyTorch's threads count, and one thread of each loader
+        does not count, because every loader has at least one.
 
     Returns
     -------
     str or None
-        A sentence with the numbers and without a full stop; None where the cores are enough.
+        A sentence with the numbers, without a full stop; None if there are enough cores.
     """
     here = local_processes()
     host, torch = platform.node(), sys.modules.get("torch")
     of_step = torch.get_num_threads() if computes and torch is not None else 0
-    gathered = gather((host, os.sched_getaffinity(0)))  # a launcher may have given each process cores of its own
+    gathered = gather((host, os.sched_getaffinity(0)))  # a launcher may give each process its own cores
     available = _within_quota(len(set().union(*(allowed for name, allowed in gathered if name == host))))
     if here * max(loader or 0, max((loader or 0) - 1, 0) + of_step) <= available:
         return None
@@ -101,12 +101,12 @@ def oversubscription(loader: int | None, called: str = "DALI threads", *, comput
     each = " and ".join(counted(count, kind) for kind, count in kinds.items() if count)
     who = f"{here} processes with {each} each" if here > 1 else each
     setting = "; OMP_NUM_THREADS sets those of PyTorch" if of_step > 1 else ""
-    more = "more than one per core does not help, and takes time from the steps"
+    more = "more than one per core does not help and slows the steps down"
     return f"{who} share {counted(available, 'cores')}: {more}{setting}"
 
 
 def counted(count: int, plural: str) -> str:
-    """Return a number of things in words.
+    """Return a count with its noun in the singular or plural.
 
     Examples
     --------
@@ -117,15 +117,15 @@ def counted(count: int, plural: str) -> str:
 
 
 def resident_mib(pid: int | str = "self") -> float | None:
-    """Return the resident memory of a process in MiB; None where Linux's /proc is not."""
+    """Return the resident memory of a process in MiB; None if there is no /proc."""
     found = _first_match(f"/proc/{pid}/status", r"VmRSS:\s*(\d+) kB")
     return round(int(found) / 1024, 1) if found else None
 
 
 def git_commit() -> str | None:
-    """Return the commit of the code that runs, with a plus sign if files differ from it; None outside of git.
+    """Return the commit of the running code, with a plus sign if files differ from it; None outside of git.
 
-    The environment variable COMMIT comes first: a copy that git does not know is told its commit.
+    The environment variable COMMIT takes precedence, for copies of the code without a git repository.
     """
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
@@ -156,7 +156,7 @@ def _gpu(device: str) -> dict[str, Any]:
 
 
 def _first_match(file: str, pattern: str) -> str | None:
-    """Return what a pattern finds in a file of the system, if there is such a file."""
+    """Return the first match of a pattern in a system file; None if there is no match or no file."""
     with contextlib.suppress(OSError):
         found = re.search(pattern, Path(file).read_text(errors="replace"))
         return found[1].strip() if found else None

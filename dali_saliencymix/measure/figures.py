@@ -1,4 +1,4 @@
-"""Figures of few and noisy values: a median, and the range that it can be trusted in."""
+"""Figures from few and noisy values: a median with its confidence interval."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LEAST_ROUNDS = 5  # no range of fewer values holds the median with a probability of COVERAGE
+LEAST_ROUNDS = 5  # with fewer values, no range contains the median with a probability of COVERAGE
 COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A median and the range that it lies in.
+    """A median and its confidence interval.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Return the median of a series with a confidence interval that depends on the order of the values alone.
+    """Return the median of a series with a distribution-free confidence interval.
 
     Parameters
     ----------
@@ -41,19 +41,19 @@ def interval(values: Sequence[float]) -> Interval:
     Returns
     -------
     Interval
-        From the k-th smallest to the k-th largest value, with the largest k for which this range holds the median
-        of what was sampled with a probability of at least `COVERAGE`, whatever its distribution. With fewer than
-        `LEAST_ROUNDS` values there is no such k, and the range is that of all values.
+        The range from the k-th smallest to the k-th largest value. k is the largest number for which this range
+        contains the median of the sampled distribution with a probability of at least `COVERAGE`. With fewer than
+        `LEAST_ROUNDS` values, no k is large enough, and the range is that of all values.
 
     Raises
     ------
     ValueError
-        If there are no values, or one is not finite.
+        If there are no values, or a value is not finite.
 
     Notes
     -----
-    This is the interval of the sign test: each value is as likely below the median as above it, so the number of
-    values below it is binomial. One value in nine may be an outlier to either side without any effect.
+    This is the interval of the sign test: each value is equally likely to be below or above the median, so the number
+    of values below it is binomial. With nine values, one outlier on each side has no effect on the range.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _binomial_below(rank: int, count: int) -> float:
-    """Return the probability of at most `rank` heads in `count` fair throws."""
+    """Return the probability of at most `rank` heads in `count` tosses of a fair coin."""
     return sum(math.comb(count, heads) for heads in range(rank + 1)) / 2**count
 
 
@@ -89,7 +89,7 @@ def rate(milliseconds: Interval, images: int) -> Interval:
 
 
 def figure(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    """Return a figure for a result file: `interval`, the smallest and the largest value, and their number.
+    """Return a figure for a result file: `interval`, the smallest and the largest value, and the number of values.
 
     Examples
     --------
@@ -107,12 +107,12 @@ def significant(value: float, digits: int) -> float:
 
 
 def is_figure(found: object) -> bool:
-    """Return whether a part of a result is a figure."""
+    """Return whether a part of a result is a figure, as returned by `figure`."""
     return isinstance(found, Mapping) and {"median", "min", "max"} <= found.keys()
 
 
 def bounds(found: Mapping[str, float]) -> tuple[float, float]:
-    """Return the range of a figure: of older results the quartiles, where they have them."""
+    """Return the range of a figure; for older results, the quartiles or the smallest and largest value."""
     return (
         found.get("low", found.get("q1", found.get("min", math.nan))),
         found.get("high", found.get("q3", found.get("max", math.nan))),
@@ -129,7 +129,7 @@ def figures(result: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def ratios(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, dict[str, float]]:
-    """Return the ratio of each variant to `reference`, taken within the rounds, as figures."""
+    """Return figures of the ratio of each variant to `reference`; ratios are taken within rounds."""
     if reference not in values:
         return {}
     return {
@@ -139,12 +139,12 @@ def ratios(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, d
 
 
 def apart(before: Mapping[str, float], after: Mapping[str, float]) -> bool | None:
-    """Return whether two figures differ by more than noise: their ranges do not overlap.
+    """Return whether two figures differ by more than noise, that is, whether their ranges do not overlap.
 
     Returns
     -------
     bool or None
-        None where one of the two has fewer than `LEAST_ROUNDS` rounds.
+        None if one of the two has fewer than `LEAST_ROUNDS` rounds.
 
     Examples
     --------
@@ -159,7 +159,7 @@ def apart(before: Mapping[str, float], after: Mapping[str, float]) -> bool | Non
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dots between the names.
+    """Return nested mappings as one flat dictionary, with dots between the names.
 
     Examples
     --------
@@ -175,7 +175,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differing(
     before: Mapping[str, Any], after: Mapping[str, Any], ignored: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the conditions in which two results differ, with both values, but for names that begin as in `ignored`.
+    """Return the conditions that differ between two results, with both values.
+
+    Names that start with a string in `ignored` are left out.
 
     Examples
     --------

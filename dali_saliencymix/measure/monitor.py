@@ -1,8 +1,8 @@
-"""A light monitor for training loops: how long a step waits for its data, and one warning when that is long.
+"""A lightweight monitor for training loops: it measures how long each step waits for its data, and warns once.
 
-It reads a clock twice a step, on the host, and never waits for a GPU. On a GPU that still has work queued, a wait that
-the host sees need not be one that the GPU feels: the shares here are an upper bound of the stall, and the tool behind
-``python -m dali_saliencymix bottleneck`` measures the stall itself.
+It reads a clock on the host twice per step and never waits for a GPU. A GPU with queued work does not notice every
+wait of the host, so the shares are upper bounds of the stall. ``python -m dali_saliencymix bottleneck`` measures the
+stall itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dali_saliencymix._checks import check_at_least, check_fraction, check_posit
 
 Batch = TypeVar("Batch")
 
-STARVING_SHARE = 0.2  # of the time: from here on the loader starves the step
+STARVING_SHARE = 0.2  # share of the time from which the loader is too slow
 _OWN_COST_STEPS = 200
 _CURE = "What to do about it: python -m dali_saliencymix bottleneck --help"
 
@@ -28,22 +28,27 @@ def write_line(line: str) -> None:
 
 
 class Monitor:
-    """Data wait, step time and images per second of the last steps of a training.
+    """Measure data wait, step time and images per second over the last steps of a training.
 
     Parameters
     ----------
     batch_size : int, optional
-        Images in a step, of all processes if the rate is to be that of all of them; without it there is no rate.
+        Images in a step; give those of all processes to get the total rate. Without it, there is no rate.
     window : int
-        How many of the last steps the figures are of.
+        Number of last steps that the figures are averages of, at least 2.
     warn_share : float
-        Share of the time spent waiting, in (0, 1], from which the loader starves the step.
+        Share of the time spent waiting, in (0, 1], from which the loader is too slow.
     patience : float
-        Seconds for which that has to last before the warning.
+        Seconds for which the loader must be too slow before the warning; positive.
     say : callable, optional
-        Takes the warning, one line; by default it goes to stderr.
+        Called with the warning, which is one line. By default, the warning is written to stderr.
     clock : callable
-        Returns seconds.
+        Returns the time in seconds.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
 
     Examples
     --------
@@ -75,35 +80,35 @@ class Monitor:
         self._batch_size = batch_size
         self._say = say or write_line
         self._clock = clock
-        self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds waited, seconds in all
-        self._waited = self._total = 0.0  # sums of what is in there
+        self._steps: deque[tuple[float, float]] = deque(maxlen=window)  # seconds waited, seconds of the whole step
+        self._waited = self._total = 0.0  # sums over _steps
         self._recorded, self._ever_waited, self._ever_total = 0, 0.0, 0.0  # of all steps
         self._starving_for = 0.0
-        self._step: tuple[float, float | None] | None = None  # when its batch was asked for, and the wait once over
+        self._step: tuple[float, float | None] | None = None  # time of the request, and the wait
         self.steps = 0
         self.warned = False
         self.start()
 
     def start(self) -> None:
-        """Begin an epoch: the first batch after this pays for the loader's start, and the figures leave it out."""
+        """Start an epoch. The figures leave out its first step, which includes the start of the loader."""
         self._begun, self.waited = self._clock(), 0.0
         self._step = None
         self._is_first = True
 
     @property
     def seconds(self) -> float:
-        """Seconds since the epoch began, its first batch included. `waited` are those in which a batch was awaited."""
+        """Seconds since the start of the epoch, with its first batch; `waited` are those spent waiting for data."""
         return self._clock() - self._begun
 
     @property
     def epoch_wait_share(self) -> float:
-        """Share, 0 to 1, of these seconds in which the host waited for data."""
+        """Share of `seconds`, 0 to 1, in which the host waited for data."""
         return self.waited / max(self.seconds, 1e-9)
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Give the batches of an epoch, and time how long each takes to come and how long it is used.
+        """Yield the batches of an epoch, and measure the wait for each batch and the duration of its step.
 
-        The first batch of each call is left out: it pays for the loader's start.
+        The figures leave out the first step of each call, which includes the start of the loader.
         """
         self.start()
         iterator = iter(batches)
@@ -115,7 +120,10 @@ class Monitor:
             yield batch
 
     def next(self, iterator: Iterator[Batch]) -> Batch:
-        """Return the next batch, for loops that ask for it themselves: after `start`, and for the end as well."""
+        """Return the next batch, for loops that do not use `watch`; raises StopIteration at the end of the epoch.
+
+        Call `start` before the first batch of each epoch.
+        """
         self.ask()
         try:
             return next(iterator)
@@ -123,16 +131,16 @@ class Monitor:
             self.arrived()
 
     def ask(self) -> None:
-        """Note that the loop asks for a batch, for loops that call hooks: the wait for it begins.
+        """Record that the loop requests a batch: its wait starts. For loops with hooks.
 
-        A step that has not `ended` yet ends here; an `ask` before that got no batch is forgotten.
+        This also ends the current step if `ended` was not called. A previous request without a batch is discarded.
         """
         now = self._clock()
         self._end(now)
         self._step = now, None
 
     def arrived(self) -> None:
-        """Note that the batch has come: the step on it begins. Without `ask` before, nothing is noted."""
+        """Record that the batch has arrived: its step starts. Without a call of `ask` before, do nothing."""
         if self._step is not None:
             asked, _ = self._step
             waited = self._clock() - asked
@@ -140,7 +148,7 @@ class Monitor:
             self.waited += waited
 
     def ended(self) -> None:
-        """Note that the step has ended: what comes until the next `ask` counts neither as wait nor as step."""
+        """Record that the step has ended. The time until the next `ask` counts neither as wait nor as step."""
         self._end(self._clock())
 
     def _end(self, now: float) -> None:
@@ -157,14 +165,14 @@ class Monitor:
             self.record(waited, now - asked)
 
     def record(self, waited: float, total: float) -> None:
-        """Take in a step, for loops that `watch` does not suit.
+        """Add a step that the caller has timed.
 
         Parameters
         ----------
         waited : float
-            Seconds from asking for the batch until it came.
+            Seconds from the request for the batch until its arrival.
         total : float
-            Seconds from asking for the batch until the step's end, of which `waited` is a part.
+            Seconds from the request for the batch until the end of the step, including `waited`.
         """
         steps = self._steps
         if len(steps) == steps.maxlen:
@@ -188,28 +196,34 @@ class Monitor:
 
     @property
     def data_wait_share(self) -> float | None:
-        """Share, 0 to 1, of the last steps' time in which the host waited for data; None before the second step."""
+        """Share of the time, 0 to 1, waiting for data in the last steps; None before the second step."""
         return max(self._waited, 0.0) / self._total if self._steps and self._total > 0 else None
 
     @property
     def data_wait_ms(self) -> float | None:
-        """Milliseconds that a step waited for its data, on average over the last steps."""
+        """Mean wait of a step for its data in milliseconds, over the last steps; None before the second step."""
         return 1000 * max(self._waited, 0.0) / len(self._steps) if self._steps else None
 
     @property
     def step_ms(self) -> float | None:
-        """Milliseconds of a step with its wait, on average over the last steps."""
+        """Mean duration of a step in milliseconds with its wait, over the last steps; None before the second step."""
         return 1000 * self._total / len(self._steps) if self._steps else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Images per second over the last steps; None without a batch size, or before the second step."""
+        """Images per second over the last steps; None without `batch_size` or before the second step."""
         if self._batch_size is None or not self._steps or self._total <= 0:
             return None
         return self._batch_size * len(self._steps) / self._total
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures by name, for a log."""
+        """Return the figures over the last steps by name, for a log.
+
+        Returns
+        -------
+        dict
+            `data_wait_share`, `data_wait_ms`, `step_ms` and `images_per_second`, each a float or None.
+        """
         return {
             "data_wait_share": self.data_wait_share,
             "data_wait_ms": self.data_wait_ms,
@@ -219,21 +233,21 @@ class Monitor:
 
     @property
     def share_of_all(self) -> float:
-        """Share, 0 to 1, of the time of all steps so far in which the host waited for data; 0 before the second."""
+        """Share of the time, 0 to 1, in which the host waited for data in all steps; 0 before the second step."""
         return self._ever_waited / self._ever_total if self._ever_total else 0.0
 
     def verdict(self) -> str:
-        """Say in one line what all steps so far show: how long they waited for data, and what to do about it."""
+        """Return one line on all steps so far: how long they waited for data, and whether the loader keeps up."""
         steps, share = self._recorded, self.share_of_all
         if not steps:
-            return "data wait: not measured: no step was seen but the first of an epoch"
-        starves = f"the loader starves the step; on a GPU this is an upper bound. {_CURE}"
+            return "data wait: not measured: there was no step after the first of an epoch"
+        starves = f"the loader is too slow; on a GPU this is an upper bound. {_CURE}"
         judged = "the loader keeps up" if share < self._warn_share else starves
         figures = _of_a_step(self._ever_waited / steps, self._ever_total / steps)
         return f"data wait {share:.0%} of the time ({figures}): {judged}"
 
     def own_cost_ms(self) -> float:
-        """Measure what this monitor adds to a step on this machine, in milliseconds."""
+        """Measure and return the time that this monitor adds to a step on this machine, in milliseconds."""
         trial = Monitor(batch_size=1, window=self._steps.maxlen or 2, say=lambda line: None, patience=1e9)
         start = time.perf_counter()
         for _ in trial.watch(range(_OWN_COST_STEPS)):
@@ -247,10 +261,10 @@ class Monitor:
     def _warning(self) -> str:
         count = len(self._steps)
         return (
-            f"warning: the training waits for its data: {self.data_wait_share:.0%} of the time, and that for "
+            f"warning: the training waits for its data: {self.data_wait_share:.0%} of the time, for the last "
             f"{self._starving_for:.0f} s ({_of_a_step(self._waited / count, self._total / count)}). {_CURE}"
         )
 
 
 def _of_a_step(waited: float, total: float) -> str:
-    return f"{1000 * waited:.1f} of {1000 * total:.1f} ms a step, as the host sees it"
+    return f"{1000 * waited:.1f} of {1000 * total:.1f} ms per step, measured on the host"

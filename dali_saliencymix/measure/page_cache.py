@@ -1,8 +1,8 @@
-"""Files in the page cache: dropped from it, which is checked, and read again.
+"""Drop files from the page cache, check that they are gone, and read them again.
 
-Dropping asks the kernel with ``posix_fadvise`` and needs no rights beyond reading the files. It may not happen: on
-file systems that live in memory, for pages that another process has mapped or has not written back. What is resident
-is counted with ``mincore``, and a measurement that files in memory have spoiled does not take place.
+``posix_fadvise`` asks the kernel to drop files, and needs only read permission. The kernel may not do it: on file
+systems in memory, and for pages that another process has mapped or that are not written back. ``mincore`` counts the
+resident pages, so that nothing is measured with files that stayed in memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-MOST_RESIDENT = 0.05  # of the bytes, after dropping
+MOST_RESIDENT = 0.05  # share of the bytes after dropping
 
 
 def read_into_memory(files: Iterable[str]) -> None:
-    """Read files, so that they are in the page cache."""
+    """Read files into the page cache."""
     for file in files:
         with open(file, "rb", buffering=0) as stream:
             while stream.read(1 << 20):
@@ -26,13 +26,13 @@ def read_into_memory(files: Iterable[str]) -> None:
 
 
 def why_not_dropped(files: Iterable[str]) -> str | None:
-    """Drop files from memory; return why that did not take, or None if they are gone."""
+    """Drop files from memory; return why that failed, or None if they are gone."""
     files = list(files)
     try:
         for file in files:
             descriptor = os.open(file, os.O_RDONLY)
             try:
-                os.fsync(descriptor)  # a page that is not written back yet stays
+                os.fsync(descriptor)  # pages that are not written back cannot be dropped
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
@@ -40,19 +40,19 @@ def why_not_dropped(files: Iterable[str]) -> str | None:
     except (OSError, ValueError) as error:
         return f"the files' pages could not be dropped from memory ({error})"
     if share is None:
-        return "whether the files' pages are in memory cannot be seen here, for lack of write access or of mincore"
+        return "it is unknown which of the files' pages are in memory: write access or mincore is missing"
     if share > MOST_RESIDENT:
         return f"{share:.0%} of the files' bytes stayed in memory after they were dropped"
     return None
 
 
 def resident_share(files: Iterable[str]) -> float | None:
-    """Return the share, 0 to 1, of the bytes of files that are in the page cache; None where that cannot be seen.
+    """Return the share of the bytes of files, 0 to 1, that is in the page cache; None if unknown.
 
     Notes
     -----
-    The kernel tells the truth only about files that the user owns or may write; for others it says that all pages are
-    resident, or none. So this is None unless all files are such ones.
+    The kernel reports the true state only of files that the user owns or may write. For other files it reports all or
+    no pages as resident, so the result is None if there is such a file.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def resident_share(files: Iterable[str]) -> float | None:
         count = -(-found.st_size // mmap.PAGESIZE)
         seen = (ctypes.c_ubyte * count)()
         with open(file, "rb") as stream:
-            # A private mapping that may be written gives ctypes an address; nothing is written.
+            # ctypes needs a writable mapping for its address; nothing is written.
             protection = mmap.PROT_READ | mmap.PROT_WRITE
             mapped = mmap.mmap(stream.fileno(), found.st_size, flags=mmap.MAP_PRIVATE, prot=protection)
         try:
@@ -89,10 +89,10 @@ def resident_share(files: Iterable[str]) -> float | None:
 
 
 def memory_bytes() -> int | None:
-    """Return how many bytes of memory this process can hope for as page cache; None where that is not known."""
+    """Return the bytes of memory that are available to this process for the page cache; None if unknown."""
     limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        with contextlib.suppress(OSError, ValueError):  # the file is missing, or holds "max"
             limits.append(int(Path(path).read_text()))
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

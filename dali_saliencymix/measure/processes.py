@@ -1,4 +1,4 @@
-"""The processes that work together; most often there is one, and then nothing here needs torch."""
+"""Exchange values between the processes of a run. With a single process, PyTorch is not needed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_group: Any = None  # of torch.distributed: None where there is one process
+_group: Any = None  # of torch.distributed; None for a single process
 
 
 def use_group(group: Any) -> None:
-    """Gather values over a process group of PyTorch from now on; None: over this process alone."""
+    """Set the process group of PyTorch over which values are gathered; None for this process alone."""
     global _group
     _group = group
 
@@ -24,7 +24,7 @@ def are_several() -> bool:
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes by rank; all have to call this.
+    """Return the values of all processes by rank; all processes must call this.
 
     Examples
     --------
@@ -40,7 +40,7 @@ def gather(value: T) -> list[T]:
 
 
 def sum_of_counts(counts: list[int]) -> list[int]:
-    """Return the sums of small integers over all processes, all of which have to call this; it waits for no GPU."""
+    """Return the sums of integers over all processes, without waiting for a GPU; all processes must call this."""
     if _group is None:
         return [int(count) for count in counts]
     torch = sys.modules["torch"]
@@ -51,12 +51,12 @@ def sum_of_counts(counts: list[int]) -> list[int]:
 
 
 def agree(value: T, choose: Callable[[list[T]], T]) -> T:
-    """Return one value for all processes, chosen from theirs."""
+    """Return one value for all processes, chosen from the values of all; all processes must call this."""
     return choose(gather(value))
 
 
 def first_reason(why: str | None) -> str | None:
-    """Return the first reason of all processes; None if none of them has one."""
+    """Return the reason of the first process that has one, else None; all processes must call this."""
     return agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
 
 
@@ -68,7 +68,7 @@ def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, 
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Return whether an error says that another process can no longer be reached."""
+    """Return whether an error means that the connection to another process is lost."""
     torch = sys.modules.get("torch")
     if torch is None:
         return False

@@ -1,4 +1,4 @@
-"""Result files: JSON that is whole or not there."""
+"""Read and write result files (JSON); a file is either written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dali_saliencymix._json import finite
 
 
 def one_line(error: BaseException) -> str:
-    """Return the type and the text of an error on one line of bounded length.
+    """Return the type and the message of an error on one line of limited length.
 
     Examples
     --------
@@ -26,13 +26,13 @@ def one_line(error: BaseException) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text on one line of bounded length."""
+    """Return a text on one line of limited length."""
     text = " ".join(text.split())
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that it holds its old or its new content whole, whatever happens; folders are made."""
+    """Write a file atomically: it has either its old or its new content. Missing folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,7 +44,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise an OSError where `replace_file` would; folders are made, a file is not."""
+    """Raise an OSError if `replace_file` could not write a file; creates missing folders, but not the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
         if path.is_dir():
@@ -53,12 +53,12 @@ def check_replaceable(path: Path) -> None:
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> None:
-    """Write a result with `replace_file`. A number that is not finite becomes null.
+    """Write a result with `replace_file`. Numbers that are not finite become null.
 
     Raises
     ------
     OSError
-        If the file cannot be written; it names `path`.
+        If the file cannot be written; the error names `path`.
     """
     replace_file(Path(path), json.dumps(finite(result), indent=1, allow_nan=False) + "\n")
 
@@ -71,11 +71,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     OSError
         If the file cannot be read.
     ValueError
-        If it does not hold a JSON object.
+        If the file does not contain a JSON object.
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:  # the former of lists within lists without end
+    except (RecursionError, ValueError) as error:  # RecursionError: lists nested too deeply
         msg = f"{path}: not a JSON file"
         raise ValueError(msg) from error
     if not isinstance(result, dict):

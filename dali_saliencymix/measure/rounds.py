@@ -1,4 +1,4 @@
-"""Interleaved rounds: variants are measured in turns, so that background load affects all of them equally."""
+"""Interleaved rounds: each round measures all variants, so that background load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ def in_turns(
     failed: Callable[[str, Exception], None] | None = None,
     longest: Callable[[float], float] = lambda seconds: seconds,
 ) -> Iterator[dict[str, list[float]]]:
-    """Call each variant once a round, and yield all values so far after each round that counts.
+    """Call each variant once per round, and yield all values so far after each round that counts.
 
-    The order rotates by one each round and is reversed every second time: a fixed order would favour the variant
-    that follows a light one.
+    The order rotates by one in each round and is reversed in every second one, because a fixed order would favour a
+    variant that follows a light one.
 
     Parameters
     ----------
     variants : mapping from str to callable
-        Each returns one value when called.
+        Each variant returns one value when called.
     rounds : int
-        Most rounds that count.
+        Maximum number of rounds that count.
     seconds : float
-        No round begins that would probably end later than this, counted from the first call.
+        Time limit from the first call. No round starts that would probably exceed it.
     least : int
-        Rounds that count however long they take.
+        Minimum number of rounds that count, regardless of `seconds`.
     warm_up : bool
-        Whether the first round does not count.
+        Whether to start with a round that does not count.
     failed : callable, optional
-        Is given the name and the exception of a variant that raises, which is left out from there on. By default the
+        Called with the name and the exception of a variant that raises; the variant is then left out. By default, the
         exception ends the measurement.
     longest : callable
-        Returns the longest of the times of all processes that measure together: they have to do the same rounds.
+        Returns the longest time of all processes that measure together, because they must do the same rounds.
+
+    Yields
+    ------
+    dict
+        The values of each variant, one for each round that counts.
     """
     alive = dict(variants)
     values: dict[str, list[float]] = {name: [] for name in alive}
@@ -51,7 +56,7 @@ def in_turns(
         for name in order_of_round(list(alive), number):
             try:
                 value = alive[name]()
-            except Exception as error:  # whatever it is: the others can be measured all the same
+            except Exception as error:  # the other variants can still be measured
                 if failed is None:
                     raise
                 del alive[name], values[name]
@@ -64,7 +69,7 @@ def in_turns(
 
 
 def order_of_round(names: Sequence[str], number: int) -> list[str]:
-    """Return the order in which variants take their turns in a round."""
+    """Return the order of the variants in a round."""
     start = number % len(names) if names else 0
     order = [*names[start:], *names[:start]]
     return order[::-1] if number % 2 else order

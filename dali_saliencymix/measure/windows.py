@@ -1,7 +1,7 @@
-"""Windows: how long a loader, a step, or both together take, in turns, on all processes that measure together.
+"""Measure a loader, a step, or both together, in interleaved windows, on all processes together.
 
-The device is synchronised only at window boundaries. Prefetched batches are discarded before a window; after it a
-loader gets the time to fill its queue again, which would else be taken from the next window.
+The device is synchronised only at window boundaries. Prefetched batches are discarded before each window. After a
+window, there is a pause in which the loader fills its queue again, so that it does not do so in the next window.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from dali_saliencymix.measure.rounds import in_turns
 Step = Callable[[Any], Any]
 
 MOST_STEPS = 500  # in one window
-LEAST_SECONDS = 0.08  # of one window: a single short batch says little
-MOST_REST = 2.0  # seconds after one
+LEAST_SECONDS = 0.08  # of one window: the time of a single short batch is too noisy
+MOST_REST = 2.0  # seconds of the pause after a window
 
 
 class MeasurementError(ValueError):
-    """Something cannot be measured. The text says what and why in one line."""
+    """Raised if something cannot be measured. The message says what and why in one line."""
 
 
 class in_one_line:
-    """A context in which an error becomes a `MeasurementError`, one line that begins with `what`."""
+    """Context manager that turns an error into a `MeasurementError` of one line that starts with `what`."""
 
     def __init__(self, what: str, explain: Callable[[Exception], str] = one_line) -> None:
         self._what, self._explain = what, explain
@@ -43,7 +43,7 @@ class in_one_line:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, (MeasurementError, StopIteration)):
             return
-        if not (are_several() and is_lost_connection(error)):  # else the other process has failed, and says why
+        if not (are_several() and is_lost_connection(error)):  # otherwise the other process failed and reports why
             msg = f"{self._what}: {self._explain(error)}"
             raise MeasurementError(msg) from error
 
@@ -52,14 +52,14 @@ class in_one_line:
 
 
 class Batches:
-    """The batches of a loader without end, epoch after epoch.
+    """An endless stream of the batches of a loader, epoch after epoch.
 
     Parameters
     ----------
     loader : iterable
-        Whose iteration is one epoch. An iterator, which cannot begin again, serves until it ends.
+        One iteration over it is one epoch. An iterator cannot start again, and can be used until it ends.
     nominal : int, optional
-        Images in a full batch; by default what the first batch has.
+        Images in a full batch; by default those of the first batch.
     ahead : int
         Batches that the loader may prefetch.
     """
@@ -67,19 +67,19 @@ class Batches:
     def __init__(self, loader: Iterable[Any], *, nominal: int | None = None, ahead: int = 2) -> None:
         self._loader = loader
         self._iterator: Iterator[Any] | None = None
-        self._given = 0  # in this epoch
+        self._given = 0  # batches of this epoch so far
         self.ahead = ahead
         self.epochs = 0
         self.epoch_length = _length(loader)
         self.first = self.next()
         found = nominal or images_in(self.first)
         if found is None:
-            msg = f"cannot see how many images a batch has, which is a {type(self.first).__name__}; give the batch size"
+            msg = f"the number of images in a batch of type {type(self.first).__name__} is unknown; give the batch size"
             raise MeasurementError(msg)
         self.nominal = found
 
     def next(self) -> Any:
-        """Return the next batch, of the next epoch where this one has ended."""
+        """Return the next batch; after the end of an epoch, the first of the next one."""
         while True:
             try:
                 with in_one_line("the loader failed"):
@@ -89,7 +89,7 @@ class Batches:
                     batch = next(self._iterator)
             except StopIteration:
                 if not self._given:
-                    msg = "the loader gives no batches" if self.epochs == 1 else _ended(self.epochs)
+                    msg = "the loader produces no batches" if self.epochs == 1 else _ended(self.epochs)
                     raise MeasurementError(msg) from None
                 self.epoch_length, self._given, self._iterator = self._given, 0, None
                 continue
@@ -97,32 +97,32 @@ class Batches:
             return batch
 
     def discard_prefetched(self) -> None:
-        """Discard what was prefetched, and one more batch, which may have been half made."""
+        """Discard the prefetched batches, and one more, which may have been in progress."""
         for _ in range(self.ahead + 1):
             self.next()
 
     def size(self, batch: Any) -> float:
-        """Return a batch as a share of a full one."""
+        """Return the size of a batch as a share of a full one."""
         return (images_in(batch) or self.nominal) / self.nominal
 
 
 def _length(loader: Any) -> int | None:
-    """Return the batches of an epoch where the loader tells."""
+    """Return the number of batches in an epoch, or None if the loader has no length."""
     try:
         return len(loader) or None
-    except Exception:  # whatever a loader without a length raises: it is counted when the epoch ends
+    except Exception:  # any error means that there is no length; batches are counted until the end of the epoch
         return None
 
 
 def _ended(epochs: int) -> str:
     return (
-        f"the loader ended after {epochs - 1} epoch{'s' if epochs > 2 else ''} and gives no more batches; "
-        "it must be possible to iterate over it again: return a DataLoader or a list, not a generator or an iterator"
+        f"the loader ended after {epochs - 1} epoch{'s' if epochs > 2 else ''} and produces no more batches; "
+        "it must support repeated iteration: return a DataLoader or a list, not a generator or an iterator"
     )
 
 
 def images_in(batch: Any) -> int | None:
-    """Return how many images a batch has: the length of its first array with a dimension; None if there is none.
+    """Return the number of images in a batch: the length of its first array that has one; None if there is none.
 
     Examples
     --------
@@ -162,34 +162,34 @@ def copied(batch: Any, *, tensors: bool) -> Any:
 
 @dataclass
 class Subject:
-    """A loader, a training step, or both together as in a training."""
+    """What is measured: a loader, a training step, or both together as in a training."""
 
     batches: Batches | None = None
     step: Step | None = None
-    constant: Any = None  # the batch of a step without a loader
-    update: int = 1  # batches of an update of the weights
-    waits: list[list[float]] = field(default_factory=list)  # of each window and step: ms until the batch came,
-    totals: list[list[float]] = field(default_factory=list)  # and ms of the whole step
+    constant: Any = None  # the batch for a step without a loader
+    update: int = 1  # batches in an update of the weights
+    waits: list[list[float]] = field(default_factory=list)  # ms until the batch arrived, by window and step
+    totals: list[list[float]] = field(default_factory=list)  # ms of the whole step, by window and step
 
     @property
     def ahead(self) -> int:
-        """Batches that are prefetched."""
+        """Number of batches that are prefetched."""
         return self.batches.ahead if self.batches else 0
 
     @property
     def epoch(self) -> int:
-        """Batches of an epoch, where that is known."""
+        """Number of batches in an epoch; 1 if unknown."""
         return (self.batches and self.batches.epoch_length) or 1
 
     def settle(self) -> None:
-        """Discard what was prefetched, and do a step, or two so that the queue is as a training would have it."""
+        """Discard prefetched batches and do one step, or two with a loader, to fill its queue as in a training."""
         if self.batches:
             self.batches.discard_prefetched()
         for _ in range((self.step is not None) + (self.step is not None and self.batches is not None)):
             self._one()
 
     def run(self, count: int) -> float:
-        """Work on `count` batches; return how many batches of nominal size that were."""
+        """Process `count` batches; return their number as full batches."""
         waits, totals, done = zip(*(self._one() for _ in range(count)), strict=True)
         self.waits.append(list(waits))
         self.totals.append(list(totals))
@@ -202,7 +202,7 @@ class Subject:
         size = self.batches.size(batch) if self.batches else 1.0
         if self.step:
             with in_one_line("the training step failed"):
-                self.step(copied(batch, tensors=False))  # a step may take apart what comes again
+                self.step(copied(batch, tensors=False))  # a step may modify the containers
         return 1000 * (arrived - start), 1000 * (time.perf_counter() - start), size
 
 
@@ -210,7 +210,7 @@ class Subject:
 
 
 class Windows(NamedTuple):
-    """Milliseconds per batch of each subject, one window in each round; and the batches of a window."""
+    """Milliseconds per batch of each subject, one value for each round; and the number of batches in a window."""
 
     ms: dict[str, list[float]]
     steps: dict[str, int]
@@ -224,31 +224,43 @@ def measure_in_turns(
     synchronise: Callable[[], None] = lambda: None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Windows:
-    """Time subjects in rounds, each subject one window in each round.
+    """Measure subjects in rounds, with one window of each subject in each round.
 
     Parameters
     ----------
     subjects : mapping from str to Subject
-        What is timed.
+        What is measured, by name.
     seconds : float
-        Time for all of it. The windows are made as long as fits. They have at least one batch, and there are at least
-        `LEAST_ROUNDS` rounds, however long that takes.
+        Approximate total duration, which determines the length of the windows. There are always at least
+        `LEAST_ROUNDS` rounds and one batch in a window, regardless of `seconds`.
     rounds : int
-        Most windows of each subject, at least `LEAST_ROUNDS`.
+        Maximum number of windows for each subject, at least `LEAST_ROUNDS`.
     synchronise : callable
         Waits for the device.
     notify : callable
-        Is given a sentence when this will take much longer than `seconds`.
+        Called with a sentence if the measurement will take much longer than `seconds`.
+
+    Returns
+    -------
+    Windows
+
+    Raises
+    ------
+    MeasurementError
+        If a loader or a step fails.
+    ValueError
+        If `rounds` is too small.
     """
     if rounds < LEAST_ROUNDS:
         msg = f"rounds must be at least {LEAST_ROUNDS}, got {rounds}"
         raise ValueError(msg)
     start = time.perf_counter()
-    share = seconds / (rounds + 2) / max(len(subjects), 1)  # of a subject in a round; two rounds for what comes before
-    batch, around = {}, {}  # seconds: of a batch, and of what comes before and after a window
+    share = seconds / (rounds + 2) / max(len(subjects), 1)  # of a subject in a round; two more rounds for the warm-up
+    batch, around = {}, {}  # seconds of a batch, and around a window
     for name, subject in subjects.items():
         batch[name], around[name] = _tried(subject, share, synchronise)
-    # The median of means over few steps is not that over many: steps with and without the loader get equally many.
+    # Medians of window means are comparable only if the windows have equally many steps: same count with and without
+    # the loader.
     stepping = [name for name, subject in subjects.items() if subject.step]
     steps: dict[str, int] = {}
     for names in (stepping, *([name] for name in subjects if name not in stepping)):
@@ -257,12 +269,12 @@ def measure_in_turns(
         update = math.lcm(*(subjects[name].update for name in names))
         count = max(min(count, MOST_STEPS) // update, 1) * update
         epoch = math.lcm(update, *(agree(subjects[name].epoch, max) for name in names))
-        if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs, with what their beginning costs
+        if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs include the cost of starting one
             count = max(round(count / epoch), 1) * epoch
         steps |= dict.fromkeys(names, count)
     needed = LEAST_ROUNDS * sum(around[name] + steps[name] * batch[name] for name in subjects)
     if needed > 1.5 * seconds:
-        notify(f"a batch takes long here: this part will need about {needed:.0f} s")
+        notify(f"batches are slow here: this part will take about {needed:.0f} s")
     for subject in subjects.values():
         subject.waits.clear()
         subject.totals.clear()
@@ -273,34 +285,34 @@ def measure_in_turns(
 
 
 def _tried(subject: Subject, share: float, synchronise: Callable[[], None]) -> tuple[float, float]:
-    """Return the seconds that a batch takes, and those before and after a window: this is the warm-up as well."""
+    """Return the seconds of a batch, and those before and after a window; this also serves as warm-up."""
     count = 1
     while True:
         start = time.perf_counter()
         batch = longest(_window(subject, count, synchronise) / 1000)
         around = longest(time.perf_counter() - start - batch * count)
-        if batch * count > share and count == 1:  # was that bad luck?
+        if batch * count > share and count == 1:  # repeat once, in case it was an outlier
             batch = min(batch, longest(_window(subject, 1, synchronise) / 1000))
         epoch = agree(subject.epoch, max)
-        least = epoch if epoch * batch <= 4 * share else 1  # of a loader with short epochs
+        least = epoch if epoch * batch <= 4 * share else 1  # whole epochs if they are short
         if count >= least and (batch * count >= share / 8 or count >= MOST_STEPS):
             return batch, around
         count = max(min(4 * count, MOST_STEPS), least)
 
 
 def longest(seconds: float) -> float:
-    """Return the longest time of all processes: they have to take the same number of steps."""
+    """Return the longest time of all processes, so that all take the same number of steps."""
     return agree(max(seconds, 1e-6), max)
 
 
 def _window(subject: Subject, count: int, synchronise: Callable[[], None]) -> float:
     """Return milliseconds per batch of one window."""
-    gather(None)  # before settling: who waits for another process afterwards has a full queue again
+    gather(None)  # before settling: a process that waits after it would refill its queue
     subject.settle()
     synchronise()
     start = time.perf_counter()
     done = subject.run(count)
     synchronise()
-    ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # of a clock that has not moved
+    ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # positive even if the clock has not advanced
     time.sleep(min(subject.ahead * ms / 1000, MOST_REST))
     return ms

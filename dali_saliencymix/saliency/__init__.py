@@ -1,6 +1,6 @@
 """Saliency detectors: images (N, H, W, C) uint8 -> maps (N, h, w) float32, larger where more salient.
 
-h and w are the detector's own; they need not be those of the images.
+Each detector chooses h and w; they may differ from H and W.
 """
 
 from __future__ import annotations
@@ -41,25 +41,26 @@ __all__ = [
 ]
 
 
-# Those that take the option `algorithm`.
+# The detectors with the option `algorithm`.
 _WITH_KERNELS = {"spectral_residual", "phase_spectrum", "fine_grained"}
 
 
 def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detector:
-    """Return the detector of a name, or `saliency` itself where it is callable.
+    """Return the detector with a given name, or `saliency` itself if it is callable.
 
     Parameters
     ----------
     saliency : str or callable
-        A name in `DETECTORS`, or a function from images (N, H, W, C) uint8, which it must not modify, to maps
-        (N, h, w) of a real dtype in the same array library, on the same device and current stream.
+        A name in `DETECTORS`, or a function from images (N, H, W, C) uint8 to maps (N, h, w) of a real dtype. The
+        function must not modify the images. The maps must be in the same array library, on the same device and on the
+        current stream.
     algorithm : {"auto", "array", "kernel"}
-        Array operations or a kernel, for the detectors that have one: see `fine_grained`.
+        Array operations, or a kernel for the detectors that have one; see `fine_grained`.
 
     Raises
     ------
     ValueError
-        If no detector or no algorithm has that name.
+        If the name of the detector or of the algorithm is unknown.
     TypeError
         If `saliency` is neither a string nor callable.
 
@@ -84,7 +85,7 @@ def get_detector(saliency: str | Detector, *, algorithm: str = "auto") -> Detect
 
 
 def saliency_maps(images: Array, saliency: str | Detector, *, algorithm: str = "auto") -> Array:
-    """Return the maps that a detector makes of `images`; it may be the user's own, so look at what it returns."""
+    """Return the maps of a detector for `images`; check them, since the detector may be the user's."""
     saliency_map = get_detector(saliency, algorithm=algorithm)(images)
     shape: tuple[int, ...] = getattr(saliency_map, "shape", ())
     if array_namespace(saliency_map) is not array_namespace(images) or len(shape) != 3 or shape[0] != len(images):

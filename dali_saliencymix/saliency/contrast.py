@@ -1,6 +1,6 @@
-"""Detectors that compare each pixel with what surrounds it.
+"""Detectors that compare each pixel with its surroundings or with the mean of the image.
 
-They take images (N, H, W, C) uint8 and give maps (N, H, W) float32 in 0..1, at the size of the images.
+They take images (N, H, W, C) uint8 and return maps (N, H, W) float32 in 0..1, at the size of the images.
 """
 
 from __future__ import annotations
@@ -18,44 +18,45 @@ from dali_saliencymix.saliency.filters import with_margin
 from dali_saliencymix.saliency.grey import luma
 from dali_saliencymix.saliency.lab import channel_planes, lab
 
-# Distance in L*a*b* that is left to rounding, which makes 2e-5. One pixel that is one level off in one channel
-# makes 2.6e-3, the least of 3000 colours tried.
+# Distances in L*a*b* up to this threshold count as rounding errors, which are about 2e-5. A difference of one level in
+# one channel of one pixel causes at least 2.6e-3, the minimum over 3000 colours.
 _SAME_COLOUR = 2**-11
 
 
 def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
-    """Return the fine-grained saliency of `images`: the detector that the SaliencyMix paper chose.
+    """Return the fine-grained saliency of `images`, the detector used in the SaliencyMix paper.
 
-    Each grey level is compared with the mean of six surrounds. What is brighter (on) and what is darker (off) is
-    summed over the surrounds, each sum is brought to 0..255 by its own maximum, and the two are added.
+    Each grey level is compared with the means of six square surrounds. The positive differences (on) and the negative
+    ones (off) are summed over the surrounds. Each sum is scaled to 0..255 by its maximum, and the two are added.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey images with C = 1.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel, which gives the same bits: compiled by Numba on a CPU, in CUDA on a GPU.
-        ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
+        Array operations, or a bit-identical kernel: compiled by Numba on a CPU, in CUDA on a GPU. ``"auto"`` selects
+        the kernel on a GPU, and on a CPU if Numba is installed.
 
     Returns
     -------
     ndarray of shape (N, H, W), float32
-        Multiples of 1/255 in 0..1; the map of a constant image of more than one pixel is all 0.
+        Multiples of 1/255 in 0..1. The map of a constant image of more than one pixel is all 0.
 
     Raises
     ------
     ImportError
-        If a kernel is asked for and what compiles it is not installed.
+        If ``algorithm="kernel"`` and the compiler of the kernel is not installed.
     TypeError, ValueError
-        If `images` is not such an array; images that are not uint8 are refused.
+        If `images` has the wrong type, dtype or shape.
 
     Notes
     -----
     Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual saliency
-    mechanism", Image and Vision Computing 28, 2010. Equal to OpenCV's ``StaticSaliencyFineGrained`` on an 8-bit
-    image, bit for bit. That takes OpenCV's roundings, those of its float32 sums included, which matter where an
-    image's grey levels sum to more than 2**23. On a GPU images whose grey levels sum to more than 2**24 (none of
-    up to 256x256 does) may differ in a few pixels: there the integral image is not summed in one fixed order.
+    mechanism", Image and Vision Computing 28, 2010. The maps are bit-identical to those of OpenCV's
+    ``StaticSaliencyFineGrained`` for 8-bit images. For this, all roundings are OpenCV's, including those of its float32
+    sums, which matter if the grey levels of an image sum to more than 2**23. On a GPU, array operations do not sum the
+    integral image in a fixed order. If the grey levels sum to more than 2**24, which is impossible for images up to
+    256x256, a few pixels may therefore differ.
 
     Examples
     --------
@@ -76,7 +77,8 @@ def fine_grained(images: Array, *, algorithm: str = "auto") -> Array:
         from dali_saliencymix._numba import contrast
 
         return in_chunks(contrast.fine_grained, images, 4)
-    # On a CPU the sums of one image fit the cache and those of a batch do not: one by one is several times as fast.
+    # On a CPU the sums of one image fit the cache and those of a batch do not, so one image at a time is several times
+    # as fast.
     return in_chunks(_fine_grained, images, 1) if is_host(xp) else _fine_grained(images)
 
 
@@ -93,9 +95,9 @@ def _fine_grained(images: Array) -> Array:
 
 
 def differences_from_surrounds(grey: Array, centre: Array) -> Iterator[Array]:
-    """Give for each of `SURROUNDS` how far `centre` is from the mean of what is around it in `grey`: (N, H, W) int32.
+    """Yield, for each of `SURROUNDS`, `centre` minus the mean around it in `grey`: (N, H, W) int32.
 
-    Both are (N, H, W) float32; `centre` is what is left out of the mean. The sums are OpenCV's, in its order.
+    `grey` and `centre` are (N, H, W) float32. The mean excludes `centre`. The order of summation is OpenCV's.
     """
     xp = array_namespace(grey)
     count, height, width = grey.shape
@@ -105,7 +107,7 @@ def differences_from_surrounds(grey: Array, centre: Array) -> Iterator[Array]:
         top, bottom = constant(xp, _window, height, half)
         left, right = constant(xp, _window, width, half)
         above, below = xp.take(integral, top, axis=1), xp.take(integral, bottom, axis=1)
-        # The first sum can pass 2**24 and be rounded.
+        # The first sum can exceed 2**24 and is then rounded.
         surround = xp.take(below, right, axis=2) + xp.take(above, left, axis=2)
         surround -= xp.take(below, left, axis=2)
         surround -= xp.take(above, right, axis=2)
@@ -115,15 +117,15 @@ def differences_from_surrounds(grey: Array, centre: Array) -> Iterator[Array]:
 
 
 def sum_of_contrasts(on: Array, off: Array) -> Array:
-    """Return the maps (N, H, W) float32 of what is brighter and what is darker than its surrounds, (N, H, W) int32."""
+    """Return the maps (N, H, W) float32 for the sums of positive and negative differences, (N, H, W) int32."""
     xp = array_namespace(on)
-    # Both sums reach 255 unless they are all 0. Their own sum is stored in 8 bits, as OpenCV stores it.
+    # Both scaled sums reach 255 unless they are all 0. OpenCV stores their total in 8 bits, so it wraps around.
     total = (_stretched(on) + _stretched(off)) & 255
-    return total.astype(xp.float32) * xp.float32(1 / 255)  # times the rounded inverse, as OpenCV scales
+    return total.astype(xp.float32) * xp.float32(1 / 255)  # OpenCV multiplies by the rounded inverse
 
 
 def _blur(grey: Array) -> Array:
-    """Blur with weights 1-2-1 over 4 along both axes, mirrored at the border, rounded once: (N, H, W) int32."""
+    """Blur with weights (1, 2, 1) / 4 along both axes, border mirrored, rounded once: (N, H, W) int32."""
     xp = array_namespace(grey)
     for axis in (1, 2):
         before, after = constant(xp, neighbours, grey.shape[axis])
@@ -132,53 +134,53 @@ def _blur(grey: Array) -> Array:
 
 
 def neighbours(size: int) -> np.ndarray:
-    """Return the index of the pixel before and after each, mirrored at the border: (2, size)."""
+    """Return the index of the previous and the next pixel of each pixel, mirrored at the border: (2, size)."""
     mirrored = with_margin(size, 1)
     return np.stack([mirrored[:-2], mirrored[2:]])
 
 
 def _window(size: int, half: int) -> np.ndarray:
-    """First index and end of the window -half + 1 .. half around each pixel, inside the image: (2, size)."""
+    """Return the start and stop of the window -half + 1 .. half around each pixel, clipped to the image: (2, size)."""
     centre = np.arange(size)
     return np.stack([centre - half + 1, centre + half + 1]).clip(0, size)
 
 
 def _neighbour_count(height: int, width: int, half: int) -> np.ndarray:
-    """Count the other pixels in the window around each pixel: (height, width) float32, at least 1."""
+    """Return the number of other pixels in the window around each pixel: (height, width) float32, at least 1."""
     rows, columns = (np.diff(_window(size, half), axis=0)[0] for size in (height, width))
     return np.maximum(rows[:, None] * columns - 1, 1).astype(np.float32)
 
 
 def _stretched(values: Array) -> Array:
-    """Bring (N, H, W) int32 `values` from 0..max to 0..255 for each image."""
+    """Scale (N, H, W) int32 `values` from 0..max to 0..255 for each image."""
     xp = array_namespace(values)
     top = values.max(axis=(1, 2), keepdims=True)
     return values * 255 // xp.maximum(top, 1)
 
 
 def frequency_tuned(images: Array) -> Array:
-    """Return the frequency-tuned saliency of `images`: how far each colour is from the mean colour of its image.
+    """Return the frequency-tuned saliency of `images`: the distance of each colour to the mean colour of the image.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey images with C = 1.
 
     Returns
     -------
     ndarray of shape (N, H, W), float32
-        Each map has its maximum at 1; the map of an image that is constant, or that the blur makes so, is all 0.
+        Each map has the maximum 1. The map of an image that is constant before or after the blur is all 0.
 
     Raises
     ------
     TypeError, ValueError
-        If `images` is not such an array; images that are not uint8 are refused.
+        If `images` has the wrong type, dtype or shape.
 
     Notes
     -----
     Achanta, Hemami, Estrada and Susstrunk, "Frequency-tuned Salient Region Detection", CVPR 2009, equation 4: the
-    distance in CIE L*a*b* between the mean of the image and the image after a 5x5 binomial blur, whose border is
-    mirrored here. The blur acts on L*a*b*.
+    distance in CIE L*a*b* between the mean of the image and the image after a 5x5 binomial blur. Here the blur is
+    applied to the L*a*b* planes, and the border is mirrored.
 
     Examples
     --------
@@ -204,11 +206,11 @@ def _frequency_tuned(images: Array) -> Array:
 
 
 def _binomial(planes: Array) -> Array:
-    """Blur (N, C, H, W) `planes` with weights 1-4-6-4-1 over 16 along rows and columns, mirrored at the border."""
+    """Blur (N, C, H, W) `planes` with weights (1, 4, 6, 4, 1) / 16 along rows and columns, border mirrored."""
     xp = array_namespace(planes)
     for axis in (2, 3):
         planes = xp.take(planes, constant(xp, with_margin, planes.shape[axis], 2), axis=axis)
-        # The weights are those of adding neighbours four times; each time there is one pixel less.
+        # Adding neighbours four times gives the weights. Each addition drops one pixel.
         for _ in range(4):
             planes = planes[:, :, 1:] + planes[:, :, :-1] if axis == 2 else planes[..., 1:] + planes[..., :-1]
     return planes * xp.float32(1 / 256)

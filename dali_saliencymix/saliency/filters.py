@@ -1,6 +1,6 @@
-"""Separable filters of small maps, (N, h, w) float32, with the border mirrored at the centres of its pixels.
+"""Separable filters for small maps, (N, h, w) float32, with the border mirrored at the centres of the outermost pixels.
 
-Maps are small and many: two matrix products filter a batch in fewer steps than sums over shifted copies.
+Two matrix products filter a batch of small maps in fewer steps than sums of shifted copies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def filtered(maps: Array, matrix: Callable[[int], np.ndarray]) -> Array:
 
 
 def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
-    """Filter float32 `maps` along columns and rows by symmetric weights: of the centre, then outwards.
+    """Filter float32 `maps` along columns and rows by symmetric `weights`, given from the centre outwards.
 
-    The maps come with a mirrored margin as wide as the filter reaches; the result, (N, h, w), is without it.
+    The maps must have a mirrored margin as wide as the reach of the filter. The result, (N, h, w), has no margin.
 
-    In a fixed order of sums and products, which the kernels repeat. On a CPU this costs no more than two products of
-    matrices do for five weights or fewer.
+    The order of sums and products is fixed, and the kernels use the same order. For up to five weights this takes no
+    longer than two matrix products on a CPU.
     """
     xp = array_namespace(maps)
     for axis in (1, 2):
@@ -43,12 +43,12 @@ def filtered_narrowly(maps: Array, weights: tuple[float, ...]) -> Array:
 
 
 def with_margin(size: int, reach: int) -> np.ndarray:
-    """Index of each pixel with `reach` more at either end, mirrored, (size + 2 * reach,)."""
+    """Return the indices of the pixels with a mirrored margin of `reach` pixels at both ends: (size + 2 * reach,)."""
     return np.pad(np.arange(size), reach, mode="reflect")
 
 
 def gaussian_matrix(size: int, sigma: float, reach: int) -> np.ndarray:
-    """Return the (size, size) float32 matrix that applies a Gaussian cut off at `reach` pixels."""
+    """Return the (size, size) float32 matrix that applies a Gaussian truncated at `reach` pixels."""
     matrix, mirrored = np.zeros((size, size)), with_margin(size, reach)
     for offset, weight in enumerate(gaussian_weights(sigma, reach)):
         matrix[np.arange(size), mirrored[offset : offset + size]] += weight

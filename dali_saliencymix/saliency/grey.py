@@ -1,7 +1,7 @@
-"""Grey levels, and images reduced to the size of a small map, in the integer arithmetic of OpenCV for 8-bit images.
+"""Grey levels, and reduction of images to the size of a small map, in OpenCV's integer arithmetic for 8-bit images.
 
-Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1; grey images are (N, H, W) int32 in 0..255. Integers make
-NumPy and CuPy agree bit for bit, and the detectors comparable with OpenCV's.
+Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1. Grey images are (N, H, W) int32 in 0..255. With integer
+arithmetic, NumPy and CuPy are bit-identical, and the detectors are comparable to OpenCV's.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def small_luma(images: Array, height: int, width: int) -> Array:
 def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Array]) -> Array:
     """Return ``levels(images)`` reduced to (..., height, width) int32.
 
-    `levels` takes images (N, H, W, C) uint8 to (..., H, W) int32 in 0..255, pixel by pixel. The reduction is bilinear
-    with aligned pixel centres, rounded to integers, as OpenCV's ``INTER_LINEAR_EXACT`` does on 8-bit images. Only the
-    pixels that count are read.
+    `levels` is a pointwise function from images (N, H, W, C) uint8 to (..., H, W) int32 in 0..255. The reduction is
+    bilinear with aligned pixel centres, rounded to integers, like OpenCV's ``INTER_LINEAR_EXACT`` for 8-bit images.
+    Only the pixels that contribute are read.
     """
     xp = array_namespace(images)
     _, full_height, full_width, _ = images.shape
@@ -53,11 +53,11 @@ def reduced(images: Array, height: int, width: int, levels: Callable[[Array], Ar
 
 
 def _taps(full_height: int, full_width: int, height: int, width: int) -> np.ndarray:
-    """Index of the four neighbours of each pixel of a reduction: (2 * height, 2 * width), see `tap_indices`."""
+    """Return the indices of the four neighbours of each reduced pixel: (2 * height, 2 * width), see `tap_indices`."""
     return tap_indices(full_height, height)[:, None] * full_width + tap_indices(full_width, width)
 
 
 def _weights(full_height: int, full_width: int, height: int, width: int) -> np.ndarray:
-    """Weight of each of the four neighbours in units of 2**-16: (2 * height, 2 * width) int32."""
+    """Return the weights of the four neighbours in units of 2**-16: (2 * height, 2 * width) int32."""
     down, along = tap_weights(full_height, height), tap_weights(full_width, width)
     return np.concatenate([256 - down, down])[:, None] * np.concatenate([256 - along, along])

@@ -1,7 +1,7 @@
-"""Colours of RGB images as CIE L*a*b*, in which distances are near to what people see.
+"""Conversion of RGB images to CIE L*a*b*, in which distances approximate perceived differences.
 
-Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1. Planes have their channels in front, (N, C, H, W). Lab
-planes are floating, L* in 0..100. Grey has a* = b* = 0 exactly, so grey images have one plane, L*, and RGB images of
+Images are (N, H, W, C) uint8 with C = 3 (RGB order) or C = 1. Planes are channels first, (N, C, H, W). L*a*b* planes
+are floating, with L* in 0..100. Grey has exactly a* = b* = 0. Grey images have one plane, L*. RGB images with three
 equal channels have the same L* and two planes of zeros.
 """
 
@@ -12,12 +12,12 @@ import numpy as np
 from dali_saliencymix._array import Array, array_namespace, constant
 from dali_saliencymix.saliency.grey import reduced
 
-# Red's and blue's share of X, Y and Z, each relative to that of white; green's is the rest. From the chromaticities of
-# Rec. 709, which are those of sRGB, with white D65.
+# Shares of red and blue in X, Y and Z, relative to white; green has the rest. From the chromaticities of Rec. 709 and
+# sRGB, with white D65.
 _RED = (0.433887345566, 0.212639005872, 0.017750040071)
 _BLUE = (0.189888645296, 0.072192315361, 0.872802339074)
 
-_KNEE = (6 / 29) ** 3  # of the cube root: a straight line below
+_KNEE = (6 / 29) ** 3  # below it, a straight line replaces the cube root
 
 
 def channel_planes(images: Array) -> Array:
@@ -41,20 +41,20 @@ def lab(planes: Array, dtype: str = "float32") -> Array:
     if planes.shape[1] == 1:
         return 116 * _lightness(linear) - 16
     green = linear[:, 1]
-    # As differences from green: where the three are equal X, Y and Z are too, to the last bit.
+    # With differences from green, equal channels give exactly equal X, Y and Z.
     red, blue = linear[:, 0] - green, linear[:, 2] - green
     x, y, z = (_lightness(green + r * red + b * blue) for r, b in zip(_RED, _BLUE, strict=True))
     return xp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
 def _lightness(tristimulus: Array) -> Array:
-    """Cube root with a straight line at the dark end."""
+    """Return the cube root, with a straight line at the dark end."""
     xp = array_namespace(tristimulus)
     line = tristimulus * (1 / (3 * (6 / 29) ** 2)) + 4 / 29
     return xp.where(tristimulus > _KNEE, xp.cbrt(tristimulus), line)
 
 
 def _linear_levels(dtype: str) -> np.ndarray:
-    """Light of each level 0..255 of an sRGB channel, (256,) in 0..1."""
+    """Return the linear intensity of each level 0..255 of an sRGB channel: (256,) in 0..1."""
     level = np.arange(256) / 255
     return np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4).astype(dtype)

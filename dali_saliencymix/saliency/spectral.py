@@ -1,6 +1,6 @@
-"""Detectors that look at the spectrum of the whole image, a Fourier or a cosine one.
+"""Detectors based on the spectrum of the whole image, a Fourier or a cosine transform.
 
-They take images (N, H, W, C) uint8 and give maps (N, h, w) float32 of at most 64x64, in 0..1: smooth maps, for which
+They take images (N, H, W, C) uint8 and return maps (N, h, w) float32 of at most 64x64, in 0..1. The maps are smooth, so
 a larger size would add cost and no detail.
 """
 
@@ -22,68 +22,69 @@ from dali_saliencymix.saliency.lab import lab, small_planes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_CHUNK = 32  # maps for one thread at a time: the more, the seldomer the threads wait for the GIL
+_CHUNK = 32  # maps per call of a thread; with more maps, threads wait for the GIL less often
 
-# Relative to the largest amplitude, that of the mean, which is the sum of all grey levels: less is taken for 0. The
-# error of an FFT in any bin is at most that sum, times the unit roundoff, times the roundings on the way of one grey
-# level: fewer than 2**9 for two axes of 64 and any radices. By Bluestein's algorithm it could come to 2**12; cuFFT is
-# documented to have a radix for every prime under 128 and so to need none here. In float64 this leaves at most 2**-41
-# in an empty bin. In float32 it would be 2**-15 to 2**-12, and many photographs have bins of less. Rounding an image to
-# 8 bits alone gives 18 to a bin of 64x64, of which the threshold is at most 2**-20.
+# Threshold for an empty bin, relative to the largest amplitude: that of the mean, which is the sum of all grey levels.
+# The error of an FFT in any bin is at most this sum times the unit roundoff times the number of roundings that one grey
+# level undergoes. That number is below 2**9 for two axes of 64 and any radices. With Bluestein's algorithm it could
+# reach 2**12, but according to its documentation cuFFT has a radix for every prime below 128, so it does not need that
+# algorithm here. Hence in float64 an empty bin holds at most 2**-41 of the sum. In float32 it would hold up to 2**-15
+# to 2**-12 of it, and many photographs have smaller bins than that. For comparison, rounding a 64x64 image to 8 bits
+# adds about 18 to each bin, and the threshold is at most 2**-20 of that.
 _EMPTY_BIN = 2**-36
 
-# The inverse of less may be infinite.
+# The inverse of a smaller number may be infinite.
 _SMALLEST_NORMAL = 2**-126
 
-# Relative to the norm of a channel: less is taken for 0. Float64 transforms leave up to 2**-48 in coefficients that
-# are 0.
+# Threshold for a zero coefficient, relative to the norm of a channel. float64 transforms leave up to 2**-48 in
+# coefficients that are 0.
 _EMPTY_COEFFICIENT = 2**-40
 
-# Relative to the largest power before the border is left out: rounding leaves 2**-48 of it, with an FFT that has an
-# error of log2(size) times the unit roundoff.
+# Threshold for an empty map, relative to the largest power before the border is removed. Rounding leaves 2**-48 of it,
+# for an FFT with an error of log2(size) times the unit roundoff.
 _NOTHING_INSIDE = 2**-36
 
-# Relative to its maximum: a map that varies less is flat but for the rounding of the filters.
+# Threshold for a flat map, relative to its maximum: a smaller variation comes from rounding in the filters.
 _FLAT = 2**-16
 
 
 def spectral_residual(images: Array, *, algorithm: str = "auto") -> Array:
     """Return the spectral residual saliency of `images`.
 
-    What repeats all over an image shows as the smooth part of its log amplitude spectrum. Taking that part away and
-    keeping the phase leaves what stands out.
+    The smooth part of the log amplitude spectrum represents what repeats across the image. The detector removes this
+    part, keeps the phase and transforms back; what remains are the regions that stand out.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey images with C = 1.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel, whose maps differ by rounding: compiled by Numba on a CPU, for maps of 64x64 and
-        32x32, or in CUDA, for those of 64x64. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is
-        installed.
+        Array operations, or a kernel, whose maps differ by rounding errors. There are kernels compiled by Numba on a
+        CPU, for maps of 64x64 and 32x32, and in CUDA on a GPU, for maps of 64x64. ``"auto"`` selects the kernel on a
+        GPU, and on a CPU if Numba is installed.
 
     Returns
     -------
     ndarray of shape (N, min(64, H), min(64, W)), float32
-        Each map has its maximum at 1; the map of an image that is reduced to one grey level is all 0.
+        Each map has the maximum 1. The map of an image that reduces to one grey level is all 0.
 
     Raises
     ------
     ImportError
-        If a kernel is asked for and what compiles it is not installed.
+        If ``algorithm="kernel"`` and the compiler of the kernel is not installed.
     TypeError, ValueError
-        If `images` is not such an array; images that are not uint8 are refused.
+        If `images` has the wrong type, dtype or shape.
 
     Notes
     -----
-    Hou and Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, in the form that OpenCV computes
+    Hou and Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, as implemented in OpenCV
     (``StaticSaliencySpectralResidual``): log(1 + amplitude), mean over 3x3 bins of the unshifted spectrum with
-    mirrored border, 5x5 Gaussian of sigma 8 over the modulus, then the square. Two differences: an image under 64
-    pixels is not enlarged, since enlarging leaves the high frequencies empty and whitening fills them with noise; and
-    the map is not brought back to the size of the image.
+    mirrored border, 5x5 Gaussian with sigma 8 on the modulus, then the square. There are two differences. Images
+    smaller than 64 pixels are not enlarged, since enlarging leaves the high frequencies empty and whitening fills them
+    with noise. The map is not resized to the size of the image.
 
-    In a bin that is empty rounding decides on the phase, as in OpenCV. Photographs have none, but the map of an image
-    that is constant along rows or columns, or that repeats exactly, depends on the FFT, and so does its peak.
+    In an empty bin, rounding determines the phase, as in OpenCV. Photographs have no empty bins. The map and the peak
+    of an image that is constant along rows or columns, or that repeats exactly, depend on the FFT implementation.
 
     Examples
     --------
@@ -116,8 +117,8 @@ def _spectral_residual(grey: Array) -> Array:
     log_amplitude = _whole(xp.log1p(amplitude), grey.shape[2], margin=1)
     factor = xp.exp(log_amplitude[:, 1:-1, 1:-1] - filtered_narrowly(log_amplitude, MEAN))
     smallest = xp.float32(_SMALLEST_NORMAL)
-    phase = spectrum * (1 / xp.maximum(amplitude, smallest))  # a product costs less than a division does
-    phase = xp.where(amplitude < smallest, xp.complex64(1), phase)  # by convention
+    phase = spectrum * (1 / xp.maximum(amplitude, smallest))  # multiplication is faster than division
+    phase = xp.where(amplitude < smallest, xp.complex64(1), phase)  # empty bins have phase 0 by convention
     modulus = xp.abs(fft.ifft2(_whole(phase, grey.shape[2]) * factor))
     margins = constant(xp, _with_margins, *grey.shape[1:], len(GAUSSIAN) - 1)
     saliency_map = filtered_narrowly(xp.take(modulus.reshape(len(grey), -1), margins, axis=1), GAUSSIAN)
@@ -126,39 +127,40 @@ def _spectral_residual(grey: Array) -> Array:
 
 
 def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
-    """Return the phase spectrum saliency of `images`: spectral residual with the amplitudes left out altogether.
+    """Return the phase spectrum saliency of `images`: spectral residual with all amplitudes set to 1.
 
-    The phase says where something is in the image, the amplitude how much of it there is. With all amplitudes set to 1
-    what is rare counts as much as what is frequent.
+    The phase encodes where something is in the image, and the amplitude how much of it there is. With equal amplitudes,
+    rare structures count as much as frequent ones.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey images with C = 1.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or a kernel for the reduction to grey levels, which gives the same bits: compiled by Numba
-        on a CPU, in CUDA on a GPU. ``"auto"`` takes the kernel on a GPU, and on a CPU where Numba is installed.
+        Array operations, or a bit-identical kernel for the reduction to grey levels: compiled by Numba on a CPU, in
+        CUDA on a GPU. ``"auto"`` selects the kernel on a GPU, and on a CPU if Numba is installed.
 
     Returns
     -------
     ndarray of shape (N, min(64, H), min(64, W)), float32
-        Each map has its maximum at 1; the map of an image that is reduced to one grey level, or in which nothing but
-        the outermost pixels stands out, is all 0.
+        Each map has the maximum 1. The map of an image that reduces to one grey level, or in which only the outermost
+        pixels stand out, is all 0.
 
     Raises
     ------
     ImportError
-        If a kernel is asked for and what compiles it is not installed.
+        If ``algorithm="kernel"`` and the compiler of the kernel is not installed.
     TypeError, ValueError
-        If `images` is not such an array; images that are not uint8 are refused.
+        If `images` has the wrong type, dtype or shape.
 
     Notes
     -----
     PFT of Guo, Ma and Zhang, "Spatio-temporal Saliency Detection Using Phase Spectrum of Quaternion Fourier Transform",
-    CVPR 2008: g * abs(IFFT(F / abs(F)))**2 with a Gaussian g of sigma 8 pixels in 64, in proportion where the map is
-    smaller and mirrored at the border. Empty bins, in which rounding alone would decide on a phase, are left out. The
-    transform takes the image for periodic, so that opposite borders that differ stand out as an edge would: as in the
-    authors' code, the outermost pixels are set to 0 before the Gaussian, along axes of three pixels or more.
+    CVPR 2008: g * abs(IFFT(F / abs(F)))**2, where g is a Gaussian with sigma 8 pixels for maps of 64 pixels, in
+    proportion for smaller maps, and with mirrored border. Empty bins are set to 0, since rounding alone would determine
+    their phase. The transform treats the image as periodic, so opposite borders that differ act like an edge.
+    Therefore, as in the authors' code, the outermost pixels are set to 0 before the Gaussian, along axes of three
+    pixels or more.
 
     Examples
     --------
@@ -176,48 +178,48 @@ def phase_spectrum(images: Array, *, algorithm: str = "auto") -> Array:
 def _phase_spectrum(grey: Array) -> Array:
     xp = array_namespace(grey)
     fft = fft_module(xp)
-    # In float64 what rounding leaves in empty bins is far below what an image has in any other.
+    # In float64, rounding errors in empty bins are far below the amplitude of any other bin of an image.
     spectrum = fft.rfft2(grey.astype(xp.float64)).astype(xp.complex64)
     amplitude = xp.abs(spectrum)
     mean = amplitude[:, :1, :1]
     empty = amplitude <= mean * xp.float32(_EMPTY_BIN)
     phase = spectrum * (1 / xp.where(empty, xp.float32(xp.inf), amplitude))  # 0 in empty bins
-    # The spectrum of a real image stays one: its half is enough.
+    # This is still the spectrum of a real image, so half of it suffices.
     power = fft.irfft2(phase, s=grey.shape[1:]) ** 2
     saliency_map = filtered(power, _wide_gaussian_matrix)
-    # Nothing but rounding is left where all that stands out lay in the outermost pixels.
+    # If only the outermost pixels stood out, the rest of the map is rounding errors: set it to 0.
     saliency_map *= saliency_map > power.max(axis=(1, 2), keepdims=True) * xp.float32(_NOTHING_INSIDE)
     return _normalised(saliency_map, grey)
 
 
 def image_signature(images: Array) -> Array:
-    """Return the image signature saliency of `images`: what the signs of their cosine transform give back.
+    """Return the image signature saliency of `images`, reconstructed from the signs of the cosine transform.
 
-    The signs of a sparse foreground's cosine coefficients are spread over all frequencies, those of a smooth
-    background are not: transforming the signs back concentrates on the foreground.
+    The cosine coefficients of a sparse foreground are spread over all frequencies, and those of a smooth background are
+    not. The inverse transform of the signs therefore concentrates on the foreground.
 
     Parameters
     ----------
     images : ndarray of shape (N, H, W, C), uint8
-        RGB images, or grey ones with C = 1.
+        RGB images, or grey images with C = 1.
 
     Returns
     -------
     ndarray of shape (N, min(64, H), min(64, W)), float32
-        Each map has its minimum at 0 and its maximum at 1; the map of an image that is reduced to one colour is all 0.
+        Each map has the minimum 0 and the maximum 1. The map of an image that reduces to one colour is all 0.
 
     Raises
     ------
     TypeError, ValueError
-        If `images` is not such an array; images that are not uint8 are refused.
+        If `images` has the wrong type, dtype or shape.
 
     Notes
     -----
     Hou, Harel and Koch, "Image Signature: Highlighting Sparse Salient Regions", IEEE TPAMI 34(1), 2012, on CIE L*a*b*
-    as in the authors' code: for each channel the square of IDCT(sign(DCT)), their mean, and a Gaussian of sigma 0.045
-    times the side. Here the reduced image has min(64, H) rows and min(64, W) columns, where theirs keeps the
-    proportions. The sign of a coefficient that is 0 is 0: rounding does not decide on it, so a grey image, whose a* and
-    b* are 0, has the map of its L* alone.
+    as in the authors' code: the square of IDCT(sign(DCT)) for each channel, their mean, and a Gaussian with sigma 0.045
+    times the side. Here the reduced image has min(64, H) rows and min(64, W) columns; the authors' code keeps the
+    aspect ratio. The sign of a coefficient that is 0 up to rounding is 0. Hence the map of a grey image, whose a* and
+    b* are 0, is that of its L*.
 
     Examples
     --------
@@ -229,8 +231,8 @@ def image_signature(images: Array) -> Array:
     ((1, 64, 64), 1.0)
     """
     xp = check_images(images)
-    # The signs of small coefficients count as much as those of large ones. In float64 they are the same on every device
-    # and for every way of multiplying matrices, TF32 included.
+    # The signs of small coefficients count as much as those of large ones. In float64 the signs are the same on every
+    # device and for every matrix product, including TF32.
     planes = lab(small_planes(images, *_map_size(images)), "float64")
     _, _, height, width = planes.shape
     down, along = constant(xp, _cosine_matrix, height), constant(xp, _cosine_matrix, width)
@@ -238,7 +240,7 @@ def image_signature(images: Array) -> Array:
     norm = xp.sqrt((planes * planes).sum(axis=(2, 3), keepdims=True))
     signs = xp.where(xp.abs(coefficients) > norm * _EMPTY_COEFFICIENT, xp.sign(coefficients), 0)
     signature = down.T @ signs @ along
-    # Grey images have no planes for a* and b*, which would add nothing: the sum is the mean but for a factor.
+    # The sum is proportional to the mean over channels, also for grey images, whose missing a* and b* would add 0.
     saliency_map = filtered((signature * signature).sum(axis=1).astype(xp.float32), _signature_gaussian_matrix)
 
     lowest = saliency_map.min(axis=(1, 2), keepdims=True)
@@ -248,7 +250,7 @@ def image_signature(images: Array) -> Array:
 
 
 def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namespace, route: str) -> Array:
-    """Return ``detector(grey)`` of the grey levels of `images`, reduced to (N, h, w) float32."""
+    """Return ``detector(grey)`` for the grey levels of `images`, reduced to (N, h, w) float32."""
     size = _map_size(images)
     if route == "cuda":
         from dali_saliencymix import _cuda
@@ -266,9 +268,9 @@ def _of_small_luma(detector: Callable[[Array], Array], images: Array, xp: Namesp
 
 
 def _whole(half: Array, width: int, margin: int = 0) -> Array:
-    """Return the spectrum of real images, (N, h, w), of its half as ``rfft2`` gives it: the rest is mirrored.
+    """Return the whole spectrum of real images, (N, h, w), from the half that ``rfft2`` returns.
 
-    With a `margin` of so many bins around it, mirrored at the centres of the outermost ones.
+    The result has a margin of `margin` bins on each side, mirrored at the centres of the outermost bins.
     """
     xp = array_namespace(half)
     count, height, _ = half.shape
@@ -280,7 +282,7 @@ def _whole(half: Array, width: int, margin: int = 0) -> Array:
 
 
 def _mirrored_bins(height: int, width: int, margin: int) -> np.ndarray:
-    """Flat index, in the half spectrum, of each bin of the whole one with a margin, or of its mirror image."""
+    """Return the flat index, in the half spectrum, of each bin of the whole one with margin or of its mirror image."""
     stored = width // 2 + 1
     row, column = with_margin(height, margin)[:, None], with_margin(width, margin)
     mirrored = column >= stored
@@ -288,12 +290,12 @@ def _mirrored_bins(height: int, width: int, margin: int) -> np.ndarray:
 
 
 def _mirrored_sign(height: int, width: int) -> np.ndarray:
-    """Sign of the imaginary part of each bin of the whole spectrum against that of the half: (height, width)."""
+    """Return the sign of the imaginary part of each bin relative to the bin stored in the half: (height, width)."""
     return np.tile(np.where(np.arange(width) > width // 2, -1, 1).astype(np.float32), (height, 1))
 
 
 def _with_margins(height: int, width: int, reach: int) -> np.ndarray:
-    """Flat index of each pixel of a map with a mirrored margin: (height + 2 * reach, width + 2 * reach)."""
+    """Return the flat index of each pixel of a map with mirrored margin: (height + 2 * reach, width + 2 * reach)."""
     return with_margin(height, reach)[:, None] * width + with_margin(width, reach)
 
 
@@ -302,7 +304,7 @@ def _map_size(images: Array) -> tuple[int, int]:
 
 
 def _normalised(saliency_map: Array, grey: Array) -> Array:
-    """Bring (N, h, w) maps to a maximum of 1; where `grey`, (N, h, w), has one level only, to 0."""
+    """Scale (N, h, w) maps to a maximum of 1; set them to 0 where `grey`, (N, h, w), has only one level."""
     xp = array_namespace(grey)
     several_levels = (grey != grey[:, :1, :1]).any(axis=(1, 2), keepdims=True)
     top = saliency_map.max(axis=(1, 2), keepdims=True)
