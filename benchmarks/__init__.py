@@ -1,1 +1,1 @@
-"""What the package costs: one script for each question, run from the repository's root. README.md says how."""
+"""Benchmarks of the package: one script for each question, run from the repository's root. See README.md."""

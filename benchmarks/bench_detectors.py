@@ -1,11 +1,11 @@
-"""What each saliency detector costs, where its peaks lie, and how far they are from those of `fine_grained`.
+"""Measure the cost of each saliency detector, where its peaks are, and how far they are from those of `fine_grained`.
 
     python -m benchmarks.bench_detectors DATA -o benchmarks/results/NAME.json
 
-Images are resized to a short side of 8/7 of the size and cropped at the centre, as for validation. Times are those of
-the detector alone on a batch of them that lies in memory, on NumPy and, where there is a GPU, on CuPy. Peaks are
-those that mixing takes. Those detectors that OpenCV has are compared with it, map by map. DATA is a folder of class
-folders; without it images are made.
+Images are resized to a short side of 8/7 of the size and cropped at the centre, as for validation. The times are of the
+detector alone, on a batch in memory: on NumPy and, if there is a GPU, on CuPy. The peaks are those that mixing uses.
+Detectors that OpenCV also has are compared with OpenCV's, map by map. DATA is a folder of class folders; without it,
+the script makes images.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main() -> None:
     """Measure and write the result."""
     parser = program.parser(__doc__, *program.ROUNDS, "data", "batch_size", batch_size=128)
     parser.add_argument("--size", type=program.positive, default=224, help="height and width of the images")
-    most = "most images to take peaks of, picked evenly"
-    # Of a single image there are no peaks of other images to compare with.
+    most = "maximum number of images to find peaks in, picked evenly"
+    # With a single image there are no peaks of other images to compare with.
     parser.add_argument("--images", type=program.at_least_two, default=1000, help=most)
     options = parser.parse_args()
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def decoded(files: list[str], size: int) -> np.ndarray:
     """Decode, resize the short side to 8/7 of `size` and crop the centre: (N, size, size, 3) uint8."""
-    if bad := find_unusable(files):  # the decoder would not name it
+    if bad := find_unusable(files):  # the decoder's error would not name the file
         msg = ": ".join(next(iter(bad.items())))
         raise ValueError(msg)
 
@@ -70,7 +70,7 @@ def decoded(files: list[str], size: int) -> np.ndarray:
 
 
 def measure_times(record: Record, batch: Any, library: str) -> None:
-    """Measure the milliseconds that each detector takes for a batch of a library."""
+    """Measure the milliseconds that each detector takes for a batch of an array library."""
     calls = {
         name: Timed(functools.partial(find, batch), gpu=library == "cupy")
         for name, find in DETECTORS.items()
@@ -80,7 +80,7 @@ def measure_times(record: Record, batch: Any, library: str) -> None:
 
 
 def peaks(images: np.ndarray) -> dict[str, Any]:
-    """Return where each detector's peaks lie, and how far from the reference's."""
+    """Return where the peaks of each detector are, and how far they are from those of the reference."""
     found = {name: peak_positions(detector, images) for name, detector in DETECTORS.items()}
     return {
         "share_of_peaks": {
@@ -95,9 +95,9 @@ def peaks(images: np.ndarray) -> dict[str, Any]:
 
 
 def against_opencv(images: np.ndarray, not_measured: dict[str, str]) -> dict[str, Any]:
-    """Return how far the maps of the detectors that OpenCV has are from OpenCV's, in units of a map's range of 0..1.
+    """Return the differences between our maps and OpenCV's, for the detectors that both have; maps are in [0, 1].
 
-    Ours are enlarged to OpenCV's size as OpenCV does it, where they are smaller.
+    Our maps are resized to OpenCV's size if they are smaller, with OpenCV's own interpolation.
     """
     if reason := opencv.why_not():
         not_measured["against_opencv"] = reason
@@ -125,14 +125,14 @@ def _share(found: Any) -> float:
 
 
 def peak_positions(detector: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> np.ndarray:
-    """Return the centre of each peak's pixel as a fraction of the side: (N, 2)."""
+    """Return the centre of the pixel of each peak as a fraction of the side: (N, 2)."""
     size = images.shape[1]
     peaks = [saliency_peaks(detector(images[i : i + 128]), size, size) for i in range(0, len(images), 128)]
     return (np.concatenate(peaks) + 0.5) / size
 
 
 def places(positions: np.ndarray) -> dict[str, float]:
-    """Return the share of peaks in the outer 1/16 along each side, and in the central quarter of the area."""
+    """Return the share of peaks in the outer 1/16 along each side and in the central quarter of the area."""
     from_centre = np.abs(positions - 0.5).max(axis=1)
     return {"border_ring": _share(from_centre > 1 / 2 - 1 / 16), "central_quarter": _share(from_centre < 1 / 4)}
 
@@ -144,7 +144,7 @@ def agreement(differences: np.ndarray) -> dict[str, float]:
 
 
 def other_pairs(positions: np.ndarray) -> np.ndarray:
-    """Return the differences between the peaks of all pairs of different images: what chance would give."""
+    """Return the differences between the peaks of all pairs of different images: the level of chance."""
     differences = positions[:, None] - positions
     return differences[~np.eye(len(positions), dtype=bool)]
 

@@ -1,11 +1,12 @@
-"""What each step of the mix costs, on arrays that lie in memory: NumPy, CuPy, kernels for both, OpenCV by image.
+"""Measure the cost of each step of the mix on arrays in memory: NumPy, CuPy, kernels for both, OpenCV image by image.
 
     python -m benchmarks.bench_ops -o benchmarks/results/NAME.json
 
-Images are noise: no step's cost depends on what they show. `bytes` is the least that a step has to move, what it reads
-and what it gives counted once; their rate is compared with that of copying a large array in the same run. On a GPU the
-inputs take turns, so that they do not stay in its cache, and the memory that the whole mix takes is measured too. Each
-step is timed there as it is called, and as a CUDA graph, without the host. Of the CPU there is one row to compare with.
+The images are noise: the cost of a step does not depend on their content. `bytes` is the minimum that a step has to
+move: what it reads and what it returns, counted once. The rate of these bytes is compared with that of copying a large
+array in the same run. On a GPU the calls rotate over several inputs, so that these do not stay in the cache, and the
+memory of the whole mix is measured too. There each step is timed as it is called and as a CUDA graph, which leaves out
+the host; one row of the CPU is included for comparison.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _ROTATED_BYTES = 256 * 2**20  # several times the cache of a GPU
 
 
 class Variant(NamedTuple):
-    """One way to do one step."""
+    """One implementation of one step."""
 
     call: Callable[[], Any]
     bytes_moved: int
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=program.positive, nargs="+", default=[224, 32], help="height and width")
     batches = "default: 256 128 32 512 1, without a GPU 128 1 8 32 512"
     parser.add_argument("-b", "--batches", type=program.positive, nargs="+", help=batches)
-    array = "array for the bandwidth; 256 or, on a GPU, 2048"
+    array = "size of the array whose copy rate is measured (default: 256, on a GPU 2048)"
     parser.add_argument("--copy-megabytes", type=program.positive, help=array)
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
@@ -83,7 +84,7 @@ def measure_group(
     processes: opencv.Processes | None,
     rate_of_copy: float,
 ) -> None:
-    """Measure a detector and the mix with it at one size of images and batches; with the first one all other steps."""
+    """Measure a detector and its mix at one image and batch size; with the first detector also all other steps."""
     count, size = inputs.images.shape[:2]
     place = f"{size} px, batch {count}"
     first, steps = (size, count) == (options.sizes[0], options.batches[0]), detector == options.detectors[0]
@@ -95,7 +96,7 @@ def measure_group(
         variants = package_variants(inputs, "cupy" if gpu else "numpy", detector, steps=steps)
     if not variants:
         return
-    if gpu and first and steps:  # array operations: compiling kernels for a CPU would take the GPU's time
+    if gpu and first and steps:  # array operations, since compiling CPU kernels would use up GPU time
         reference = f"mix {detector} | numpy"
         variants[reference] = package_variants(inputs, "numpy", detector, steps=False)[reference]
     if processes:
@@ -124,7 +125,7 @@ def measure_group(
 
 
 def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: float) -> dict[str, float]:
-    """Return the figure of a variant, with its bytes and how its rate compares with that of a copy."""
+    """Return the figure of a variant with its bytes, and its rate relative to that of a copy."""
     found = {**figure(times), "bytes": variant.bytes_moved}
     if variant.on_gpu is gpu:
         rate = variant.bytes_moved / found["median"] / 1e6
@@ -133,7 +134,7 @@ def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: fl
 
 
 class Inputs:
-    """A batch and the draws for it, in NumPy."""
+    """A batch and its random draws, as NumPy arrays."""
 
     def __init__(self, size: int, batch: int) -> None:
         rng = np.random.default_rng(0)
@@ -143,7 +144,7 @@ class Inputs:
 
 
 def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool) -> dict[str, Variant]:
-    """Return how this package does things with one array library, named ``step | implementation``."""
+    """Return this package's implementations for one array library, named ``step | implementation``."""
     gpu = library == "cupy"
     xp: Any = np
     if gpu:
@@ -157,7 +158,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
     variants: dict[str, Variant] = {}
 
     def add(step: str, implementation: str, call: Callable[[], Any], moved: int) -> None:
-        """Add a step as one implementation does it; on a GPU in all the ways in which it is timed."""
+        """Add one implementation of a step; on a GPU also as a CUDA graph."""
         name = f"{step} | {implementation}"
         variants[name] = Variant(call, moved, gpu)
         if gpu:
@@ -166,7 +167,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
     def add_all(
         step: str, function: Callable[..., Any], call: Callable[..., Any], moved: int, offers: Any = None
     ) -> None:
-        """Add a step by all implementations of a function, or of the one that `offers` them."""
+        """Add a step with all implementations of `function`, or with those that `offers` has."""
         for implementation, chosen in implementations(offers or function, library):
             add(step, implementation, functools.partial(call, functools.partial(function, **chosen)), moved)
 
@@ -197,7 +198,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
 
     options: dict[str, Any] = {"mean": [124, 116, 104], "std": [58, 57, 57], "mirror": labels % 2 == 1}
     if not gpu:
-        # New memory of this size would cost more than the work, and a loader uses its own again. CuPy's pool does so.
+        # Allocating this much would cost more than the work. Loaders reuse their buffers, and so does CuPy's pool.
         options["out"] = np.empty((len(images), 3, *size), np.float32)
 
     def normalised(function: Callable[..., Any]) -> Any:
@@ -207,7 +208,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
         return function(labels, labels, lam, num_classes=_NUM_CLASSES)
 
     of_boxes = peaks.nbytes + boxes.nbytes + 2 * lam.nbytes
-    if gpu:  # two steps that offer no choice themselves
+    if gpu:  # the public functions of these two steps have no option for the kernel
         given = (peaks, source_index, lam, *size)
         add("boxes and lam", "gpu kernel", functools.partial(cuda.boxes_at_peaks, *given), of_boxes)
         add("paste", "gpu kernel", functools.partial(pasted, cuda.paste_boxes), 2 * images.nbytes)
@@ -219,7 +220,7 @@ def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool
 
 
 def implementations(function: Callable[..., Any], library: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Give the implementations that a function offers for arrays of a library, with the options that choose them."""
+    """Yield the implementations of a function for arrays of a library, with the options that select them."""
     if "algorithm" not in inspect.signature(function).parameters:
         yield library, {}
         return
@@ -228,7 +229,7 @@ def implementations(function: Callable[..., Any], library: str) -> Iterator[tupl
 
 
 def opencv_variants(inputs: Inputs, processes: opencv.Processes, detector: str) -> dict[str, Variant]:
-    """Return OpenCV's detector of that name, if it has one, in this process and in as many as there are cores."""
+    """Return OpenCV's detector of that name, if it has one, in this process and in one process per core."""
     if detector not in opencv.DETECTORS:
         return {}
     images = inputs.images
@@ -242,10 +243,10 @@ def opencv_variants(inputs: Inputs, processes: opencv.Processes, detector: str) 
 
 
 def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Return the GPU memory that each mix takes from a pool of its own, as a multiple of the batch's bytes.
+    """Return the GPU memory that each mix allocates from a separate pool, as a multiple of the batch's bytes.
 
-    The pool keeps what it has taken, so its size afterwards is the most that was in use, in CuPy's blocks, the result
-    included. What lives on between calls, as constants and plans of FFTs, is there before and not counted.
+    A pool does not shrink, so its final size is the peak, in CuPy's blocks and including the result. Constants and FFT
+    plans, which stay between calls, are allocated before and not counted.
     """
     import cupy
 
@@ -260,7 +261,7 @@ def peak_memory(variants: dict[str, Variant], inputs: Inputs) -> dict[str, dict[
             with cupy.cuda.using_allocator(pool.malloc):
                 variant.call()
             cupy.cuda.get_current_stream().synchronize()
-        except Exception as error:  # the timing says why, and the others are measured
+        except Exception as error:  # the timing records the reason; the other mixes are still measured
             program.say(f"not measured: {name}: {one_line(error)}")
             continue
         taken = pool.total_bytes() / inputs.images.nbytes

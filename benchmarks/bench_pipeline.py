@@ -1,10 +1,10 @@
-"""Images per second of a loader alone, by what mixes and where: in DALI's graph, after it, or in torch's workers.
+"""Measure the images per second of loaders alone, which mix in DALI's graph, after it, or in PyTorch's workers.
 
     python -m benchmarks.bench_pipeline DATA -o benchmarks/results/NAME.json
 
-benchmarks/loaders.py and benchmarks/peers.py say what the variants are. They are measured in groups. In each round
-every variant of a group gives a number of batches in its turn, and ratios are taken within a round. DATA is a folder of
-class folders; without it images are made.
+benchmarks/loaders.py and benchmarks/peers.py describe the variants. They are measured in groups. In each round every
+variant of a group produces a number of batches, and ratios are taken within a round. DATA is a folder of class folders;
+without it, the script makes images.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def main() -> None:
     """Measure and write the result."""
     makers = loaders.makers() | peers.makers()
     parser = program.parser(__doc__, *program.ROUNDS, *loaders.OPTIONS, batch_size=128, crop_size=224)
-    least = "least batches of a variant in each round"
+    least = "minimum number of batches of a variant in each round (default: %(default)s)"
     parser.add_argument("--batches", type=program.positive, default=4, help=least)
-    named = "one group of these; by default all, in groups; the one called none is measured in each"
+    named = "measure these as one group, with none (default: all, in groups)"
     parser.add_argument("--variants", nargs="+", choices=list(makers), metavar="NAME", help=named)
     options = parser.parse_args()
     groups = [options.variants] if options.variants else default_groups(gpu=machine.wants_gpu(options))
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def default_groups(*, gpu: bool) -> list[list[str]]:
-    """Return the names of all that is compared on a device, those that matter most first."""
+    """Return the names of all loaders that are compared on a device, the most important first."""
     others = [name for name in peers.makers() if gpu or not name.endswith("GPU")]
     return [*loaders.groups(gpu=gpu), others]
 
@@ -46,7 +46,7 @@ def default_groups(*, gpu: bool) -> list[list[str]]:
 def measure_group(
     record: Record, names: list[str], makers: dict[str, loaders.Maker], setting: loaders.Setting, batches: int
 ) -> None:
-    """Measure the loaders of these names in turns."""
+    """Measure the loaders of these names, interleaved."""
     streams = record.made(names, lambda name: makers[name](setting))
     if streams.keys() <= {_REFERENCE} < set(names):
         return

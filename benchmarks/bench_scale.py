@@ -1,13 +1,13 @@
-"""How the cost grows: with the batch, the size of images, the size a detector works at, threads, the decoder's share.
+"""Measure how the cost grows with batch size, image size, detector size, threads, and the share of the JPEG engine.
 
     python -m benchmarks.bench_scale DATA -o benchmarks/results/NAME.json
 
-The first three are times of `saliencymix` on arrays in memory, the other two images per second of the whole loader.
-A detector's size is changed by handing it every second, third, ... pixel only.
+On the first three axes, the figures are times of `saliencymix` on arrays in memory; on the other two, images per second
+of the whole loader. On the axis `detector_size`, the detector sees only every second, third, ... pixel.
 
-For times `linear_from` is the smallest point from which on the cost of one image, or of one pixel, stays within a fifth
-of that at the largest point. For threads `linear_to` is the largest number up to which all give at least four fifths
-of the least number's rate per thread.
+For times, `linear_from` is the smallest point from which on the cost per image, or per pixel, stays within 20 % of that
+at the largest point. For threads, `linear_to` is the largest number up to which the rate per thread is at least 80 % of
+that of the smallest number.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         batch_size=128,
         crop_size=224,
     )
-    parser.epilog = "-b, --crop-size and -j are for the axes that change something else"
+    parser.epilog = "-b, --crop-size and -j hold on the axes that do not vary them"
     parser.add_argument("--axes", nargs="+", choices=[*_ON_ARRAYS, *_OF_LOADERS], default=[*_ON_ARRAYS, "threads"])
     powers = [2**n for n in range(cores().bit_length()) if 2**n <= cores()]
     points: dict[str, tuple[Callable[[str], float], list[float], str]] = {
@@ -57,12 +57,12 @@ def main() -> None:
         "hw-decoder-load": (program.share, [0.0, 0.3, 0.65, 0.8, 0.95], "X"),
     }
     for name, (kind, default, metavar) in points.items():
-        about = "pixels from one that a detector sees to the next" if name == "every" else "points of that axis"
+        about = "the detector sees every STEP-th pixel" if name == "every" else "points of that axis"
         parser.add_argument(f"--{name}", nargs="+", type=kind, default=default, metavar=metavar, help=about)
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
     if not gpu and "hw_decoder_load" in options.axes:
-        msg = "--axes must not name hw_decoder_load without a GPU, which has the decoder"
+        msg = "--axes must not name hw_decoder_load without a GPU, got hw_decoder_load"
         raise ValueError(msg)
 
     with contextlib.ExitStack() as stack:
@@ -75,12 +75,12 @@ def main() -> None:
             if record.ask_for(axis, "curves", axis) and record.seconds_left() > 0:
                 with record.attempt(axis):
                     measure_curves(record, axis, folder, options, gpu)
-                gc.collect()  # pipelines are parts of cycles
+                gc.collect()  # pipelines are in reference cycles
     record.end()
 
 
 def measure_curves(record: Record, axis: str, folder: Any, options: argparse.Namespace, gpu: bool) -> None:
-    """Measure all points of an axis in turns."""
+    """Measure all points of an axis, interleaved."""
     on_arrays = axis in _ON_ARRAYS
     variants = array_variants(axis, options, gpu) if on_arrays else loader_variants(axis, folder, options)
 
@@ -96,12 +96,12 @@ def measure_curves(record: Record, axis: str, folder: Any, options: argparse.Nam
         }
         return {"curves": {axis: found}}
 
-    # Half of what is left, so that the axes after it get something.
+    # Half of the time that is left, so that the later axes get some.
     record.measure(variants, result_of, share=0.5 if axis != options.axes[-1] else 1.0, where=f"{axis} / ")
 
 
 def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:
-    """Return where a curve is linear: see the module's description."""
+    """Return where a curve is linear; see the docstring of the module."""
     at = sorted((float(point), found["median"]) for point, found in points.items())
     if axis == "hw_decoder_load":
         return {}
@@ -141,12 +141,12 @@ def array_variants(axis: str, options: argparse.Namespace, gpu: bool) -> Variant
 
 
 def _every(detector: Callable[..., Any], step: int, images: Any) -> Any:
-    # In one piece of memory: a detector's time must not depend on the gaps.
+    # Contiguous: the gaps must not change a detector's time.
     return detector(images[:, ::step, ::step].copy())
 
 
 def loader_variants(axis: str, folder: Any, options: argparse.Namespace) -> Variants:
-    """Return the loader at each point of an axis; for threads with mixing and without."""
+    """Return the loader at each point of an axis; for threads also with mixing."""
     mixes: dict[str, Any] = {"none": None}
     if axis == "threads":
         mixes |= {name: MixOptions(saliency=name) for name in options.detectors}

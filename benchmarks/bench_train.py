@@ -1,13 +1,13 @@
-"""Images per second of training: on one batch over and over, and behind loaders; and of these loaders alone.
+"""Measure the images per second of training on a constant batch and behind loaders, and of these loaders alone.
 
     python -m benchmarks.bench_train DATA -o benchmarks/results/NAME.json
 
-The rate on a constant batch, which lies on the device, is what the network can do. The ratio of the loader's rate to it
-says whether the loader holds the training back, and that of mixing to no mixing what mixing costs a training run.
+The rate on a constant batch, which is on the device already, is the limit of the network. The ratio of the rate behind
+a loader to it says whether training is input-bound; the ratio with mixing to without mixing is the cost of mixing.
 
-Then the loaders run alone, first for their rate. Then a probe measures for how long each batch holds the GIL:
-benchmarks/gil.py. The difference to the loader that does not mix is the operator's. The calls of the operator are timed
-during the training. On a GPU the last groups vary what feeds the decoders: threads, and the share of the JPEG engine.
+The calls of the operator are timed during training. Then the loaders run alone, first for their rate. Then a probe
+measures how long each batch holds the GIL (benchmarks/gil.py); the difference to the loader that does not mix is due to
+the operator. On a GPU the last groups vary the number of threads and the share of images for the JPEG engine.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main() -> None:
     parser = program.parser(
         __doc__, *program.ROUNDS, *loaders.OPTIONS, "detectors", detectors=["spectral_residual", "fine_grained"]
     )
-    parser.add_argument("-a", "--arch", help="of torchvision (default: resnet50, without a GPU resnet18)")
-    parser.add_argument("--steps", type=program.positive, help="of a variant in each round")
-    named = f"one group of these loaders, beside {_UNMIXED}; by default all, in groups"
+    parser.add_argument("-a", "--arch", help="network of torchvision (default: resnet50, without a GPU resnet18)")
+    parser.add_argument("--steps", type=program.positive, help="training steps of a variant in each round")
+    named = f"measure these loaders as one group, with {_UNMIXED} (default: all, in groups)"
     parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help=named)
     parser.epilog = "defaults: -b 256, --crop-size 224, --steps 20; without a GPU 32, 64 and 8"
     options = parser.parse_args()
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
-    """Return the names of the loaders, those that matter most first; `benchmarks.loaders` says what they are."""
+    """Return the names of the loaders, the most important first; `benchmarks.loaders` describes them."""
     first = [_UNMIXED, "none, again"]
     if not gpu:
         return [[*first, *(f"saliencymix {detector}" for detector in detectors)]]
@@ -73,7 +73,7 @@ def groups(detectors: list[str], *, gpu: bool) -> list[list[str]]:
 def measure_group(
     record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, steps: int
 ) -> None:
-    """Measure the training behind each of these loaders, then each alone: its rate, and how long it holds the GIL."""
+    """Measure training behind each loader, then the rate of each loader alone and how long it holds the GIL."""
     calls: dict[str, list[gil.Call]] = {}
     makers = loaders.makers()
 
@@ -104,13 +104,13 @@ def measure_training(
     setting: loaders.Setting,
     steps: int,
 ) -> None:
-    """Train behind each stream in turns; record the rates, their ratios and the operator's calls."""
+    """Train behind the streams, interleaved; record the rates, their ratios and the operator's calls."""
     batch = next(streams[_UNMIXED].batches)
     constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
     of_turns: dict[str, list[gil.Call]] = {name: [] for name in streams if name.startswith("saliencymix")}
 
     def rate_of_turn(name: str, stream: loaders.Stream) -> float:
-        """Train for a turn; keep the median of the operator's calls in it."""
+        """Train for one turn; record the median of the operator's calls in it."""
         made = calls.get(name, [])
         made.clear()
         rate = loaders.images_per_second(stream, setting, steps, use=step)
@@ -119,7 +119,7 @@ def measure_training(
         return rate
 
     def call_ms(turns: list[gil.Call], kind: str) -> dict[str, float]:
-        return figure([1000 * getattr(call, f"{kind}_seconds") for call in turns[1:]])  # the first one warms up
+        return figure([1000 * getattr(call, f"{kind}_seconds") for call in turns[1:]])  # the first turn is the warm-up
 
     def result_of(rates: dict[str, list[float]]) -> dict[str, Any]:
         without_constant = {name: values for name, values in rates.items() if name != _CONSTANT}
@@ -140,11 +140,11 @@ def measure_training(
     record.measure(variants, result_of, share=0.8)
     for name, turns in of_turns.items():
         if not turns:
-            record.not_measured[f"operator_call_ms / {name}"] = "no call of it was seen"
+            record.not_measured[f"operator_call_ms / {name}"] = "no call of it was recorded"
 
 
 def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
-    """Return a function that trains a network on a batch."""
+    """Return a function that performs one training step on a batch."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     device = setting.device
@@ -165,14 +165,14 @@ def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
 
 
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
-    """Return for how long each batch of a stream holds the GIL."""
+    """Return the milliseconds for which each batch of a stream holds the GIL."""
     probe = gil.Probe()
     loaders.images_per_second(stream, setting, batches, watch=probe)
     return 1000 * probe.held_seconds / batches
 
 
 def lock_held(held: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the time that each batch holds the GIL, and by how much it is more than without mixing."""
+    """Return the time that each batch holds the GIL, and its difference to that without mixing."""
     unmixed = held.get(_UNMIXED, [])
     more = {
         name: [one - other for one, other in zip(values, unmixed, strict=True)]

@@ -1,18 +1,18 @@
-"""Does the bottleneck tool find faults that were put in on purpose? A confusion table of its verdicts.
+"""Test whether the bottleneck tool finds injected faults; the result is a confusion table of its verdicts.
 
     python -m benchmarks.bottleneck_faults --runs 10 -o benchmarks/results/NAME.json
 
-The pipelines are real DALI pipelines on the CPU, over JPEG files made here; a fault is a sleep at one place, long
-enough to be the truth: in the reading, behind the resize, in the saliency detector, in the training step. A step that
-sleeps stands for one on an accelerator, which the CPU waits for. Faults take turns, so that what else the machine does
-hits all of them alike. A verdict is right, undecided, or wrong.
+The pipelines are real DALI pipelines on the CPU, over JPEG files made here. A fault is a sleep at one place, long
+enough to be the true bottleneck: in the reading, after the resize, in the saliency detector, or in the training step. A
+step that sleeps stands for one on an accelerator, which the CPU waits for. The faults are interleaved, so background
+load affects all equally. A verdict is right, undecided, or wrong.
 
-Beside the live runs, the rounds of `RECORDED` are judged again: runs on machines that were busy with other work, whose
-truth is known. They are one row each.
+In addition to the live runs, the recorded rounds in `RECORDED` are judged again, one row for each run. They come from
+machines that were busy with other work, and the right verdict is known.
 
 The second part compares the predicted rate, that of the slowest of step, loader and storage, with the measured one over
-small grids: with the files in memory, and with files that have to be fetched. Storage is made slow by a pause for each
-file whose pages are not in memory; files are dropped from it as the tool does.
+small grids: with the files in memory, and with files that have to be fetched from storage. Slow storage is simulated by
+a pause for each file whose pages are not in memory; files are dropped from memory as the tool does it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _lock = threading.Lock()
 
 
 def make_files(folder: str | Path, *, count: int = 32, size: int = 160) -> list[str]:
-    """Write JPEG files of a smooth pattern with some noise, which decode as photographs do; return their paths."""
+    """Write JPEG files of a smooth pattern with some noise, as costly to decode as photographs; return their paths."""
     rng = np.random.default_rng(0)
     files = []
     for number in range(count):
@@ -67,13 +67,13 @@ def make_files(folder: str | Path, *, count: int = 32, size: int = 160) -> list[
 
 
 class Reader:
-    """Batches of encoded files and labels from slow storage: each batch waits, or only for files not in memory."""
+    """Batches of encoded files and labels from slow storage; with `cold`, only files not in memory are slow."""
 
     def __init__(self, files: list[str], seconds: float, *, cold: bool = False) -> None:
         self._files, self._seconds, self._cold = files, seconds, cold
 
     def __call__(self, number: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Return the batch with this number, from the first file again after the last."""
+        """Return the batch with this number; after the last file follows the first one."""
         chosen = [self._files[(number * BATCH + i) % len(self._files)] for i in range(BATCH)]
         absent = sum(1 - (page_cache.resident_share([file]) or 0) for file in chosen) / BATCH if self._cold else 1
         time.sleep(self._seconds * absent)
@@ -82,7 +82,7 @@ class Reader:
 
 @do_not_convert
 def pause(images: Any, seconds: float, held: bool = False) -> Any:
-    """Return images as they are, a while later for each batch."""
+    """Delay each batch of images by `seconds`, under a common lock if `held`."""
 
     def wait(samples: list[np.ndarray]) -> list[np.ndarray]:
         with _lock if held else threading.Lock():
@@ -93,7 +93,7 @@ def pause(images: Any, seconds: float, held: bool = False) -> Any:
 
 
 def slow_detector(images: np.ndarray, seconds: float) -> np.ndarray:
-    """Look for saliency, a while later."""
+    """Compute saliency after a delay."""
     time.sleep(seconds)
     return spectral_residual(images)
 
@@ -109,7 +109,7 @@ def pipeline(
     mixed: bool = True,
     size: int = 64,
 ) -> tuple[Any, ...]:
-    """Read, decode, resize, mix, normalise, with pauses at these places."""
+    """Read, decode, resize, mix and normalise; `read`, `fetch`, `prep` and `detect` are delays in seconds a batch."""
     if read > 0:
         encoded, labels = fn.external_source(source=Reader(files, read), num_outputs=2)
     elif fetch > 0:
@@ -128,7 +128,7 @@ def pipeline(
 
 
 def step_of(seconds: float, *, held: bool = False) -> Callable[[Any], None]:
-    """Return a training step that takes so long and leaves the CPU alone meanwhile."""
+    """Return a training step that takes `seconds` and leaves the CPU idle."""
 
     def step(batch: Any) -> None:
         with _lock if held else threading.Lock():
@@ -138,7 +138,7 @@ def step_of(seconds: float, *, held: bool = False) -> Callable[[Any], None]:
 
 
 class PausedLoader:
-    """Fifty batches that come after a pause each."""
+    """Fifty batches, each after a pause."""
 
     def __init__(self, pause: Callable[[], float]) -> None:
         self._pause = pause
@@ -150,14 +150,14 @@ class PausedLoader:
 
 
 class RankLoader(PausedLoader):
-    """Batches that come slowly in the process of rank 1, if there is one."""
+    """A loader that is slow in the process of rank 1."""
 
     def __init__(self) -> None:
         super().__init__(lambda: SLOW if os.environ.get("RANK") == "1" else FAST)
 
 
 def rank_step(batch: Any) -> None:
-    """Train, and wait for the other processes as an exchange of gradients does."""
+    """Train, and wait for the other processes as an all-reduce does."""
     import torch
 
     time.sleep(FAST)
@@ -165,7 +165,7 @@ def rank_step(batch: Any) -> None:
         torch.distributed.barrier()
 
 
-# The verdict that is right for each fault.
+# The right verdict for each fault.
 EXPECTED = {
     "slow read": "DISK-BOUND",
     "slow operator": "CPU-PREP-BOUND",
@@ -176,7 +176,7 @@ EXPECTED = {
     "slow rank": "STRAGGLER",
     "noisy machine": "INCONCLUSIVE",
 }
-# Options of the pipeline, seconds of a step; "held" is a lock that both need.
+# Options of the pipeline, and seconds of a step; with "held", both need the same lock.
 _IN_A_PIPELINE: dict[str, tuple[dict[str, Any], float]] = {
     "slow read": ({"read": SLOW, "mixed": False}, FAST),
     "slow operator": ({"prep": SLOW, "mixed": False}, FAST),
@@ -192,11 +192,11 @@ def diagnosed(fault: str, folder: Path, run: int, seconds: float) -> dict[str, A
     if fault == "slow rank":
         return diagnosed_ranks(folder / "ranks.json", seconds)
     quick: dict[str, Any] = {"seconds": seconds, "what_ifs": False, "storage": False}
-    if fault == "noisy machine":  # loader and step about as fast, give or take a lot: a machine with other users
+    if fault == "noisy machine":  # loader and step are equally fast on average and vary a lot
         pauses, steps = (np.random.default_rng(seed) for seed in (run, run + 1000))
         loader = PausedLoader(lambda: 0.01 * pauses.lognormal(0, 1.2))
         return bottleneck.diagnose(loader, lambda batch: time.sleep(0.09 * steps.lognormal(0, 1.2)), **quick)
-    files = files_of(folder, 900 if fault == "tiny model" else 160)  # large where decoding shall cost the most
+    files = files_of(folder, 900 if fault == "tiny model" else 160)  # large if decoding has to be the bottleneck
     options, seconds_of_step = _IN_A_PIPELINE[fault]
     if fault == "slow read":
         quick |= {"storage": True, "files": files}
@@ -205,7 +205,7 @@ def diagnosed(fault: str, folder: Path, run: int, seconds: float) -> dict[str, A
 
 
 def diagnosed_ranks(output: Path, seconds: float) -> dict[str, Any]:
-    """Return the report of two processes of which one has a slow loader."""
+    """Return the report of two processes, one of which has a slow loader."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "dali_saliencymix", "bottleneck", "--loader", "benchmarks.bottleneck_faults:RankLoader"]
     command += ["--step", "benchmarks.bottleneck_faults:rank_step", "--seconds", str(seconds), "--device", "cpu"]
@@ -215,7 +215,7 @@ def diagnosed_ranks(output: Path, seconds: float) -> dict[str, Any]:
 
 
 def files_of(folder: Path, size: int, count: int = 32) -> list[str]:
-    """Return files of a size, made where they are not there yet."""
+    """Return files of a size; make them if they do not exist."""
     place = folder / f"{size}-{count}"
     if not place.exists():
         place.mkdir()
@@ -224,7 +224,7 @@ def files_of(folder: Path, size: int, count: int = 32) -> list[str]:
 
 
 def prediction_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Compare prediction and measurement for loaders and steps from fast to slow."""
+    """Yield predictions and measurements for loaders and steps from fast to slow."""
     for loader, step in itertools.product((0.0, 0.02, SLOW), (FAST, 0.02, SLOW)):
         define = functools.partial(pipeline, files_of(folder, 160), prep=loader, mixed=False)
         report = bottleneck.diagnose(define, step_of(step), seconds=seconds, what_ifs=False, storage=False)
@@ -234,7 +234,7 @@ def prediction_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def storage_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
-    """Compare prediction and measurement where files come from storage, with loaders and steps from fast to slow."""
+    """Yield predictions and measurements with files from storage, for loaders and steps from fast to slow."""
     files = files_of(folder, 160, count=96)
     for fetch, prep, step in itertools.product((0.02, 0.06), (0.0, 0.04), (FAST, 0.03)):
         define = functools.partial(pipeline, files, fetch=fetch, prep=prep, mixed=False)
@@ -253,13 +253,13 @@ def storage_grid(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callable[[Any], None]) -> float:
-    """Return the ms that a batch takes, loader and step together, over files that were dropped from memory."""
+    """Return the milliseconds per batch of loader and step together, on files that were dropped from memory."""
     built = define()
     built.build()
     why = page_cache.why_not_dropped(files)
     if why:
         raise RuntimeError(why)
-    step(built.run())  # while the first batch is made, nothing overlaps yet
+    step(built.run())  # not timed: nothing overlaps with the first batch
     count = len(files) // BATCH - 1
     start = time.perf_counter()
     for _ in range(count):
@@ -268,7 +268,7 @@ def pass_from_storage(define: Callable[[], Any], files: list[str], step: Callabl
 
 
 def recorded() -> dict[str, tuple[Figures, str]]:
-    """Return the figures of each recorded run by its name, and the verdict that is right."""
+    """Return the figures of each recorded run and the right verdict, by name."""
     found = {}
     for case in json.loads(RECORDED.read_text())["cases"]:
         given = case["figures"]
@@ -282,7 +282,7 @@ def recorded() -> dict[str, tuple[Figures, str]]:
 def outcome(verdict: str, expected: str) -> str:
     """Return "right", "undecided" or "wrong".
 
-    Undecided is INCONCLUSIVE, and LOADER-BOUND where a part of the loader was to be named.
+    INCONCLUSIVE is undecided, and so is LOADER-BOUND if the right verdict names a part of the loader.
     """
     if verdict == expected:
         return "right"
@@ -291,15 +291,15 @@ def outcome(verdict: str, expected: str) -> str:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Return the median and both ends of values."""
+    """Return the median, the minimum and the maximum of values."""
     return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
 
 
 def main() -> None:
-    """Run all faults in turns, write the table."""
+    """Run all faults, interleaved, and write the table."""
     parser = program.parser(__doc__, "output")
     parser.add_argument("--runs", type=program.positive, default=10, help="runs of each fault")
-    parser.add_argument("--seconds", type=program.positive_number, default=3.0, help="time asked for each run")
+    parser.add_argument("--seconds", type=program.positive_number, default=3.0, help="time for each run of the tool")
     parser.add_argument("--faults", nargs="+", choices=list(EXPECTED), default=list(EXPECTED))
     parser.add_argument("--no-grid", action="store_true", help="leave out the grid of predictions")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Compare two results of the same benchmark, and say which figures changed by more than noise.
+"""Compare two results of one benchmark, and list which figures changed by more than noise.
 
     python -m benchmarks.compare BEFORE.json AFTER.json
 
-A change counts where the ranges of the two figures do not overlap: the rule of `dali_saliencymix.measure`, whose ranges
-hold the median at 90 %. Of older results the range is the middle half of the rounds, or all of them. Under five rounds
-nothing is said. What the machine did between the two runs is not part of either range: where it matters, run both again
-in turns.
+A figure changed if its two ranges do not overlap. A range is the 90 % confidence interval of the median, as
+`dali_saliencymix.measure` computes it; in older results it is the middle half of the rounds, or all of them. With fewer
+than five rounds there is no verdict. The ranges do not cover changes of the machine between the two runs: if they
+matter, run both again, interleaved.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from benchmarks import program
 from dali_saliencymix.measure.figures import apart, differing, figures
 from dali_saliencymix.measure.results import read_json
 
-# What two results that are compared differ in for that reason, or at any time.
+# Conditions that differ between any two results.
 _NOT_COMPARED = ("commit", "command", "date", "machine.load_average")
 
 
 def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """Say whether a figure changed by more than noise."""
+    """Return in words whether a figure changed by more than noise."""
     more_than_noise = apart(before, after)
     if more_than_noise is None:
         return "too few rounds to tell"
@@ -34,7 +34,7 @@ def verdict(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return the comparison as lines, conditions that differ first."""
+    """Return the lines of the comparison, starting with the conditions that differ."""
     kinds = [result.get("benchmark") for result in (before, after)]
     if kinds[0] != kinds[1]:
         msg = f"the two results must be of one benchmark, got {kinds[0]!r} and {kinds[1]!r}"
@@ -56,7 +56,7 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Compare."""
+    """Print the comparison."""
     parser = program.parser(__doc__)
     parser.add_argument("before", type=Path, metavar="BEFORE")
     parser.add_argument("after", type=Path, metavar="AFTER")

@@ -1,10 +1,10 @@
-"""The images that loaders are measured on: a folder that is given, or JPEG files made here on all cores.
+"""Make the JPEG files that loaders are measured on, if no folder of images is given.
 
     python -m benchmarks.data FOLDER --images 4000 --from DATA
 
-Made files have the sizes of ImageNet's, 500 pixels along the long side for the most part. With photographs to make
-them from, each is one of these, mirrored or cropped a little and compressed again; without, it is a mosaic of sample
-images, whose grain is as fine as theirs. How large the files came out is part of the conditions of a result.
+The files have the sizes of ImageNet's, in most cases 500 pixels along the long side, and are made on all cores. With
+``--from``, each is one of the photographs in DATA, slightly cropped, flipped at random and compressed again. Without
+it, each is a mosaic of sample images. The size of the files is part of the conditions of a result.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dali_saliencymix.datasets.sample_data import CLASSES, sample_jpeg
 from dali_saliencymix.measure.environment import cores
 
 _LONG_SIDE = 500
-_QUALITY = 96  # with it the files come out about as large as ImageNet's
+_QUALITY = 96  # makes the files about as large as ImageNet's
 
 
 @contextlib.contextmanager
 def images_of(options: argparse.Namespace, *, least: int = 200) -> Iterator[ImageFolder]:
-    """Give the images in ``options.data``, or where that is None at least as many made here, deleted afterwards."""
+    """Yield the images in ``options.data``; if that is None, make `least` images and delete them afterwards."""
     if options.data is not None:
         yield list_image_folder(options.data)
         return
@@ -44,13 +44,13 @@ def images_of(options: argparse.Namespace, *, least: int = 200) -> Iterator[Imag
 
 
 def repeated(folder: ImageFolder, count: int) -> ImageFolder:
-    """Return the list of images as often as it takes for `count` of them."""
+    """Return the list of images, repeated until it has at least `count` entries."""
     times = -(-count // len(folder))
     return ImageFolder(folder.root, folder.classes, folder.files * times, folder.labels * times)
 
 
 def described(folder: ImageFolder) -> dict[str, Any]:
-    """Return the number of images, and of up to 200 of them the mean size in pixels and in kilobytes."""
+    """Return the number of images, and the mean size in pixels and in kilobytes of up to 200 of them."""
     files = folder.files[:: -(-len(folder) // 200)]
     sizes = []
     for file in files:
@@ -62,7 +62,7 @@ def described(folder: ImageFolder) -> dict[str, Any]:
 
 
 def make_images(folder: Path, count: int, source: Path | None = None) -> None:
-    """Write `count` JPEG files into class folders, from the images in `source` where it is given."""
+    """Write `count` JPEG files into class folders, made from the images in `source` if it is given."""
     listed = list_image_folder(source) if source else None
     make = functools.partial(_make_image, folder=folder, listed=listed)
     with concurrent.futures.ProcessPoolExecutor(cores(), **DEAF_TO_INTERRUPTS) as pool:
@@ -83,7 +83,7 @@ def _make_image(number: int, folder: Path, listed: ImageFolder | None) -> None:
 
 
 def _like(rng: np.random.Generator, file: Path) -> Image.Image:
-    """Return a photograph cut at its borders by up to 4 %, mirrored at random, and of ImageNet's size."""
+    """Return a photograph cropped by up to 4 %, flipped horizontally at random, and of ImageNet's size."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
     borders = (*rng.uniform(0, 0.02, 2), *rng.uniform(0.98, 1, 2))  # left, top, right, bottom
@@ -112,14 +112,14 @@ def _mosaic(rng: np.random.Generator, number: int) -> Image.Image:
 
 
 def main() -> None:
-    """Make images."""
+    """Make the images."""
     parser = program.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write class folders into")
     parser.add_argument("--images", type=program.positive, default=4000, help="number of files (default: %(default)s)")
-    parser.add_argument("--from", dest="source", type=Path, metavar="DATA", help="photographs to make them from")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DATA", help="photographs to make the files from")
     options = parser.parse_args()
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        msg = f"FOLDER must be empty or not there yet, got {options.folder}"
+        msg = f"FOLDER must be empty or not exist, got {options.folder}"
         raise ValueError(msg)
     make_images(options.folder, options.images, options.source)
     program.say(", ".join(f"{name} {value}" for name, value in described(list_image_folder(options.folder)).items()))

@@ -1,6 +1,6 @@
-"""How long the Python functions that DALI calls hold up everything else: their time, and that of the GIL.
+"""Measure how long the Python functions that DALI calls take, and how long they hold the GIL.
 
-While one thread holds the lock no other one can run Python code, such as the training step that feeds a GPU.
+While one thread holds the GIL, no other thread can run Python code, such as the training step that feeds a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dali_saliencymix._dali import python_operator as operator
 
 
 class Call(NamedTuple):
-    """One call: its time, and the processor time of its thread. Where the two differ it waited, or was held up."""
+    """The wall-clock time of a call and the processor time of its thread; they differ if the call waited."""
 
     wall_seconds: float
     cpu_seconds: float
@@ -26,9 +26,10 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[Call]]:
-    """Record each later call of the Python functions in pipelines that are defined inside this context.
+    """Record the calls of the Python functions in pipelines that are defined inside this context.
 
-    What DALI does around a call, such as making an array of each sample, is not part of it.
+    The list grows also after the context has ended. The work of DALI around a call, such as making an array of each
+    sample, is not included.
     """
     calls: list[Call] = []
     original = operator._limited
@@ -39,21 +40,22 @@ def recorded_calls() -> Iterator[list[Call]]:
         calls.append(Call(time.perf_counter() - wall, time.thread_time() - cpu))
         return made
 
-    # What every operator of the package is called through, whoever puts it into the pipeline.
+    # Every operator of the package is called through this function.
     with mock.patch.object(operator, "_limited", timed):
         yield calls
 
 
 class Probe(threading.Thread):
-    """Measures for how long other threads hold the GIL, while it runs as a context.
+    """Measure for how long other threads hold the GIL; used as a context manager.
 
-    It sleeps for about a tenth of a millisecond again and again. A thread that wakes needs the lock: by how much it
-    comes late is how long somebody still held it. Half of a usual sleep is added each time, for the part of the hold
-    that it slept through.
+    The probe sleeps for about a tenth of a millisecond again and again. A thread that wakes needs the GIL, so its delay
+    is the time for which another thread still held it. Half of a usual sleep is added to each delay, for the part of
+    the hold that the probe slept through.
 
-    Limits: a hold shorter than a sleep is found at random and counts half to whole. The lock is not taken away from a
-    holder meanwhile, so holds are as long as the holder makes them. Where cores are short, waiting for one counts as
-    waiting for the lock: compare with the same loader without the function in question, on a quiet machine.
+    Limits: the probe may miss a hold that is shorter than a sleep, and counts between half and all of it otherwise.
+    While the probe runs, the interpreter does not force a thread to release the GIL. If cores are scarce, waiting for a
+    core counts as waiting for the GIL: compare with the same loader without the function in question, on an idle
+    machine.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
-"""Does it run right on a GPU? Trainings, a run that is killed, validation by each backend, memory, programs that end.
+"""Check training, resuming, validation, memory and the exit of programs on a GPU.
 
     python -m benchmarks.gpu_checks DATA -o benchmarks/results/NAME.json
 
-DATA holds train/ and val/. The question is whether it works, not how fast: several trainings run at a time. The tests
-marked gpu ask what can be asked of a few small batches; here are whole programs and batches of full size.
+DATA holds train/ and val/. The checks are of correctness, not of speed: several runs of train.py run at a time. The
+tests marked gpu use a few small batches; these checks use whole programs and batches of full size.
 
-Each check becomes one of the parts of the result, with its conditions. A file that is there already is added to.
+Each check is one of the parts of the result, with its conditions. If the file exists, the parts are added to it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dali_saliencymix.training.models import make_model
 
 BACKENDS = ("dali-gpu", "dali-cpu", "pytorch")
 
-# Programs that take a batch from a pipeline on a GPU and end without letting go of it.
+# Programs that take a batch from a pipeline on a GPU and exit without releasing it.
 TAKES_A_BATCH = {
     "iterator": """
 import sys, torch
@@ -72,39 +72,39 @@ print(pipeline.run()[0].shape())
 """,
 }
 
-_TOGETHER = 3  # trainings at a time
+_TOGETHER = 3  # training runs at a time
 _TRAINED = ("--epochs", 1000, "--training-only", "--amp", "--channels-last")
 
 _TRAININGS = {
-    "saliencymix, compiled": ("--compile",),  # takes the longest
+    "saliencymix, compiled": ("--compile",),  # first, since it takes the longest
     "none": ("--mix", "none"),
     "cutmix": ("--mix", "cutmix"),
     "saliencymix spectral_residual": ("--saliency", "spectral_residual"),
     "saliencymix fine_grained": ("--saliency", "fine_grained"),
     "saliencymix, fp16": ("--amp-dtype", "fp16"),
 }
-# So that the network whose answers are compared has learnt something.
+# Options with which the network learns something before its predictions are compared.
 _VALIDATED = ("--mix", "none", "--lr", 0.05, "--lr-warmup-epochs", 2, "--min-crop-area", 0.35)
 
-# What a training shows of its progress: neither a warning nor an error.
+# Lines that show the progress of training; all other lines on stderr are warnings or errors.
 _PROGRESS = re.compile(r"^(epoch \d+/\d+|validation)\b")
 
 Result = dict[str, Any]
 
 
 def main() -> None:
-    """Check, and write what came out after each part."""
+    """Run the checks, and write the result after each of them."""
     parser = program.parser(__doc__, "output", "device", "batch_size", "crop_size", batch_size=256, crop_size=224)
-    parser.add_argument("data", type=Path, metavar="DATA", help="photographs, in class folders of train/ and val/")
+    parser.add_argument("data", type=Path, metavar="DATA", help="photographs in class folders, in train/ and val/")
     for name, every in (("--checks", list(CHECKS)), ("--trainings", list(_TRAININGS))):
-        parser.add_argument(name, nargs="+", choices=every, default=every, metavar="NAME", help="some of all")
-    parser.add_argument("-a", "--arch", default="resnet50", help="network of the trainings (default: %(default)s)")
-    counts = {"steps": (60, "of each training"), "batches": (500, "while memory is watched")}
-    counts["programs"] = (20, "that have to end")
+        parser.add_argument(name, nargs="+", choices=every, default=every, metavar="NAME", help="default: all")
+    parser.add_argument("-a", "--arch", default="resnet50", help="network to train (default: %(default)s)")
+    counts = {"steps": (60, "steps of each training run"), "batches": (500, "batches while memory is read")}
+    counts["programs"] = (20, "programs that have to exit")
     for name, (default, about) in counts.items():
         text = f"{about} (default: {default})"
         parser.add_argument(f"--{name}", type=program.positive, default=default, help=text)
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="where to keep what the trainings print")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="folder for the output of the training runs")
     options = parser.parse_args()
     conditions = machine.conditions(options)
     parts, bad = earlier_parts(options.output), []
@@ -114,7 +114,7 @@ def main() -> None:
             start = time.monotonic()
             try:
                 found = CHECKS[name](options, Path(folder))
-            except Exception as error:  # whatever it is: the other parts can be checked all the same
+            except Exception as error:  # the other checks can still run
                 found = {"wrong": [one_line(error)]}
             seconds = round(time.monotonic() - start)
             parts.append({"check": name, "conditions": conditions, "seconds": seconds, **found})
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def earlier_parts(output: Path | None) -> list[Result]:
-    """Return the parts of a result that is there already."""
+    """Return the parts of an existing result."""
     if output is None or not output.exists():
         return []
     earlier = read_json(output)
@@ -141,7 +141,7 @@ def earlier_parts(output: Path | None) -> list[Result]:
 
 
 def command(options: argparse.Namespace, output: Path, *more: object) -> list[str]:
-    """Return the arguments of Python that start a training."""
+    """Return the arguments for Python to run train.py."""
     size, device = options.crop_size, device_of(options).type
     line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, cores()))
     line += ("--device", device, "--data-backend", "dali-gpu" if device == "cuda" else "dali-cpu")
@@ -150,7 +150,7 @@ def command(options: argparse.Namespace, output: Path, *more: object) -> list[st
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Return where everything runs."""
+    """Return the device of the checks."""
     return torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
 
 
@@ -160,7 +160,7 @@ def resize_size(options: argparse.Namespace) -> int:
 
 
 def trained(options: argparse.Namespace, output: Path, *more: object, steps: int | None = None) -> Result:
-    """Train for some steps; return the mean loss of each epoch, and what was said beside progress."""
+    """Train for some steps; return the mean loss of each epoch, and the lines on stderr other than progress."""
     line = command(options, output, *_TRAINED, "--max-steps", steps or options.steps, *more)
     done = program.python(*line)
     if options.logs:
@@ -178,25 +178,25 @@ def trained(options: argparse.Namespace, output: Path, *more: object, steps: int
 
 
 def said(text: str) -> list[str]:
-    """Return the lines that a training has written to stderr, but for its progress."""
+    """Return the lines that train.py has written to stderr, without progress."""
     lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
     return [shortened(line) for line in lines if line and not _PROGRESS.match(line)]
 
 
 def wrong_with(name: str, found: Result, steps: int) -> list[str]:
-    """Return what is wrong with a training."""
+    """Return the errors of a training run."""
     wrong = []
     if found["exit_status"] != 0:
         wrong.append(f"{name}: exit status {found['exit_status']}: {' | '.join(found['said'][-3:])}")
     elif found["steps"] != steps:
-        wrong.append(f"{name}: {found['steps']} steps in the place of {steps}")
+        wrong.append(f"{name}: {found['steps']} steps instead of {steps}")
     if not all(loss is not None and math.isfinite(loss) for loss in found["losses"]):
         wrong.append(f"{name}: losses of {found['losses']}")
     return wrong
 
 
 def check_trainings(options: argparse.Namespace, folder: Path) -> Result:
-    """Train by each mix, compiled, and in 16 bits of either kind."""
+    """Train with each mixing mode, compiled, in bfloat16 and in float16."""
     with concurrent.futures.ThreadPoolExecutor(_TOGETHER) as pool:
         runs = {name: pool.submit(trained, options, folder / name, *_TRAININGS[name]) for name in options.trainings}
         found = {name: run.result() for name, run in runs.items()}
@@ -204,12 +204,12 @@ def check_trainings(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def check_killed(options: argparse.Namespace, folder: Path) -> Result:
-    """Compare the weights after a run that was killed and resumed with those after one that was not."""
+    """Compare the weights of a run that was killed and resumed with those of an uninterrupted run."""
     same = ("--deterministic", "--checkpoint-every", max(options.steps // 6, 1))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         unbroken = pool.submit(trained, options, folder / "unbroken", *same)
         killed_at = kill(options, folder / "killed", *same)
-        # --max-steps counts those of this run.
+        # --max-steps counts the steps of this run only.
         left = options.steps - killed_at
         resumed = trained(options, folder / "killed", *same, "--resume", "auto", steps=left)
         found = {"unbroken": unbroken.result(), "killed_after": killed_at, "resumed": resumed}
@@ -223,14 +223,14 @@ def check_killed(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
-    """Kill a training once it has written a second checkpoint; return the step that it resumes from."""
+    """Kill a training run after its second checkpoint; return the step that it resumes from."""
     line = command(options, output, *_TRAINED, *more)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     training = subprocess.Popen([sys.executable, *line], cwd=program.ROOT, **quiet)
     try:
         while len(list(output.glob("checkpoint_e*.pt"))) < 2:
             if training.poll() is not None:
-                msg = f"the training to be killed ended by itself, with status {training.returncode}"
+                msg = f"the training run ended before it was killed, with status {training.returncode}"
                 raise RuntimeError(msg)
             time.sleep(0.05)
     finally:
@@ -246,7 +246,7 @@ def kill(options: argparse.Namespace, output: Path, *more: str | int) -> int:
 
 
 def check_validation(options: argparse.Namespace, folder: Path) -> Result:
-    """Validate a checkpoint by each backend, and compare pixels and logits with those of the first."""
+    """Validate a checkpoint with each backend, and compare pixels and logits with those of the first backend."""
     training = trained(options, folder / "validated", *_VALIDATED)
     if wrong := wrong_with("training", training, options.steps):
         return {"training": training, "wrong": wrong}
@@ -266,14 +266,14 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
     for backend in backends[1:]:
         images, logits, labels = answers(options, model, backend)
         if not torch.equal(labels, first_labels):
-            wrong.append(f"{backend}: other labels, or in another order")
+            wrong.append(f"{backend}: labels differ, or their order")
             continue
         pixels = (images - first_images).abs()
         found[backend][f"compared_with_{backends[0]}"] = {
             "largest_difference_of_logits": (logits - first_logits).abs().max().item(),
             "standard_deviation_of_logits": first_logits.std().item(),
             "other_answers": int((logits.argmax(1) != first_logits.argmax(1)).sum()),
-            # Of normalised pixels, one standard deviation of ImageNet is 57 grey levels.
+            # The pixels are normalised: 1 is a standard deviation of ImageNet's pixels, 57 grey levels.
             "mean_difference_of_pixels": pixels.mean().item(),
             "largest_mean_difference_of_an_image": pixels.mean(dim=(1, 2, 3)).max().item(),
             "largest_difference_of_a_pixel": pixels.max().item(),
@@ -282,7 +282,7 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> Result:
-    """Validate a checkpoint; return the figures, what was said, and the exit status."""
+    """Validate a checkpoint; return the figures, the lines on stderr, and the exit status."""
     report = checkpoint.parent / f"{backend}.json"
     more = ("--evaluate", "--resume", checkpoint, "--data-backend", backend, "--report", report)
     done = program.python(*command(options, checkpoint.parent / backend, *more))
@@ -313,7 +313,7 @@ def answers(options: argparse.Namespace, model: torch.nn.Module, backend: str) -
 
 
 def check_memory(options: argparse.Namespace, folder: Path) -> Result:
-    """Watch memory over many batches, of one image much larger than the others, and of the mix itself."""
+    """Measure memory over many batches, with one image much larger than the others, and of the mix itself."""
     listed = list_image_folder(options.data / "train")
     readings = watched(loader_of(options, listed, options.batch_size), options.batches)
     found: Result = {"over_batches": {"as it is": readings}}
@@ -321,7 +321,7 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     gc.collect()
     found["one_large_image"] = one_large_image(options, folder / "large")
     if not found["one_large_image"]["pixels_are_numbers"]:
-        wrong.append("one large image: pixels that are no numbers")
+        wrong.append("one large image: pixels are not finite")
     if device_of(options).type == "cuda":
         inputs, taken = bench_ops.Inputs(options.crop_size, options.batch_size), {}
         for detector in ("spectral_residual", "fine_grained"):
@@ -331,7 +331,7 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def loader_of(options: argparse.Namespace, listed: ImageFolder, batch_size: int) -> Loader:
-    """Return the loader of a training."""
+    """Return the training loader."""
     size, device = options.crop_size, device_of(options)
     return training_loader(
         listed, batch_size=batch_size, num_threads=cores(), device=device, crop_size=size, mix=MixOptions()
@@ -339,7 +339,7 @@ def loader_of(options: argparse.Namespace, listed: ImageFolder, batch_size: int)
 
 
 def watched(loader: Iterable[Any], batches: int) -> list[dict[str, float]]:
-    """Return what is in use every now and then while batches are taken, epoch after epoch."""
+    """Take batches, epoch after epoch; return ten readings of the memory in use."""
     readings, every = [], max(batches // 10, 1)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
     for taken, _ in enumerate(itertools.islice(endless, batches), start=1):
@@ -349,7 +349,7 @@ def watched(loader: Iterable[Any], batches: int) -> list[dict[str, float]]:
 
 
 def in_use() -> dict[str, float]:
-    """Return the MB in use of the GPU, by all processes, and those resident of this process."""
+    """Return the resident memory of this process and the memory in use on the GPU by all processes, in MB."""
     found = {"resident_mb": machine.resident_mb()}
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -359,7 +359,7 @@ def in_use() -> dict[str, float]:
 
 
 def growth(readings: list[dict[str, float]]) -> list[str]:
-    """Return what has grown by more than a tenth, and 100 MB, from a third of the batches to the end."""
+    """Return the readings that grew by more than 10 % and more than 100 MB from a third of the batches to the end."""
     then, now = readings[len(readings) // 3], readings[-1]
     return [
         f"{name} grew from {then[name]:g} to {now[name]:g}"
@@ -369,7 +369,7 @@ def growth(readings: list[dict[str, float]]) -> list[str]:
 
 
 def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
-    """Return the memory in use around batches in which one image has 9000 x 9000 pixels."""
+    """Return the memory in use before and after batches in which one image has 9000x9000 pixels."""
     make_sample_data(folder, train=8, val=1)
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8))
@@ -386,7 +386,7 @@ def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def check_ends(options: argparse.Namespace, folder: Path) -> Result:
-    """Run programs that take a batch and end without letting go of anything."""
+    """Run programs that take a batch and exit without releasing anything."""
     make_sample_data(folder / "sample", train=8, val=1)
     code = TAKES_A_BATCH if device_of(options).type == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
     names = [list(code)[number % len(code)] for number in range(options.programs)]
@@ -402,12 +402,12 @@ def _on_a_cpu(code: str) -> str:
 
 
 def took_a_batch(code: str, folder: Path, seconds: float = 90) -> tuple[int | None, str, float]:
-    """Return the exit status of a program, None if it hangs, what it said last, and the seconds that it took."""
+    """Return the exit status of a program (None if it hangs), the end of its stderr, and its seconds."""
     start = time.monotonic()
     try:
         done = program.python("-c", code, folder, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return None, "it did not end", seconds
+        return None, "it did not exit", seconds
     return done.returncode, shortened(done.stderr), round(time.monotonic() - start, 1)
 
 

@@ -1,18 +1,19 @@
-"""Everything that a GPU host is wanted for, in one command of bounded time: tests, and what is measured on a GPU.
+"""Run all tests and benchmarks that need a GPU, in one command of bounded time.
 
     python -m benchmarks.gpu_suite OUT --data DATA
     python -m benchmarks.gpu_suite OUT --data DATA --continue EARLIER
 
-It needs no network and installs nothing. Each stage is a program of its own with a share of the time; it writes its
-results to OUT as it runs, so that little is lost if the suite is stopped early. What matters most comes first. The
-first stage is a smoke test: if it fails, no other stage runs. Any other stage that fails does not stop the next ones.
-Tests and variants that need a package that is not installed are left out, and the summary names them.
+The suite needs no network and installs nothing. Each stage is a separate program with a share of the time. It writes
+its results to OUT as it runs, so that little is lost if the suite is stopped early. The most important stages run
+first. The first stage is a smoke test: if it fails, no other stage runs. If any other stage fails, the next ones still
+run. Tests and variants that need a package that is not installed are left out, and the summary names them.
 
-With --continue the suite takes what an earlier one left in EARLIER, by default OUT itself, and runs only what is
-missing: stages that did not end well, in them the tests that have not passed and the variants without a result.
+With --continue, the suite takes the results of an earlier run from EARLIER, by default OUT itself, and runs only what
+is missing: stages that failed, and in them the tests that have not passed and the variants without a result.
 
-OUT holds suite.log, suite.json (the stages of each run, with its device and date), tests.jsonl (each test's outcome),
-summary.md, and a JSON file for each benchmark and device; of the bottleneck tool a report for each of three jobs.
+OUT holds suite.log, suite.json (the stages of each run, with its device and date), tests.jsonl (the outcome of each
+test), summary.md, a JSON file for each benchmark and device, and a report of the bottleneck tool for each of three
+jobs.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from benchmarks import machine, outcomes, program, sanitize
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.results import read_json, write_json
 
-_GRACE = 12  # seconds that a stage may take longer than it was told, to end the round and to write
+_GRACE = 12  # extra seconds for a stage to finish its round and to write
 
-# What all else rests on first, trainings last.
+# First the tests that everything else depends on, last the tests that train.
 _FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders_dali")
 _LAST_TESTS = ("accelerate", "gpu_training")
 
@@ -48,7 +49,7 @@ Run = dict[str, Any]  # date, device, commit, and how each stage ended
 
 
 class Stage(NamedTuple):
-    """A program, the seconds that it gets, where it writes its result if it is a benchmark, and what is no failure."""
+    """A program, its time limit in seconds, the file of its result if it is a benchmark, and statuses that pass."""
 
     name: str
     seconds: float
@@ -57,7 +58,7 @@ class Stage(NamedTuple):
     fine: tuple[int, ...] = (0,)
 
 
-# Of each benchmark the seconds that it gets, and its options: all that is measured, and small.
+# For each benchmark: time limit in seconds, options of the full run, options of the dry run.
 _BENCHMARKS = {
     "ops": (80, "--rounds 7", "--rounds 1 --sizes 32 -b 4 --detectors fine_grained"),
     "pipeline": (
@@ -78,8 +79,8 @@ _BENCHMARKS = {
     ),
 }
 
-# Of each job for the bottleneck tool the seconds that it gets, those that the tool is told, and the job: a loader that
-# is too slow for its step, one that is about as fast, and a step that is much slower.
+# For each job of the bottleneck tool: time limit in seconds, --seconds of the tool, and the options of the job. The
+# loader is too slow for its step, about as fast, and much faster.
 _JOBS = {
     "starved": (150, 60, "-a resnet50 -j 2 --hw-decoder-load 0"),
     "balanced": (110, 45, "-a resnet18 -j HALF"),
@@ -89,8 +90,8 @@ _REPORTS = {f"bottleneck-{name}" for name in _JOBS}
 
 
 def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool) -> list[Stage]:
-    """Return the stages in order; `dry` makes all small, for a machine without a GPU."""
-    # A virtual core may be half of one, and the training needs some: the loader behind it gets half of them.
+    """Return the stages in order; with `dry` all are small, for a machine without a GPU."""
+    # A virtual core may be half a core, and training needs some: loaders for training get half of the virtual cores.
     words = {"DATA": str(data), "CORES": str(cores()), "HALF": str(max(cores() // 2, 1))}
     benchmarks = {}
     for name, (seconds, full, small) in _BENCHMARKS.items():
@@ -108,13 +109,13 @@ def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool
     images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
     made = {
         "smoke": Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
-        "tests": Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test is left to run
+        "tests": Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test to run
         "sanitize": Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
         "images": Stage("images", 40, [*images, *(["--from", str(source)] if source else [])]),
         **benchmarks,
         **jobs,
     }
-    return [made[name] for name in _STAGES if not (dry and name == "sanitize")]  # that one is for GPUs
+    return [made[name] for name in _STAGES if not (dry and name == "sanitize")]  # needs a GPU
 
 
 def _slug(text: str) -> str:
@@ -124,21 +125,22 @@ def _slug(text: str) -> str:
 def test_command(out: Path) -> list[str]:
     """Return the command that runs the GPU tests that have not passed yet.
 
-    Plugins are not loaded on their own account, since a host has others than the ones the tests know; the options of
-    pyproject.toml that need a plugin are overridden. Warnings are shown and fail no test: the versions are not ours.
+    Automatic loading of plugins is off, since the host may have other plugins than those that the tests know; the
+    options of pyproject.toml that need a plugin are overridden. Warnings are shown and do not fail a test, since the
+    versions of the host are not ours.
     """
-    from benchmarks import smoke  # here: it imports PyTorch and DALI, which takes seconds
+    from benchmarks import smoke  # imports PyTorch and DALI, which takes seconds
 
     line = [*smoke.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
     line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *smoke.timeout(90)]
-    if machine.installed("xdist"):  # the tests are many and small, and wait for compilers more than for the GPU
+    if machine.installed("xdist"):  # many small tests, which wait for compilers more than for the GPU
         line += ["-p", "xdist", "-n", str(min(12, cores()))]
     return [*line, *test_files()]
 
 
 def test_files() -> list[str]:
-    """Return the test files that hold tests for a GPU, in the order of their importance."""
-    # They are marked, or ask for a fixture of tests/conftest.py that is CuPy on a GPU.
+    """Return the files with tests for a GPU, the most important first."""
+    # These tests have the mark, or use a fixture of tests/conftest.py that also runs with CuPy.
     for_gpu = re.compile(r"mark\.gpu|^ *def \w+\([^)]*\b(xp|put|fetch)\b", re.MULTILINE)
     paths = sorted((program.ROOT / "tests").glob("test_*.py"))
     found = [path.stem.removeprefix("test_") for path in paths if for_gpu.search(path.read_text())]
@@ -147,7 +149,7 @@ def test_files() -> list[str]:
 
 
 def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
-    """Run a stage for at most `seconds`, its output on the screen and in the log; return how it ended."""
+    """Run a stage for at most `seconds`, with its output on stdout and in the log; return how it ended."""
     command = [*stage.command, "--seconds", f"{max(1, seconds - _GRACE):.0f}"] if stage.result else stage.command
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
@@ -164,16 +166,16 @@ def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # so that its workers end with it
+        start_new_session=True,  # so that its workers can be ended with it
     )
-    # Its output is copied in a thread of its own, or a silent stage could not be ended.
+    # A thread copies the output, so that a stage without output can be ended too.
     copying = threading.Thread(target=lambda: [tee(log, line) for line in process.stdout], daemon=True)
     copying.start()
     try:
         status = process.wait(seconds)
         ended = "ended" if status in stage.fine else f"failed with status {status}"
     except subprocess.TimeoutExpired:
-        status, ended = None, "was ended when its time was over"
+        status, ended = None, "was ended at its time limit"
     finally:
         end_group(process)
     copying.join(5)
@@ -185,7 +187,7 @@ def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
 
 
 def end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and what it started, gently first: interrupted, pytest still says what failed."""
+    """End a process and its children, first with SIGINT, after which pytest still reports failures."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -205,7 +207,7 @@ def tee(log: IO[str], text: str) -> None:
 
 
 def only_packages_are_missing(out: Path) -> bool:
-    """Tell whether all that went wrong with the tests is that packages are not there."""
+    """Tell whether missing packages are the only reason why tests failed."""
     counts, failed, lacking = outcomes.counted(out / _OUTCOMES)
     return bool(lacking) and not failed and "not run" not in counts
 
@@ -214,15 +216,15 @@ def is_done(stage: Stage, runs: list[Run], this_run: Run) -> bool:
     """Tell whether a stage has nothing left to do."""
     if stage.result:
         return stage.result.exists() and bool(read_json(stage.result).get("complete"))
-    if stage.name == "images":  # they are deleted with each run
+    if stage.name == "images":  # deleted at the end of each run
         return False
-    # A smoke test is for a machine, whatever another one has shown.
+    # The smoke test has to pass on each machine.
     valid = [run for run in runs if stage.name != "smoke" or run["machine"] == this_run["machine"]]
     return any(run["stages"].get(stage.name, {}).get("well") for run in valid)
 
 
 def tests_summary(out: Path) -> str:
-    """Return the number of tests by outcome over all runs, and the names of those that failed or could not run."""
+    """Return the number of tests by outcome over all runs and the names of those that failed or could not run."""
     counts, failed, lacking = outcomes.counted(out / _OUTCOMES)
     lines = [f"tests: {', '.join(f'{count} {name}' for name, count in counts.items())}"]
     lines += [f"  {test}" for test in failed]
@@ -230,7 +232,7 @@ def tests_summary(out: Path) -> str:
 
 
 def tests_result(out: Path, runs: list[Run]) -> dict[str, Any]:
-    """Return the number of tests by outcome, and in which runs they were."""
+    """Return the number of tests by outcome, and the runs in which they ran."""
     counts, failed, _ = outcomes.counted(out / _OUTCOMES)
     of_tests = [run for run in runs if "tests" in run["stages"]]
     shown = [{name: run[name] for name in run if name not in ("stages", "machine")} for run in of_tests]
@@ -238,7 +240,7 @@ def tests_result(out: Path, runs: list[Run]) -> dict[str, Any]:
 
 
 def summary(out: Path, runs: list[Run]) -> str:
-    """Return how the stages of all runs ended, and the figures of all results, as text."""
+    """Return the summary as Markdown: how the stages of all runs ended, and the figures of all results."""
     lines = ["# Summary"]
     for run in runs:
         lines += ["", f"{run['date']}, {run['device']}, commit {run['commit']}:"]
@@ -262,12 +264,12 @@ def main() -> None:
     parser = program.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("--data", type=Path, metavar="DATA", help="photographs in class folders to make images from")
-    parser.add_argument("--minutes", type=float, default=9, help="time for all (default: %(default)s)")
-    only = f"some of {', '.join(_STAGES)}; default: all. Images are made where they are used"
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of the suite (default: %(default)s)")
+    only = f"some of {', '.join(_STAGES)} (default: all); images is added if another stage needs it"
     parser.add_argument("--stages", nargs="+", choices=_STAGES, default=_STAGES, metavar="NAME", help=only)
-    earlier = "run only what is missing of what an earlier run left in EARLIER, or in OUT"
+    earlier = "run only what is missing in the results of an earlier run in EARLIER (default: OUT)"
     parser.add_argument("--continue", nargs="?", const="", dest="earlier", metavar="EARLIER", help=earlier)
-    parser.add_argument("--dry", action="store_true", help="everything small, and on the CPU where there is no GPU")
+    parser.add_argument("--dry", action="store_true", help="run small stages, on the CPU if there is no GPU")
     options = parser.parse_args()
     if not options.dry and not machine.has_gpu():
         msg = "there must be a GPU that CuPy sees, or --dry"
@@ -275,7 +277,7 @@ def main() -> None:
     if options.data and not options.data.is_dir():
         msg = f"{options.data}: no such folder"
         raise ValueError(msg)
-    # Started in the background this program would ignore interrupts, and so would the stages.
+    # A shell starts background jobs with SIGINT ignored, and the stages would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end = time.monotonic() + 60 * options.minutes - _GRACE
     out = options.out.absolute()
@@ -292,11 +294,11 @@ def main() -> None:
         for stage in wanted:
             left = end - time.monotonic()
             if left < 2 * _GRACE:
-                run["stages"][stage.name] = {"ended": "no time was left", "well": False, "seconds": 0}
+                run["stages"][stage.name] = {"ended": "not run, no time was left", "well": False, "seconds": 0}
                 continue
             ended = run_stage(stage, min(stage.seconds + _GRACE, left), log)
             if stage.name == "tests" and not ended["well"] and only_packages_are_missing(out):
-                ended |= {"ended": "ended, but for tests that lack a package", "well": True}
+                ended |= {"ended": "ended, except tests that lack a package", "well": True}
             run["stages"][stage.name] = ended
             write_json(out / "suite.json", {"runs": runs})
             if stage.name == "tests":
@@ -310,11 +312,11 @@ def main() -> None:
 
 
 def earlier_runs(out: Path, earlier: str | None) -> list[Run]:
-    """Return the runs to continue, none unless `earlier` is given, and bring their files to `out`."""
+    """Return the runs to continue, none if `earlier` is None, and copy their files to `out`."""
     source = Path(earlier).absolute() if earlier else out
     there = (source / "suite.json").is_file()
     if earlier is None and there:
-        msg = f"OUT must hold no earlier run, or --continue be given, got {out}"
+        msg = f"OUT must hold no earlier run unless --continue is given, got {out}"
         raise ValueError(msg)
     if earlier is not None and not there:
         msg = f"--continue must name a folder with the suite.json of an earlier run, got {source}"
@@ -327,7 +329,7 @@ def earlier_runs(out: Path, earlier: str | None) -> list[Run]:
 
 
 def this_run() -> Run:
-    """Return what is known of this run before it begins."""
+    """Return the record of this run, without any stage."""
     known = machine.identity(machine.surroundings(gpu=machine.has_gpu()))
     return {**known, "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "stages": {}}
 

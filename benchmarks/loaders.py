@@ -1,28 +1,29 @@
-"""The ways to load and mix training batches that are compared: endless streams of what a training step takes.
+"""The loaders that are compared: endless streams of training batches.
 
-A batch is a tuple whose first tensor is (N, 3, H, W) float32, normalised, on the device where training is. All mix
-every image, with alpha 1, and all use the same number of CPU threads or worker processes. ``none`` is the ceiling.
+A batch is a tuple whose first tensor is (N, 3, H, W) float32, normalised, on the device of the training. Loaders that
+mix do so with every image and alpha 1. All loaders use the same number of CPU threads or worker processes. ``none`` is
+the upper limit.
 
-All resize bilinearly with antialiasing. JPEG decoding is as each library does it by default: PIL decodes the whole
-image and interpolates its colours, DALI the window that is kept, without interpolating them.
+All resize bilinearly with antialiasing. Each library decodes JPEG as it does by default: PIL decodes the whole image
+and interpolates the subsampled colours, DALI decodes the window that is kept and does not interpolate them.
 
 ========================  =============================================================================================
-``none``                  DALI: decode, random crop, resize, mirror, normalise
-``none, again``           the same: how far its ratio to ``none`` is from 1, and how it spreads, is the machine's noise
-``cutmix``, ``mixup``     the same with the operator of that name in the graph
+``none``                  DALI: decode, random crop, resize, flip, normalise
+``none, again``           the same, to show the noise: its ratio to ``none`` would be 1 without noise
+``cutmix``, ``mixup``     the same with the operator of that name in the graph, with fused flip and normalise, as in
+                          ``train.py``
 ``saliencymix NAME``      the same with our ``saliencymix`` and the detector NAME in the graph
-``..., apart``            the operator mixes only, and DALI mirrors and normalises, as it does for ``none``. Otherwise
-                          the operators do all three, as in ``train.py``
-``..., samples``          the operator is ``fn.python_function``, which gets lists of samples, and no batches
-``..., array``            the operator computes with array operations, and not with kernels
-``decoder X, T threads``  on a GPU: ``saliencymix`` with the share X of the images for its JPEG engine, and T threads
-``after: ...``            DALI, and the mix on the batch that comes out of the iterator, as with NVIDIA's MixUpWrapper.
-                          SaliencyMix takes 8-bit images: DALI gives these, and PyTorch normalises them afterwards,
-                          which belongs to the cost of that way. CutMix and mixup take DALI's normalised batch
+``..., apart``            the operator only mixes; DALI flips and normalises, as for ``none``
+``..., samples``          the operator is ``fn.python_function``, which gets lists of samples instead of batches
+``..., array``            the operator computes with array operations instead of kernels
+``decoder X, T threads``  on a GPU: ``saliencymix`` with T threads, and the share X of the images for the JPEG engine
+``after: ...``            DALI without mixing, then the mix on the batch from the iterator, as with NVIDIA's
+                          MixUpWrapper. SaliencyMix needs 8-bit images: DALI returns these, and PyTorch normalises after
+                          the mix, which counts as part of the cost. CutMix and mixup get DALI's normalised batch
 ``torch``                 torch DataLoader: PIL, torchvision's RandomResizedCrop, flip, to tensor, Normalize
 ``torch: cutmix``         the same, with torchvision.transforms.v2.CutMix in the collate function
-``torch: opencv``         the same, with OpenCV's fine_grained and SaliencyMix image by image on 8-bit images, in the
-                          collate function too: there a source is an image of the batch, which need not be decoded
+``torch: opencv``         the same, with OpenCV's fine_grained detector and SaliencyMix image by image on 8-bit images,
+                          also in the collate function: there a source is an image of the batch and need not be decoded
                           again
 ========================  =============================================================================================
 """
@@ -62,16 +63,16 @@ from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix
 
-_OTHER_WAYS = ("apart", "samples", "array")  # than the operators go by default
-_COMPARED = ("spectral_residual", "fine_grained")  # the detectors of the paper and of this package's default
+_OTHER_WAYS = ("apart", "samples", "array")  # suffixes of the variants that differ from the default
+_COMPARED = ("spectral_residual", "fine_grained")  # the detectors of this package's default and of the paper
 _THREADS, _DECODER_LOADS = (16, 8, 4), (0, 0.3, 0.65, 0.9)
 _CUTMIX = MixOptions(modes={"cutmix": 1.0})
-PREFETCH = 2  # batches that DALI makes in advance, and that each worker of torch's loader does
+PREFETCH = 2  # batches that DALI prefetches, and that each worker of PyTorch's loader prefetches
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all loaders of a comparison have in common."""
+    """The options that all loaders of a comparison share."""
 
     folder: ImageFolder
     batch_size: int
@@ -82,11 +83,11 @@ class Setting:
     hw_decoder_load: float = 0.65
 
 
-OPTIONS = ("data", "batch_size", "workers", "crop_size", "hw_decoder_load")  # of programs that measure loaders
+OPTIONS = ("data", "batch_size", "workers", "crop_size", "hw_decoder_load")  # options of scripts that measure loaders
 
 
 def setting_of(options: argparse.Namespace, folder: ImageFolder, **changes: Any) -> Setting:
-    """Return the setting that `OPTIONS` ask for, but for `changes`, with images for 20 batches at least."""
+    """Return the setting of the command line, with `changes` and with images for at least 20 batches."""
     asked: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS[1:]}
     device = torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
     return Setting(**{"folder": repeated(folder, 20 * options.batch_size), "device": device, **asked, **changes})
@@ -94,7 +95,7 @@ def setting_of(options: argparse.Namespace, folder: ImageFolder, **changes: Any)
 
 @dataclass(frozen=True)
 class Stream:
-    """Endless batches, how many of them are made in advance, and how many are made at a time."""
+    """Endless batches, the number that are prefetched (`ahead`), and the number that are produced at a time."""
 
     batches: Iterator[tuple[torch.Tensor, ...]]
     ahead: int
@@ -112,11 +113,12 @@ def images_per_second(
     use: Callable[..., object] = lambda *batch: None,
     watch: contextlib.AbstractContextManager[object] | None = None,
 ) -> float:
-    """Take batches for `use`, as fast as they come, and return the rate; `watch` is entered for what is timed.
+    """Pass batches to `use` as fast as they come and return the rate; the context `watch` is active while timing.
 
-    What was made in advance is used up before, and afterwards as much time is waited as it takes to make it again: a
-    loader must not work on during another one's turn. The number of batches is rounded up to a multiple of those that
-    are made at a time: of 18 batches from 16 workers the last two would take as long as the 16 before them.
+    Prefetched batches are used up before the clock starts. Afterwards the function sleeps for as long as it takes to
+    prefetch them again, because a loader must not work during another one's turn. The number of batches is rounded up
+    to a multiple of `Stream.at_a_time`: of 18 batches from 16 workers, the last two would take as long as the 16
+    before.
     """
     batches = -(-batches // stream.at_a_time) * stream.at_a_time
     for _ in range(stream.ahead):
@@ -138,14 +140,14 @@ def _wait(device: torch.device) -> None:
 
 
 def say_memory(device: torch.device) -> None:
-    """Say on stderr how much of a GPU's memory is in use."""
+    """Write to stderr how much memory of a GPU is in use."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         program.say(f"GPU memory in use: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB")
 
 
 def makers() -> dict[str, Maker]:
-    """Return all ways by name."""
+    """Return the makers of all loaders by name."""
     of = functools.partial
     made: dict[str, Maker] = {
         "torch": of(torch_loader, collate=data.default_collate),
@@ -171,12 +173,12 @@ def makers() -> dict[str, Maker]:
 
 
 def ways(detector: str) -> list[str]:
-    """Return the names of SaliencyMix as it is by default, and in the other ways."""
+    """Return the names of the SaliencyMix loaders with a detector: the default and its variants."""
     return [f"saliencymix {detector}", *(f"saliencymix {detector}, {way}" for way in _OTHER_WAYS)]
 
 
 def decoder_settings() -> dict[str, dict[str, Any]]:
-    """Return what feeds the decoders of a GPU, by the name of the loader: threads, and the share of the JPEG engine."""
+    """Return the settings for decoding on a GPU by loader name: threads, and the share of the JPEG engine."""
     return {
         f"decoder {load}, {threads} threads": {"num_threads": threads, "hw_decoder_load": load}
         for threads, load in itertools.product(_THREADS, _DECODER_LOADS)
@@ -185,7 +187,7 @@ def decoder_settings() -> dict[str, dict[str, Any]]:
 
 
 def groups(*, gpu: bool) -> list[list[str]]:
-    """Return the names of the ways that are compared when nothing else is asked for, those that matter most first."""
+    """Return the names of the loaders that are compared by default, in groups, the most important first."""
     of_torch, after = ([name for name in makers() if name.startswith(kind)] for kind in ("torch", "after"))
     detectors = [f"saliencymix {name}" for name in DETECTORS]
     if not gpu:
@@ -206,9 +208,9 @@ def in_graph(
     way: str | None = None,
     **options: Any,
 ) -> Stream:
-    """Return the stream of the training pipeline, with the operator in another `way` than by default.
+    """Return the stream of the training pipeline; `way` is one of the suffixes in the table above, or None.
 
-    `options` are further ones of its loader, and win over the setting.
+    `options` are further options of the loader and override the setting.
     """
     options = {"num_threads": setting.workers, "hw_decoder_load": setting.hw_decoder_load, **options}
     as_asked = contextlib.ExitStack()
@@ -235,7 +237,7 @@ def _mixer(transform: Callable[..., Any], setting: Setting) -> Callable[..., Any
 
 
 def after_loader(setting: Setting, mix: Callable[[Setting], Callable[..., Any]]) -> Stream:
-    """Return the stream of the training pipeline with ``mix(setting)`` of its normalised batches behind it."""
+    """Return the stream of the training pipeline without mixing, followed by ``mix(setting)`` on its batches."""
     mixer = mix(setting)
     stream = in_graph(setting)
     return Stream((mixer(images, labels) for images, labels, *_ in stream.batches), stream.ahead)
@@ -259,7 +261,7 @@ def _after_on_8_bits(setting: Setting, mix: Callable[[Setting], Callable[..., An
 
 @pipeline_def
 def _eight_bit_pipeline(folder: ImageFolder, crop_size: int, device: str, hw_decoder_load: float) -> tuple[Any, ...]:
-    """Do what the training pipeline does but normalise: images HWC uint8, and labels."""
+    """Define the training pipeline without normalisation; return images (HWC, uint8) and labels."""
     encoded, label = read_files(folder.files, folder.labels, 0, 1, shuffle_after_epoch=True)
     start, shape = fn.random_crop_generator(
         fn.peek_image_shape(encoded), random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3], num_attempts=10
@@ -268,7 +270,7 @@ def _eight_bit_pipeline(folder: ImageFolder, crop_size: int, device: str, hw_dec
     return fn.flip(images, horizontal=fn.random.coin_flip()), to_device(device, label)
 
 
-# ---- torch's loader --------------------------------------------------------------------------------------------------
+# ---- PyTorch's DataLoader --------------------------------------------------------------------------------------------
 
 TO_FLOAT = [
     transforms.ToDtype(torch.float32, scale=True),
@@ -277,12 +279,12 @@ TO_FLOAT = [
 
 
 def crop_and_mirror(crop_size: int) -> list[Callable[[Any], Any]]:
-    """Return torchvision's transforms that draw, with their defaults."""
+    """Return torchvision's random crop and horizontal flip, with their defaults."""
     return [transforms.RandomResizedCrop(crop_size), transforms.RandomHorizontalFlip()]
 
 
 class Files(data.Dataset):
-    """What a function makes of each file of a folder, with the label."""
+    """A dataset of ``read(file)`` and the label for each file of a folder."""
 
     def __init__(self, folder: ImageFolder, read: Callable[[str], torch.Tensor]) -> None:
         self._folder, self._read = folder, read
@@ -306,7 +308,7 @@ def torch_loader(
     read: Callable[[str], torch.Tensor] | None = None,
     eight_bit: bool = False,
 ) -> Stream:
-    """Return the stream of a torch DataLoader over what `read` makes of files, by default PIL and torchvision."""
+    """Return the stream of a torch DataLoader; `read` turns a file into a tensor, by default PIL and torchvision."""
     if collate is _opencv_collate and (why_not := opencv.why_not()):
         raise ImportError(why_not)
     steps = [*crop_and_mirror(setting.crop_size), transforms.PILToTensor(), *([] if eight_bit else TO_FLOAT)]
@@ -318,24 +320,24 @@ def torch_loader(
 
 
 def worker_batches(dataset: data.Dataset, setting: Setting, **options: Any) -> Iterator[Any]:
-    """Return the batches of a torch DataLoader without end; `options` are further ones of it."""
+    """Return endless batches of a torch DataLoader; `options` are passed on to it."""
     check_shared_memory(setting)
-    # A fork of this process, in which CUDA and DALI have threads, might hang. The server imports for all its workers.
+    # A fork of this process might hang, since CUDA and DALI have threads in it. The server imports for all workers.
     multiprocessing.set_forkserver_preload(["benchmarks.peers"])
     loader = data.DataLoader(
         dataset,
         setting.batch_size,
-        sampler=data.RandomSampler(dataset, replacement=True, num_samples=10**9),  # one epoch without end
+        sampler=data.RandomSampler(dataset, replacement=True, num_samples=10**9),  # one endless epoch
         num_workers=setting.workers,
         prefetch_factor=PREFETCH,
         multiprocessing_context="forkserver",
         **options,
     )
-    return iter(loader)  # its workers start now
+    return iter(loader)  # this starts the workers
 
 
 def check_shared_memory(setting: Setting) -> None:
-    """Require room in /dev/shm for the batches that worker processes hold."""
+    """Raise MemoryError if /dev/shm has no room for the batches of the worker processes."""
     free = shutil.disk_usage("/dev/shm").free
     batch = 4 * 3 * setting.batch_size * setting.crop_size**2
     needed = batch * (PREFETCH + 1) * setting.workers
@@ -360,7 +362,7 @@ def _opencv_collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tens
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """Bring (N, 3, H, W) uint8 to float32 of mean 0 and deviation 1."""
+    """Normalise (N, 3, H, W) uint8 images to float32 with ImageNet's mean and standard deviation."""
     mean, std = _mean_and_std(images.device)
     return images.float().sub_(mean).div_(std)
 
@@ -372,6 +374,6 @@ def _mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    """Give batches epoch after epoch."""
+    """Yield batches, epoch after epoch."""
     while True:
         yield from loader

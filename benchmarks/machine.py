@@ -1,4 +1,4 @@
-"""The machine that a result comes from: its GPU, its cores and whether it gives them, versions, command and commit."""
+"""Describe the machine of a result: GPU, cores and whether they are available, versions, command and commit."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from benchmarks import program
 from dali_saliencymix.measure.environment import cores, environment, resident_mib
 from dali_saliencymix.packages import is_installed
 
-# Beside those that the package itself works with; the second line is what benchmarks/peers.py measures.
+# Packages to record in addition to the package's own dependencies; the second line is for benchmarks/peers.py.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
 _PACKAGES += ("timm", "kornia", "mixup", "spdl", "torchcodec")
 
-# Options that say what is measured for how long and where it goes, not how.
+# Options that do not change how something is measured: only what, for how long, and where the result goes.
 _NOT_A_CONDITION = ("data", "output", "seconds", "device", "go_on", "logs", "checks")
 
-# Of a pool of processes: an interrupt, which all of them get, is for the one that started them.
+# Options of a process pool. Ctrl-C reaches all processes, but only the parent should handle it.
 DEAF_TO_INTERRUPTS: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
 
-# Counts for a given time, beginning at a given moment: what one core can do.
+# Counts for a given time from a given moment on, to measure what one core can do.
 _BUSY = """
 import sys, time
 start, seconds = map(float, sys.argv[1:])
@@ -46,12 +46,12 @@ def has_gpu() -> bool:
         import cupy
 
         return cupy.cuda.runtime.getDeviceCount() > 0
-    except Exception:  # not installed, no driver, another CUDA version: without a GPU everything is measured on the CPU
+    except Exception:  # not installed, no driver, another CUDA version: measure on the CPU
         return False
 
 
 def wants_gpu(options: argparse.Namespace) -> bool:
-    """Return whether to measure on a GPU."""
+    """Return whether to measure on a GPU; raise ValueError if one is asked for and CuPy sees none."""
     device = getattr(options, "device", "cpu")
     if device == "gpu" and not has_gpu():
         msg = "--device must be cpu where CuPy sees no GPU, got gpu"
@@ -72,7 +72,7 @@ def resident_mb(pid: int | str = "self") -> float:
 
 
 def cores_given(processes: int, seconds: float = 0.4) -> float:
-    """Return how many times as much `processes` busy processes get done in a given time as a single one does."""
+    """Return the work that `processes` busy processes get done together, in units of that of a single one."""
 
     def counted(number: int) -> int:
         start = time.time() + 0.15 + 0.02 * number
@@ -91,7 +91,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     if cores() > 2:
         machine[f"cores_given_to_{cores()}_processes"] = cores_given(cores())
     if given < 1.7:
-        program.say(f"two busy processes do {given} times the work of one: a noisy machine")
+        program.say(f"the machine is noisy: two busy processes do {given} times the work of one")
     return {
         **{name: value for name, value in vars(options).items() if name not in _NOT_A_CONDITION},
         **identity(found),
@@ -102,7 +102,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def surroundings(*, gpu: bool) -> dict[str, Any]:
-    """Return what the measuring core knows of this machine."""
+    """Return the environment of this machine, as `dali_saliencymix.measure` describes it."""
     return environment("cuda:0" if gpu else "cpu", *_PACKAGES)
 
 
@@ -114,7 +114,7 @@ def identity(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(options: argparse.Namespace) -> str:
-    """Return the command line, without the names of this machine's folders."""
+    """Return the command line without paths of this machine."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     words = collections.deque(sys.argv[1:])
     shown = ["python", "-m", module.name.removesuffix(".__main__") if module else "benchmarks"]

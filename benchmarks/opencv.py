@@ -1,8 +1,8 @@
 """SaliencyMix without this package: OpenCV's detectors, image by image, on the images' 8-bit pixels.
 
-This is what the paper describes. The code its authors released makes one map for a batch, so that its cost hardly
-shows, and hands the detector normalised floats, in which it finds nothing: see the README. OpenCV works on one thread
-in each process.
+This is the method as the paper describes it. The code that its authors released computes one map per batch, so that the
+cost hardly shows, and passes normalised floats to the detector, which finds nothing in them: see the README. OpenCV
+uses one thread in each process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DETECTORS = {"fine_grained": "FineGrained", "spectral_residual": "SpectralResidu
 
 
 def why_not() -> str | None:
-    """Return why OpenCV's detectors cannot be measured here, or None where they can."""
+    """Return the reason why OpenCV's detectors cannot be measured here, or None if they can."""
     try:
         import cv2
     except ImportError:
         return "cv2 is not installed"
     if not hasattr(cv2, "saliency"):
-        return "this cv2 has no module saliency, which is part of opencv-contrib-python"
+        return "this cv2 has no saliency module, which is part of opencv-contrib-python"
     return None
 
 
@@ -42,7 +42,7 @@ def saliency_maps(images: np.ndarray, name: str) -> list[np.ndarray]:
 
 
 def saliencymix(images: np.ndarray, source_index: np.ndarray, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mixed RGB images (N, H, W, 3) uint8 and their lam, as the paper says, one after the other."""
+    """Return mixed RGB images (N, H, W, 3) uint8 and their lam, computed one image at a time as in the paper."""
     mixed, lam = images.copy(), lam.copy()
     size = height, width = images.shape[1:3]
     for i, source in enumerate(source_index):
@@ -56,7 +56,7 @@ def saliencymix(images: np.ndarray, source_index: np.ndarray, lam: np.ndarray) -
 
 
 class Processes:
-    """OpenCV's detectors in several processes, which read the images from a file that stays in memory."""
+    """OpenCV's detectors in several processes, which read the images from a file that stays in the page cache."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -70,13 +70,13 @@ class Processes:
         self._folder.cleanup()
 
     def share(self, images: np.ndarray) -> Path:
-        """Put a batch where the processes can read it."""
+        """Save a batch for the processes and return the path of its file."""
         path = Path(self._folder.name, f"{'x'.join(map(str, images.shape))}.npy")
         np.save(path, images)
         return path
 
     def saliency_maps(self, path: Path, count: int, name: str) -> None:
-        """Make the maps of the `count` images in a file; they stay in the processes."""
+        """Compute the maps of the `count` images in a file; the maps are not returned to this process."""
         parts = np.linspace(0, count, min(self.count, count) + 1).astype(int).tolist()
         for made in [self._pool.submit(_work, path, *pair, name) for pair in itertools.pairwise(parts)]:
             made.result()

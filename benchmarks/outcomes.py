@@ -1,9 +1,9 @@
-"""A plugin for pytest: outcomes of tests go to a file as they come, and tests that have passed are not run again.
+"""A pytest plugin that writes the outcome of each test to a file at once, and does not rerun tests that passed.
 
     python -m pytest -p benchmarks.outcomes --outcomes tests.jsonl
 
-However a run ends, the next one with the same file continues it: the file begins with the tests that are to run, as
-"not run". Tests that were skipped are not run again either.
+A run with the same file continues the last one, however that ended, since the file starts with a line for each
+collected test with the outcome "not run". Tests that were skipped do not rerun either.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """Record what happens, in the process that the reports of all workers arrive in."""
+    """Register the recorder, with pytest-xdist only in the process that receives the reports of all workers."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(config.getoption("outcomes")))
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out the tests that need not run again."""
+    """Deselect the tests that passed or were skipped before."""
     found = read(config.getoption("outcomes"))
     done = {test for test in found if found[test]["outcome"] not in _LEFT_TO_RUN}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
@@ -53,7 +53,7 @@ class _Recorder:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self._say_what_is_to_run(ids)  # each process of pytest-xdist collects the same tests
+        self._say_what_is_to_run(ids)  # all processes of pytest-xdist collect the same tests
 
     def _say_what_is_to_run(self, tests: Iterable[str]) -> None:
         for test in tests:
@@ -62,7 +62,7 @@ class _Recorder:
                 self._append({"test": test, "outcome": "not run"})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        # A test that passes has its line from the call; setting up and clearing away count if they do not pass.
+        # A test that passes gets its line from the call; setup and teardown are recorded only if they do not pass.
         if report.when == "call" or report.outcome != "passed":
             self._write(report)
 
@@ -72,7 +72,7 @@ class _Recorder:
 
     def _write(self, report: Any) -> None:
         line: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome}
-        if report.nodeid in self._known:  # of a file there is no duration
+        if report.nodeid in self._known:  # a file has no duration
             line["seconds"] = round(report.duration, 2)
         if report.outcome == "failed":
             line["why"] = report.longreprtext
@@ -84,15 +84,15 @@ class _Recorder:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return of each test the last outcome, "passed", "failed", "skipped" or "not run", seconds, and why it failed."""
+    """Return the last line of each test: outcome ("passed", "failed", "skipped", "not run"), seconds, why it failed."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {line.pop("test"): line for line in map(json.loads, lines)}
 
 
 def counted(path: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
-    """Return the tests by outcome: their numbers, the names of those that failed, and of those that lack a package.
+    """Return the number of tests by outcome, the names of failed tests, and the missing package of each test.
 
-    A file that imports a package that is not installed counts as one test.
+    A file that cannot be imported because a package is not installed counts as one test.
     """
     bad = {test: found["why"] for test, found in read(path).items() if found["outcome"] == "failed"}
     missing = {test: re.search(r"No module named '(\w+)", why) for test, why in bad.items()}

@@ -1,9 +1,9 @@
-"""Pack a folder into archives of bounded size, for a machine that is handed little at a time.
+"""Pack a folder into archives of bounded size, for a machine that accepts small transfers only.
 
     python -m benchmarks.pack FOLDER OUT --megabytes 55    writes OUT/NAME-1.tar, OUT/NAME-2.tar, ...
 
-Each archive is whole: unpacked in one place, in any order, together they are FOLDER again. They are not compressed:
-photographs would not get smaller.
+Each archive can be unpacked by itself. Unpacked in one place, in any order, they restore FOLDER. They are not
+compressed, because photographs would not get smaller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
     Raises
     ------
     OSError, ValueError
-        If the folder holds no files, or one is too large for an archive.
+        If the folder has no files, a file is too large for an archive, or `out` has archives of this folder.
     """
     folder = folder.resolve()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -33,7 +33,7 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
         raise ValueError(msg)
     out.mkdir(parents=True, exist_ok=True)
     if earlier := sorted(out.glob(f"{folder.name}-*.tar")):
-        msg = f"OUT must hold no archives of {folder.name} yet, got {earlier[0]}"
+        msg = f"OUT must have no archives of {folder.name}, got {earlier[0]}"
         raise ValueError(msg)
     paths = []
     for number, part in enumerate(_parts(files, folder, limit), 1):
@@ -45,7 +45,7 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
 
 
 def _parts(files: list[Path], folder: Path, limit: int) -> Iterator[list[Path]]:
-    """Give the files of each archive, as many as fit."""
+    """Yield the files of each archive, as many as fit."""
     part: list[Path] = []
     left = room = limit // _RECORD * _RECORD - 2 * _BLOCK  # which end an archive
     for path in files:
@@ -63,17 +63,17 @@ def _parts(files: list[Path], folder: Path, limit: int) -> Iterator[list[Path]]:
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """Return the name of a file in an archive."""
+    """Return the name that a file has in an archive."""
     return Path(folder.name, path.relative_to(folder))
 
 
 def main() -> None:
     """Pack a folder."""
     parser = program.parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to pack, with its folders")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to pack, with its subfolders")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the archives")
     parser.add_argument(
-        "--megabytes", type=program.positive_number, default=55, help="most of an archive (default: %(default)s)"
+        "--megabytes", type=program.positive_number, default=55, help="size limit of an archive (default: %(default)s)"
     )
     options = parser.parse_args()
     for path in pack(options.folder, options.out, int(options.megabytes * 1e6)):

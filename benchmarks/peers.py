@@ -1,31 +1,32 @@
-"""Loaders and mixes of other packages, beside those in `benchmarks.loaders`; the extra ``peers`` installs them.
+"""Loaders and mixes of other packages, compared with those in `benchmarks.loaders`; the extra ``peers`` installs them.
 
-All give what `benchmarks.loaders` says: float32 (N, 3, H, W), normalised, on the device where training is. A crop
-covers 8 to 100 % of an image at a ratio from 3/4 to 4/3, is resized bilinearly with antialiasing, and mirrored in half
-of all cases. There are as many threads or worker processes as in the rows beside these, and 2 batches are made in
-advance, in torch's loader by each worker. What mixes does so with every image and alpha 1.
+All produce batches as `benchmarks.loaders` describes them: float32 (N, 3, H, W), normalised, on the device of the
+training. A crop covers 8 to 100 % of an image at an aspect ratio from 3/4 to 4/3, is resized bilinearly with
+antialiasing, and flipped with probability 0.5. Loaders that mix do so with every image and alpha 1. The number of
+threads or worker processes is the same as for the other loaders. Two batches are prefetched, in PyTorch's loader by
+each worker.
 
 ==============================  =======================================================================================
-``torch: torchvision.io``       torch DataLoader, nothing mixed: in the place of PIL, torchvision decodes with
-                                libjpeg-turbo, and its transforms work on tensors. TorchCodec's decoders come from
-                                these, which every torchvision has up to now
-``torch: torchcodec``           the same with TorchCodec, which also turns an image as its EXIF data say. It decodes
-                                images since 0.16, which needs PyTorch 2.11 and, as PyPI has it, CUDA 13: with
-                                PyTorch 2.10 there is none
-``torch: torchvision.io, GPU``  torch DataLoader whose workers only read files, nothing mixed: the main process decodes
-``torch: torchcodec, GPU``      whole images with nvJPEG, a batch at a time, then crops, resizes and mirrors them one by
+``torch: torchvision.io``       torch DataLoader without mixing: torchvision decodes with libjpeg-turbo instead of PIL,
+                                and its transforms work on tensors. TorchCodec's decoders derive from these, which all
+                                versions of torchvision up to now have
+``torch: torchcodec``           the same with TorchCodec, which also rotates an image according to its EXIF data. It
+                                decodes images since 0.16, which needs PyTorch 2.11 and, from PyPI, CUDA 13: there is
+                                none for PyTorch 2.10
+``torch: torchvision.io, GPU``  torch DataLoader without mixing, whose workers only read files. The main process decodes
+``torch: torchcodec, GPU``      whole images with nvJPEG, a batch at a time, then crops, resizes and flips them one by
                                 one on the GPU, since torchvision has no such transforms for images of several sizes
-``spdl``                        SPDL, nothing mixed: threads, in which FFmpeg decodes whole images, then crops, resizes
-                                and mirrors in one graph of filters. Where colours are subsampled, crops begin at even
-                                pixels. Its stages hold about 8 batches more in advance
-``after: timm cutmix``          DALI as in ``none``, and timm's Mixup on its batches: one lam and one box for a whole
-                                batch, clipped at the border and lam corrected, and the batch in reverse as partners
-``after: kornia cutmix``        the same with kornia's RandomCutMixV2: lam and box by image, never clipped. Labels come
-                                as both numbers and lam
+``spdl``                        SPDL without mixing: FFmpeg decodes whole images in threads, then crops, resizes and
+                                flips in one filter graph. Where colours are subsampled, crops begin at even pixels. Its
+                                stages prefetch about 8 more batches
+``after: timm cutmix``          DALI as in ``none``, then timm's Mixup on its batches: one lam and one box for the whole
+                                batch, clipped at the border with lam corrected; the partners are the batch in reverse
+``after: kornia cutmix``        the same with kornia's RandomCutMixV2: lam and box for each image, never clipped. Labels
+                                are returned as both class ids and lam
 ``after: mixup saliencymix``    the same with SaliencyMix of the package mixup and its heuristic map, which needs no
-                                network: on floats, one lam for a whole batch, boxes clipped and lam corrected by image,
-                                in a loop that waits for the GPU for each image. Its targets are right for labels of the
-                                shape (N, 1, 1, classes) only, so that is what it gets
+                                network: on floats, one lam for the whole batch, boxes clipped and lam corrected for
+                                each image, in a loop that synchronises with the GPU for each image. Its targets are
+                                right only for labels of shape (N, 1, 1, classes), so it gets these
 ==============================  =======================================================================================
 """
 
@@ -49,10 +50,10 @@ from dali_saliencymix.measure.results import one_line
 
 
 def makers() -> dict[str, loaders.Maker]:
-    """Return all ways by name.
+    """Return the makers of all loaders by name.
 
     A maker raises ImportError with the name of a package that is not installed or does not load. Workers are not
-    forked from this process, so that the order does not matter, nor whether DALI or CUDA have begun to work.
+    forked from this process, so makers can be called in any order, also after DALI or CUDA have started.
     """
     return {
         "torch: torchvision.io": functools.partial(_decoded_in_workers, package="torchvision"),
@@ -69,23 +70,23 @@ def makers() -> dict[str, loaders.Maker]:
 def ops_variants(images: np.ndarray, *, gpu: bool) -> dict[str, Callable[[], Any]]:
     """Return calls that mix a batch in memory, named ``step | implementation`` as in `benchmarks.bench_ops`.
 
-    What is mixed is made of `images` (N, H, W, 3) uint8 beforehand: float32 (N, 3, H, W), normalised. So the least that
-    a call moves is eight bytes for each of its values. Without the package mixup this is an ImportError.
+    `images` (N, H, W, 3) uint8 are normalised to float32 (N, 3, H, W) beforehand, so a call moves at least eight bytes
+    per value. Raises ImportError if the package mixup is not installed.
     """
     device = torch.device("cuda" if gpu else "cpu")
     batch = loaders.normalised(torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous())
-    no_labels = torch.zeros(len(batch), 1, 1, 1, device=device)  # labels are a step of their own
+    no_labels = torch.zeros(len(batch), 1, 1, 1, device=device)  # labels are a separate step
     mix = _module("mixup").SaliencyMix(alpha=1.0, mode="heuristic")
     return {f"mix saliencymix of mixup | mixup, torch{' on GPU' if gpu else ''}": lambda: mix(batch, no_labels)}
 
 
 def _module(name: str) -> Any:
-    """Import a module of a package, or say in an ImportError what is wrong with the package."""
+    """Import a module of a package; raise ImportError with the reason if the package is missing or broken."""
     package = name.partition(".")[0]
     try:
         importlib.import_module(package)
         return importlib.import_module(name)
-    except Exception as error:  # a package whose libraries do not fit fails with an error of any type
+    except Exception as error:  # a package with incompatible libraries may raise any error
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             msg = f"{package} is not installed"
         else:
@@ -94,12 +95,12 @@ def _module(name: str) -> Any:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """Return the error that led to another one: the one that names a missing library, not who looked for it."""
+    """Return the first error of a chain: it names the missing library."""
     cause = error.__cause__ or error.__context__
     return _first_cause(cause) if cause else error
 
 
-# ---- torch's loader --------------------------------------------------------------------------------------------------
+# ---- PyTorch's DataLoader --------------------------------------------------------------------------------------------
 
 
 def _decoders(package: str) -> Any:
@@ -121,7 +122,7 @@ def _encoded(file: str) -> torch.Tensor:
 
 
 def _one_tensor(samples: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """Put files of different lengths into one tensor: each tensor takes a file handle on the way to the loader."""
+    """Join files into one tensor, since each tensor that a worker sends takes a file handle."""
     files, labels = zip(*samples, strict=True)
     return torch.cat(files), [len(file) for file in files], torch.tensor(labels)
 
@@ -192,13 +193,13 @@ def _spdl(setting: loaders.Setting) -> loaders.Stream:
     builder = builder.aggregate(setting.batch_size).pipe(batch_of).add_sink(loaders.PREFETCH)
     made = builder.build(num_threads=setting.workers, max_failures=0)
     batches = ((loaders.normalised(images) if on_gpu else images, labels) for images, labels in made)
-    # Before the last queue each stage keeps 2 in one of its own and holds what it has no place for: so there are 7 more
-    # batches or lists of images, then 2 images and one in each thread. That many were counted, too.
+    # Before the last queue, each stage has a queue of 2 and holds one more while that is full: 7 more batches or lists
+    # of images, then 2 images and one in each thread. Counting at run time gave the same number.
     return loaders.Stream(batches, loaders.PREFETCH + 7 + math.ceil((setting.workers + 2) / setting.batch_size))
 
 
 def _random_crop(width: int, height: int) -> tuple[int, int, int, int]:
-    """Return width, height, left and top as torchvision's RandomResizedCrop draws them."""
+    """Draw width, height, left and top of a crop as torchvision's RandomResizedCrop does."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))

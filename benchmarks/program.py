@@ -1,4 +1,4 @@
-"""What the programs of this folder have in common: options, errors of one line, what they write and show."""
+"""Code that the scripts of this folder share: options, one-line errors, writing and printing of results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def positive(text: str) -> int:
-    """Return a positive integer."""
+    """Parse a positive integer."""
     if not text.isdigit() or int(text) == 0:
         msg = f"must be a positive integer, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
@@ -34,7 +34,7 @@ def positive(text: str) -> int:
 
 
 def at_least_two(text: str) -> int:
-    """Return an integer of at least 2."""
+    """Parse an integer of at least 2."""
     if (number := positive(text)) < 2:
         msg = f"must be at least 2, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
@@ -42,12 +42,12 @@ def at_least_two(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Return a number above 0."""
+    """Parse a number above 0."""
     return _number_in(text, "above 0", lambda number: number > 0)
 
 
 def share(text: str) -> float:
-    """Return a number from 0 to 1."""
+    """Parse a number from 0 to 1."""
     return _number_in(text, "from 0 to 1", lambda number: 0 <= number <= 1)
 
 
@@ -60,7 +60,7 @@ def _number_in(text: str, rule: str, holds: Callable[[float], bool]) -> float:
 
 
 def output_file(text: str) -> Path:
-    """Return the path of a file that can be written: an hour later would be late to find out."""
+    """Parse the path of a file, and check before the run that it can be written."""
     path = Path(text)
     try:
         if path.is_dir():
@@ -73,14 +73,14 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(msg) from error
 
 
-_TIME = "time to measure in: after the first round none begins that would end later"
+_TIME = "time limit: after the first round that counts, start no round that would probably end later"
 _LACKING = "measure only what the file of -o lacks, on the same device and with the same options, and add it"
-_THREADS = "DALI threads, or worker processes of torch (default: %(default)s, all cores)"
+_THREADS = "DALI threads, or worker processes of PyTorch (default: %(default)s, all cores)"
 _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "output": (("-o", "--output"), {"type": output_file, "metavar": "JSON", "help": "file, written after each round"}),
     "device": (
         ("--device",),
-        {"choices": ["auto", "cpu", "gpu"], "default": "auto", "help": "default: a GPU if there is one"},
+        {"choices": ["auto", "cpu", "gpu"], "default": "auto", "help": "default: auto, a GPU if there is one"},
     ),
     "rounds": (("--rounds",), {"type": positive, "default": 9, "help": "rounds that count (default: %(default)s)"}),
     "seconds": (("--seconds",), {"type": positive_number, "default": math.inf, "help": _TIME}),
@@ -91,15 +91,15 @@ _OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "crop_size": (("--crop-size",), {"type": positive, "help": "height and width"}),
     "hw_decoder_load": (
         ("--hw-decoder-load",),
-        {"type": share, "default": 0.65, "help": "images for a GPU's JPEG engine"},
+        {"type": share, "default": 0.65, "help": "share of images for the GPU's JPEG engine"},
     ),
     "detectors": (("--detectors",), {"nargs": "+", "choices": list(DETECTORS), "default": list(DETECTORS)}),
 }
-ROUNDS = ("output", "device", "rounds", "seconds", "go_on")  # of a program whose variants take turns
+ROUNDS = ("output", "device", "rounds", "seconds", "go_on")  # options of scripts that measure variants in rounds
 
 
 def parser(description: str, *names: str, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a parser with those of the common options that are named, some with defaults of their own."""
+    """Return a parser with the named common options; `defaults` replaces their defaults."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     for name in names:
         flags, options = _OPTIONS[name]
@@ -114,10 +114,10 @@ def parser(description: str, *names: str, **defaults: Any) -> argparse.ArgumentP
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program; what goes wrong becomes one line and exit status 1.
+    """Run a script; an error becomes one line and exit status 1.
 
-    Python's garbage collector runs between variants only. It ends DALI pipelines that nobody uses any more, and in a
-    thread that DALI calls a Python operator in, that can wait for ever: see `tests/conftest.py`.
+    Python's garbage collector runs between groups of variants only. It destroys unused DALI pipelines, which can
+    deadlock in a thread in which DALI calls a Python operator: see `tests/conftest.py`.
     """
     gc.disable()
     try:
@@ -129,13 +129,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def python(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python in the repository's root to its end, and return what it printed."""
+    """Run Python in the repository's root, and return the completed process with its output."""
     line = [sys.executable, *map(str, words)]
     return subprocess.run(line, cwd=ROOT, **{"capture_output": True, "text": True, "check": False, **options})
 
 
 def logged(run: Path, event: str) -> list[dict[str, Any]]:
-    """Return the lines of one kind in the log of a training that writes to the folder `run`."""
+    """Return the lines of one event in the log of the training run in the folder `run`."""
     log = run / "log.jsonl"
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
     return [line for line in lines if line["event"] == event]
@@ -147,7 +147,7 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
-    """Show a bar on a terminal, where tqdm is installed."""
+    """Show a progress bar on a terminal if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -156,7 +156,7 @@ def progress(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
 
 
 def write(result: Mapping[str, Any], output: Path | None) -> None:
-    """Write a result where a file for it was given."""
+    """Write a result if a file is given."""
     if output is not None:
         write_json(output, result)
 
@@ -167,7 +167,7 @@ def show(result: Mapping[str, Any]) -> None:
     Raises
     ------
     RuntimeError
-        If there is no figure: nothing could be measured.
+        If the result has no figure.
     """
     sys.stdout.write("\n".join([*lines_of(result), ""]))
     if not any(figures(result)):

@@ -1,9 +1,9 @@
-"""A result in the making: measured in groups of variants, in one run or in several, and written after every round.
+"""Record a result: measured in groups of variants, in one run or in several, and written after every round.
 
-Each group is measured beside a reference, so that a figure can come twice. Of two figures with one name the one of more
-rounds stays, the first one where they have equally many. A run that continues another one adds to ``"parts"`` its
-conditions, which are device, date, versions, command and commit, and the names of the figures that it measured.
-A variant that cannot be measured does not end the others: it is listed with the reason under ``"not_measured"``.
+Each group includes the reference, so a figure can be measured twice. Of two figures with the same name the one with
+more rounds is kept, or the first one if they have equally many. A run that continues another one adds to ``"parts"``
+its conditions (device, date, versions, command and commit) and the names of the figures that it measured. If a variant
+cannot be measured, the others still are; it is listed with the reason under ``"not_measured"``.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def figures_of(values: Values) -> dict[str, dict[str, float]]:
 
 
 class Record:
-    """A result, and the file that it is in.
+    """A result and its file.
 
     Parameters
     ----------
     benchmark : str
         Name of the benchmark.
     options : argparse.Namespace
-        With those of `benchmarks.program.ROUNDS`.
+        Options that include those of `benchmarks.program.ROUNDS`.
     **conditions
-        What the result depends on beside `benchmarks.machine.conditions`.
+        Conditions of the result in addition to `benchmarks.machine.conditions`.
 
     Attributes
     ----------
     result : dict
-        What has been measured by now.
+        The result so far.
     not_measured : dict
-        Reasons by the name of what was not measured.
+        The reason for each name that was not measured.
 
     Raises
     ------
     ValueError
-        If the result to continue is of another benchmark, device or options.
+        If the result to continue is of another benchmark or device or has other options.
     """
 
     def __init__(self, benchmark: str, options: argparse.Namespace, **conditions: Any) -> None:
@@ -67,8 +67,8 @@ class Record:
         self._earlier: list[dict[str, Any]] = []
         self._measured: set[tuple[str, ...]] = set()
         self._asked: dict[str, tuple[str, ...]] = {}
-        self._unavailable: set[str] = set()  # what lacks a package: measuring again would not help
-        self._ended = False  # before, groups may be left that nobody has asked for yet
+        self._unavailable: set[str] = set()  # variants that lack a package; another attempt would not help
+        self._ended = False  # until the end, there may be groups that have not been asked for
         self.not_measured: dict[str, str] = {}
         self.result: dict[str, Any] = {"benchmark": benchmark, "conditions": self._conditions}
         if options.go_on and self._output is not None and self._output.exists():
@@ -79,7 +79,7 @@ class Record:
         if was != is_now:
             msg = f"--continue: {self._output} is a result of {was}, not {is_now}"
             raise ValueError(msg)
-        now = json.loads(json.dumps(self._conditions))  # with lists in the place of tuples, as in a file
+        now = json.loads(json.dumps(self._conditions))  # turns tuples into lists, as in the file
         for name in {**earlier["conditions"], **now}:
             was, is_now = (found.get(name) for found in (earlier["conditions"], now))
             if name not in _OF_A_PART and was != is_now:
@@ -92,7 +92,7 @@ class Record:
         self.result = earlier
 
     def _lacks(self, path: tuple[str, ...]) -> bool:
-        """Tell whether every figure of a part of the result is missing, or one has too few rounds."""
+        """Tell whether a part of the result has no figure, or one with too few rounds."""
         found: Any = self.result
         for name in path:
             found = found.get(name, {})
@@ -100,32 +100,32 @@ class Record:
         return not rounds or min(rounds) < min(self._rounds, LEAST_ROUNDS)
 
     def ask_for(self, name: str, *path: str) -> bool:
-        """Say that a variant has to have a figure; tell whether it lacks it."""
+        """Register a variant that needs a figure; return whether it lacks it."""
         self._asked[name] = path
         return self._lacks(path)
 
     def seconds_left(self) -> float:
-        """Return the time that is left to measure in; what begins later is not measured."""
+        """Return the seconds that are left to measure; nothing starts after that."""
         return self._end - time.monotonic()
 
     def groups(self, section: str, groups: Iterable[Sequence[str]], reference: str) -> Iterator[list[str]]:
-        """Give the names to measure of each group that lacks a figure in a section, with the reference first."""
+        """Yield the names to measure in each group that lacks a figure in a section, with the reference first."""
         for group in groups:
             lacking = [name for name in group if self.ask_for(name, section, name)]
             if lacking and self.seconds_left() > 0:
                 yield list(dict.fromkeys([reference, *lacking]))
-                gc.collect()  # pipelines are parts of cycles
+                gc.collect()  # pipelines are in reference cycles
 
     @contextlib.contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Do what may be impossible here: then the name is listed with the reason, and all else is measured."""
+        """Run a block that may fail; an error is recorded under `name`, and the run continues."""
         try:
             yield
         except Exception as error:
             self.leave_out(name, error)
 
     def made(self, names: Iterable[str], make: Callable[[str], _Made]) -> dict[str, _Made]:
-        """Make variants; those that cannot be made are listed with the reason."""
+        """Return ``make(name)`` for each name; names for which it fails are recorded with the reason."""
         found = {}
         for name in names:
             with self.attempt(name):
@@ -140,7 +140,7 @@ class Record:
         share: float = 1.0,
         where: str = "",
     ) -> None:
-        """Measure variants in turns for a share of the time that is left, and add the result after each round."""
+        """Measure variants, interleaved, for a share of the time that is left; add the result after each round."""
         if not variants:
             return
         before, seconds = self.result, share * self.seconds_left()
@@ -153,35 +153,35 @@ class Record:
             self._put(before, result_of(values))
 
     def add(self, found: Mapping[str, Any]) -> None:
-        """Add a part of the result, and write."""
+        """Add a part of the result and write the file."""
         self._put(self.result, found)
 
     def _put(self, before: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Put what a group has given by now in the place of what it gave before."""
+        """Merge the current figures of a group into the result before that group, and write the file."""
         self.result = _merged(before, found)
         theirs = dict(figures(found))
         self._measured |= {path for path, one in figures(self.result) if theirs.get(path) is one}
         self._write()
 
     def leave_out(self, name: str, error: Exception) -> None:
-        """Say that a variant cannot be measured, and why; free what it held."""
+        """Record why a variant cannot be measured, and free its memory."""
         if isinstance(error, ImportError):
             self._unavailable.add(name)
         self.not_measured[name] = one_line(error)
         program.say(f"not measured: {name}: {self.not_measured[name]}")
-        error.__traceback__ = None  # it holds on to the variant's pipelines
+        error.__traceback__ = None  # it refers to the variant's pipelines
         gc.collect()
 
     def end(self) -> None:
-        """Write the result, and show it."""
+        """Write the result and print it."""
         for name, path in self._asked.items():
             if self._lacks(path) and self.seconds_left() < 0:
-                self.not_measured.setdefault(name, "no time was left for it, or for all of its rounds")
+                self.not_measured.setdefault(name, "no time was left for it or for all of its rounds")
         self._ended = True
         program.show(self._write())
 
     def _write(self) -> dict[str, Any]:
-        """Write the whole result, with what it lacks, and return it."""
+        """Write the whole result, including what is missing, and return it."""
         missing = [name for name, path in self._asked.items() if self._lacks(path) and name not in self._unavailable]
         whole = {**self.result, "not_measured": self.not_measured, "complete": self._ended and not missing}
         if self._earlier:
@@ -194,7 +194,7 @@ class Record:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """Return two results as one: see the module's description."""
+    """Merge two results; see the docstring of the module."""
     if is_figure(old) and is_figure(new):
         return new if new.get("rounds", math.inf) > old.get("rounds", 0) else old
     if isinstance(old, Mapping) and isinstance(new, Mapping) and not is_figure(new):

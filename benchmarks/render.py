@@ -1,9 +1,9 @@
-"""Write the tables and plots of results into the pages that ask for them, so that no page holds numbers typed by hand.
+"""Write the tables and plots of results into the pages that ask for them, so that no number is copied by hand.
 
-    python -m benchmarks.render            brings the pages up to date that have any, and docs/plots
-    python -m benchmarks.render --check    changes nothing; exit status 1 where something is not up to date
+    python -m benchmarks.render            updates the pages and docs/plots
+    python -m benchmarks.render --check    changes nothing; exit status 1 if something is out of date
 
-A page asks with a comment, and whatever stands between it and the next ``<!-- end of result -->`` is replaced:
+A page asks for a result with a comment. The text between it and the next ``<!-- end of result -->`` is replaced:
 
     <!-- table: pipeline NAME.json -->              also: train, scale, and ops with a place, such as
     <!-- table: ops NAME.json "224 px, batch 128" -->
@@ -12,7 +12,8 @@ A page asks with a comment, and whatever stands between it and the next ``<!-- e
     <!-- conditions: NAME.json -->                  a sentence: device, versions, sizes, rounds, command
     <!-- plot: pipeline NAME.json -->               also: scale, and accuracy NAME.jsonl
 
-NAME is that of a file in benchmarks/results. A cell is a median or mean with a range in brackets; below stands which.
+The files are in benchmarks/results. A cell is a median or mean with a range in brackets; the line below the table says
+which.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks import program
 from benchmarks.accuracy import summary
 from benchmarks.accuracy.study import read_runs
 from benchmarks.program import markdown_table
+from dali_saliencymix.measure.environment import counted
 from dali_saliencymix.measure.figures import bounds, figures
 from dali_saliencymix.measure.results import read_json
 
@@ -46,7 +48,7 @@ _MARKED = re.compile(rf"({_MARK} (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
 
 
 def variants_table(result: dict[str, Any], first: str, columns: dict[str, tuple[str, ...]]) -> str:
-    """Return what was measured of each loader: by the heads of the columns the parts of the result, and within them."""
+    """Return a row for each loader; `columns` maps the head of a column to the path of its figures in the result."""
     rows = []
     columns = {head: path for head, path in columns.items() if path[0] in result}
     for name in result["images_per_second"]:
@@ -64,13 +66,13 @@ _TRAIN_COLUMNS = {
     "loader alone, images/s": ("loader_images_per_second",),
     "relative to a constant batch": ("relative_to_constant_batch",),
     "relative to `none`": ("relative_to_none",),
-    "operator's call, ms": ("operator_call_ms", "wall"),
-    "lock held by a batch, ms": ("lock_held_ms_per_batch",),
+    "operator call, ms": ("operator_call_ms", "wall"),
+    "GIL held per batch, ms": ("lock_held_ms_per_batch",),
 }
 
 
 def ops_table(result: dict[str, Any], place: str) -> str:
-    """Return the milliseconds of each step by implementation, and how far the best of ours is from a plain copy."""
+    """Return the milliseconds of each step by implementation, and the rate of our best one relative to a copy."""
     if place not in result["milliseconds_per_batch"]:
         msg = f"place must be one of {list(result['milliseconds_per_batch'])}, got {place!r}"
         raise ValueError(msg)
@@ -81,11 +83,11 @@ def ops_table(result: dict[str, Any], place: str) -> str:
         ours = [found[name] for name in ("gpu kernel", "cupy", "cpu kernel", "numpy") if name in found]
         share = f"{ours[0]['share_of_copy_rate']:.1%}" if ours else ""
         rows.append([step, *(cell(found.get(name)) for name in columns), share])
-    return figure_table(result, ["step, ms for a batch", *columns, "share of the copy rate"], rows)
+    return figure_table(result, ["step, ms per batch", *columns, "share of the copy rate"], rows)
 
 
 def scale_table(result: dict[str, Any]) -> str:
-    """Return both ends of each curve, and where it is linear."""
+    """Return the first and last point of each curve, and where it is linear."""
     rows = []
     for axis, found in result["curves"].items():
         for name, points in found["points"].items():
@@ -93,18 +95,18 @@ def scale_table(result: dict[str, Any]) -> str:
             ends = [f"{cell(points[point])} at {point}" for point in (at[0], at[-1])]
             where = [f"{kind.replace('_', ' ')} {x:g}" for kind, x in found["linear"][name].items()]
             rows.append([axis.replace("_", " "), f"`{name}`", found["unit"], *ends, ", ".join(where)])
-    return figure_table(result, ["what grows", "detector", "unit", "least", "most", "linear"], rows)
+    return figure_table(result, ["axis", "detector", "unit", "first point", "last point", "linear"], rows)
 
 
 def figure_table(result: Mapping[str, Any], head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table of figures, and below it what their ranges are: results of older versions have quartiles."""
+    """Return a table of figures and a line that says what their ranges are: older results have quartiles."""
     kinds = {next((kind for kind in _RANGES if kind in found), "min") for _, found in figures(result)}
     ranges = " or ".join(_RANGES[kind] for kind in _RANGES if kind in kinds)
-    return f"{markdown_table(head, rows)}\n\nMedians; in brackets {ranges}."
+    return f"{markdown_table(head, rows)}\n\nMedians; in brackets, {ranges}."
 
 
 def opencv_table(result: dict[str, Any]) -> str:
-    """Return how far the detectors are from OpenCV's: shares of images in percent, and the largest difference."""
+    """Return how the detectors compare with OpenCV's: shares of images in percent, and the largest difference."""
     head = ["detector", "equal maps", "largest difference", "same peak", "peak of mixing within a pixel"]
     rows = []
     for name, found in result["against_opencv"].items():
@@ -114,7 +116,7 @@ def opencv_table(result: dict[str, Any]) -> str:
 
 
 def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
-    """Return what came out of `benchmarks.gpu_checks`, of the tests for a GPU and of compute-sanitizer."""
+    """Return the outcomes of `benchmarks.gpu_checks`, of the tests for a GPU and of compute-sanitizer."""
     counts, tools = read(tests)["counts"], read(sanitized)["tools"]
     errors = [f"{tool} {'did not end' if tools[tool]['errors'] is None else tools[tool]['errors']}" for tool in tools]
     rows = [
@@ -133,14 +135,16 @@ def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
 def _training_row(name: str, run: dict[str, Any]) -> list[str]:
     ended = f"exit status {run['exit_status']}, " if run["exit_status"] else ""
     losses = ", ".join(number(loss) for loss in run["losses"])
-    return [f"training: {name}", f"{ended}{run['steps']} steps, mean losses of their epochs: {losses}"]
+    return [f"training: {name}", f"{ended}{run['steps']} steps, mean loss of each epoch: {losses}"]
 
 
 def _killed_rows(found: dict[str, Any]) -> list[list[str]]:
     difference = found.get("largest_difference_of_weights")
-    weights = "not compared" if difference is None else f"differ by up to {number(difference)} from an unbroken run's"
+    weights = (
+        "not compared" if difference is None else f"differ by up to {number(difference)} from an uninterrupted run's"
+    )
     steps = f"{found['killed_after']} of {found['unbroken']['steps']} steps"
-    return [[f"training killed after {steps}, and resumed", f"weights {weights}"]]
+    return [[f"training killed after {steps} and resumed", f"weights {weights}"]]
 
 
 def _validation_rows(found: dict[str, Any]) -> list[list[str]]:
@@ -151,8 +155,9 @@ def _validation_rows(found: dict[str, Any]) -> list[list[str]]:
             other = answers[name]
             logits, spread = other["largest_difference_of_logits"], other["standard_deviation_of_logits"]
             pixels = number(_GREY_LEVELS * other["mean_difference_of_pixels"])
-            text += f"; compared with `{name.removeprefix('compared_with_')}`: {other['other_answers']} other answers"
-            text += f", logits differ by up to {number(logits)}, {number(logits / spread)} standard deviations"
+            backend_name = name.removeprefix("compared_with_")
+            text += f"; compared with `{backend_name}`: {other['other_answers']} predictions differ"
+            text += f", logits differ by up to {number(logits)} ({number(logits / spread)} standard deviations)"
             text += f", pixels by {pixels} grey levels on average"
         rows.append([f"validation by `{backend}`", text])
     return rows
@@ -173,22 +178,22 @@ def _memory_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def _ends_rows(found: dict[str, Any]) -> list[list[str]]:
-    return [["programs that end by themselves with a pipeline alive", f"{found['ended_well']} of {found['programs']}"]]
+    return [["programs that exit without releasing a pipeline", f"{found['ended_well']} of {found['programs']}"]]
 
 
 _RANGES = {
-    "low": "the range that holds the median at 90 %, of fewer than five rounds their whole range",
+    "low": "the 90 % confidence interval of the median (the full range with fewer than five rounds)",
     "q1": "the middle half of the rounds",
-    "min": "the whole range of the rounds",
+    "min": "the full range of the rounds",
 }
-_GREY_LEVELS = 57  # of a standard deviation of ImageNet's pixels
+_GREY_LEVELS = 57  # in one standard deviation of ImageNet's pixels
 _MEMORY = {"GPU": "gpu_mb", "resident": "resident_mb"}
 _ROWS = {"killed": _killed_rows, "validation": _validation_rows, "memory": _memory_rows, "ends": _ends_rows}
 _ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
 
 
 def accuracy_table(result: dict[str, Any], table: str) -> str:
-    """Return one of the tables of a study."""
+    """Return one of the tables of the accuracy study."""
     return summary.TABLES[table](result["runs"])
 
 
@@ -204,7 +209,7 @@ TABLES = {
 
 
 def conditions_text(result: dict[str, Any]) -> str:
-    """Return the conditions of a result as two sentences."""
+    """Return the conditions of a result as text."""
     if result.get("benchmark") == "gpu_checks":
         return _checks_conditions(result["parts"])
     if result.get("benchmark") == "accuracy":
@@ -216,14 +221,14 @@ def conditions_text(result: dict[str, Any]) -> str:
     if "batch_size" in found:
         parts.append(f"batch {found['batch_size']}")
     if "workers" in found:
-        parts.append(f"{found['workers']} threads or processes for loading")
+        parts.append(f"{found['workers']} loader threads or processes")
     if "images" in found:
         size = f" of {found['mean_size']} pixels and {found['mean_kilobytes']} kB" if "mean_size" in found else ""
         parts.append(f"{found['images']} images{size}")
     rounds = [one["rounds"] for _, one in figures(result) if "rounds" in one] or [found["rounds"]]
     parts.append(" to ".join(map(str, sorted({min(rounds), max(rounds)}))) + " rounds")
     if given := found.get("machine", {}).get("cores_given_to_two_processes"):
-        parts.append(f"two busy processes got {given} cores")
+        parts.append(f"two busy processes did the work of {given} cores")
     reasons: dict[str, list[str]] = {}
     for name, why in result.get("not_measured", {}).items():
         reasons.setdefault(why, []).append(name)
@@ -240,7 +245,7 @@ def _versions(conditions: dict[str, Any]) -> str:
 
 
 def _commit(conditions: dict[str, Any]) -> str:
-    """Return a commit, short, with the sign that files differ from it."""
+    """Return a short commit hash, with the suffix for files that differ from it."""
     return re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}", r"\1", str(conditions["commit"]))
 
 
@@ -252,17 +257,17 @@ def _checks_conditions(parts: list[dict[str, Any]]) -> str:
 
 
 def _runs(result: dict[str, Any]) -> str:
-    """Return where and when each part of a result was measured that comes from several runs."""
+    """Return where and when each part was measured if the result comes from several runs."""
     shown = []
     for part in result.get("parts", []):
         conditions = part["conditions"]
         on = f"{conditions['device']} on {conditions['date']}, commit {_commit(conditions)}"
-        shown.append(f"{len(part['measured'])} figures on {on}")
+        shown.append(f"{counted(len(part['measured']), 'figures')} on {on}")
     return f" Measured in {len(shown)} runs: {'; '.join(shown)}." if shown else ""
 
 
 def cell(figure: dict[str, float] | None) -> str:
-    """Return a figure as the text of a cell."""
+    """Return the text of a cell with a figure."""
     if figure is None:
         return ""
     low, high = bounds(figure)
@@ -270,7 +275,7 @@ def cell(figure: dict[str, float] | None) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with about three digits."""
+    """Return a number with three digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -292,7 +297,7 @@ def pipeline_plot(result: dict[str, Any]) -> Any:
 
 
 def scale_plot(result: dict[str, Any]) -> Any:
-    """Draw all curves, one picture for each axis; both scales are logarithmic."""
+    """Draw all curves, one plot for each axis, on logarithmic scales."""
     from matplotlib.figure import Figure
 
     curves = result["curves"]
@@ -312,14 +317,14 @@ def scale_plot(result: dict[str, Any]) -> Any:
 
 
 def with_errors(found: Iterable[Mapping[str, float]]) -> tuple[list[float], list[list[float]]]:
-    """Return the medians of figures, and how far their ranges go to either side."""
+    """Return the medians of figures, and the lengths of the error bars to either side."""
     medians, ranges = zip(*((one["median"], bounds(one)) for one in found), strict=True)
     sides = [[abs(end[side] - median) for median, end in zip(medians, ranges, strict=True)] for side in (0, 1)]
     return list(medians), sides
 
 
 def accuracy_plot(result: dict[str, Any]) -> Any:
-    """Draw the differences to the reference of a study."""
+    """Draw the differences to the reference of the accuracy study."""
     return summary.plot(result["runs"])
 
 
@@ -327,9 +332,9 @@ PLOT_KINDS = {"accuracy": accuracy_plot, "pipeline": pipeline_plot, "scale": sca
 
 
 def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
-    """Return the file of a plot, and whether it is that of the result; draw it if it is not and `draw` says so.
+    """Return the file of a plot and whether it is up to date; draw it if it is not and `draw` is true.
 
-    Matplotlib's versions draw alike, not the same: a plot carries the hash of its result, and that is compared.
+    Versions of Matplotlib draw slightly different files, so a plot contains the hash of its result, which is compared.
     """
     result = program.RESULTS / file
     path = PLOTS / f"{kind}-{result.stem}.svg"
@@ -351,7 +356,7 @@ def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
 
 
 def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
-    """Return the text that a page ought to have, and which of its plots are not up to date."""
+    """Return the up-to-date text of a page, and which of its plots are out of date."""
     stale = []
 
     def replaced(match: re.Match[str]) -> str:
@@ -371,14 +376,14 @@ def rendered(page: Path, *, draw: bool) -> tuple[str, list[str]]:
                 if not current:
                     stale.append(str(path.relative_to(program.ROOT)))
                 made = f"![{words[0]}: {Path(words[1]).stem}]({os.path.relpath(path, page.parent)})"
-        except (IndexError, KeyError, TypeError) as error:  # words that are missing, or a result of another kind
+        except (IndexError, KeyError, TypeError) as error:  # missing arguments, or a result of another kind
             msg = f"{page.name}: {begin.strip()} must name a result of its kind: {error!r}"
             raise ValueError(msg) from error
         return f"{begin}{made}\n{end}"
 
     text = page.read_text()
     asked, answered = len(re.findall(_MARK, text)), len(_MARKED.findall(text))
-    if asked != answered:  # what stands between a mark and the end of another one would be lost
+    if asked != answered:  # the text between a mark and the end of another one would be lost
         msg = f"{page.name}: each result must have its own {_END}, got {asked} results and {answered} with an end"
         raise ValueError(msg)
     return _MARKED.sub(replaced, text), stale
@@ -391,10 +396,10 @@ def read(file: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Render, or check."""
+    """Render or check the pages."""
     parser = program.parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where something is out of date")
-    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: all that have any")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if something is out of date")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: all with results")
     options = parser.parse_args()
     old = []
     for page in options.pages:
@@ -404,9 +409,9 @@ def main() -> None:
             old.append(page.name)
             if not options.check:
                 page.write_text(text)
-                sys.stdout.write(f"{page}: brought up to date\n")
+                sys.stdout.write(f"{page}: updated\n")
     if options.check and old:
-        msg = f"not up to date: {', '.join(old)}; run python -m benchmarks.render"
+        msg = f"out of date: {', '.join(old)}; run python -m benchmarks.render"
         raise ValueError(msg)
 
 

@@ -1,9 +1,9 @@
-"""Every CUDA kernel under compute-sanitizer: memory that is not its own (memcheck), and races (racecheck).
+"""Run every CUDA kernel under compute-sanitizer: invalid memory access (memcheck) and races (racecheck).
 
     python -m benchmarks.sanitize -o OUT.json
 
 A program that launches every kernel at odd sizes runs once under each tool. `python -m benchmarks.sanitize --kernels`
-is that program alone. The result holds what each tool said about which kernel.
+runs only this program. The result has the findings of each tool by kernel.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dali_saliencymix._tables import MAP_SIZE, scaling
 from dali_saliencymix.measure.results import shortened
 from dali_saliencymix.pixels import DTYPES, LAYOUTS
 
-# An error of CUDA's interface that CuPy expects and handles is no fault of a kernel.
+# CuPy expects and handles some errors of the CUDA API; they are not errors of a kernel.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
-# Rows of 16, 4 and 1 bytes' multiples; grey images; maps of 64x64 and smaller ones; more than one block in each grid;
-# rows that fine_grained takes in several strips.
+# Rows whose bytes are multiples of 16, of 4 and of 1; grey images; maps of 64x64 and smaller; more than one block in
+# each grid; rows that fine_grained splits into several strips.
 SHAPES = ((5, 37, 23, 3), (3, 70, 97, 1), (4, 66, 64, 3), (2, 65, 68, 3), (2, 34, 519, 3))
 
 _PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvidia/compute-sanitizer")
@@ -41,7 +41,7 @@ _KERNEL = re.compile(r"\bat (?:void )?(\w+)[+(<]")
 
 
 def launch_every_kernel(xp: Any) -> None:
-    """Launch every kernel on arrays of a library, with boxes at all borders."""
+    """Launch every kernel on arrays of the library `xp`, with boxes at all borders."""
     rng = np.random.default_rng(0)
     for count, height, width, channels in SHAPES:
         images = xp.asarray(rng.integers(0, 256, (count, height, width, channels), np.uint8))
@@ -67,7 +67,7 @@ def launch_every_kernel(xp: Any) -> None:
 
 
 def findings(text: str) -> dict[str, Any]:
-    """Return what a tool has said: the number of its errors, None where it did not end, and each kind by kernel."""
+    """Return the findings of a tool: the number of errors (None if it did not finish), and each kind by kernel."""
     kinds: collections.Counter[str] = collections.Counter()
     for heading, after in itertools.pairwise([*_HEADING.finditer(text), None]):
         finding = text[heading.start() : after.start() if after else None]
@@ -78,7 +78,7 @@ def findings(text: str) -> dict[str, Any]:
 
 
 def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
-    """Run the program under a tool of compute-sanitizer."""
+    """Run the kernels under a tool of compute-sanitizer."""
     line = [sanitizer, "--tool", tool, *TOOLS[tool], "--print-limit", "1000"]
     command = [*line, sys.executable, "-m", "benchmarks.sanitize", "--kernels"]
     ended = subprocess.run(command, cwd=program.ROOT, capture_output=True, text=True, check=False)
@@ -92,7 +92,7 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
 def main() -> None:
     """Run the tools and write the result."""
     parser = program.parser(__doc__, "output", "device")
-    parser.add_argument("--kernels", action="store_true", help="launch the kernels only, on a GPU")
+    parser.add_argument("--kernels", action="store_true", help="only launch the kernels, on a GPU")
     options = parser.parse_args()
     if not machine.has_gpu():
         msg = "there must be a GPU that CuPy sees"
@@ -100,7 +100,7 @@ def main() -> None:
     if options.kernels:
         import cupy
 
-        cupy.cuda.set_allocator(None)  # in a pool the tools do not see where an array ends
+        cupy.cuda.set_allocator(None)  # without a memory pool, so that the tools know where an array ends
         launch_every_kernel(cupy)
         cupy.cuda.Device().synchronize()
         return
@@ -115,7 +115,7 @@ def main() -> None:
         program.write(result, options.output)
     sys.stdout.write(table(result) + "\n")
     if bad := [tool for tool, found in tools.items() if found["errors"] != 0]:
-        msg = f"{', '.join(bad)}: errors were found, or the program did not end"
+        msg = f"{', '.join(bad)}: errors were found, or the program did not finish"
         raise RuntimeError(msg)
 
 

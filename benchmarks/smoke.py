@@ -1,10 +1,10 @@
-"""Whether a GPU host is fit to be measured on: a minute of checks before anything else.
+"""Check in one minute whether a GPU host is fit for benchmarks.
 
     python -m benchmarks.smoke
 
-It shows the machine, lets PyTorch, CuPy and DALI compute in one process, takes batches of the training pipeline with
-and without mixing, and runs the tests on which all else depends. Each step is named before it begins: the last name in
-the log is where it hangs.
+The script shows the machine, runs PyTorch, CuPy and DALI in one process, takes batches from the training pipeline with
+and without mixing, and runs the tests on which everything else depends. It names each step before the step starts, so
+the last name in the log shows where it hangs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _BATCHES, _BATCH_SIZE, _CROP_SIZE = 20, 16, 64
 
 
 def main() -> None:
-    """Check everything, and stop at the first thing that is wrong."""
+    """Run the checks and stop at the first error."""
     parser = program.parser(__doc__)
-    parser.add_argument("--dry", action="store_true", help="on the CPU where there is no GPU")
+    parser.add_argument("--dry", action="store_true", help="run on the CPU if there is no GPU")
     options = parser.parse_args()
     gpu = machine.has_gpu()
     if not gpu and not options.dry:
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def step(text: str) -> None:
-    """Say what begins."""
+    """Print the name of the next step."""
     sys.stdout.write(f"---- {text}\n")
     sys.stdout.flush()
 
 
 def show_machine() -> None:
-    """Show the GPU, shared memory and versions."""
+    """Print the GPU, the size of shared memory, and versions."""
     step("machine")
     for line in (["nvidia-smi"], ["df", "-h", "/dev/shm", "/tmp"]):
         if shutil.which(line[0]):
@@ -68,11 +68,11 @@ def show_machine() -> None:
 
 
 def compute_together(*, gpu: bool) -> None:
-    """Let PyTorch and CuPy compute in one process."""
+    """Compute with PyTorch and CuPy in one process."""
     step("PyTorch")
     device = torch.device("cuda" if gpu else "cpu")
     ones = torch.ones(64, 64, device=device)
-    require((ones @ ones).sum().item() == 64**3, "a product of matrices in PyTorch is wrong")
+    require((ones @ ones).sum().item() == 64**3, "a matrix product in PyTorch is wrong")
     if not gpu:
         return
     step("CuPy: a kernel compiled by NVRTC, cuFFT, cuBLAS, DLPack")
@@ -80,9 +80,11 @@ def compute_together(*, gpu: bool) -> None:
 
     numbers = cupy.arange(64 * 64, dtype=cupy.float32).reshape(64, 64)
     spectrum = cupy.fft.rfft2(numbers)
-    require(np.isclose(spectrum[0, 0].get(), numbers.get().sum(), rtol=1e-5), "a transform in CuPy is wrong")
-    require(bool(cupy.allclose(cupy.eye(64, dtype=cupy.float32) @ numbers, numbers)), "a product in CuPy is wrong")
-    require(cupy.from_dlpack(ones).sum().get() == 64**2, "a tensor of PyTorch is another one in CuPy")
+    require(np.isclose(spectrum[0, 0].get(), numbers.get().sum(), rtol=1e-5), "an FFT in CuPy is wrong")
+    require(
+        bool(cupy.allclose(cupy.eye(64, dtype=cupy.float32) @ numbers, numbers)), "a matrix product in CuPy is wrong"
+    )
+    require(cupy.from_dlpack(ones).sum().get() == 64**2, "a PyTorch tensor has other values in CuPy")
 
 
 def take_batches(folder: Path, *, gpu: bool) -> None:
@@ -98,30 +100,30 @@ def take_batches(folder: Path, *, gpu: bool) -> None:
             pixels, labels, source_labels, lam = next(stream.batches)
             require(pixels.shape == (_BATCH_SIZE, 3, _CROP_SIZE, _CROP_SIZE), f"images of shape {pixels.shape}")
             require(pixels.device == device and lam.device == device, f"a batch on {pixels.device}")
-            require(bool(pixels.isfinite().all()), "pixels that are no numbers")
+            require(bool(pixels.isfinite().all()), "pixels that are not finite")
             require(0.1 < pixels.std().item() < 3, f"pixels with a standard deviation of {pixels.std().item():.3g}")
             require(bool(((lam >= 0) & (lam <= 1)).all()), f"lam of {lam.tolist()}")
-            require(sorted(labels.tolist()) == sorted(source_labels.tolist()), "sources that are no permutation")
+            require(sorted(labels.tolist()) == sorted(source_labels.tolist()), "sources that are not a permutation")
             require(bool((lam == 1).all()) is (name == "none"), f"lam of {lam.tolist()}")
     loaders.say_memory(device)
 
 
 def run_tests() -> None:
-    """Run the tests on which all else depends; without a GPU they are skipped."""
+    """Run the tests on which everything else depends; without a GPU they are skipped."""
     step("tests")
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # or the plugin that is named would come twice
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # else the named plugin would be loaded twice
     if status := program.python(*PYTEST, *timeout(60), "-x", *TESTS, capture_output=False, env=alone).returncode:
         msg = f"the tests ended with status {status}"
         raise RuntimeError(msg)
 
 
 def timeout(seconds: int) -> list[str]:
-    """Return the options of pytest that end a test that hangs, where its plugin is installed."""
+    """Return the pytest options that end a test that hangs, if the plugin is installed."""
     return ["-p", "pytest_timeout", f"--timeout={seconds}"] if machine.installed("pytest_timeout") else []
 
 
 def require(holds: bool, otherwise: str) -> None:
-    """Raise an error with the text `otherwise` unless something holds."""
+    """Raise RuntimeError with the message `otherwise` unless `holds`."""
     if not holds:
         raise RuntimeError(otherwise)
 

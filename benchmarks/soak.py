@@ -1,11 +1,11 @@
-"""Do memory and open files of a training stay flat? train.py for an hour on a small set, watched from outside.
+"""Run train.py for an hour on a small data set, and check whether its memory and open files stay constant.
 
     python -m benchmarks.soak --minutes 60 -o benchmarks/results/NAME.json
 
-The set is made here. Its epochs are short, so that an hour holds as many epochs, validations, checkpoints and lines
-of the log as days of training do. What the process holds is read from /proc every few seconds. The trend is the median
-of the slopes between all pairs of readings (Theil-Sen) once the first part of the run is over, which fills caches and
-pools.
+The script makes the data set. Its epochs are short, so that an hour has as many epochs, validations, checkpoints and
+log lines as days of training. Memory and open files of the process are read from /proc every few seconds. The trend is
+the median of the slopes between all pairs of readings (Theil-Sen), without the first part of the run, which fills
+caches and pools.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy.stats import theilslopes
 from benchmarks import machine, program
 from dali_saliencymix.measure.figures import figure
 
-SETTLING = 0.15  # of the run, whose readings do not count
+SETTLING = 0.15  # share of the run at its start whose readings do not count
 TRAINING = (
     *("-a", "resnet18", "-b", "16", "-j", "1", "--epochs", "1000000", "--lr", "0.01"),
     *("--model-ema", "--tensorboard", "-p", "1000"),
@@ -71,13 +71,13 @@ def main() -> None:
 def watch(
     training: subprocess.Popen[bytes], words: Path, seconds: float, every: float
 ) -> list[tuple[float, float, int]]:
-    """Return what the process holds from time to time: seconds since the start, resident MB, open files."""
+    """Return readings at regular intervals: seconds since the start, resident MB, open files."""
     readings = []
     start = time.monotonic()
     for _ in program.progress(range(max(int(seconds / every), 1)), unit="reading"):
         time.sleep(every)
         if training.poll() is not None:
-            msg = f"the training ended by itself, with status {training.returncode}: {last_line(words)}"
+            msg = f"train.py ended early, with status {training.returncode}: {last_line(words)}"
             raise RuntimeError(msg)
         files = len(os.listdir(f"/proc/{training.pid}/fd"))
         readings.append((time.monotonic() - start, machine.resident_mb(training.pid), files))
@@ -85,12 +85,12 @@ def watch(
 
 
 def last_line(words: Path) -> str:
-    """Return the last line of a text file, or nothing."""
+    """Return the last line of a text file, or an empty string."""
     return next(reversed(words.read_text(encoding="utf-8", errors="replace").splitlines()), "")
 
 
 def summary(readings: list[tuple[float, float, int]]) -> dict[str, Any]:
-    """Return trend and range of what was read after the settling."""
+    """Return the trend and range of the readings that count."""
     settled = [reading for reading in readings if reading[0] > SETTLING * readings[-1][0]]
     seconds, resident, files = zip(*settled, strict=True)
     trend = theilslopes(resident, [passed / 3600 for passed in seconds])

@@ -1,4 +1,4 @@
-"""The time of a call on arrays, on a CPU and on a GPU, and how fast memory is copied."""
+"""Time calls on arrays, on a CPU and on a GPU, and measure the copy rate of memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dali_saliencymix.measure.figures import figure
 
 
 class Timed:
-    """Milliseconds of a call on arrays, repeated as often as it takes for a few milliseconds.
+    """Measure the milliseconds of a call on arrays, repeated until the calls take at least `least_ms`.
 
-    On a GPU the time is that between two CUDA events on the current stream, with work enqueued in between and nothing
-    waited for; the first call of the object, which compiles and allocates, is not timed. If `call` is a `Graph` the
-    time is that of one of the calls in it.
+    On a GPU the time is that between two CUDA events on the current stream, without synchronisation in between. The
+    first call, which compiles and allocates, is not timed. If `call` is a `Graph`, the time is that of one of the
+    calls in it.
     """
 
     def __init__(self, call: Callable[[], object], *, gpu: bool, least_ms: float = 5.0) -> None:
@@ -53,9 +53,10 @@ class Timed:
 
 
 class Graph:
-    """So many calls on CuPy arrays, captured as a CUDA graph: the work of the GPU without that of the host.
+    """Capture a number of calls on CuPy arrays as a CUDA graph, to time the work of the GPU without that of the host.
 
-    `call` enqueues work on the current stream and waits for nothing. It is captured when the graph is first called.
+    `call` must enqueue its work on the current stream and must not synchronise. It is captured when the graph is first
+    called.
     """
 
     def __init__(self, call: Callable[[], object], calls: int) -> None:
@@ -71,9 +72,9 @@ class Graph:
     def _capture(self) -> None:
         import cupy
 
-        self._pool = cupy.cuda.MemoryPool()  # what the graph writes to must not become anybody else's memory
+        self._pool = cupy.cuda.MemoryPool()  # the memory that the graph writes to must not be reused
         stream = cupy.cuda.Stream(non_blocking=True)
-        cupy.cuda.Device().synchronize()  # the inputs were made on another stream
+        cupy.cuda.Device().synchronize()  # another stream produced the inputs
         with cupy.cuda.using_allocator(self._pool.malloc), stream:
             self._call()
             stream.synchronize()
@@ -87,7 +88,7 @@ class Graph:
 
 
 def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str, float]:
-    """Return the gigabytes per second that copying a large array moves, those read and those written added."""
+    """Return the gigabytes per second of copying a large array; reads and writes both count."""
     if gpu:
         import cupy as xp
     else:

@@ -1,9 +1,9 @@
-"""The slow job of docs/bottleneck.md, and what became of it.
+"""The slow job of docs/bottleneck.md and its faster version.
 
     python -m benchmarks.worked_example photos --from DATA    # 96 large photographs
 
-The page has the commands that program. A job on photographs of 1600 pixels: `slow` decodes all of each one, to keep a
-random part of it; `fast` decodes that part. `step` waits, as the host of an accelerator does.
+The page has the commands. The photographs have 1600 pixels along the long side. `slow` decodes a whole photograph and
+then crops a random part; `fast` decodes that part only. `step` sleeps, like a host that waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.fn import saliencymix
 
 SIDE = 1600  # pixels of the longer side
-SECONDS = 0.09  # of a step
+SECONDS = 0.09  # duration of a step
 
 
 @pipeline_def(device_id=None, seed=1)
 def slow() -> tuple[Any, ...]:
-    """Decode photographs whole, then crop."""
+    """Decode whole photographs, then crop."""
     encoded, labels = read()
     return mixed(fn.random_resized_crop(fn.decoders.image(encoded), size=(224, 224)), labels)
 
 
 @pipeline_def(device_id=None, seed=1)
 def fast() -> tuple[Any, ...]:
-    """Decode what is kept."""
+    """Decode only the part that is kept."""
     encoded, labels = read()
     return mixed(fn.resize(fn.decoders.image_random_crop(encoded), size=(224, 224)), labels)
 
@@ -51,13 +51,13 @@ def mixed(images: Any, labels: Any) -> tuple[Any, ...]:
 
 
 def step(batch: Any) -> None:
-    """Train, as far as the host of an accelerator can tell."""
+    """Sleep for the duration of a step, like a host that waits for an accelerator."""
     time.sleep(SECONDS)
 
 
 def main() -> None:
-    """Make large photographs of small ones."""
-    parser = program.parser("Make large photographs, of those in a folder of class folders.")
+    """Enlarge photographs."""
+    parser = program.parser("Enlarge the photographs in a folder of class folders.")
     parser.add_argument("folder", type=Path, help="folder to write into")
     parser.add_argument("--from", type=Path, required=True, dest="source", help="folder of class folders")
     parser.add_argument("--count", type=program.positive, default=96)

@@ -1,4 +1,4 @@
-"""What all tests share: the array libraries, read-only inputs and realistic pictures."""
+"""Fixtures for all tests: array libraries, read-only inputs and realistic pictures."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ try:
 except ImportError:  # a GPU host may lack it: the tests that do without it run there
     pass
 else:
-    # The same examples in every run, and no time limit on one example: a busy machine is no failure.
+    # The same examples in every run, without a deadline: a busy machine must not fail a test.
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
     hypothesis.settings.load_profile("repeatable")
 
 
 @functools.cache
 def _why_no_gpu() -> str:
-    """Return the reason why CuPy cannot compute here; empty where it can."""
+    """Return the reason why CuPy cannot compute here, or an empty string if it can."""
     try:
         import cupy
     except ImportError:
@@ -35,7 +35,7 @@ def _why_no_gpu() -> str:
     return "" if count else "needs a GPU: CuPy sees none"
 
 
-# Left out by make check: files that start several programs, wait, or measure, beside single tests marked `slow`.
+# `make check` skips these files, which start several programs, wait or measure, and single tests marked `slow`.
 SLOW = {
     *("accelerate", "benchmarks", "bottleneck", "bottleneck_processes", "bottleneck_training_source", "damaged_input"),
     *("distributed", "docs", "dynamic_mode", "evaluate_run", "faults", "folder_lock", "gpu_checks", "gpu_suite"),
@@ -54,15 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# A DALI pipeline is part of a cycle of references, so Python's collector ends it, in whichever thread that happens to
-# run. In a thread that calls a Python operator of the same pipeline this aborts the process, and in that of another one
-# it waits for ever, since DALI runs one Python operator at a time. So it runs between tests, and nowhere else.
+# A DALI pipeline is part of a reference cycle, so Python's garbage collector destroys it, in whichever thread the
+# collector runs. In a thread that calls a Python operator of the same pipeline this aborts the process; in a thread
+# that calls one of another pipeline it deadlocks, since DALI runs one Python operator at a time. So the collector runs
+# only between tests.
 gc.disable()
 _ended = itertools.count(1)
 
 
 def pytest_collection_finish() -> None:
-    # What the imports have left stays, and need not be looked at again: that takes most of a second each time.
+    # Exclude the objects of the imports from collection: scanning them takes most of a second each time.
     gc.collect()
     gc.freeze()
 
@@ -72,16 +73,16 @@ def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
         gc.collect()
 
 
-# Fixtures that serve hypothesis tests are of session scope: one array library serves all examples of a test.
+# Fixtures of hypothesis tests have session scope: all examples of a test use the same array library.
 @pytest.fixture(scope="session", params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
-    """NumPy, then CuPy where there is a GPU."""
+    """NumPy, then CuPy if there is a GPU."""
     return pytest.importorskip(request.param)
 
 
 @pytest.fixture(scope="session")
 def put(xp):
-    """Return a function that makes a NumPy array an argument: of `xp`, and read-only where that exists."""
+    """Return a function that converts a NumPy array to an array of `xp`, read-only if `xp` is NumPy."""
 
     def to_library(array):
         array = np.array(array)
@@ -93,7 +94,7 @@ def put(xp):
 
 @pytest.fixture(scope="session")
 def fetch(xp):
-    """Return a function that brings a result of `xp` to NumPy and fails if it belongs to another library."""
+    """Return a function that converts a result of `xp` to NumPy, and fails if it belongs to another library."""
 
     def to_numpy(array):
         assert isinstance(array, xp.ndarray)

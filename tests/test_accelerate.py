@@ -1,7 +1,7 @@
 """Training with Hugging Face Accelerate: in one process, and in two that share the images and agree on the weights.
 
-Run as a program, this module is a process of a training: it records what it gets, is killed where that is asked for,
-and judges nothing.
+Run as a program, this module is one process of a training run. It records what it gets without checking it, and can
+kill itself at a batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIONS = {"epochs": EPOCHS, "batch_size": BATCH, "size": 32, "lr": LR}
 
 
 def numbered(data):
-    """Return a data set in which a label says which file it is."""
+    """Return a data set in which the label of a file is its number."""
     from dali_saliencymix.datasets.image_folder import list_image_folder
 
     folder = list_image_folder(data / "train")
@@ -38,7 +38,7 @@ def checksums(model):
 
 
 def record(data, output, killed, at_batch, *, accumulated=1, **options):
-    """Train; write what this process was given, and where that led to. Process `killed` dies in a batch of this run."""
+    """Train; write what this process got and the resulting weights. Process `killed` dies in a batch of this run."""
     from accelerate import Accelerator
 
     from pipelines import accelerate_training
@@ -69,7 +69,7 @@ def record(data, output, killed, at_batch, *, accumulated=1, **options):
 
 
 def recorded_by(start, data, output, killed=-1, at_batch=0, **options):
-    """Run this module as a program, which ends well if nothing kills it; return what each process has recorded."""
+    """Run this module as a program, which must succeed unless it is killed; return the record of each process."""
     output.mkdir(exist_ok=True)
     ended = start(__file__, data, output, str(killed), str(at_batch), json.dumps(options), check=killed < 0)
     assert (ended.returncode != 0) == (killed >= 0), ended.stderr
@@ -85,7 +85,7 @@ def recorded_by(start, data, output, killed=-1, at_batch=0, **options):
 
 @pytest.fixture(scope="module")
 def reports(data_folder, tmp_path_factory):
-    """What two processes recorded, of three batches an epoch in updates of two and one."""
+    """The records of two processes, with three batches per epoch in updates of two and one."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from shared.programs import torchrun
 
@@ -105,7 +105,7 @@ def test_two_processes_agree_on_weights_and_loss(reports):
 
 
 def images_of(targets):
-    """Return the numbers of the images that a batch is made of: each of them is a receiver once, and a source once."""
+    """Return the numbers of the images in a batch: each is a receiver once and a source once."""
     return set(np.nonzero(targets)[1].tolist())
 
 
@@ -125,7 +125,7 @@ def test_two_processes_mix_with_draws_of_their_own(reports):
 
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(BATCH, 1), (10, 3)], ids=["whole batches", "accumulated"])
 def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size, accumulated):
-    """The same steps without Accelerate, by code of its own, lead to the same weights."""
+    """The same steps in plain PyTorch, without Accelerate, lead to the same weights."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     import torchvision
     from torch.nn.functional import log_softmax
@@ -147,11 +147,11 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size, accu
     losses_by_hand = []
     for _ in range(EPOCHS):
         epoch, steps = [], IMAGES // batch_size
-        # The update of a shorter window has the mean gradient of its batches, as others have.
+        # The update of a shorter window also uses the mean gradient of its batches.
         updates = [range(first, min(first + accumulated, steps)) for first in range(0, steps, accumulated)]
         for step in range(math.ceil(IMAGES / batch_size)):
             images, targets = (torch.from_numpy(np.array(output.as_tensor())) for output in pipeline.run())
-            if step == steps:  # its end is padding
+            if step == steps:  # the rest is padding
                 continue
             loss = -(targets * log_softmax(by_hand(images), 1)).sum(1).mean()
             (of_one_update,) = (update for update in updates if step in update)
@@ -168,7 +168,7 @@ def test_one_process_trains_as_a_loop_by_hand_does(data_folder, batch_size, accu
     assert checksums(by_hand) != begin
 
 
-# Killed, and started again
+# Killed and resumed
 
 
 def seen_by_all(reports, steps):
@@ -182,7 +182,7 @@ def seen_by_all(reports, steps):
     ]
 
 
-def test_two_processes_go_on_in_the_middle_of_an_epoch_where_one_was_killed(reports, data_folder, tmp_path):
+def test_two_processes_resume_within_an_epoch_in_which_one_was_killed(reports, data_folder, tmp_path):
     from shared.programs import torchrun
 
     options = {"accumulated": 2, "checkpoints": str(tmp_path / "checkpoints"), "checkpoint_every": 1}
@@ -204,13 +204,13 @@ def test_one_process_that_is_killed_again_and_again_sees_each_image_once_in_an_e
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from shared.programs import run_program
 
-    steps = IMAGES // batch_size  # four, and then a batch that is read and passed over, or none
+    steps = IMAGES // batch_size  # four, and possibly an incomplete batch that is read and dropped
     options = {"batch_size": batch_size, "checkpoint_every": 2}
     (undisturbed,) = recorded_by(run_program, data_folder, tmp_path / "undisturbed", **options)
     assert len(undisturbed["targets"]) == EPOCHS * steps
     options["checkpoints"] = str(tmp_path / "checkpoints")
     targets = []
-    # Checkpoints of the middle of an epoch and of its end are gone on from.
+    # The run resumes from checkpoints within an epoch and at its end.
     for number, killed in enumerate([{"killed": 0, "at_batch": 4}] * 2 + [{}]):
         (report,) = recorded_by(run_program, data_folder, tmp_path / str(number), **killed, **options)
         targets += report["targets"][: 2 if killed else None]
@@ -266,7 +266,7 @@ def test_on_a_gpu_it_trains_there(data_folder, precision):
 
     from pipelines.accelerate_training import train
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests of this process have asked for the CPU
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests in this process have set it to the CPU
     model, losses = train(numbered(data_folder), accelerate.Accelerator(mixed_precision=precision), **OPTIONS)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert next(model.parameters()).is_cuda

@@ -1,4 +1,4 @@
-"""The accuracy study: arms that differ in what they say and in nothing else, and a file that loses no run."""
+"""The accuracy study: arms differ only as described, and the file loses no run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_arms_share_order_partners_and_initial_weights(cifar, arm):
     for (_, labels, source_labels, _), (_, other_labels, other_source_labels, _) in zip(of_arm, of_none, strict=True):
         assert torch.equal(labels, other_labels)
         assert torch.equal(source_labels, other_source_labels)
-    # A rate of 0 leaves the weights where they began.
+    # A learning rate of 0 keeps the initial weights.
     standing = {name: trainer(cifar, lr=0.0, weight_decay=0.0, epochs=1) for name in (arm, "none")}
     networks = {name: _weights_after(made, name) for name, made in standing.items()}
     assert torch.equal(networks[arm], networks["none"])
@@ -112,7 +112,7 @@ def _weights_after(made, arm):
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ("none", "saliency labels")])
 def test_pixels_and_label_weights_of_an_arm_belong_together(cifar, arm):
-    """In an image of one grey level and a source of another, the share of pixels is the weight."""
+    """If image and source have one grey level each, the share of pixels is the weight."""
     levels = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
     plain = CifarImages(levels, np.arange(50, dtype=np.int32) % 10, cifar[0].classes)
     made = Trainer(plain, cifar[1], dataclasses.replace(SMALL, prob=1.0), CPU)
@@ -148,7 +148,7 @@ def test_random_peaks_have_the_boxes_of_saliencymix_elsewhere(jpeg_images):
 
 @pytest.mark.parametrize(("arm", "expected"), [("cutmix", 0.30), ("random peak", 0.48)])
 def test_boxes_that_are_cut_off_mix_less(arm, expected):
-    """As docs/accuracy.md says: the same draws of `lam`, and other shares of pixels."""
+    """As docs/accuracy.md says: equal draws of `lam` lead to different shares of pixels."""
     draws = next(data.draws_of_epoch(0, 1, 20_000, 20_000, prob=1.0, augment=False))
     images = np.zeros((20_000, 32, 32, 1), np.uint8)
     random_numbers = draws.source_index, draws.lam, draws.point
@@ -168,7 +168,7 @@ def test_shuffled_peaks_are_those_of_other_images(jpeg_images):
     assert len(np.unique(own.boxes, axis=0)) > 1
 
 
-# ---- what the released code takes for saliency -----------------------------------------------------------------------
+# ---- the saliency of the released code -------------------------------------------------------------------------------
 
 
 def test_as_released_agrees_with_opencv_fed_with_floats(jpeg_images):
@@ -177,7 +177,7 @@ def test_as_released_agrees_with_opencv_fed_with_floats(jpeg_images):
         pytest.skip("this cv2 has no module saliency")
     rng = np.random.default_rng(0)
     tiles = []
-    while len(tiles) < 200:  # of photographs' sizes, textures and flat parts
+    while len(tiles) < 200:  # with sizes, textures and flat parts of photographs
         image = jpeg_images[len(tiles) % len(jpeg_images)]
         y, x = (rng.integers(0, max(side - 32, 1)) for side in image.shape[:2])
         tile = image[y : y + 32, x : x + 32]
@@ -187,7 +187,7 @@ def test_as_released_agrees_with_opencv_fed_with_floats(jpeg_images):
     detector = cv2.saliency.StaticSaliencyFineGrained_create()
     expected = np.stack([detector.computeSaliency(image)[1] for image in pixels])
     np.testing.assert_array_equal(released.maps_of_floats(pixels), expected)
-    # The released code looks for the first maximum of 8 bits.
+    # The released code takes the first maximum of the 8-bit map.
     peaks = (expected * 255).astype(np.uint8).reshape(200, -1).argmax(axis=1)
     one_hot = released.as_released(images)
     assert one_hot.sum() == 200
@@ -275,7 +275,7 @@ def test_archives_of_bounded_size_are_the_folder_again(tmp_path, monkeypatch, ca
     assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*.jpg")} == files
     with pytest.raises(SystemExit, match=r"--megabytes must be enough for each file, got 0.0125 with "):
         main_of(pack, folder, tmp_path / "small", "--megabytes", 0.0125, monkeypatch=monkeypatch)
-    with pytest.raises(SystemExit, match=r"OUT must hold no archives of photos yet, got .*photos-1\.tar"):
+    with pytest.raises(SystemExit, match=r"OUT must have no archives of photos, got .*photos-1\.tar"):
         main_of(pack, folder, tmp_path / "out", monkeypatch=monkeypatch)
 
 
@@ -339,7 +339,7 @@ def test_a_training_that_diverges_is_no_result(cifar):
 
 FOUND = {"top1_last": 50.0, "top1_best": 51.0, "best_epoch": 2, "ece": 3.0, "seconds": 1.0}
 FOUND |= {"fgsm_top1": {"2/255": 20.0, "8/255": 1.0}, "training_seconds": 0.5}
-CONDITIONS = {"device": "CPU, 1 threads", "cpu": "x", "date": "2026-01-01", "commit": "c" * 40, "command": "python"}
+CONDITIONS = {"device": "CPU, 1 thread", "cpu": "x", "date": "2026-01-01", "commit": "c" * 40, "command": "python"}
 CONDITIONS |= {"versions": {"torch": "2"}}
 
 
@@ -377,10 +377,10 @@ def test_a_line_that_was_cut_is_run_again_and_nothing_else_is_lost(tmp_path, cap
     path.write_bytes(whole[:-30])
     study = Study(path, SMALL)
     assert study.missing(["none", "cutmix"], 1) == [("cutmix", 0)]
-    assert "line 2 was not written to its end" in capsys.readouterr().err
+    assert "line 2 is incomplete and is skipped" in capsys.readouterr().err
     study.add(("cutmix", 0), FOUND, CONDITIONS)
     assert [(run["arm"], run["seed"]) for run in read_runs(path)] == [("none", 0), ("cutmix", 0)]
-    # A process that looks at the file while another one writes to it may leave an empty line.
+    # A process that reads the file while another one writes to it may add an empty line.
     path.write_bytes(whole.replace(b"\n", b"\n\n"))
     capsys.readouterr()
     assert len(read_runs(path)) == 2
@@ -389,7 +389,7 @@ def test_a_line_that_was_cut_is_run_again_and_nothing_else_is_lost(tmp_path, cap
 
 def test_processes_that_write_at_the_same_time_lose_no_run(tmp_path):
     path = tmp_path / "x.jsonl"
-    studies = [Study(path, SMALL) for _ in range(4)]  # a file is opened for each run, as in processes of their own
+    studies = [Study(path, SMALL) for _ in range(4)]  # the file is opened for each run, as in separate processes
 
     def write(number):
         for seed in range(25):
@@ -407,7 +407,7 @@ def test_a_file_of_other_settings_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the runs of .*x\.jsonl have epochs 2, this call has 3"):
         Study(path, dataclasses.replace(SMALL, epochs=3))
     path.write_text('{"arm": "none"}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl: line 1 is not that of a run"):
+    with pytest.raises(ValueError, match=r"x\.jsonl: line 1 is not a run"):
         read_runs(path)
 
 
@@ -432,7 +432,7 @@ def test_differences_are_taken_seed_by_seed():
     assert summary.difference(runs, "cutmix", "random peak").sign == "-"
     assert summary.difference(runs, "none", "cutmix").seeds == 2
     assert summary.difference(runs, "none", "cutmix").sign == "0"
-    # Seen apart, the two arms could not be told from each other.
+    # Without pairing, the two arms would not differ significantly.
     assert summary.level(runs, "random peak").low < summary.level(runs, "cutmix").high
 
 
@@ -447,7 +447,7 @@ def test_tables_say_what_was_not_run_and_the_plot_is_drawn():
     assert "| `cutmix` - `none` | -0.50 (-70.38 to +69.38) 0 |" in questions
     assert "| `as released` - `cutmix per batch` | not run |" in questions
     assert summary.plot(runs).axes[0].get_yticklabels()[1].get_text() == "random peak"
-    assert "5 runs of a resnet9 of width 4 on CPU, 1 threads" in summary.conditions(runs)
+    assert "5 runs of a resnet9 of width 4 on CPU, 1 thread" in summary.conditions(runs)
     assert summary.conditions(runs[:1]).startswith("1 run of a resnet9")
     runs[0]["command"] = "python --part 1/2"
     assert summary.conditions(runs).endswith(" commit ccccccc. `python --part 1/2`, `python`")
@@ -508,14 +508,14 @@ def test_a_plan_trains_nothing():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "as released"])  # floats are summed in another order
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "as released"])  # a GPU sums floats in another order
 def test_batches_on_a_gpu_are_those_on_a_cpu(cifar, arm):
     settings = dataclasses.replace(SMALL, prob=1.0)
     here, there = (Trainer(*cifar, settings, torch.device(name)).batches(arm, 3, 1) for name in ("cpu", "cuda"))
     for own, other in zip(here, there, strict=True):
         for expected, found in zip(own, other, strict=True):
             assert found.is_cuda
-            # A pixel of another image would differ by 1/68 or more; weights by saliency come through another FFT.
+            # A pixel of another image would differ by 1/68 or more. Weights by saliency differ by rounding in the FFT.
             torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)
 
 

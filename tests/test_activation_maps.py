@@ -1,4 +1,4 @@
-"""Class activation maps: the property that defines them, known maps, and the pictures."""
+"""Class activation maps: their defining property, known maps, and the pictures."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_picture_shows_the_crop_and_over_it_the_map(picture_file, tmp_path):
 
     upper_right, lower_left = quarter_means(plain, 0)
     assert upper_right > 200 > 60 > lower_left
-    # In the overlay the peak is at the red end of the colours and what is far from it at the dark blue end.
+    # In the overlay, the peak is red and pixels far from it are dark blue.
     upper_right, lower_left = quarter_means(overlaid, 0)
     assert upper_right > lower_left + 80
 
@@ -132,7 +132,7 @@ def test_a_picture_on_its_side_is_turned(picture_file, tmp_path):
     turned = tmp_path / "turned.jpg"
     image = Image.open(picture_file)
     exif = image.getexif()
-    exif[0x0112] = 6  # to be shown rotated clockwise by a quarter
+    exif[0x0112] = 6  # display rotated by 90 degrees clockwise
     image.save(turned, exif=exif, quality=95)
     crop = _centre_crop(turned, 72, 64)
     assert crop[40:, 40:, 0].mean() > 200 > 60 > crop[:24, :24, 0].mean()

@@ -1,4 +1,4 @@
-"""The options of train.py: which there are, what they mean, and what is said of wrong ones."""
+"""The options of train.py: names, meaning, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dali_saliencymix.options import MixOptions
 from dali_saliencymix.training.arguments import _MIX_OPTIONS, parse_arguments, save_config
 from dali_saliencymix.training.checkpoints import DATA_OPTIONS, LAST, changed_data, save_checkpoint
 
-# Option and value as given, name and value that come out.
+# Option and value on the command line, name and value of the result.
 OPTIONS = [
     ("-a resnet18", "arch", "resnet18"),
     ("--arch convnext_tiny", "arch", "convnext_tiny"),
@@ -124,13 +124,13 @@ def test_every_option_is_there_and_changes_what_it_says(given, name, value):
     name = {"mix_alpha": "alpha", "mix_prob": "prob"}.get(name, name)
     before, after = in_groups(without), in_groups(with_it)
     changed = {key for key in before if before[key] != after[key]}
-    if name == "preset":  # which decides what is None
+    if name == "preset":  # which determines what is None
         changed -= {"MixOptions saliency"}
     assert changed == {key for key in before if key.split()[1] == name} != set()
     assert {after[key] for key in changed} == {tuple(value) if isinstance(value, list) else value}
 
 
-# What gives an option a use.
+# Other options that an option needs to have an effect.
 USED_WITH = {
     **dict.fromkeys(("lr_milestones", "lr_gamma"), "--lr-scheduler step"),
     **dict.fromkeys(("opt_betas", "opt_eps"), "--opt adamw"),
@@ -143,7 +143,7 @@ USED_WITH = {
 
 
 def in_groups(options):
-    """Return the value of each field, by the names of its group and of itself."""
+    """Return the value of each field, by the names of its group and field."""
     groups = [group for group in (*vars(options).values(), options.data.mix) if is_dataclass(group)]
     return {
         f"{type(group).__name__} {name}": vars(group)[name] for group in groups for name in vars(group) if name != "mix"
@@ -152,7 +152,7 @@ def in_groups(options):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A checkpoint of a training with options of its own."""
+    """A checkpoint of a training run with non-default options."""
     config = {"arch": "resnet18", "val_crop_size": 48, "val_resize_size": 64, "model_ema": True, "lr": 7.0}
     config |= {"dropout": None, "mean": [0.5, 0.4, 0.3]}
     save_checkpoint({"model": {}, "epoch": 3, "config": config}, tmp_path / LAST)
@@ -167,9 +167,9 @@ def test_evaluate_takes_network_and_sizes_from_the_checkpoint_unless_they_are_gi
             assert options.run.evaluate
             assert (options.run.resume, options.run.output_dir) == (str(trained), tmp_path)
             assert (options.model.arch, data.val_crop_size, data.val_resize_size) == ("resnet18", 48, 64)
-            assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.229, 0.224, 0.225))  # it is older than --std
+            assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.229, 0.224, 0.225))  # older than --std
             assert options.optimizer.model_ema
-            assert options.optimizer.lr == 0.1  # what evaluates nothing is not taken
+            assert options.optimizer.lr == 0.1  # options that do not affect evaluation are not taken over
             assert data.train_dir == data.val_dir == Path("data/val")
     assert parse_arguments(["data", "--resume", str(trained)]).model.arch == "resnet50"
     file = tmp_path / "options.yaml"
@@ -395,7 +395,7 @@ def test_the_command_line_comes_before_the_configuration_file(config):
     assert parse_arguments(["other", "--config", path]).data.train_dir == Path("other/train")
 
 
-def test_a_recipe_can_be_tried_with_another_way_to_mix(config):
+def test_a_recipe_can_be_tried_with_another_mode(config):
     path = config("{mix: saliencymix, saliency: fine_grained, mix-alpha: 0.5, destination: random}")
     args = parse_arguments(["data", "--config", path, "--mix", "cutmix"])
     assert args.data.mix == MixOptions(modes={"cutmix": 1.0}, alpha=0.5)
@@ -489,7 +489,7 @@ def test_the_saved_configuration_gives_the_same_run_and_follows_another_data_fol
 
 
 def test_all_options_can_stand_in_a_configuration_file(config, capsys):
-    """Whatever option there is or will be: none is read in another way than the others."""
+    """This covers all present and future options: all are read in the same way."""
     args = parse_arguments(["data"]).config
     text = "".join(f"{name}: null\n" for name in args if name != "config")
     assert parse_arguments(["data", "--config", config(text)]).config | {"config": None} == args

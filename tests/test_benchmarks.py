@@ -1,4 +1,4 @@
-"""The benchmarks run, write what they promise, and say in one line what is wrong. Nothing here looks at a time."""
+"""The benchmarks run, write complete results, and report errors in one line. No test depends on a measured time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def run_small(main_of, tmp_path, capsys):
 
 
 def checked(name, output, shown):
-    """Return the result in a file, of which everything holds that holds for all."""
+    """Return the result in a file after checking what all results have in common."""
     result = json.loads(output.read_text())
     assert result["benchmark"] == name.removeprefix("bench_")
     assert result["conditions"].keys() >= CONDITIONS
@@ -206,7 +206,7 @@ def test_a_run_that_was_cut_is_continued_with_what_is_missing(data, main_of, mon
     before = json.loads(output.read_text())
     assert made == ["none", "cutmix", "none", "mixup", "after: cutmix"]
     assert not before["complete"]
-    assert not any(complete_between)  # while groups are left that nobody has asked for yet
+    assert not any(complete_between)  # while there are groups that have not been asked for
     assert {name: found["rounds"] for name, found in before["images_per_second"].items()} == {
         "none": 3,
         "cutmix": 3,
@@ -307,7 +307,7 @@ def test_a_wrong_option_is_refused_before_anything_is_measured(main_of, capsys, 
         (("gpu_suite", "/tmp/never-made"), "error: there must be a GPU that CuPy sees, or --dry"),
         (("smoke",), "error: there must be a GPU that CuPy sees, or --dry"),
         (("sanitize",), "error: there must be a GPU that CuPy sees"),
-        (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not there yet, got {ROOT}/benchmarks"),
+        (("data", ROOT / "benchmarks"), f"error: FOLDER must be empty or not exist, got {ROOT}/benchmarks"),
         (("compare", ROOT / "Makefile", "Makefile"), f"error: {ROOT}/Makefile: not a JSON file"),
         (("render", ROOT / "nowhere.md"), "error: [Errno 2] No such file or directory"),
     ],
@@ -329,7 +329,7 @@ def test_a_program_ends_with_status_1_and_no_traceback():
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_uses_up_what_was_made_in_advance_and_times_whole_sets_of_batches():
+def test_a_turn_discards_prefetched_batches_and_times_whole_sets_of_batches():
     used, seen = [], []
 
     class Watch:
@@ -460,7 +460,7 @@ def test_results_without_a_figure_in_common_are_refused():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A folder of results and a page, in the place of the real ones."""
+    """A folder of results and a page, instead of the real ones."""
     monkeypatch.setattr(program, "ROOT", tmp_path)
     monkeypatch.setattr(program, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(render, "PLOTS", tmp_path / "docs" / "plots")
@@ -490,9 +490,10 @@ def test_what_stands_between_the_marks_is_replaced(results, monkeypatch, capsys)
         "| --- | --- | --- |\n"
         "| `none` | 1,234 (1,234 to 1,236) | 1 (1 to 1) |\n"
         "\n"
-        "Medians; in brackets the range that holds the median at 90 %, of fewer than five rounds their whole range.\n",
+        "Medians; in brackets, the 90 % confidence interval of the median (the full range with fewer than five rounds)"
+        ".\n",
     )
-    assert "brought up to date" in capsys.readouterr().out
+    assert "page.md: updated" in capsys.readouterr().out
     assert rendered_page(monkeypatch, results, None, "--check") == page
     assert capsys.readouterr().out == ""
 
@@ -501,11 +502,11 @@ def test_a_table_says_what_the_ranges_of_an_older_result_are(results, monkeypatc
     result = result_of(10, names=("q1", "q3")) | {"relative_to_none": {}}
     write_json(results / "results" / "a.json", result)
     text = rendered_page(monkeypatch, results, TABLE)
-    assert "| `none` | 10 (9 to 11) |  |\n\nMedians; in brackets the middle half of the rounds.\n" in text
+    assert "| `none` | 10 (9 to 11) |  |\n\nMedians; in brackets, the middle half of the rounds.\n" in text
 
 
 def test_check_fails_where_a_page_is_old_and_changes_nothing(results, monkeypatch):
-    with pytest.raises(ValueError, match=r"not up to date: page\.md; run python -m benchmarks\.render"):
+    with pytest.raises(ValueError, match=r"out of date: page\.md; run python -m benchmarks\.render"):
         rendered_page(monkeypatch, results, TABLE, "--check")
     assert (results / "page.md").read_text() == TABLE
 
@@ -523,7 +524,7 @@ def test_conditions_name_the_device_and_the_date_of_each_part(results, monkeypat
     ]
     write_json(results / "results" / "a.json", result)
     page = rendered_page(monkeypatch, results, "<!-- conditions: a.json -->\n<!-- end of result -->\n")
-    expected = "1 figures on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
+    expected = "1 figure on a GPU on 2026-01-01, commit abc; 2 figures on a GPU on 2026-01-02, commit abc."
     assert page.splitlines()[1].endswith(f"`python x` Measured in 2 runs: {expected}")
 
 
@@ -535,7 +536,7 @@ def test_a_plot_is_drawn_and_known_by_its_result(results, monkeypatch):
     assert "</svg>" in (results / "docs/plots/pipeline-a.svg").read_text()
     rendered_page(monkeypatch, results, None, "--check")
     write_json(results / "results" / "a.json", result_of(2))
-    with pytest.raises(ValueError, match=r"not up to date: docs/plots/pipeline-a\.svg"):
+    with pytest.raises(ValueError, match=r"out of date: docs/plots/pipeline-a\.svg"):
         rendered_page(monkeypatch, results, None, "--check")
 
 

@@ -1,6 +1,6 @@
 """The bottleneck tool on real pipelines and files, with faults that are far larger than any noise.
 
-No test looks at a time: what is looked at are verdicts of faults that are certain, and what reports say.
+No test depends on a measured time: the tests check the verdicts of certain faults, and the content of reports.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def files(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only sleeping moves: what is measured is then exact, whatever else the machine does."""
+    """A clock that only `sleep` advances, so that measurements are exact whatever the load of the machine."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
 
 class Slow:
-    """A loader whose epochs, and whose batches, take a while."""
+    """A loader with a delay at the start of an epoch and before each batch."""
 
     def __init__(self, seconds: float, *, batches: int = 50, start: float = 0.0, sizes=(4,)) -> None:
         self.seconds, self.batches, self.start, self.sizes = seconds, batches, start, sizes
@@ -71,7 +71,7 @@ class Slow:
 
 
 def decided(loader, step, **options) -> dict:
-    """A report with a verdict: on a busy machine the tool may rightly not know, and is asked again."""
+    """Return a report with a verdict; retry if it is INCONCLUSIVE, which is correct on a busy machine."""
     for _ in range(4):
         found = bottleneck.diagnose(loader, step, **options)
         verdict = found["verdict"]
@@ -82,7 +82,7 @@ def decided(loader, step, **options) -> dict:
 
 @pytest.fixture(scope="module")
 def report(files) -> dict:
-    """The report of a pipeline, with everything measured. Not to be changed."""
+    """The report of a pipeline, with everything measured. Tests must not change it."""
     define = functools.partial(faults.pipeline, files, detect=0.02)
     return decided(define, faults.step_of(0.002), seconds=2, rounds=5)
 
@@ -143,7 +143,7 @@ def test_what_the_beginning_of_short_epochs_costs_is_a_part_of_the_rate(clock, m
 
 
 def test_a_step_may_take_its_batch_apart(clock):
-    """The batches of a list come again in each epoch, and the constant one in each step."""
+    """The batches of a list come again in each epoch, and the constant batch in each step."""
     import collections
 
     class Encoding(collections.UserDict):  # as of Hugging Face's tokenizers
@@ -171,10 +171,10 @@ def test_a_slow_process_is_found(tmp_path):
     assert found["verdict"]["name"] == "STRAGGLER"
     assert "Process 1 of 2" in found["verdict"]["why"]
     assert [each["rank"] for each in found["ranks"]] == [0, 1]
-    assert ended.stdout.count("STRAGGLER") == 1  # one process talks
+    assert ended.stdout.count("STRAGGLER") == 1  # only one process prints
 
 
-# What is in a report.
+# The content of a report.
 
 
 def test_the_verdict_comes_first_and_then_what_to_do(report):
@@ -193,7 +193,7 @@ def test_the_stages_are_those_of_the_graph(report):
 
 
 def test_the_stages_sum_up_to_the_loader(report):
-    """By hand, from the raw windows: what telescopes has to, and the rest is in the figures."""
+    """Recompute the sum from the raw windows: the stages telescope, and the figures contain the remainder."""
     loader = report["rates"]["loader"]["windows_ms"]
     for number, whole in enumerate(loader):
         assert sum(row["windows_ms"][number] for row in report["stages"]) == pytest.approx(whole)
@@ -222,7 +222,7 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
     assert rows["batch size", 16]["change"] is not None
     assert rows["hw_decoder_load", None]["change"] is None
     text = report_text(report)
-    assert "hw_decoder_load" not in text  # which a pipeline on a CPU does not have
+    assert "hw_decoder_load" not in text  # a pipeline on a CPU does not have it
     for row in report["what_ifs"]:
         if row["kind"] == "measured" and row["change"]:
             now, then = (row[key]["median"] for key in ("now_images_per_second", "loader_images_per_second"))
@@ -231,7 +231,7 @@ def test_what_ifs_say_whether_they_are_measured_or_predicted(report):
     found = rf"DALI threads 2 -> 4: [\d.]+x \([\d.]+ to [\d.]+\), ({sure}|within the noise)$"
     assert re.search(found, text, re.MULTILINE)
     rate = report["rates"]["end_to_end"]["images_per_second"]["median"]
-    assert rows["epoch as it is", None]["value"] == pytest.approx(16 / rate, rel=1e-6)  # of the files that there are
+    assert rows["epoch as it is", None]["value"] == pytest.approx(16 / rate, rel=1e-6)  # of the existing files
     assert re.search(r"^  extrapolated an epoch of 16 images: [\d.]+ s at the present rate$", text, re.MULTILINE)
 
 
@@ -250,7 +250,7 @@ def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
 
 
 def test_what_ifs_of_several_processes_are_those_of_the_slowest(monkeypatch):
-    """Of two processes, where this one is the faster by half."""
+    """Two processes, of which this one takes half the time of the other."""
     monkeypatch.setattr(whatifs, "gather", lambda ms: [ms, {key: [1.5 * each for each in ms[key]] for key in ms}])
     monkeypatch.setattr(
         whatifs,
@@ -290,13 +290,14 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
         return {row["what"]: row for row in predicted_rows(**rates, **storage)}
 
     rows = rows_of(cold=100, reads_cold=True)
-    assert "a step twice as fast" not in rows  # which would change nothing
+    assert "a step twice as fast" not in rows  # it would change nothing
     assert "threads to reach the step's rate" not in rows  # there are enough
     assert rows["epoch as it is"]["value"] == pytest.approx(10_000 / 100)
     assert rows["epoch as it is"]["text"].endswith("at the rate of the loader from storage")
     assert rows["epoch without a stall"]["value"] == pytest.approx(10_000 / 400)
     rates |= {"loader": 370, "end": 365}
-    assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)  # which a stall of 9 % is not
+    # A stall of 9 % is below the limit.
+    assert "threads to reach the step's rate" not in rows_of(cold=None, reads_cold=False)
     rates |= {"loader": 300, "end": 280}
     few = rows_of(cold=100, reads_cold=True)["threads to reach the step's rate"]
     assert (few["value"], few["text"].endswith("from storage, the loader reaches 100 images/s")) == (3, True)
@@ -309,7 +310,7 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     assert warm["epoch as it is"]["value"] == pytest.approx(10_000 / 380)
     assert warm["a step twice as fast"]["text"] == "a step twice as fast: 475 images/s, 1.25 times the present rate"
     assert warm == rows_of(cold=None, reads_cold=False)
-    rates |= {"loader": 300}  # which is less than was measured together with a step
+    rates |= {"loader": 300}  # less than was measured together with a step
     assert "a step twice as fast" not in rows_of(cold=None, reads_cold=False)
     rates |= {"loader": 500, "step": None, "end": None}  # the loader alone
     assert rows_of(cold=100, reads_cold=True)["epoch of the loader alone"]["value"] == pytest.approx(10_000 / 100)
@@ -352,13 +353,13 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
     assert "of the time per batch, with the files in memory" in text
     assert re.search(r"^predicted from storage +-  not measured$", report_text(built(unknown, why)), re.MULTILINE)
     assert "predicted from storage" not in report_text(built(warm, why))
-    # A step slower than the storage is the bound itself.
+    # A step that is slower than the storage is the limit.
     slow = dataclasses.replace(cold, step_ms=(60.0,) * 5, end_ms=(61.0,) * 5)
     assert built(slow, stored)["prediction"]["from_storage_images_per_second"]["median"] == 1000 * 84 / 60
 
 
 def text_of(figures: Figures, report: dict) -> str:
-    """The text of a report of these figures, under the conditions of another one."""
+    """Return the text of a report with these figures and the conditions of another report."""
     rest = {"images": 32, "until": {}, "stages_note": "x", "what_ifs": [], "timeline": None}
     stored, conditions = StorageRates(not_measured="not requested"), report["conditions"]
     return report_text(build_report(figures, decide(figures), stored=stored, conditions=conditions, **rest))
@@ -469,7 +470,7 @@ def test_without_a_step_the_report_is_of_the_loader_and_nothing_is_said_to_be_mi
     assert "saliency" in text
     assert not re.search("stall|step alone|end to end|of the step|step on", text)
     missing = [line.split(":")[0].split()[0] for line in text.splitlines() if "not measured" in line]
-    assert missing == ["storage", "loader"]  # which was switched off
+    assert missing == ["storage", "loader"]  # switched off
     rate = found["rates"]["loader"]["images_per_second"]["median"]
     assert [row for row in found["what_ifs"] if "epoch" in row["what"]] == [
         {
@@ -507,7 +508,7 @@ def test_files_that_are_no_report_are_refused(content, text, tmp_path):
 
 
 def shifted(report: dict, factor: float) -> dict:
-    """A report whose loader is that much faster."""
+    """Return a report whose loader is faster by this factor."""
     changed = json.loads(json.dumps(report))
     speed = changed["rates"]["loader"]["images_per_second"]
     speed |= {key: speed[key] * factor for key in ("median", "low", "high")}
@@ -558,7 +559,7 @@ def test_a_cut_gives_what_the_next_operator_would_get(files):
     assert by_name["decode"][0].at(0).shape == (96, 96, 3)
     assert by_name["resize"][0].at(0).shape == (64, 64, 3)
     assert by_name["normalise"][0].at(0).shape == (3, 64, 64)
-    assert len(by_name["normalise"]) == 3  # the whole pipeline has all of its outputs
+    assert len(by_name["normalise"]) == 3  # the whole pipeline has all its outputs
 
 
 def test_pasting_is_measured_without_a_search_for_saliency(files):
@@ -698,7 +699,7 @@ def test_the_files_of_a_reader_are_known(files, tmp_path):
 def test_dropped_files_are_gone_and_read_files_are_back(files):
     page_cache.read_into_memory(files)
     assert page_cache.resident_share(files) == 1.0
-    for file in files:  # does this file system forget at all?
+    for file in files:  # check that this file system can drop pages
         with open(file, "rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if page_cache.resident_share(files):
@@ -738,7 +739,7 @@ def test_unknown_files_are_a_reason():
 def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_memory(files):
     define = functools.partial(faults.pipeline, files[:8])
     stored = measure_storage(
-        pipeline_source(define, {}, files=files),  # half of them are dropped and not read by the loader
+        pipeline_source(define, {}, files=files),  # the loader does not read half of the dropped files
         images=faults.BATCH,
         loader_ms=10.0,
         read_cut=stages.cut_pipeline(define)[0].make,
@@ -752,7 +753,7 @@ def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_mem
 
 
 def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeypatch):
-    """Processes that a loader starts, which take 1 s; then 10 ms a batch, 30 from storage, and 4 batches read ahead."""
+    """The loader starts processes in 1 s, then takes 10 ms a batch, or 30 ms from storage, and prefetches 4 batches."""
     files = [str(tmp_path / str(number)) for number in range(80)]
     for file in files:
         Path(file).write_bytes(b"x")
@@ -779,8 +780,8 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
 # Windows.
 
 
-def test_windows_do_not_count_what_was_made_before(monkeypatch):
-    """Processes wait for each other, a subject settles, and its window begins at once: else its queue fills again."""
+def test_windows_do_not_count_prefetched_batches(monkeypatch):
+    """Processes synchronise, then a subject settles and its window starts at once: otherwise its queue would refill."""
     log = []
 
     @dataclasses.dataclass
@@ -806,7 +807,7 @@ def test_windows_do_not_count_what_was_made_before(monkeypatch):
 
 
 def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length(clock):
-    """Else noise that makes single steps slow would look like a difference between them."""
+    """Otherwise noise that slows down single steps would look like a difference between the two."""
     batches = Batches(Slow(0.0001))
     subjects = {
         "step": Subject(step=lambda batch: None, constant=batches.first),
@@ -818,7 +819,7 @@ def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length(clock)
 
 
 def test_windows_have_their_share_of_updates(clock):
-    """Of a step that updates the weights after every third batch."""
+    """The step updates the weights after every third batch."""
 
     def step(batch):
         time.sleep(0.001)
@@ -829,7 +830,7 @@ def test_windows_have_their_share_of_updates(clock):
     assert windows["step"] == windows["end to end"] >= 3
     assert windows["step"] % 3 == 0
     slow = {"step": Subject(step=lambda batch: time.sleep(0.002), update=64)}
-    assert measure_in_turns(slow, seconds=0.01, rounds=5).steps["step"] == 64  # whatever was asked for
+    assert measure_in_turns(slow, seconds=0.01, rounds=5).steps["step"] == 64  # the limit, whatever is asked for
 
 
 def test_times_are_per_full_batch(clock):
@@ -994,11 +995,11 @@ def test_a_dataloader_tells_how_far_it_reads_ahead():
 def test_a_dataloader_is_measured(files):
     from torch.utils.data import DataLoader
 
-    loader = DataLoader([np.zeros(3, np.float32)] * 9, batch_size=4)  # the last batch is short
+    loader = DataLoader([np.zeros(3, np.float32)] * 9, batch_size=4)  # the last batch is incomplete
     found = bottleneck.diagnose(loader, faults.step_of(0.001), **{**QUICK, "storage": True}, files=files)
     assert found["conditions"]["images_per_batch"] == 4
     assert found["rates"]["loader"]["images_per_second"]["median"] > 0
-    # It reads none of the files that it was said to read: what storage adds is nothing, and no rate follows from that.
+    # It reads none of the given files, so storage adds nothing, and there is no rate of storage.
     storage_rate = found["rates"]["storage"]
     assert storage_rate["images_per_second"] is None or storage_rate["method"].endswith("less the same in memory")
 
@@ -1025,7 +1026,7 @@ def test_a_webdataset_is_measured_from_memory_and_from_storage(files, tmp_path):
     assert (len(passes["cold_ms"]), len(passes["warm_ms"]), passes["read_cold_ms"]) == (PASSES, PASSES, None)
     assert found["stages"] is None
     del dataset, loader
-    gc.collect()  # it leaves its files open until here, with a warning for each
+    gc.collect()  # it leaves its files open, and each would cause a warning later
 
 
 def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
@@ -1067,7 +1068,7 @@ def test_the_built_in_step_trains_on_any_images_and_changes_nothing(one_thread):
 
 
 def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
-    """Gradients of three batches make one update, and are exchanged in the last one only."""
+    """Gradients of three batches make one update, with an all-reduce in the last batch only."""
     import contextlib
 
     import torch
@@ -1084,7 +1085,7 @@ def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
     def no_sync():
         yield log.append("no exchange")
 
-    step.network.no_sync = no_sync  # as of several processes
+    step.network.no_sync = no_sync  # as with several processes
     step._updater.optimizer.register_step_pre_hook(lambda *_: log.append("update"))
     gradients = []
     for _ in range(6):
@@ -1093,7 +1094,7 @@ def test_the_built_in_step_accumulates_as_the_training_does(one_thread):
         gradients.append(None if bias is None else bias.tolist())
         log.append("batch")
     assert log == ["no exchange", "batch", "no exchange", "batch", "update", "batch"] * 2
-    # The sum grows by a third of a batch's mean gradient at each of equal batches, and is gone after the update.
+    # Each batch adds a third of its mean gradient, all batches are equal, and the sum is cleared by the update.
     assert gradients[1] == pytest.approx([2 * value for value in gradients[0]])
     assert gradients[2] is None
     assert step.batches_per_update == 3
@@ -1134,9 +1135,9 @@ def test_two_processes_train_the_built_in_step_together(data_folder, tmp_path):
     command += ["--train-crop-size", "32", "--device", "cpu", "--seconds", "1", "--rounds", "5", "--no-what-ifs"]
     ended = torchrun(*command, "--no-storage", "-o", output)
     found = load_report(output)
-    assert ended.stdout.count(found["verdict"]["name"] + "\n") == 1  # one process talks
+    assert ended.stdout.count(found["verdict"]["name"] + "\n") == 1  # only one process prints
     assert found["conditions"]["processes"] == 2
-    for each in found["ranks"]:  # each step alone is one without the exchange of gradients
+    for each in found["ranks"]:  # a step alone has no all-reduce
         assert each["step"]["ms_per_batch"]["median"] > 0
         assert each["loader"]["ms_per_batch"]["median"] > 0
     assert found["rates"]["end_to_end"]["images_per_second"]["median"] > 0
@@ -1158,7 +1159,7 @@ def user_pipeline(batch_size=4, num_threads=1):
     return faults.pipeline(user_files, batch_size=batch_size, num_threads=num_threads)
 
 
-user_files: list[str] = []  # for it
+user_files: list[str] = []  # of `user_pipeline`
 
 
 @pytest.fixture

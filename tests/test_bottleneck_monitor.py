@@ -1,4 +1,4 @@
-"""The light monitor, with a clock that the tests set."""
+"""The monitor, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dali_saliencymix.bottleneck import Monitor
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that only the tests advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class Clock:
 
 
 def watched(waits, steps, **options) -> tuple[Monitor, list[str]]:
-    """A monitor that has seen batches come after `waits` and be used for `steps` seconds."""
+    """Return a monitor of batches that came after `waits` seconds each and were used for `steps` seconds each."""
     clock, said = Clock(), []
     monitor = Monitor(clock=clock, say=said.append, **options)
 
@@ -78,7 +78,7 @@ def test_a_starving_step_is_said_once_and_points_at_the_tool():
 
 
 def test_a_short_time_of_starving_is_not_said():
-    # Twice eight seconds, which the window remembers for three more, with enough good steps to end the first spell.
+    # Twice eight seconds, which stay in the window for three more, with enough good steps in between to end the first.
     waits = [1.0] * 4 + [0.0] * 40 + [1.0] * 4 + [0.0] * 40
     _, said = watched(waits, [1.0] * len(waits), patience=12.0, window=4)
     assert said == []
@@ -97,9 +97,9 @@ def test_the_line_can_be_moved():
 def test_hooks_count_the_wait_and_the_step_and_nothing_else():
     clock = Clock()
     monitor = Monitor(clock=clock, batch_size=6)
-    for wait in (100.0, 1.0, 1.0):  # the first batch pays for the loader's start
+    for wait in (100.0, 1.0, 1.0):  # the first batch includes the start of the loader
         monitor.ask()
-        clock.now += 50.0  # a validation, behind which the loop asks again
+        clock.now += 50.0  # a validation, after which the loop takes the next batch
         monitor.ask()
         clock.now += wait
         monitor.arrived()

@@ -1,6 +1,6 @@
-"""The HTML page of a report: its structure, that nothing of the report is missing, and that names do no harm.
+"""The HTML page of a report: it is well-formed and complete, and names are escaped.
 
-The reports are put together from times; the pages are read with Python's HTML parser.
+The reports are built from given times; the pages are parsed with Python's HTML parser.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EVIL = '<script src="//evil">&"\''
 
 
 class Page(HTMLParser):
-    """A page taken apart: elements with attributes and text, and whether each is closed in its turn."""
+    """A parsed page: elements with attributes and text; checks that elements are closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Page(HTMLParser):
         return ["".join(text) for name, _, text in self.elements if name == tag]
 
     def bars(self) -> dict[str, str]:
-        """The numbers of the charts by the names of their bars."""
+        """Return the numbers of the charts by bar name."""
         rows = [re.sub(r"\s+", " ", text) for text in self.texts("td") if text]
         return dict(zip(self.texts("th"), rows, strict=True))
 
@@ -142,11 +142,11 @@ def test_bars_have_the_numbers_of_the_tables():
         assert bars[name] == number
     assert bars["the whole loader"] == "150 ms"
     assert bars["the step alone"] == "10.0 ms"
-    assert "storage (F)" not in bars  # was not measured
+    assert "storage (F)" not in bars  # not measured
 
 
 def places(page: Page, tag: str) -> list[tuple[str | None, float, float]]:
-    """Class, left and right ends of bars or their ranges, in percent of the scale."""
+    """Return class, left and right end of bars or of their ranges, in percent of the scale."""
     found = [attributes for name, attributes, _ in page.elements if name == tag]
     ends = [[float(end) for end in re.findall(r"[\d.]+(?=%)", attributes["style"])] for attributes in found]
     return [(each.get("class"), left, left + width) for each, (left, width) in zip(found, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""What goes wrong in one of several processes ends the measurement in all of them: two real processes."""
+"""An error in one of several processes ends the measurement in all of them; with two real processes."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def worker(tmp_path):
 
 
 def test_a_loader_that_fails_on_one_process_ends_the_others_in_their_step(worker):
-    """The other process waits for gradients by then, and has nothing to say of its own."""
+    """The other process waits for gradients at that time, and has no error of its own to report."""
     prog = "python -m dali_saliencymix bottleneck"
     command = ("command", "bottleneck", "--loader", f"{worker.stem}:Loader", "-a", "tiny_resnet", "--device", "cpu")
     ended = torchrun(worker, *command, "--seconds", "1", "--rounds", "5", check=False)
     assert ended.returncode == 1
     said = "error: process 1: the loader failed: OSError: the disk is gone"
     assert errors_in(ended.stderr, prog) == [f"{prog}: {said}"], ended.stderr
-    assert "gloo/transport" not in ended.stderr  # what PyTorch says of a connection that is closed
+    assert "gloo/transport" not in ended.stderr  # PyTorch's message about a closed connection
 
 
 def test_a_step_that_fails_on_one_process_ends_profile_loader_everywhere(worker, data_folder, tmp_path):
@@ -109,7 +109,7 @@ def test_a_step_that_fails_on_one_process_ends_profile_loader_everywhere(worker,
 
 
 def test_storage_that_fails_on_one_process_is_not_measured_on_any(tmp_path):
-    """They go on together with what comes next: what they tell each other does not get mixed up."""
+    """They continue together with the next measurement, and their messages are not mixed up."""
     (tmp_path / "worker.py").write_text(STORAGE_WORKER)
     torchrun(tmp_path / "worker.py", tmp_path / "seen.json")
     seen = ["the loader failed: OSError: the disk is gone", 3]

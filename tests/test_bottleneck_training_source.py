@@ -1,4 +1,4 @@
-"""The bottleneck tool measures the batches that a training with the same options gets."""
+"""The bottleneck tool measures the same batches as a training run with the same options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDER = ("--train-crop-size", "32", "--color-jitter", "0.4", "--min-crop-area",
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Holds 32 images in folders and 30 images of CIFAR-10, both for training."""
+    """A folder with 32 images in class folders and 30 images of CIFAR-10, both for training."""
     root = tmp_path_factory.mktemp("data")
     make_sample_data(root, train=4, val=1)
     write_cifar(root, "cifar10", train=30, test=5)
@@ -210,7 +210,7 @@ def test_the_built_in_step_has_the_kernels_of_the_training(root, monkeypatch, de
         raise BottleneckError(msg)
 
     monkeypatch.setattr(command, "measure_source", measure)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the other way round
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)  # the opposite of what the step must set
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     more = ["--deterministic"] if deterministic else []
     try:

@@ -1,4 +1,4 @@
-"""The search for faster settings, of loaders whose speed follows from their settings."""
+"""The search for faster settings, with loaders whose speed is a function of their settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = {"synchronise": lambda: None, "notify": lambda line: None}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only sleeping moves: what is measured is then exact, whatever else the machine does."""
+    """A clock that only `sleep` advances, so that measurements are exact whatever the load of the machine."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -51,7 +51,7 @@ def sixteen_cores(monkeypatch):
 
 
 class Paced:
-    """Fifty batches of one image, each after a while."""
+    """Fifty batches of one image, each after a delay."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -63,7 +63,7 @@ class Paced:
 
 
 def source_of(seconds, **settings):
-    """A source whose batches take ``seconds(**settings)``, and a list of the settings that it was opened with."""
+    """Return a source whose batches take ``seconds(**settings)``, and the list of settings that it is opened with."""
     opened = []
 
     def open_with(changed):
@@ -78,7 +78,7 @@ def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=1000.0, **others):
 
 
 def by_threads_and_depth(num_threads, prefetch_queue_depth):
-    """Threads help up to eight, a queue of four is better than all others by a fifth."""
+    """Threads help up to eight, and a queue of four is 20 % better than all others."""
     return 0.08 / min(num_threads, 8) * (1 if prefetch_queue_depth == 4 else 1.2)
 
 
@@ -87,7 +87,7 @@ def test_the_best_setting_is_found_from_anywhere(threads, depth, clock):
     source, _ = source_of(by_threads_and_depth, num_threads=threads, prefetch_queue_depth=depth)
     found = tuned(source)
     wanted = {"num_threads": 8, "prefetch_queue_depth": 4}
-    # From three threads six, and then twelve are tried, which are as fast as eight.
+    # From three threads, six and then twelve are tried, and twelve are as fast as eight.
     assert found["best"] == ({**wanted, "num_threads": 12} if threads == 3 else wanted)
     assert found["is_better"] == ((threads, depth) != (8, 4))
     assert found["stopped"] == "no neighbour of the best setting is faster beyond the noise"
@@ -114,7 +114,7 @@ def test_no_more_threads_than_the_cores_that_processes_share(monkeypatch, clock)
 
 
 def test_noise_changes_nothing(clock):
-    """Every other batch is slow, at random: no change is beyond the noise."""
+    """The speed varies at random, so no change is beyond the noise."""
     random = np.random.default_rng(3)
     source, _ = source_of(lambda num_threads: None, num_threads=4)
     source.open = lambda changed: Noisy(random)
@@ -128,7 +128,7 @@ class Noisy(Paced):
         self.random = random
 
     def __iter__(self):
-        slow = self.random.lognormal(0, 1.5)  # as long as this lasts
+        slow = self.random.lognormal(0, 1.5)  # drawn again every eight batches
         for number in itertools.count():
             slow = self.random.lognormal(0, 1.5) if number % 8 == 0 else slow
             time.sleep(0.02 * slow)
@@ -156,7 +156,7 @@ def test_the_share_of_the_jpeg_engine_is_searched_both_ways(clock):
 
 
 def test_less_for_the_jpeg_engine_is_not_cheaper(clock):
-    """A smaller share that was faster for a while, and is 3 % slower at the end, is not taken for as fast."""
+    """A smaller share that is faster for a while but 3 % slower at the end does not count as equally fast."""
 
     def seconds(hw_decoder_load):
         if hw_decoder_load == 0.45:
@@ -193,7 +193,7 @@ def test_a_setting_that_cannot_be_opened_is_a_row_with_the_reason(clock):
 
 
 def test_what_is_not_confirmed_at_the_end_is_not_taken(clock):
-    """A setting that is faster only for a while."""
+    """The setting is faster only for a while."""
     source, opened = source_of(lambda num_threads: 0.1 if len(opened) > 6 else 0.1 / num_threads, num_threads=1)
     found = tuned(source)
     assert found["trials"][0]["kept"]
@@ -242,7 +242,7 @@ def test_a_report_has_the_search_and_the_change(tmp_path, clock):
     assert "  ended        the loader exceeds the rate of the step by more than 10 %" in text
 
 
-def test_a_step_that_holds_the_training_back_gets_no_change(clock):
+def test_a_training_that_is_not_input_bound_gets_no_change(clock):
     source, _ = source_of(lambda num_threads: 0.12 / num_threads, num_threads=4)
     found = measure_source(source, lambda batch: time.sleep(0.5), seconds=100, with_storage=False)
     assert found["verdict"]["name"] == "COMPUTE-BOUND"
@@ -334,7 +334,7 @@ def test_settings_of_a_training_become_its_options(data_folder, device, more, be
 
 
 def test_a_pipeline_is_tuned(tmp_path, capfd, monkeypatch):
-    """Of a real pipeline, which pauses with one thread and not with two: what is written are arguments by name."""
+    """A real pipeline, which pauses with one thread and not with two; the result is arguments by name."""
     files = faults.make_files(tmp_path, count=16, size=64)
 
     def made(num_threads=1, hw_decoder_load=0.65):
@@ -381,7 +381,7 @@ def test_options_set_the_arguments_of_a_pipeline_and_one_without_settings_is_not
     capfd.readouterr()
     assert main([*line, *options]) == 1
     assert "takes_little takes no hw_decoder_load, so it cannot be set" in capfd.readouterr().err
-    monkeypatch.setattr(command, "_named_bad_file", None)  # the files are not to blame
+    monkeypatch.setattr(command, "_named_bad_file", None)  # the files are not the cause
     assert main([*line, "--tune", str(tmp_path / "x.yaml")]) == 1
     assert "tune needs a loader that takes at least one of num_threads, " in capfd.readouterr().err
     assert not (tmp_path / "x.yaml").exists()
@@ -430,6 +430,6 @@ def test_processes_try_the_same_and_the_slowest_counts(tmp_path):
 
 
 def test_only_numbers_are_searched():
-    """A queue's depth can be two numbers, for CPU and GPU."""
+    """A queue depth can also be two numbers, for CPU and GPU."""
     settings = {"batch_size": 4, "num_threads": 2, "prefetch_queue_depth": {"cpu_size": 2, "gpu_size": 1}}
     assert tune.tunable(Source("x", settings, lambda _: [])) == {"num_threads": 2}

@@ -1,4 +1,4 @@
-"""The verdict as a pure function: made-up figures, and properties that hold for all of them."""
+"""The verdict as a pure function: synthetic figures, and properties that hold for all figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def figures(step: float, loader: float, end: float, shape=STEADY, **others) -> F
 
 
 def stages(**ms: float) -> tuple[Stage, ...]:
-    """Stages by category, an underscore for the hyphen."""
+    """Return stages by category; underscores stand for hyphens."""
     return tuple(Stage(name, name.replace("_", "-"), series(value)) for name, value in ms.items())
 
 
@@ -110,7 +110,7 @@ def stages(**ms: float) -> tuple[Stage, ...]:
 )
 def test_made_up_figures(given_figures, expected):
     if expected == "INCONCLUSIVE" and given_figures.end_ms == series(111):
-        # 10 % of stall on average, below it in some rounds and above it in others.
+        # A stall of 10 % on average, less in some rounds and more in others.
         given_figures = dataclasses.replace(given_figures, end_ms=(105.0, 118.0, 108.0, 113.0, 111.0))
     assert decide(given_figures).name == expected
 
@@ -124,7 +124,7 @@ def test_recorded_rounds_of_a_busy_machine_are_never_judged_wrongly(name):
     found, expected = RECORDED[name]
     verdict = decide(found)
     assert faults.outcome(verdict.name, expected) in {"right", "undecided"}
-    # What is known beyond the noise is said, whatever else is open.
+    # What exceeds the noise is reported, even if other questions are open.
     assert verdict.name == {"DECODE-BOUND": "LOADER-BOUND"}.get(expected, expected)
     assert verdict.contention in {"open", "no"}
 
@@ -136,7 +136,7 @@ def test_recorded_rounds_of_a_busy_machine_are_never_judged_wrongly(name):
         ({"device": "cuda"}, "GPU-BOUND"),
         ({"waits": (0.01, 0.05, 0.02, 0.12, 0.03)}, "INCONCLUSIVE"),  # one round is above the limit
         ({"loader_ms": (3500.0, 3300.0, 4300.0, 3600.0, 3400.0)}, "INCONCLUSIVE"),  # no faster
-        ({"waits": None}, "INCONCLUSIVE"),  # nothing is known of the waits
+        ({"waits": None}, "INCONCLUSIVE"),  # the waits are unknown
     ],
 )
 def test_steps_that_never_wait_for_a_fast_loader_decide_where_the_stall_does_not(changed, name):
@@ -147,7 +147,7 @@ def test_steps_that_never_wait_for_a_fast_loader_decide_where_the_stall_does_not
     assert ("whether it slows the step down" in verdict.next_step) == (name != "INCONCLUSIVE")
 
 
-# Both together are slower by more than 10 % in each round, but all figures jump about.
+# Together they are more than 10 % slower in each round, but all figures vary widely.
 SLOWER_TOGETHER = Figures(
     (60.0, 30.0, 200.0, 50.0, 90.0), (20.0, 10.0, 30.0, 15.0, 25.0), (110.0, 60.0, 320.0, 100.0, 160.0)
 )
@@ -173,7 +173,7 @@ def test_a_step_that_waits_for_a_loader_that_is_slower_decides_where_the_stall_d
 
 
 def test_waits_name_the_loader_where_contention_costs_as_much():
-    """The loader lacks 20 ms, and 16 to 24 ms come on top: the former is certain, and said."""
+    """The loader is 20 ms too slow, and contention adds 16 to 24 ms: the former is certain, and is reported."""
     end = (86.0, 94.0, 90.0, 89.0, 91.0)
     verdict = decide(Figures((50.0,) * 5, (70.0,) * 5, end, waits=(0.4,) * 5))
     assert (verdict.name, verdict.contention) == ("LOADER-BOUND", "yes")
@@ -189,7 +189,7 @@ def test_contention_is_a_question_of_its_own(end, contention):
 
 
 def test_figures_that_all_jump_about_are_no_contention():
-    """Together is slower in each round, but not slower than each alone at its slowest."""
+    """Together they are slower in each round, but not slower than the slowest round of each alone."""
     verdict = decide(SLOWER_TOGETHER)
     assert verdict.name == "INCONCLUSIVE"
     assert "noise hides" in verdict.why
@@ -237,7 +237,7 @@ def test_stages_that_cost_the_same_are_not_told_apart():
 
 
 def test_rounds_are_compared_with_themselves():
-    """Noise that hits all of a round alike does not hide a verdict."""
+    """Noise that affects a whole round equally does not hide a verdict."""
     assert decide(figures(10, 50, 51, shape=(1.0, 5.0, 0.3, 2.0, 0.9))).name == "LOADER-BOUND"
 
 
@@ -250,7 +250,7 @@ def test_noise_within_a_round_is_not_overruled():
 
 @pytest.mark.parametrize("more", [-2.0, 0.0, 2.0])
 def test_stall_from_two_causes_that_are_alike(more):
-    # The loader lacks 20 ms, and 16 to 24 ms come on top, somewhat more or less.
+    # The loader is 20 ms too slow, and contention adds 16 to 24 ms, with some noise.
     end = tuple(70 + clash + more for clash in (16.0, 24.0, 20.0, 19.0, 21.0))
     verdict = decide(Figures((50.0,) * 5, (70.0,) * 5, end))
     assert verdict.name == "INCONCLUSIVE"
@@ -322,7 +322,7 @@ def any_figures(draw) -> Figures:
     added = st.lists(st.floats(-20, 200), min_size=rounds, max_size=rounds).map(tuple)
     stage = st.builds(Stage, st.sampled_from(["a", "b", "c"]), st.sampled_from(CATEGORIES), added)
     steady = draw(st.booleans())
-    if steady:  # figures that mostly decide something
+    if steady:  # figures that mostly lead to a verdict
         ms = times.map(lambda middle: tuple(middle * (1 + 0.01 * (i % 3)) for i in range(rounds)))
     rank = st.builds(RankFigures, ms, ms)
     return Figures(
@@ -373,7 +373,7 @@ def test_never_the_step_where_the_stall_may_be_above_the_line(found):
             assert interval(found.waits).high < 0.1
             assert statistics.median(found.loader_ms) < statistics.median(found.step_ms)
             return
-        # Both causes of a wrong answer are excluded: no round but few may contradict.
+        # At most a few rounds may contradict the verdict.
         slower = [end / step > 1 / 0.9 for end, step in zip(found.end_ms, found.step_ms, strict=True)]
         assert sum(slower) <= len(slower) / 4
 
@@ -394,7 +394,7 @@ def test_never_the_loader_unless_it_is_slower_than_the_step(found):
 
 @given(any_figures())
 def test_direct_evidence_is_never_left_unsaid(found):
-    """No wait and a faster loader, or waits and a slower one, in every round: such figures are never INCONCLUSIVE."""
+    """Figures with no wait and a faster loader, or waits and a slower one, in all rounds are never INCONCLUSIVE."""
     found = dataclasses.replace(found, ranks=(), reads_cold=False)
     verdict, ratios = decide(found), [g / p for p, g in zip(found.loader_ms, found.step_ms, strict=True)]
     if len(ratios) < 5 or found.waits is None:
@@ -473,7 +473,7 @@ def test_an_interval_holds_its_median_and_is_made_of_values(values):
 
 @pytest.mark.parametrize("count", range(5, 14))
 def test_an_interval_covers_as_promised_and_no_more_than_needed(count):
-    """Against the exact probability, by going through all ways to lie below or above the median."""
+    """Compare with the exact probability, by enumerating all ways to be below or above the median."""
     values = list(range(count))
     found = interval(values)
     rank = values.index(found.low) + 1

@@ -1,4 +1,4 @@
-"""Peaks, boxes and kept areas: against the oracle, as properties, and as statistics of many draws."""
+"""Peaks, boxes and kept areas: compared with the oracle, as properties, and as statistics of many draws."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_the_peak_of_a_constant_map_is_the_centre(size, centre, level, put, fetc
     ("ties", "winner"),
     [
         ([(0, 0), (4, 5)], [4, 5]),  # the nearer to the centre (4, 4), though later
-        ([(2, 4), (6, 4), (4, 2), (4, 6)], [2, 4]),  # as near as each other: the first in reading order
+        ([(2, 4), (6, 4), (4, 2), (4, 6)], [2, 4]),  # equally near: the first row by row
         ([(4, 6), (4, 2), (6, 4)], [4, 2]),
-        ([(1, 4), (2, 2)], [2, 2]),  # in a straight line
+        ([(1, 4), (2, 2)], [2, 2]),  # by Euclidean distance
         ([(0, 0), (0, 8), (8, 0), (8, 8)], [0, 0]),
         ([(8, 0), (8, 8)], [8, 0]),
     ],
@@ -189,14 +189,14 @@ def test_kept_fraction_is_the_exact_share_outside_the_box(size, put, fetch):
     [("clip", 32, 0.2993), ("clip", 224, 0.3178), ("fit", 32, 0.4792), ("fit", 224, 0.4970)],
 )
 def test_mean_pasted_share_at_uniform_peaks(box, side, expected):
-    # For lam ~ U(0, 1) floor(side * sqrt(1 - lam)) is s with probability (2 s + 1) / side**2. The mean over s of
-    # (s / side)**2, or of the squared mean width that clipping leaves over all peaks, is exact.
+    # For lam ~ U(0, 1), floor(side * sqrt(1 - lam)) is s with probability (2 s + 1) / side**2. So the mean over s of
+    # (s / side)**2, or of the squared mean width after clipping over all peaks, is exact.
     count = 400_000
     rng = np.random.default_rng(side)
     peaks = rng.integers(0, side, (count, 2), np.int32)
     boxes = boxes_at(peaks, rng.random(count), side, side, box=box)
     shares = 1 - kept_fraction(boxes, side, side).astype(np.float64)
-    # Four standard errors, some 0.0018 for shares that spread by 0.29, and half the last digit.
+    # Four standard errors, about 0.0018 for a standard deviation of 0.29, and half of the last digit.
     assert shares.mean() == pytest.approx(expected, abs=4 * shares.std() / math.sqrt(count) + 0.00005)
 
 

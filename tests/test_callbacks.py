@@ -1,4 +1,4 @@
-"""The monitor inside the trainers of PyTorch Lightning and transformers: real trainings, and a clock that is set."""
+"""The monitor in the trainers of PyTorch Lightning and transformers: real training with a simulated clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SLOW_LOADER, SLOW_STEP = {"loader": 3, "step": 1, "batch_size": 8}, {"loader": 1
 
 
 def trained(package: str, *scenarios: dict) -> list[dict]:
-    """What came of trainings with these seconds for a batch of the loader and for a step."""
+    """Return the results of training runs with these seconds per loader batch and per step."""
     pytest.importorskip("transformers" if package == "transformers" else "lightning")
     worker = REPOSITORY / "tests" / "shared" / "callback_worker.py"
     ended = subprocess.run(
@@ -50,14 +50,14 @@ def test_in_lightning_a_step_is_a_batch_and_what_is_between_steps_does_not_count
     assert starved["logged"][0]["data/wait_share"] == pytest.approx(0.75)
     assert starved["logged"][0]["data/images_per_second"] == pytest.approx(8 / 4)
     assert "data/images_per_second" not in fed["logged"][0]  # without a batch size
-    assert starved["left"] == []  # of what listened to the profiler
+    assert starved["left"] == []  # no hook of the profiler is left
 
 
 @pytest.mark.slow
 def test_in_transformers_a_step_is_an_update_and_what_is_between_steps_does_not_count():
     starved, fed = trained("transformers", SLOW_LOADER, {"loader": 1, "step": 17.4})
     check_what_is_said(starved, fed)
-    # Its loader reads one batch ahead: the groups of an epoch but the first wait for 3, 3, 3 and 2 batches.
+    # Its loader prefetches one batch: after the first group of an epoch, groups wait for 3, 3, 3 and 2 batches.
     waited, used = (3 * ACCUMULATED + 2) / 4, ACCUMULATED
     assert starved["share"] == pytest.approx(3 * waited / (3 * waited + used))
     assert starved["step_ms"] == pytest.approx(1000 * (3 * waited + used))
@@ -66,7 +66,7 @@ def test_in_transformers_a_step_is_an_update_and_what_is_between_steps_does_not_
     for each in (starved, fed):
         assert each["logged"][0]["data/wait_share"] == pytest.approx(each["share"])
     assert starved["logged"][0]["data/images_per_second"] == pytest.approx(8000 / starved["step_ms"])
-    images = 4 * ACCUMULATED  # those of the arguments, where none are given
+    images = 4 * ACCUMULATED  # from the arguments, if no batch size is given
     assert fed["logged"][0]["data/images_per_second"] == pytest.approx(1000 * images / fed["step_ms"])
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and reading one runs no code from it."""
+"""Checkpoints are written completely or not at all, and reading one does not execute code from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW = {"model": {"weight": torch.zeros(500, 500)}, "epoch": 4, "loaders": []}
 
 @pytest.fixture
 def saved(tmp_path):
-    """The path of a checkpoint that holds OLD, alone in its folder."""
+    """The path of a checkpoint with the content OLD, alone in its folder."""
     folder = tmp_path / "run"
     folder.mkdir()
     save_checkpoint(OLD, folder / LAST)
@@ -71,7 +71,7 @@ def test_a_save_that_stops_half_way_leaves_the_old_file_whole(saved, monkeypatch
 
 def test_a_disk_that_is_full_leaves_the_old_file_whole(saved):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the system refuses to make a file larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # larger files are an error, as on a full disk
     try:
         with pytest.raises((OSError, RuntimeError)):
             save_checkpoint(NEW, saved)
@@ -90,7 +90,7 @@ def test_bytes_are_on_the_disk_before_the_file_has_its_name(saved, monkeypatch):
 
 
 class Hostile:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -106,11 +106,11 @@ def test_a_hostile_file_is_refused_and_its_code_does_not_run(tmp_path):
         load_checkpoint(path)
     assert not marker.exists()
     torch.load(path, weights_only=False)
-    assert marker.exists()  # it would have run
+    assert marker.exists()  # check that the attack works with plain pickle
 
 
 def damaged() -> dict[str, bytes]:
-    """Return files that are no checkpoints, and the beginnings of one."""
+    """Return files that are not checkpoints, and truncated checkpoints."""
     import io
 
     stream = io.BytesIO()
@@ -127,7 +127,7 @@ def damaged() -> dict[str, bytes]:
     return files | {f"garbage {i}": draw.randbytes(draw.randint(1, 200)) for i in range(60)}
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # PyTorch guesses at garbage
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # PyTorch tries to interpret garbage
 def test_garbage_and_parts_of_a_checkpoint_are_refused_in_one_line_that_names_the_file(tmp_path):
     for content, data in damaged().items():
         path = tmp_path / content
@@ -135,7 +135,7 @@ def test_garbage_and_parts_of_a_checkpoint_are_refused_in_one_line_that_names_th
         with pytest.raises(ValueError, match=f"{path}: ") as raised:
             load_checkpoint(path)
         assert "\n" not in str(raised.value)
-        assert "weights_only" not in str(raised.value)  # the advice of PyTorch's message is to run the file's code
+        assert "weights_only" not in str(raised.value)  # PyTorch's message advises to execute the file's code
 
 
 @pytest.mark.parametrize("other", [[1, 2], {"state_dict": {}}, torch.zeros(3)], ids=["list", "other keys", "tensor"])
@@ -157,13 +157,13 @@ def test_auto_means_the_last_checkpoint_of_the_output_folder_if_there_is_one(sav
 
 
 def equal(one, other) -> bool:
-    """Compare what two checkpoints hold."""
+    """Return whether two checkpoints have equal content."""
     return torch.equal(one["model"]["weight"], other["model"]["weight"]) and all(
         one[name] == other[name] for name in ("epoch", "loaders")
     )
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch and zipfile guess at what is damaged
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch and zipfile warn about damaged files
 def test_a_flipped_bit_is_found_or_changes_nothing(saved):
     whole, draw, refused = saved.read_bytes(), random.Random(4), 0
     weights = whole.index(torch.arange(6.0).numpy().tobytes())
@@ -199,7 +199,7 @@ def test_the_newest_files_are_kept_and_last_is_the_newest(tmp_path):
     save_places(tmp_path, (1000, 2_000_000), keep=1)
     assert names(tmp_path) == [BEST, "checkpoint_e1000_s2000000.pt", LAST]
     assert load_checkpoint(tmp_path / BEST)["epoch"] == 2
-    save_places(tmp_path, (3, 0), keep=1)  # a run that has gone on from an older one takes no newer one away
+    save_places(tmp_path, (3, 0), keep=1)  # a run resumed from an older checkpoint does not delete newer ones
     assert names(tmp_path) == [BEST, "checkpoint_e003_s000000.pt", "checkpoint_e1000_s2000000.pt", LAST]
 
 
@@ -227,12 +227,12 @@ def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_pa
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / LAST
     assert passed_over == []
     newest = tmp_path / "checkpoint_e001_s000000.pt"
-    (tmp_path / LAST).unlink()  # and as if the run had been killed before it named the newest one last
+    (tmp_path / LAST).unlink()  # as if the run had been killed before it updated LAST
     (tmp_path / LAST).write_bytes((tmp_path / "checkpoint_e000_s000010.pt").read_bytes())
     assert find_checkpoint("auto", tmp_path, passed_over.append) == newest
     (tmp_path / LAST).unlink()
     os.link(newest, tmp_path / LAST)
-    newest.write_bytes(newest.read_bytes()[:-10])  # and with it the one named last
+    newest.write_bytes(newest.read_bytes()[:-10])  # also damages LAST, which is the same file
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
     (line,) = passed_over
     assert f"not whole: {tmp_path / LAST}: damaged" in line

@@ -1,4 +1,4 @@
-"""How the command line calls itself, as the user called it, and what its help needs."""
+"""The program name in usage and errors is the one that the user called; help imports nothing slow."""
 
 from __future__ import annotations
 

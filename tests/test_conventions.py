@@ -1,4 +1,4 @@
-"""Conventions of the code, as tests: what is imported where, what is public, what CuPy can run."""
+"""Conventions of the code: which modules import which, what is public, what CuPy supports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import dali_saliencymix
 
 PACKAGE = Path(dali_saliencymix.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# A part imports only what stands further up, wherever in its files and for whatever reason; parts of one line do not
-# know each other. Every module of the package belongs to a part. "" is the package itself, with its public names.
+# A part may import only parts that are listed above it, anywhere in its files; parts on the same line must not import
+# each other. Every module of the package belongs to a part. "" is the package itself, with its public names.
 ORDER = [
     {"packages"},
     {"_array", "_tables", "_json", "_errors"},
@@ -44,7 +44,7 @@ ORDER = [
 ]
 PARTS = [part for parts in ORDER for part in sorted(parts)]
 WITHOUT_FRAMEWORKS = PARTS[: PARTS.index("") + 1]  # importing these needs NumPy, and SciPy for an FFT
-# What is imported only where it is asked for.
+# Packages that are imported only when needed.
 FRAMEWORKS = {"_array": {"scipy"}, "_numba": {"numba"}, "_cuda": {"cupy"}}
 ON_THE_GPU_PATH = [
     PACKAGE / f"{name}.py" for name in ("boxes", "pixels", "labels", "mix", "_dali/bridge", "_dali/mix_nodes")
@@ -63,7 +63,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Names of all modules that a file imports, wherever it does, `from` imports with the name they take."""
+    """Return the names of all modules that a file imports anywhere; for `from` imports, with the imported name."""
     names = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -84,7 +84,7 @@ def dotted(node: ast.expr) -> str | None:
 
 
 def namespace_attributes() -> set[str]:
-    """Everything that the package takes from `xp`, as ``fft.fft2``."""
+    """Return all attributes that the package uses of `xp`, such as ``fft.fft2``."""
     chains = (dotted(node) for path in MODULES for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute))
     return {chain.removeprefix("xp.") for chain in chains if chain and chain.startswith("xp.")}
 
@@ -157,7 +157,7 @@ def part_of(name: str) -> str:
 
 @functools.cache
 def imports_inside() -> dict[str, set[str]]:
-    """Modules of the package that each of them imports, by name without that of the package."""
+    """Return the modules that each module of the package imports, by name without the package."""
     names = {name_of(path) for path in MODULES}
 
     def module(imported: str) -> str:
@@ -205,7 +205,7 @@ def test_nothing_in_the_package_imports_what_is_not_installed():
 
 @pytest.mark.parametrize("path", ON_THE_GPU_PATH, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_on_the_gpu_path_brings_values_to_the_host(path):
-    # Each of these waits for the GPU while it holds the GIL.
+    # Each of these calls waits for the GPU while holding the GIL.
     waiting = {"item", "get", "asnumpy", "synchronize"}
     calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     assert not waiting & {function.attr for function in calls if isinstance(function, ast.Attribute)}

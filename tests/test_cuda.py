@@ -1,7 +1,7 @@
-"""The CUDA kernels: they compile, and give what the array functions give.
+"""The CUDA kernels: they compile, and return the same results as the array functions.
 
-Where there is no GPU they run as C++ on the CPU, through ``cuda_on_cpu.h``, launched by the very functions that launch
-them on a GPU. What remains for a GPU is in the tests marked so.
+Without a GPU they run as C++ on the CPU, through ``cuda_on_cpu.h``, launched by the same functions that launch them on
+a GPU. Tests that need a GPU are marked `gpu`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dali_saliencymix.saliency import grey
 
 pytest_plugins = ["shared.kernels_on_cpu"]
 
-MARGIN = 256  # bytes around each array, in which nobody may write
+MARGIN = 256  # bytes around each array that must not be written to
 
 
 # --- The kernels on a CPU ---
@@ -46,7 +46,7 @@ MARGIN = 256  # bytes around each array, in which nobody may write
 
 @pytest.fixture(params=["forwards", "backwards"])
 def on_cpu(request, libraries, monkeypatch):
-    """Launch kernels on the CPU; return the list of launches, which grows. Threads run in either order."""
+    """Launch kernels on the CPU, with threads in either order; return the list of launches, which grows."""
     launches = []
     guarded = []
 
@@ -62,8 +62,7 @@ def on_cpu(request, libraries, monkeypatch):
 
     @functools.wraps(plain_empty)
     def empty(shape, dtype=float, **options):
-        # What the kernels write to is full of what no test expects, and lies between margins that are looked at in the
-        # end.
+        # Outputs are filled with values that no test expects, between margins that are checked at the end.
         if not sys._getframe(1).f_globals["__name__"].startswith("dali_saliencymix._cuda"):
             return plain_empty(shape, dtype, **options)
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -72,7 +71,7 @@ def on_cpu(request, libraries, monkeypatch):
         return memory[MARGIN : MARGIN + size].view(dtype).reshape(shape)
 
     monkeypatch.setattr(cuda_launch, "find_kernel", find_kernel)
-    # Numba must not see this one: what it compiles meanwhile it compiles for the whole process.
+    # Numba must not get this function, since what it compiles stays for the whole process.
     monkeypatch.setattr(_routes, "_numba_is_installed", lambda: False)
     monkeypatch.setattr(np, "empty", empty)
     yield launches
@@ -109,7 +108,7 @@ def test_images_that_are_no_rows_of_pixels_are_copied(on_cpu):
 
 
 def with_flat_and_sparse(images):
-    """Put a constant image and one with a bright spot in front."""
+    """Prepend a constant image and one with a bright spot."""
     flat = np.full((2, *images.shape[1:]), 90, np.uint8)
     y, x = images.shape[1] // 3, images.shape[2] // 4
     flat[1, y : y + 5, x : x + 5] = 255
@@ -149,7 +148,7 @@ def test_spectral_residual_peaks(on_cpu, least, apart):
     peaks = cuda.spectral_residual_peaks(images, 71, 90, least=least)
     assert on_cpu == ["spectral_residual"]  # and no map
     assert_same(peaks, saliency_peaks_of_arrays(cuda.spectral_residual(images), 71, 90, least=least))
-    assert (abs(peaks[0] - [35, 45]) <= 1).all()  # of a constant image: the centre
+    assert (abs(peaks[0] - [35, 45]) <= 1).all()  # the peak of a constant image is its centre
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,7 @@ def test_spectral_residual_peaks(on_cpu, least, apart):
         (4, 37, 23, 3),
         (1, 70, 131, 3),
         (2, 224, 224, 3),
-        # An image is a band of 32 rows or some, and a strip of 240 columns or some, of 512 for its surrounds.
+        # The kernel splits an image into bands of 32 rows and strips of 240 columns, of 512 columns for the surrounds.
         (2, 33, 240, 1),
         (1, 34, 241, 3),
         (1, 65, 484, 3),
@@ -183,14 +182,14 @@ def test_fine_grained(on_cpu, shape):
 
 def test_fine_grained_rounds_large_sums_where_numpy_does(on_cpu):
     rng = np.random.default_rng(3)
-    # In fields of one grey level differences are close to whole numbers, so that roundings show.
+    # In areas of one grey level, differences are close to integers, so rounding errors show.
     images = rng.integers(240, 256, (1, 30, 40, 1)).repeat(10, 1).repeat(10, 2).astype(np.uint8)
     assert images.sum(dtype=np.int64) > 2**24
     assert_same(cuda.fine_grained(images), fine_grained_of_arrays(images, algorithm="array"))
 
 
 def test_fine_grained_divides_by_all_maxima(on_cpu):
-    # An image for each maximum, and in it all values up to that.
+    # An image for each maximum, with all values up to it.
     maxima = np.concatenate([np.arange(1, 6 * 255 + 1), [4095, 4096, 40_000, 65_535]]).astype(np.int32)
     values = np.linspace(0, 1, 6 * 255 + 1)
     on = np.rint(values * maxima[:, None]).astype(np.uint32)
@@ -203,8 +202,8 @@ def test_fine_grained_divides_by_all_maxima(on_cpu):
 
 
 def test_fine_grained_adds_in_8_bits(on_cpu):
-    # Squares in squares, found by search: the pixels in the middle are brighter than near surrounds and darker than far
-    # ones, by so much that both sums together pass 255.
+    # Nested squares, found by search: the centre is brighter than near surrounds and darker than far ones, by so much
+    # that the sum of both exceeds 255.
     levels = np.array([156, 33, 65, 58, 149, 162, 167, 167, 172, 172, 60], np.uint8)
     distance = abs(np.arange(96) - 48)
     square = np.searchsorted([2, 6, 10, 13, 18, 25, 29, 36, 43, 49], np.maximum(distance[:, None], distance), "right")
@@ -235,7 +234,7 @@ def test_saliency_peaks(on_cpu, size, least):
     assert on_cpu == ["saliency_peaks"]
     assert_same(peaks, saliency_peaks_of_arrays(maps, *size, least=least))
     for one, peak in zip(maps, peaks.tolist(), strict=True):
-        if not np.isnan(one).any():  # of which the oracle knows nothing
+        if not np.isnan(one).any():  # the oracle does not handle NaN
             assert tuple(peak) == reference.peak(one, *size, least)
 
 
@@ -257,7 +256,7 @@ def mixing_arguments(count, height, width, seed=1):
 
 
 def boxes_of_arrays(peaks, source_index, lam, height, width, *, box="fit", centres=None):
-    """What boxes_at_peaks fuses."""
+    """Compute with array functions what boxes_at_peaks fuses."""
     source_boxes = boxes_at(peaks[source_index], lam, height, width, box=box)
     boxes = source_boxes if centres is None else boxes_moved_to(source_boxes, centres, height, width)
     covers = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)[:, None]
@@ -273,7 +272,7 @@ def test_boxes_at_peaks(on_cpu, size, box, other_place, dtype):
     count = 300
     peaks, source_index, lam = mixing_arguments(count, *size)
     lam = lam.astype(dtype)
-    lam[:256] = np.clip(1 - (np.arange(256) / size[0]) ** 2, 0, 1)  # sides that are whole numbers, or just not
+    lam[:256] = np.clip(1 - (np.arange(256) / size[0]) ** 2, 0, 1)  # sides that are integers, or just below
     centres = mixing_arguments(count, *size, seed=2)[0] if other_place else None
     ours = cuda.boxes_at_peaks(peaks, source_index, lam, *size, box=box, centres=centres)
     theirs = boxes_of_arrays(peaks, source_index, lam, *size, box=box, centres=centres)
@@ -304,7 +303,7 @@ def test_boxes_of_impossible_lam_stay_inside_the_image(on_cpu):
 
 
 def paste_arguments(count, height, width, seed=3, other_place=True):
-    """Boxes of all kinds: empty, whole, one pixel wide, at each border; and where they come from."""
+    """Return boxes of all kinds (empty, whole, one pixel wide, at each border) and source boxes."""
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.integers(0, [[height + 1], [width + 1]], (count, 2, 2)), axis=2)
     boxes = corners.transpose(0, 2, 1).reshape(count, 4)
@@ -375,7 +374,7 @@ def test_paste_boxes(on_cpu, shape, dtype, apart, vector, other_place):
 
 
 def aligned(images):
-    """Copy images, and what lies between them, to an address that is a multiple of 64."""
+    """Copy images and the gaps between them to an address that is a multiple of 64."""
     length = images.strides[0] * len(images)
     memory = np.zeros(length + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -405,7 +404,7 @@ def test_wrong_boxes_and_indices_stay_inside_the_memory(on_cpu, width):
     rng = np.random.default_rng(4)
     count, height = 40, 6
     images = pictures(count, height, width, 3)
-    # What a GPU would be given by mistake; the array function for a GPU, run here, says what comes of it.
+    # Invalid input on a GPU, where values are not checked; the array function for a GPU defines the result.
     source_index = rng.integers(0, count, count)
     boxes, source_boxes = rng.integers(-9, 25, (2, count, 4)).astype(np.int32)
     mixed = cuda.paste_boxes(images, source_index, boxes, source_boxes=source_boxes)
@@ -420,7 +419,7 @@ def test_wrong_boxes_and_indices_stay_inside_the_memory(on_cpu, width):
 def normalised_by_kernel(
     images, source_index, boxes, *, mean, std, source_boxes=None, mirror=None, dtype="float32", layout="CHW", out=None
 ):
-    """Take what `paste_normalised` takes."""
+    """Call the kernel with the arguments of `paste_normalised`."""
     tables = constant(array_namespace(images), scaling, tuple(mean), tuple(std))
     patches = images, source_index, boxes, source_boxes, mirror
     return cuda.paste_normalised(*patches, tables, np.dtype(dtype), layout, out)
@@ -485,7 +484,7 @@ def test_launches_that_are_kept_give_the_same(on_cpu, monkeypatch):
     modules = [sys.modules[f"{cuda.__name__}.{name}"] for name in ("boxes", "pixels", "saliency")]
     prepared = [(module, name) for module in modules for name, each in vars(module).items() if is_prepared(each)]
     assert len(prepared) == 9
-    # Shapes and options take turns, and come again with other pixels: nothing of one call may stay for the next.
+    # Shapes and options alternate and repeat with other pixels: nothing may carry over from one call to the next.
     shapes = [(3, 70, 66, 3), (2, 70, 66, 3), (3, 66, 70, 1)]
     for seed in range(2):
         for shape in shapes:
@@ -495,7 +494,7 @@ def test_launches_that_are_kept_give_the_same(on_cpu, monkeypatch):
                     options |= {"mean": [120], "std": [50]}
                 made.clear()
                 kept = as_tuple(kernel_named(name)(*arguments, **options))
-                # How wide paste copies depends on where arrays lie, which differs from call to call.
+                # The width of paste's copies depends on the addresses of the arrays, which differ between calls.
                 assert seed == 0 or all(kernel.startswith("paste:") for kernel in made)
                 with monkeypatch.context() as context:
                     for module, launch in prepared:
@@ -511,7 +510,7 @@ def is_prepared(function):
     return hasattr(function, "__wrapped__") and code.co_filename == cuda_launch.__file__
 
 
-# --- The array twin of paste_normalised ---
+# --- The array version of paste_normalised ---
 
 
 def test_paste_normalised_of_arrays_is_the_three_steps(xp, put, fetch):
@@ -621,11 +620,11 @@ def test_importing_the_kernels_imports_no_cupy():
 
 @pytest.fixture
 def lent(monkeypatch):
-    """What DALI sees of CuPy, and the list of the streams that this has destroyed."""
+    """A stand-in for the parts of CuPy that DALI uses, and the list of the streams that it has destroyed."""
     current, destroyed = [], []
 
     class Stream:
-        """As CuPy's: current inside a ``with`` block, and what it points to is destroyed with it."""
+        """A stream like CuPy's: current inside a ``with`` block; destroying the object destroys the CUDA stream."""
 
         def __init__(self, *, null):
             assert null
@@ -653,7 +652,7 @@ def lent(monkeypatch):
 
 
 def call_as_dali_does(monkeypatch, function, stream, *inputs):
-    """Call a function as DALI calls it for a GPU, with a stream of its own current."""
+    """Call a function as DALI calls it for a GPU, with DALI's stream current."""
     dali = python_function.PythonFunction
     monkeypatch.setattr(dali, "current_stream", lambda: SimpleNamespace(ptr=stream))
     return dali._cupy_stream_wrapper(
@@ -680,7 +679,7 @@ def test_on_a_gpu_a_stream_keeps_its_thread(lent, monkeypatch):
         return (batch + 1,)
 
     for stream in (7, 8, 7, 8):
-        # Each call comes from another thread: those of DALI forget everything in between.
+        # Each call comes from another thread, since DALI's threads lose thread-local data between calls.
         made = []
         samples = [np.zeros(2), np.ones(2)]
         thread = threading.Thread(
@@ -702,7 +701,7 @@ def cupy():
 
 
 def calls(xp, images):
-    """Return calls by label: the kernel's name, its array twin where it is one function, arguments and options."""
+    """Return calls by label: the kernel's name, the array function if it is a single one, arguments and options."""
     count, height, width, _ = images.shape
     peaks, source_index, lam = (xp.asarray(array) for array in mixing_arguments(count, height, width))
     _, boxes, source_boxes = paste_arguments(count, height, width)
@@ -760,8 +759,8 @@ def test_kernels_give_what_the_array_functions_give_on_a_gpu(cupy, shape):
 
 @pytest.mark.gpu
 def test_kernels_are_captured_by_the_current_stream_alone(cupy):
-    # While a stream is captured, waiting for it is an error, and so is a copy to or from the host that waits. Work that
-    # went to another stream would not be repeated by the graph.
+    # During capture, synchronising the stream is an error, and so is a synchronous copy to or from the host. The graph
+    # would not replay work on another stream.
     images = cupy.asarray(pictures(4, 224, 224, 3))
     both = calls(cupy, images)
 
@@ -773,7 +772,7 @@ def test_kernels_are_captured_by_the_current_stream_alone(cupy):
     cupy.cuda.Device().synchronize()
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        # Compiles, makes the constants, and leaves memory in the pool for the second time.
+        # The first call compiles, creates the constants, and fills the memory pool for the second call.
         expected = {label: [array.get() for array in result] for label, result in call_all().items()}
         stream.begin_capture()
         try:

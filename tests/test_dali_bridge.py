@@ -1,4 +1,4 @@
-"""The way between DALI's lists of samples and batch arrays."""
+"""Conversion between DALI's lists of samples and batch arrays."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_samples_that_are_not_contiguous_are_stacked():
     block = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
     samples = [sample.T for sample in block]
     np.testing.assert_array_equal(as_batch(samples), block.transpose(0, 2, 1))
-    samples = [block[0], block[1].T, block[2]]  # at even distances, but not alike
+    samples = [block[0], block[1].T, block[2]]  # evenly spaced, but with different strides
     np.testing.assert_array_equal(as_batch(samples), np.stack(samples))
 
 

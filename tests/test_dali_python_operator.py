@@ -1,4 +1,4 @@
-"""How Python functions get into a pipeline, and the memory that their results lie in."""
+"""Python functions in a pipeline, and the memory of their results."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_a_buffer_is_used_again_once_no_view_of_it_is_left():
     row = first.reshape(12, 5)[2:4]
     del first
     other = buffers.take((3, 4, 5), np.float32)
-    assert address(other) != at  # a view of the first one is held
+    assert address(other) != at  # there is still a view of the first one
     del row
     assert address(buffers.take((3, 4, 5), np.float32)) == at
-    assert address(buffers.take((5, 12), np.int32)) == at  # as many bytes
+    assert address(buffers.take((5, 12), np.int32)) == at  # the same number of bytes
 
 
 def test_a_buffer_of_another_size_is_not_used():
@@ -86,7 +86,7 @@ def test_a_function_gets_a_batch_and_gives_batches(operator):
 
 
 def test_parts_of_a_batch_of_one_are_taken_as_they_are(operator):
-    # In such a batch an array is contiguous whatever its strides say.
+    # With a batch of one, an array is contiguous whatever its strides.
     values = np.arange(12.0).reshape(1, 3, 4)
 
     def function(batch):
@@ -107,7 +107,7 @@ def test_what_a_function_raises_is_in_dali_s_error(operator):
 
 
 def test_pipelines_may_end_while_they_work(operator):
-    # What Python made is given back in threads of DALI, which need the GIL for it.
+    # DALI releases Python objects in its own threads, which need the GIL for it.
     for runs in (0, 1, 2, 1, 0, 3):
         pipeline = calling(lambda batch: (batch + 1,), np.zeros((4, 50, 50)), 1)
         for _ in range(runs):
@@ -119,13 +119,13 @@ def test_pipelines_may_end_while_they_work(operator):
 
 
 def made(how):
-    """Return what stands for the nodes of an operator that was made in some way."""
+    """Return a placeholder for the nodes of an operator, which records how it was created."""
     return SimpleNamespace(source=SimpleNamespace(), how=how)
 
 
 @pytest.fixture
 def in_no_graph(monkeypatch):
-    """Let the operators be made where no pipeline is defined; return the pipeline that they see."""
+    """Allow creating operators without a pipeline definition; return the pipeline that they see."""
     pipeline = SimpleNamespace(num_threads=1)
     monkeypatch.setattr(dali_operator.Pipeline, "current", lambda: pipeline)
     whole_batches = lambda *_, **__: lambda *_: made("whole batches")  # noqa: E731
@@ -135,7 +135,7 @@ def in_no_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("debugged", [True, False])
-def test_debug_mode_goes_the_documented_way(in_no_graph, debugged):
+def test_debug_mode_uses_the_documented_operator(in_no_graph, debugged):
     in_no_graph._debug_on = debugged
     node = python_operator(print, SimpleNamespace(device="cpu", shape=lambda: None), name="mix", stage=Stage("paste"))
     assert node.how == ("samples" if debugged else "whole batches")
@@ -188,7 +188,7 @@ def test_a_held_batch_of_a_gpu_does_not_change():
         np.testing.assert_array_equal(batch.as_cpu().as_array(), 2 * number)
 
 
-def test_another_version_of_dali_goes_the_documented_way(monkeypatch):
-    assert dali_operator.whole_batches_work()  # in the version that the tests have
+def test_another_version_of_dali_uses_the_documented_operator(monkeypatch):
+    assert dali_operator.whole_batches_work()  # in the installed version
     monkeypatch.setattr("nvidia.dali.__version__", "2.5.0")
     assert not dali_operator.whole_batches_work()

@@ -1,4 +1,4 @@
-"""Findings in single image files, each beside what DALI makes of the same file."""
+"""Findings in single image files, compared with how DALI decodes the same file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dali_saliencymix.loaders.base import LoaderError
 from dali_saliencymix.loaders.imagenet import validation_loader
 
 JPEG = sample_jpeg("train", "red_square", 0)
-PIXELS = JPEG.index(b"\xff\xda") + 14  # where the segment that holds them has begun
+PIXELS = JPEG.index(b"\xff\xda") + 14  # after the header of their segment
 PICTURE = Image.open(io.BytesIO(JPEG)).convert("RGB")
 
 
@@ -40,7 +40,7 @@ def turned(orientation: int) -> bytes:
 
 
 PNG = encoded("PNG")
-FRAME = JPEG.index(b"\xff\xc0")  # its size stands five bytes further on
+FRAME = JPEG.index(b"\xff\xc0")  # the image size is five bytes later
 TABLE = JPEG.index(b"\xff\xc4")
 HEALTHY = {
     "plain.jpg": JPEG,
@@ -102,7 +102,7 @@ def written(tmp_path: Path, name: str, data: bytes) -> Path:
 
 
 def dali_decodes(file: Path) -> bool:
-    """Whether a validation pipeline decodes a file, which it does in full."""
+    """Return whether a validation pipeline decodes a file; it decodes the whole image."""
     folder = ImageFolder(file.parent, ["one", "two"], [str(file)], [0])
     sizes = {"resize_size": 32, "crop_size": 32}
     try:
@@ -170,7 +170,7 @@ def test_a_file_can_have_several_findings(tmp_path):
 
 
 def test_most_lost_sectors_are_found_and_no_undamaged_file_is_accused(tmp_path):
-    """A block of 512 bytes that a disk gives back as zeros leads to a warning nearly always."""
+    """A lost sector, 512 bytes that read as zeros, leads to a warning in nearly all cases."""
     draw = random.Random(0)
     found = 0
     for number in range(40):
@@ -182,7 +182,7 @@ def test_most_lost_sectors_are_found_and_no_undamaged_file_is_accused(tmp_path):
 
 
 def test_bad_files_are_found_among_others_in_their_order_without_a_trace_in_a_log(tmp_path, capfd):
-    """A progress bar in a file would put rubbish in front of the error, in the same line."""
+    """A progress bar in a log file would precede the error on the same line."""
     contents = HEALTHY | {name: data for name, (data, _, _) in (BAD | NOTABLE).items()}
     files = [str(written(tmp_path, name, data)) for name, data in sorted(contents.items())]
     files.insert(5, str(tmp_path / "gone.jpg"))

@@ -1,10 +1,10 @@
-"""Whatever a user gives a program, it ends with a documented status, one line that names what is wrong, no traceback.
+"""For any input, a program ends with a documented status and one line that names the error, without a traceback.
 
-The cases are drawn from a seed, so they are the same in each run. More of them, and others::
+The cases are drawn with a fixed seed, so they are the same in each run. To run more cases, or others::
 
     FUZZ_CASES=20 FUZZ_SEED=7 python -m pytest tests/test_damaged_input.py
 
-FUZZ_CASES is a factor.
+FUZZ_CASES multiplies the number of cases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dali_saliencymix.training.checkpoints import LAST
 
 FACTOR, SEED = int(os.environ.get("FUZZ_CASES", "1")), int(os.environ.get("FUZZ_SEED", "0"))
 NOT_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")
-# Exit statuses other than 0 and, of what argparse refuses, 2.
+# Allowed exit statuses in addition to 0 and argparse's 2.
 STATUSES = {"train": {1}, "transfer_voc": {1}, "scan": {1}, "bottleneck": {1, 3}}
 ODD_VALUES = (
     *(
@@ -92,7 +92,7 @@ def cases(count: int) -> Any:
 
 @pytest.fixture
 def ends(monkeypatch, capfd) -> Callable[..., Ended]:
-    """Return a function that runs a program here and checks how it ends; `names` says what it may have to name."""
+    """Return a function that runs a program in this process and checks its end; an error must name one of `names`."""
     mains = {"train": train.main, "transfer_voc": transfer_voc.main}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,7 +112,7 @@ def ends(monkeypatch, capfd) -> Callable[..., Ended]:
 
     yield run
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)  # a line that was drawn may have had --deterministic
+    torch.use_deterministic_algorithms(False)  # the drawn options may include --deterministic
 
 
 def check(program: str, ended: Ended, words: list[str], names: tuple[str | Path, ...]) -> None:
@@ -134,7 +134,7 @@ def check(program: str, ended: Ended, words: list[str], names: tuple[str | Path,
 
 
 def spoil(path: Path, draw: Draw) -> None:
-    """Damage a file, or put something else in its place."""
+    """Damage a file, or replace it by something else."""
     content = path.read_bytes()
     kinds: dict[str, Callable[[], object]] = {
         "cut": lambda: path.write_bytes(content[: draw.randrange(len(content))]),
@@ -161,7 +161,7 @@ def flipped(content: bytes, draw: Draw) -> bytes:
 
 
 def with_odd_entry(value: Any, draw: Draw, depth: int = 6) -> Any:
-    """Return nested dictionaries and lists with another value at one place, or without that place."""
+    """Return nested dictionaries and lists with one entry replaced or removed."""
     changed = copy.copy(value)
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draw.choice(keys)
@@ -175,7 +175,7 @@ def with_odd_entry(value: Any, draw: Draw, depth: int = 6) -> Any:
 
 
 def close(folder: Path, draw: Draw) -> None:
-    """Make a folder something that nothing can be written into."""
+    """Make a folder unwritable, or replace it by something that is not a folder."""
     kind = draw.choice(["file", "closed", "closed above", "dangling", "name too long"])
     if kind == "file":
         folder.write_text("a file")
@@ -229,7 +229,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def spoiled_data(images: Path, root: Path, draw: Draw) -> tuple[Path, ...]:
-    """Copy the data set with damage at one place; return what may have to be named."""
+    """Copy the data set with one damage; return names of which an error must contain one."""
     shutil.copytree(images, root)
     part = root / draw.choice(["train", "val"])
     folder = part / draw.choice(sorted(os.listdir(part)))
@@ -318,7 +318,7 @@ def test_commands_with_odd_options(ends, images, tmp_path, case, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A folder with synthetic data's run: its checkpoint, options and log."""
+    """The output folder of a run on synthetic data, with checkpoint, options and log."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     run_program(
         "train.py", *SYNTHETIC, "--model-ema", "--checkpoint-every", "1", "--max-steps", "2", "--output-dir", folder
@@ -328,7 +328,7 @@ def trained(tmp_path_factory) -> Path:
 
 SYNTHETIC = (*TINY, "--data-backend", "synthetic", "--synthetic-steps", "3", "-b", "2", "--epochs", "1")
 SHORT = ("--max-steps", "1", "--training-only", "--no-checkpoints")
-# Those that start other programs, use the network or take long, by intent.
+# Options that start other programs, use the network or take long by design.
 LEFT_OUT = {
     "help",
     "config",
@@ -517,7 +517,7 @@ def test_transfer_with_odd_options_or_files(ends, trained, voc, tmp_path, case):
     more: tuple[Any, ...] = ()
     if draw.random() < 0.5:
         option, value = draw.choice(VOC_OPTIONS), draw.choice(ODD_VALUES)
-        more, names = (option, value), (option, value, path)  # the checkpoint is none that can be taken
+        more, names = (option, value), (option, value, path)  # the checkpoint is invalid
     else:
         spoil(Path(draw.choice([path, *sorted(root.rglob("*.xml")), *sorted(root.rglob("*.txt"))])), draw)
     ends(

@@ -18,12 +18,12 @@ from dali_saliencymix.training.distributed import start_processes
 
 pytest_plugins = ["shared.training_fixtures"]
 
-BATCH = 5  # divides nothing here
+BATCH = 5  # divides none of the image counts
 TWO = (*TINY, "-b", str(BATCH), "-p", "2")
 STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 2 // BATCH
 VAL_IMAGES = VAL_PER_CLASS * CLASS_COUNT - 1
 
-# Runs train.py and keeps what a run that is killed in the second epoch leaves behind.
+# Runs train.py, and keeps the files that a run killed in the second epoch would leave behind.
 COPIED = """
 import shutil, sys
 import train
@@ -49,7 +49,7 @@ def odd_data(data_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(odd_data, tmp_path_factory) -> dict:
-    """What `distributed_worker.py` has recorded."""
+    """The record of `distributed_worker.py`."""
     output = tmp_path_factory.mktemp("worker") / "report.json"
     torchrun(Path(__file__).parent.joinpath("shared", "distributed_worker.py"), odd_data, output, *TWO)
     return json.loads(output.read_text())
@@ -57,7 +57,7 @@ def report(odd_data, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def full_run(odd_data, tmp_path_factory):
-    """The output folder and the ended process of two epochs in two processes."""
+    """The output folder and the completed process of two epochs in two processes."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "copied.py").write_text(COPIED)
     return folder / "run", real_torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
@@ -107,7 +107,7 @@ def test_the_gradients_of_a_mixed_step_are_the_mean_over_the_processes(report):
     step = report["step"]
     assert step["same"]
     assert step["off_the_mean"] < 1e-5
-    assert step["between_processes"] > 0.1  # there was something to average
+    assert step["between_processes"] > 0.1  # the gradients of the two processes differ
 
 
 def test_each_process_draws_its_own_mix(report):
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_in_two_processes_and_in_no_other_number(full_run, 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_refused(monkeypatch, device):
-    """They would wait for each other for ever, one with NCCL and the other with Gloo."""
+    """They would deadlock, one with NCCL and the other with Gloo."""
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -184,7 +184,7 @@ def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_refused(monkeypatch, d
         start_processes(device)
 
 
-# Trains, and is killed in the third step of the second process, unless it was started again.
+# Trains; the second process is killed in its third step, unless torchrun has restarted it.
 KILLED_ONCE = """
 import os, signal, sys
 import train

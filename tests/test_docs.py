@@ -1,7 +1,8 @@
-"""The documentation: it builds without a warning, names everything that is public, and its code runs.
+"""The documentation builds without a warning, documents all public names, and its code runs.
 
-Blocks that begin with three backticks and ``python`` are run, those of a page one after the other in one scope; those
-that begin with ``{code-block} python`` need what is not here and are compiled only, as is what a diff leads to.
+Blocks that begin with three backticks and ``python`` are executed, those of a page in order in one namespace. Blocks
+that begin with ``{code-block} python`` need packages or data that are missing here, and are only compiled. So is the
+result of a diff.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BLOCK = re.compile(r"^```(\{code-block\} )?(python|diff)\n(.*?)^```$", re.MULTIL
 
 
 def blocks(page):
-    """All code of a page: (kind, source) with the kinds run, compiled and diff."""
+    """Return all code of a page as pairs (kind, source); the kinds are run, compiled and diff."""
     for compiled_only, language, source in BLOCK.findall(page.read_text()):
         if language == "diff":
             kept = (line for line in source.splitlines() if not line.startswith("-"))
@@ -56,7 +57,7 @@ def page_id(page):
 
 
 def public_names():
-    """Return the full names of all that is public."""
+    """Return the full names of all public objects."""
     modules = [
         importlib.import_module(f"{package.__name__}.{name}")
         for package in (datasets, loaders)
@@ -73,7 +74,7 @@ def public_names():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Build the site; return the finished process and the folder."""
+    """Build the site; return the completed process and the folder."""
     for name in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
         pytest.importorskip(name, reason=f"the documentation needs {name}, which is not installed")
     folder = tmp_path_factory.mktemp("site")
@@ -90,7 +91,7 @@ def site(built):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Return a folder with what the pages speak of: ``data`` and, of 32x32 pixels, ``cifar``."""
+    """Return a folder with the data sets of the pages: ``data``, and ``cifar`` with images of 32x32 pixels."""
     root = tmp_path_factory.mktemp("reader")
     make_sample_data(root / "data", train=2, val=1)
     for file in list_image_folder(root / "data" / "train").files:
@@ -122,7 +123,7 @@ def test_parameters_are_rendered_as_a_list(site):
 
 
 class Anchors(HTMLParser):
-    """Collects what a page links to, and the names of its places."""
+    """Collect the links of a page and its anchors."""
 
     def __init__(self, page):
         super().__init__()
@@ -132,7 +133,7 @@ class Anchors(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.places |= {attributes["id"]} if "id" in attributes else set()
-        # What a link stands for in the head (the next page, the search) is the theme's affair.
+        # Links in the head (next page, search) belong to the theme.
         if tag in ("a", "img"):
             self.targets += [attributes[name] for name in ("href", "src") if name in attributes]
 
@@ -154,7 +155,7 @@ def test_links_and_images_lead_somewhere(site):
 
 
 def test_references_in_the_guides_are_links(site):
-    # An unknown name in {py:obj} is no warning: it stays plain text.
+    # An unknown name in {py:obj} causes no warning; it stays plain text.
     for page in PAGES:
         html = (site / page.relative_to(DOCS).with_suffix(".html")).read_text()
         for name in re.findall(r"\{py:obj\}`([\w.]+)`", page.read_text()):
@@ -185,7 +186,7 @@ def place_of(code):
     return "with workers" if "num_workers" in code else "one process"
 
 
-# In processes of their own: workers are forked, and may hang in one where PyTorch has computed before.
+# In separate processes: workers are forked, and may hang if PyTorch has computed in this process before.
 @pytest.mark.parametrize("place", ["one process", "with workers", "with Transformers"])
 def test_code_runs(place, data):
     if place == "with Transformers":
@@ -196,8 +197,8 @@ def test_code_runs(place, data):
         if place_of(code) == place:
             pages[page_id(page)] = code
     assert pages
-    # Pipelines of one page must not be left to the collector while those of the next one run: see conftest.py.
-    # DALI reads the source of a pipeline with conditionals, from where Python keeps the lines of files.
+    # Pipelines of one page must be destroyed before those of the next one run: see conftest.py.
+    # DALI reads the source of a pipeline with conditionals through Python's line cache.
     runner = (
         f"import gc, linecache; gc.disable()\nfor page, code in {pages!r}.items():\n"
         "    linecache.cache[page] = len(code), None, code.splitlines(True), page\n"
@@ -212,7 +213,7 @@ def test_all_guides_have_code_that_runs():
 
 
 def real_errors(monkeypatch):
-    """Return the texts of the mistakes that the guide for DALI speaks of."""
+    """Yield the messages of the errors that the guide for DALI explains."""
     images = np.zeros((8, 16, 16, 3), np.uint8)
     index, lam = np.arange(8), np.full(8, 0.5)
     shapes = [np.zeros((height, 100, 3), np.uint8) for height in range(96, 104)]

@@ -1,4 +1,4 @@
-"""Random draws: repeatable, and of the laws that the options name."""
+"""Random draws: reproducible, and with the distributions that the options name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_prob_is_decided_for_each_image_whatever_its_weight():
     _, lam = draw_params(rng(), COUNT, prob=0.5)
     mixed = lam[lam < 1]
     assert mixed.mean() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / mixed.size))
-    # Neighbours are decided apart: both of a pair are mixed in a quarter of the pairs.
+    # Images are decided independently: both images of a pair are mixed in a quarter of the pairs.
     both = (lam < 1).reshape(-1, 2).all(axis=1)
     assert both.mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / both.size))
 
@@ -73,7 +73,7 @@ def test_prob_is_decided_for_each_image_whatever_its_weight():
 def test_weights_have_the_mean_and_variance_of_their_beta_law(alpha):
     _, lam = draw_params(rng(), COUNT, alpha=alpha)
     variance = 1 / (4 * (2 * alpha + 1))
-    # Four standard errors. That of the variance is at most the one of a normal law, since the kurtosis of
+    # Four standard errors. That of the variance is at most the one of a normal distribution, since the kurtosis of
     # Beta(alpha, alpha) is below 3.
     assert lam.mean() == pytest.approx(0.5, abs=4 * math.sqrt(variance / COUNT))
     assert lam.var() == pytest.approx(variance, rel=4 * math.sqrt(2 / COUNT))
@@ -126,7 +126,7 @@ def test_modes_come_as_often_as_their_weights_say(choose):
 def test_each_mode_has_its_own_alpha_and_prob_leaves_some_unmixed():
     alpha = {"saliencymix": 100.0, "mixup": 0.01, "cutmix": 1.0}
     _, lam, mode, _ = draw_mix_params(rng(4), COUNT, modes=POLICY, alpha=alpha, prob=0.75)
-    # Four standard errors; Beta(0.01, 0.01) itself gives 1 as often as not.
+    # Four standard errors; Beta(0.01, 0.01) itself rounds to 1 in half of the cases.
     assert (lam == 1)[mode == 0].mean() == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / (COUNT / 2)))
     spread = [lam[(mode == MODES.index(name)) & (lam < 1)].std() for name in ("saliencymix", "cutmix")]
     assert spread == pytest.approx([math.sqrt(0.25 / 201), math.sqrt(1 / 12)], rel=0.05)

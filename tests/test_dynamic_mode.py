@@ -1,4 +1,4 @@
-"""The dynamic-mode loop: the same batches with and without capture, mixed as the array function mixes them."""
+"""The dynamic-mode loop: equal batches with and without capture, and equal to those of the array function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEAN, STD = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of images whose labels are their numbers, to tell who is who."""
+    """A folder of images whose labels are their numbers."""
     root = tmp_path_factory.mktemp("data")
     make_sample_data(root, train=3, val=1)
     listed = list_image_folder(root / "train")
@@ -48,13 +48,13 @@ def draws(monkeypatch):
 
 
 def run(folder, *, clone=False, **options):
-    """Return all batches; cloned as they come, or as they are after the last one has come."""
+    """Return all batches, cloned one by one or only after the last one."""
     batches = training_batches(folder, **{"batch_size": BATCH, "epochs": EPOCHS, "size": SIZE, "seed": 3, **options})
     return [tuple(tensor.clone() for tensor in batch) if clone else batch for batch in batches]
 
 
 def uint8_pixels(images):
-    """Return images as they were before they were normalised: (N, H, W, 3) uint8."""
+    """Return images as before normalisation: (N, H, W, 3) uint8."""
     exact = images.cpu().numpy().transpose(0, 2, 3, 1).astype(np.float64) * STD + MEAN
     assert abs(exact - exact.round()).max() < 1e-3
     return exact.round().astype(np.uint8)
@@ -76,7 +76,7 @@ def test_captured_batches_equal_eager_ones(folder, options):
 
 
 def test_capture_takes_the_operators_in_front_of_the_mixing(folder, monkeypatch):
-    # What DALI does not capture it runs as before, and says nothing. There is no public way to ask it.
+    # DALI silently runs operators that it does not capture as before. There is no public way to query this.
     captured = []
     build = _capture.CaptureContext.build_pipeline
 

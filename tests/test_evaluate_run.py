@@ -1,4 +1,4 @@
-"""`train.py --evaluate` as a program and with all that it can report, in one process and in two."""
+"""`train.py --evaluate` as a program with all its reports, in one process and in two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def only_validation(data_folder, tmp_path) -> Path:
-    """A data set without training images, whose last class is missing and whose first one has one image."""
+    """A data set without training images; the last class is missing and the first one has one image."""
     root = tmp_path / "data"
     shutil.copytree(data_folder / "val", root / "val")
     shutil.rmtree(root / "val" / CLASSES[-1])
@@ -80,7 +80,7 @@ def test_all_reports_agree_with_the_log_of_the_training_and_nothing_is_overwritt
 
 
 def test_a_checkpoint_alone_gives_the_result_of_its_training(full_run, data_folder, tmp_path, train_here):
-    """Validated at the default sizes the network gives other answers: sizes come from the checkpoint."""
+    """The predictions would differ at the default sizes, so the sizes must come from the checkpoint."""
     output_dir, _ = full_run
     alone = shutil.copy(output_dir / LAST, tmp_path)
     val = read_log(output_dir)[-1]["val"]
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_cifar_knows_its_data_set_and_normalisation(tmp_path, tr
 
 
 def test_two_processes_count_exactly_what_one_counts(full_run, only_validation, tmp_path, train_here):
-    """Of 19 images the processes get 9 and 10, so that one of them has an empty second batch."""
+    """With 19 images the processes get 9 and 10, so one of them has an empty second batch."""
     output_dir, _ = full_run
     asked = ("--evaluate", "--resume", output_dir / BEST, "--per-class-csv", "--fgsm", "4/255", "--val-crop-size", "30")
     assert train_here(only_validation, *TINY, *asked, "--output-dir", tmp_path / "one", "-b", "4").status == 0

@@ -1,4 +1,4 @@
-"""The figures of a validation, counted again image by image in Python, and the files they are written to."""
+"""The metrics of a validation, compared with a count image by image in Python, and the files with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALONE = Processes(0, 0, 1, torch.device("cpu"))
 
 
 def network(classes: int) -> nn.Module:
-    """Return a network whose answers depend on the image and, in training mode, on its batch."""
+    """Return a network whose output depends on the image and, in training mode, on its batch."""
     torch.manual_seed(classes)
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, classes))
 
@@ -53,7 +53,7 @@ def answers_one_by_one(model: nn.Module, loader) -> list[tuple[int, list[int], f
 
 @pytest.mark.parametrize("classes", [2, 3, 5, 9])
 def test_the_figures_are_those_of_counting_one_by_one(classes):
-    loader = batches(classes, [8, 8, 0, 5])  # an empty batch, as where a shard ends early
+    loader = batches(classes, [8, 8, 0, 5])  # an empty batch, as in a shard that ends early
     model = network(classes)
     per_class = PerClass(classes, ALONE.device)
     figures = evaluate(model, loader, ALONE, per_class=per_class)
@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_counting_one_by_one(classes):
 
 
 def test_equal_logits_count_alike_in_the_whole_and_in_the_classes():
-    """In bfloat16 two logits are often equal; which of them comes first must be decided once."""
+    """In bfloat16, two logits are often equal; both counts must break the tie in the same way."""
     images = torch.randn(64, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     loader = [(images, torch.arange(64) % 8)]
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))

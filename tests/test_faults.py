@@ -1,6 +1,6 @@
-"""What happens to a training in days: killed, preempted, out of disk or data. Real processes, signals, files and disks.
+"""Faults of long training runs: killed, preempted, out of disk or data; with real processes, signals, files and disks.
 
-Whatever stops a run, the run that goes on ends with the weights and the data stream of one that nothing has stopped.
+Whatever stops a run, the resumed run ends with the weights and the data stream of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytest_plugins = ["shared.training_fixtures"]
 
 WORKER = Path(__file__).parent.joinpath("shared", "fault_worker.py")
 STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 8
-# Without the compilation of a saliency detector in each process: what it draws with is DALI, as in the other mixes.
+# CutMix avoids compiling a saliency detector in each process; DALI draws the random numbers in all mixing modes.
 ONE = (
     *TINY,
     "--checkpoint-every",
@@ -42,12 +42,12 @@ DRAW = random.Random(20)
 
 
 def launch(launcher, folder: Path, fault: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the worker until it and all that it has started have ended, with `folder` for its output."""
+    """Run the worker, with output in `folder`, until it and its child processes have ended."""
     return launcher(WORKER, folder / "batches", fault, *options, "--output-dir", folder / "run", check=False)
 
 
 def data_stream(folder: Path, rank: int) -> dict[str, str]:
-    """Return the hash of each batch that a process has trained on by its place; fails if one place had two."""
+    """Return the hash of each training batch of a process by epoch and step; fail if a step had two batches."""
     batches: dict[str, str] = {}
     for line in (folder / f"batches.{rank}").read_text().splitlines():
         place, digest = line.rsplit(" ", 1)
@@ -56,7 +56,7 @@ def data_stream(folder: Path, rank: int) -> dict[str, str]:
 
 
 def assert_same_training(folder: Path, unbroken: Path, ranks: int) -> None:
-    """Compare weights, optimiser, averages, random states, data streams and figures, bit by bit."""
+    """Compare weights, optimiser, EMA, random states, data streams and metrics bit-exactly."""
     ours, theirs = (load_checkpoint(output / "run" / LAST) for output in (folder, unbroken))
     for name in ("model", "model_ema"):
         assert ours[name].keys() == theirs[name].keys()
@@ -104,7 +104,7 @@ def unbroken_of_two(data_folder, tmp_path_factory) -> Path:
 @pytest.mark.timeout(1200)
 def test_a_run_that_is_killed_and_preempted_again_and_again_ends_with_the_same_bits(unbroken, data_folder, tmp_path):
     options = (data_folder, *ONE, "--resume", "auto")
-    killed_at = DRAW.randint(STEPS // 2 + 2, STEPS)  # with two checkpoints behind it
+    killed_at = DRAW.randint(STEPS // 2 + 2, STEPS)  # after two checkpoints
     ended = launch(run_program, tmp_path, f"SIGKILL@0:{killed_at}", *options)
     assert ended.returncode == -9
     assert "--resume auto" not in ended.stderr
@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_with_the_same_b
     ended = launch(run_program, tmp_path, "SIGUSR1@0:val", *options)
     assert ended.returncode == EXIT_PREEMPTED
     assert "stopped by SIGUSR1" in ended.stderr
-    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == STEPS  # trained to its end, not validated
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == STEPS  # trained to the end, not validated
 
     ended = launch(run_program, tmp_path, f"SIGKILL@0:{DRAW.randint(1, STEPS)}", *options)
     assert ended.returncode == -9
@@ -180,7 +180,7 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
 
 
 def fill(file: Path, free: int) -> None:
-    """Fill a disk with a file, but for so many bytes."""
+    """Fill a disk with a file, except for a number of bytes."""
     file.unlink(missing_ok=True)
     with open(file, "wb", buffering=0) as stream, contextlib.suppress(OSError):
         while True:
@@ -189,7 +189,7 @@ def fill(file: Path, free: int) -> None:
 
 
 def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(data_folder, tmp_path, train_here):
-    """On a file system that has room for one checkpoint and not for two."""
+    """The file system has room for one checkpoint but not for two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(disk)], capture_output=True)
@@ -240,7 +240,7 @@ def test_bad_files_are_named_and_counted_and_the_run_goes_on_or_stops_with_their
 
 
 def test_a_file_that_vanishes_while_the_run_goes_on_is_named(own_data, tmp_path):
-    # The worker's fault takes the files of the second epoch away: the reader has those of the first one already.
+    # The fault removes the files in the first epoch. The reader has prefetched that epoch, so the second one fails.
     ended = launch(
         run_program,
         tmp_path,
@@ -280,7 +280,7 @@ def test_a_folder_that_is_not_there_is_named_once_by_two_processes(tmp_path):
 
 
 def test_the_main_process_alone_opens_files_to_write(data_folder, tmp_path):
-    """Of all files that two processes open below the output folder, as the system's own tracing of Python shows."""
+    """Check all files that two processes open below the output folder, with Python's audit events."""
     (tmp_path / "audited.py").write_text(AUDITED)
     output_dir = tmp_path / "out" / "run"
     ended = torchrun(

@@ -1,4 +1,4 @@
-"""The operators inside real DALI pipelines, on files decoded by DALI."""
+"""The operators in real DALI pipelines, on files decoded by DALI."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEIGHT, WIDTH = 40, 56
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of real JPEG files; tests use the number of a file as its label, to tell who is who."""
+    """Paths of real JPEG files; tests use the number of a file as its label."""
     folder = tmp_path_factory.mktemp("jpegs")
     paths = []
     for number in range(FILES):
@@ -47,7 +47,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(params=["whole batches", "samples"], autouse=True)
 def operator(request, monkeypatch):
-    """Try everything with both of DALI's operators for Python functions."""
+    """Run the tests with both of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(dali_operator, "whole_batches_work", lambda: False)
     return request.param
@@ -88,7 +88,7 @@ each_op = pytest.mark.parametrize(
 
 
 @each_op
-def test_normalising_along_has_the_bits_of_normalising_what_was_mixed(files, op, device):
+def test_fused_normalisation_is_bit_identical_to_normalising_mixed_images(files, op, device):
     scaling = {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}
 
     @pipeline_def
@@ -139,7 +139,7 @@ def test_boxes_are_where_the_pixels_are(files, op, mirrored, place, device):
         inside[y0:y1, x0:x1] = True
         source = images[number_of[source_labels[number, 0]]]
         if mirrored and mirror[number] != mirror[number_of[source_labels[number, 0]]]:
-            source = source[:, ::-1]  # the patch is flipped as its receiver is
+            source = source[:, ::-1]  # the patch is flipped with its receiver
         if not inside.any() and lam[number] < 1:  # blended
             assert op is MIXED
             continue
@@ -147,7 +147,7 @@ def test_boxes_are_where_the_pixels_are(files, op, mirrored, place, device):
         assert lam[number] == np.float32(1 - inside.mean())
         if place == "corresponding":
             np.testing.assert_array_equal(mixed[number][inside], source[inside])
-        else:  # any place of the source
+        else:  # the box may be anywhere in the source
             height, width = y1 - y0, x1 - x0
             windows = (
                 np.lib.stride_tricks.sliding_window_view(source, (height, width), (0, 1)) if inside.any() else None
@@ -167,7 +167,7 @@ def test_boxes_come_out_only_where_they_are_asked_for(files):
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
 @each_op
-def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout, device):
+def test_fused_normalisation_equals_dali_s_normaliser(files, op, layout, device):
     mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
 
     @pipeline_def
@@ -190,7 +190,7 @@ def test_normalising_along_gives_what_dali_s_normaliser_gives(files, op, layout,
 
 
 @pytest.mark.parametrize("dtype", ["float16", np.float16, types.FLOAT16], ids=str)
-def test_normalising_along_to_half_precision(files, dtype):
+def test_fused_normalisation_to_half_precision(files, dtype):
     @pipeline_def
     def normalised():
         images, labels = read(files)
@@ -217,7 +217,7 @@ def test_wrong_normalisation_is_refused_while_the_pipeline_is_defined(files, wro
 
 
 @each_op
-def test_what_is_no_normalise_is_refused_by_name(files, op):
+def test_an_invalid_normalise_is_refused_by_name(files, op):
     with pytest.raises(TypeError, match=r"normalise must be a dali_saliencymix\.fn\.Normalise, got {'mean': 0}"):
         build(before_and_after, files, {"normalise": {"mean": 0}}, "cpu", op)
 
@@ -271,13 +271,13 @@ def in_numpy(array):
 
 
 def draws_of(monkeypatch):
-    """Record what images are mixed with inside the pipeline; return the list of records."""
+    """Record the draws with which images are mixed in the pipeline; return the list of records."""
     calls = []
     function = dali_mix.apply
 
     def recorded(options, images, **arrays):
         mixed = function(options, images, **arrays)
-        # Copies: what DALI hands out is valid during the call only.
+        # Copies, since DALI's arrays are valid only during the call.
         kept = {key: in_numpy(value).copy() for key, value in arrays.items() if is_array(value)}
         calls.append({"options": options, **kept})
         return mixed
@@ -298,7 +298,7 @@ def check_against_the_array_function(calls, function, pipeline, device, batches=
         options = {name: getattr(calls[batch]["options"], name) for name in names}
         if "peaks" in arrays:
             del options["saliency"]
-        # With the array library of that device: two FFTs round differently, which can move a peak.
+        # With the array library of that device, since two FFTs round differently, which can move a peak.
         expected = function(on(device, images), **arrays, **options)
         np.testing.assert_array_equal(mixed, in_numpy(expected.images))
         np.testing.assert_array_equal(lam, in_numpy(expected.lam))
@@ -456,7 +456,7 @@ def test_the_pipelines_seed_decides_everything(files):
     assert differs
 
 
-def test_a_restored_checkpoint_goes_on_bit_for_bit(files):
+def test_a_restored_checkpoint_resumes_bit_identically(files):
     def make(checkpoint=None):
         options = {"prob": 0.7, "alpha": 0.5}
         return build(before_and_after, files, options, enable_checkpointing=True, checkpoint=checkpoint)
@@ -509,7 +509,7 @@ def test_it_works_inside_a_conditional_on_the_samples_that_take_it(files):
     assert 0 < taken.sum() < len(taken)
     np.testing.assert_array_equal(mixed[taken == 0], images[taken == 0])
     np.testing.assert_array_equal(lam[taken == 0], 1)
-    # Those that are mixed find their partners among each other.
+    # The mixed samples are partners of each other.
     assert set(source_labels[taken == 1].ravel()) == set(labels[taken == 1].ravel())
 
 
@@ -563,7 +563,7 @@ def test_prob_and_alpha_shape_the_draws(monkeypatch, files):
 def test_one_batch_has_one_box_with_per_batch(files):
     images, mixed, *_, lam = run(build(before_and_after, files, {"per_batch": True}))
     assert len(np.unique(lam)) == 1
-    # Outside the one box no image changes.
+    # No image changes outside the common box.
     changed = (mixed != images).any(-1).any(0)
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
@@ -659,7 +659,7 @@ def test_a_label_outside_num_classes_is_an_error_that_names_it(files, num_classe
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan"), float("inf"), 2.0**60])
 @pytest.mark.parametrize("name", ["labels", "source_labels"])
-def test_what_is_no_class_id_is_an_error_and_not_the_class_below(name, wrong):
+def test_an_invalid_class_id_is_an_error_and_not_truncated(name, wrong):
     @pipeline_def
     def softened():
         lam = fn.random.uniform(range=[0.0, 1.0])
@@ -744,7 +744,7 @@ def test_wrong_numbers_of_classes_are_refused(files, num_classes):
 
 
 def ragged(labels):
-    """Return vectors of two to four numbers in the place of labels."""
+    """Return vectors of two to four numbers instead of labels."""
     return fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in an output folder: real processes that live, have been killed, or seem to be elsewhere."""
+"""The lock of an output folder, with real processes: running, killed, or apparently on another machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hold(folder, how, *more, check=False):
 
 
 def write_lock(folder, **changed) -> Owner:
-    """Write a lock as another process would, of this one but for what is `changed`."""
+    """Write a lock file with the data of this process, except what is `changed`."""
     owner = dataclasses.replace(Owner.this_process(), **changed)
     folder.mkdir(exist_ok=True)
     (folder / LOCK).write_text(json.dumps(dataclasses.asdict(owner)))
@@ -75,7 +75,7 @@ def test_the_lock_of_a_killed_process_is_removed_and_its_number_may_be_in_use_ag
     pid = json.loads((tmp_path / LOCK).read_text())["pid"]
     with FolderLock(tmp_path):
         assert f"{LOCK}: removed, its process has ended: process {pid} on " in capfd.readouterr().err
-    write_lock(tmp_path, started="1")  # of another process that had the number of this one
+    write_lock(tmp_path, started="1")  # from another process with the same id as this one
     with FolderLock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["started"] != "1"
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_a_process_whose_status_nobody_has_asked_for_yet_has_ended(tmp_path):
 @pytest.mark.usefixtures("few_looks")
 def test_a_lock_of_another_machine_is_watched(tmp_path, capfd):
     elsewhere = write_lock(tmp_path, host="elsewhere", place="another boot", since=0.0)
-    with FolderLock(tmp_path):  # its process has ended
+    with FolderLock(tmp_path):  # the process of the lock has ended
         watched, removed = capfd.readouterr().err.splitlines()
         assert watched.startswith(f"{tmp_path / LOCK}: watched for ")
         assert removed == f"{tmp_path / LOCK}: removed, no sign of life: {elsewhere}"
@@ -115,7 +115,7 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, capfd):
     thread.start()
     with FolderLock(tmp_path):
         thread.join()
-    (tmp_path / LOCK).touch()  # of a process that was killed before it wrote its name
+    (tmp_path / LOCK).touch()  # from a process that was killed before it wrote to the lock
     with FolderLock(tmp_path):
         assert "a process that its lock does not name still runs" in capfd.readouterr().err
     assert elsewhere.has_ended() is None
@@ -149,7 +149,7 @@ def test_of_many_that_find_a_dead_lock_one_gets_the_folder(tmp_path, monkeypatch
     monkeypatch.setattr(folder_lock, "_LOOK_SECONDS", 0.02)
     for _ in range(20):
         write_lock(tmp_path, started="1")
-        (tmp_path / f"{LOCK}.removal").write_bytes((tmp_path / LOCK).read_bytes())  # and one was killed removing it
+        (tmp_path / f"{LOCK}.removal").write_bytes((tmp_path / LOCK).read_bytes())  # as if killed while removing it
         together, got = threading.Barrier(8), []
 
         def enter(together=together, got=got):
@@ -180,7 +180,7 @@ def test_a_process_that_has_lost_the_folder_ends_and_one_whose_lock_was_removed_
         (tmp_path / LOCK).unlink()
         lock.check()
         assert (tmp_path / LOCK).read_text() == before
-        (tmp_path / LOCK).write_text("")  # as another thread that makes it again has it for a moment
+        (tmp_path / LOCK).write_text("")  # as it is briefly while another thread creates it again
         lock.check()
 
 

@@ -1,4 +1,4 @@
-"""Image files of all kinds: every backend sees the same pixels, or none does and the scan says why."""
+"""Image files of all formats: all backends read the same pixels, or none reads the file and the scan says why."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(colour: int, bits: int, samples: np.ndarray, passes=((0, 0, 1, 1),)) -> bytes:
-    """Write the samples (H, W, channels) without a filter; Adam7 has seven passes."""
+    """Write a PNG of samples (H, W, channels) without a filter; with Adam7 in seven passes."""
     rows = [row for y, x, down, right in passes for row in samples[y::down, x::right] if row.size]
     pixels = zlib.compress(b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in rows))
     header = struct.pack(">IIBBBBB", SIDE, SIDE, bits, colour, 0, 0, len(passes) > 1)
@@ -62,7 +62,7 @@ ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (
 
 
 def tiff(pixels: list[bytes], interpretation: int, bits: int, samples: int, **more: int | list[int]) -> bytes:
-    """Write planes or strips of the whole height, with further tags as ``t338=2`` or ``t320=[1, 2, 3]``."""
+    """Write a TIFF of planes or full-height strips, with extra tags such as ``t338=2`` or ``t320=[1, 2, 3]``."""
     tags = {256: SIDE, 257: SIDE, 258: bits, 259: 1, 262: interpretation, 277: samples, 278: SIDE}
     tags |= {int(name[1:]): value for name, value in more.items() if isinstance(value, int)}
     data = b"".join(pixels)
@@ -108,10 +108,10 @@ def without_adobe(jpeg: bytes) -> bytes:
 
 
 def webp_of_odd_length() -> bytes:
-    """Return lossless WebP data with EXIF data behind a chunk of odd length."""
+    """Return lossless WebP data with EXIF data after a chunk of odd length."""
     for width in range(30, SIDE):
         data = encoded("WEBP", PICTURE.resize((width, SIDE)), lossless=True, exif=turned_by(1))
-        if data[34] % 2:  # the chunk of the pixels comes behind a header of 30 bytes
+        if data[34] % 2:  # the chunk of the pixels starts after 30 bytes
             return data
     raise AssertionError
 
@@ -246,7 +246,7 @@ def val_loader(folder: ImageFolder, backend: str, **options):
 
 
 def pixels_of(loader) -> np.ndarray:
-    """Return the only batch as grey levels, (N, H, W, 3)."""
+    """Return the single batch as grey levels, (N, H, W, 3)."""
     ((images, _),) = epoch(loader)
     mean, std = (np.array(values) for values in IMAGENET_IN_GREY_LEVELS)
     return images.numpy().transpose(0, 2, 3, 1) * std + mean
@@ -254,7 +254,7 @@ def pixels_of(loader) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, np.ndarray]:
-    """What each backend makes of the files of `READ`."""
+    """The pixels that each backend reads from the files in `READ`."""
     folder = written(tmp_path_factory.mktemp("read"), {name: content for name, (content, _) in READ.items()})
     return {backend: pixels_of(val_loader(folder, backend)) for backend in ("dali-cpu", "pytorch")}
 
@@ -274,7 +274,7 @@ def test_every_backend_reads_the_same_pixels_and_the_right_ones(seen, name, tmp_
 
 def test_ink_without_the_mark_of_adobe_is_not_inverted(seen):
     number = list(READ).index("print_without_adobe.jpg")
-    # The ink in the file is 255 less that of the inverted picture, so black ink is full.
+    # The ink in the file is 255 minus that of the inverted picture, so black ink is full.
     assert all(pixels[number].max() < 3 for pixels in seen.values())
 
 
@@ -305,7 +305,7 @@ def test_every_backend_passes_over_what_the_scan_excludes(tmp_path, capfd, backe
 
 
 def test_headers_are_read_of_no_other_files_than_those_with_rare_endings(tmp_path, monkeypatch):
-    """A folder of 1.28 million JPEG files on a network disk is not opened file by file."""
+    """The files of a folder with 1.28 million JPEG files on a network disk must not be opened one by one."""
     opened = []
     monkeypatch.setattr("builtins.open", lambda file, *_: opened.append(Path(file).suffix) or io.BytesIO(JPEG))
     find_refused([str(tmp_path / f"image{ending}") for ending in EXTENSIONS])
@@ -313,7 +313,7 @@ def test_headers_are_read_of_no_other_files_than_those_with_rare_endings(tmp_pat
 
 
 def test_dali_tells_the_endings_apart_by_two_letters(tmp_path):
-    """As `image_shape` does: TIFF data pass under the endings whose headers are looked at, and under no other one."""
+    """As in `image_shape`: DALI reads TIFF data with the extensions whose headers are checked, and with no other."""
     from nvidia.dali import fn, pipeline_def
 
     from dali_saliencymix.loaders.imagenet import image_shape

@@ -1,4 +1,4 @@
-"""What only a GPU can show: array libraries, kernels and all routes through a pipeline agree."""
+"""Tests that need a GPU: array libraries, kernels and all routes through a pipeline agree."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def mixed(images, wrong, saliency="spectral_residual"):
 
 
 def test_after_an_error_in_one_pipeline_others_work(batch):
-    # Several times, and several pipelines after it: streams come back in any of them.
+    # Repeat with several pipelines, since a stream may be reused in any of them.
     for _ in range(3):
         with pytest.raises(RuntimeError, match="images must be uint8"):
             mixed(batch[0], wrong=True).run()
@@ -113,7 +113,7 @@ def test_what_cupy_keeps_for_a_thread_is_kept_from_batch_to_batch(cupy, batch):
     first = seen[0][0]
     assert [calls for calls, _ in seen[:5]] == list(range(first, first + 5))
     assert len({stream for _, stream in seen}) == 1
-    assert seen[0][1] != 0  # DALI's own
+    assert seen[0][1] != 0  # DALI's own stream
 
 
 @pytest.fixture(scope="module")
@@ -128,26 +128,26 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture(params=["whole batches", "samples"])
 def operator(request, monkeypatch):
-    """Each of DALI's operators for Python functions in turn, for whatever a test builds and runs."""
+    """Run the tests with each of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(python_operator, "whole_batches_work", lambda: False)
 
 
 def loader_of(folder, *, saliency="fine_grained", **options):
-    """Return a training loader on the GPU: 4 batches an epoch."""
+    """Return a training loader on the GPU with 4 batches per epoch."""
     mix = MixOptions(saliency=saliency, prob=0.75, algorithm=options.pop("algorithm", "auto"))
     sizes = {"batch_size": 8, "num_threads": 2, "crop_size": 64}
     return training_loader(folder, device=DEVICE, mix=mix, **sizes, **options)
 
 
 def fetched(batch):
-    """Return a batch in host memory, with nothing left to do on the GPU."""
+    """Return a batch in host memory, after the GPU has finished."""
     torch.cuda.synchronize()
     return [tensor.cpu() for tensor in batch]
 
 
 def batches_of(loader, epochs):
-    """Give the batches of some epochs, each as it comes."""
+    """Yield the batches of some epochs."""
     for _ in range(epochs):
         yield from loader
 
@@ -197,12 +197,12 @@ def test_batches_that_are_held_keep_their_pixels(folder, operator):
 
 
 def busy(milliseconds):
-    """Keep the current stream of PyTorch busy for about as long."""
+    """Keep the current stream of PyTorch busy for about this time."""
     torch.cuda._sleep(int(1.5e6 * milliseconds))  # cycles
 
 
 def slow_detector(images):
-    """Return maps that are ready a good while after the call."""
+    """Return maps that the GPU finishes long after the call."""
     import cupy
 
     with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
@@ -215,7 +215,7 @@ def test_a_batch_is_whole_when_it_is_read_at_once(folder, operator, stream):
     make = functools.partial(loader_of, folder, saliency=slow_detector)
     expected = list(map(fetched, batches_of(make(), 2)))
     with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
-        copies = [[tensor.clone() for tensor in batch] for batch in batches_of(make(), 2)]  # waits for nothing
+        copies = [[tensor.clone() for tensor in batch] for batch in batches_of(make(), 2)]  # without synchronisation
     assert_equal_batches(list(map(fetched, copies)), expected)
 
 
@@ -225,7 +225,7 @@ def test_a_batch_may_be_dropped_while_the_gpu_has_yet_to_read_it(folder, operato
     copies = []
     with torch.cuda.stream(torch.cuda.Stream() if stream == "own" else torch.cuda.default_stream()):
         for batch in batches_of(loader_of(folder), 3):
-            busy(30)  # as the step before, which a training does not wait for
+            busy(30)  # like the previous training step, which runs asynchronously
             copies.append([tensor.clone() for tensor in batch])
             del batch
     assert_equal_batches(list(map(fetched, copies)), expected)

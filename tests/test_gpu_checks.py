@@ -1,4 +1,4 @@
-"""The checks of whole programs on a GPU: what they call wrong, how results add up, and how they are shown."""
+"""The checks of whole programs on a GPU: what counts as an error, how results are merged, and how they are rendered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_saliencymix.datasets.sample_data import make_sample_data
 
 @pytest.fixture
 def run(monkeypatch):
-    """Return a function that runs the checks in this process, of which there is one."""
+    """Return a function that runs `gpu_checks` in this process with a single check."""
     monkeypatch.setattr("benchmarks.machine.cores_given", lambda processes: processes)
 
     def main(*arguments, check):
@@ -28,13 +28,13 @@ def test_a_result_that_is_there_is_added_to_and_what_is_wrong_is_an_error(run, t
     result = tmp_path / "checks.json"
     result.write_text(json.dumps({"benchmark": "gpu_checks", "parts": [{"check": "memory", "seconds": 7}]}))
     run(tmp_path, "--programs", 1, "-o", result, check=lambda: {"programs": 1, "wrong": []})
-    with pytest.raises(RuntimeError, match=r"^ends: iterator: it did not end$"):
-        run(tmp_path, "-o", result, check=lambda: {"wrong": ["iterator: it did not end"]})
+    with pytest.raises(RuntimeError, match=r"^ends: iterator: it did not exit$"):
+        run(tmp_path, "-o", result, check=lambda: {"wrong": ["iterator: it did not exit"]})
     earlier, first, second = json.loads(result.read_text())["parts"]
     assert earlier == {"check": "memory", "seconds": 7}
     assert (first["check"], first["programs"], first["wrong"]) == ("ends", 1, [])
     assert first["conditions"]["command"].endswith("DATA --programs 1 --device cpu")
-    assert second["wrong"] == ["iterator: it did not end"]
+    assert second["wrong"] == ["iterator: it did not exit"]
 
 
 def test_a_check_that_raises_is_wrong_and_written_down(run, tmp_path):
@@ -82,7 +82,7 @@ def training(**changes):
     ("found", "wrong"),
     [
         (training(), []),
-        (training(steps=40), ["x: 40 steps in the place of 60"]),
+        (training(steps=40), ["x: 40 steps instead of 60"]),
         (training(losses=[5.0, None]), ["x: losses of [5.0, None]"]),
         (training(losses=[float("nan")]), ["x: losses of [nan]"]),
         (training(exit_status=1, said=["no memory"], losses=[]), ["x: exit status 1: no memory"]),
@@ -127,7 +127,7 @@ def test_the_last_training_of_a_name_and_the_last_check_are_shown(tmp_path, monk
     assert table.splitlines()[2:] == [
         "| tests marked `gpu` | 5 passed, 1 failed |",
         "| errors found by compute-sanitizer | memcheck 0, racecheck did not end |",
-        "| training: none | 60 steps, mean losses of their epochs: 5, 4 |",
-        "| training: fp16 | 60 steps, mean losses of their epochs: 6 |",
-        "| programs that end by themselves with a pipeline alive | 20 of 20 |",
+        "| training: none | 60 steps, mean loss of each epoch: 5, 4 |",
+        "| training: fp16 | 60 steps, mean loss of each epoch: 6 |",
+        "| programs that exit without releasing a pipeline | 20 of 20 |",
     ]

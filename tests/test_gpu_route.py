@@ -1,4 +1,4 @@
-"""What is the default on a GPU: kernels, and an operator that normalises."""
+"""The defaults on a GPU: kernels, and an operator that normalises."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     ("places", "numba", "normalises"),
     [
         (("gpu", "gpu"), False, True),
-        (("cpu", "gpu"), True, False),  # on the way the pixels are still bytes
+        (("cpu", "gpu"), True, False),  # the copied pixels are still bytes
         (("cpu", "cpu"), True, True),
         (("cpu", "cpu"), False, False),
     ],

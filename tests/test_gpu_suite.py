@@ -1,4 +1,4 @@
-"""The suite for GPU hosts: what it runs, in which order, what it leaves out, and how it continues."""
+"""The suite for GPU hosts: what it runs, in which order, what it skips, and how it continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_matters_most_is_tested_first_and_trainings_last():
 
 
 def test_every_file_with_a_test_for_a_gpu_is_run(request):
-    # Of what is collected with this test: of all tests, where all of them run.
+    # Checks the tests that are collected in this session: all of them in a full run.
     files = {item.path.name for item in request.session.items if item.get_closest_marker("gpu")}
     assert files <= {name.removeprefix("tests/") for name in gpu_suite.test_files()}
 
@@ -126,7 +126,7 @@ def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
         hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
         fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
         fine = fail._replace(fine=(0, 3))
-        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended when its time was over"
+        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended at its time limit"
         assert gpu_suite.run_stage(fail, 9, log) == {"ended": "failed with status 3", "well": False, "seconds": 0}
         assert gpu_suite.run_stage(fine, 9, log)["well"]
     text = (tmp_path / "log").read_text()
@@ -155,7 +155,7 @@ def test_the_tests_of_the_smoke_stage_are_there():
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
-    """Return a function that runs the suite with stages of its own, which write their names to a file."""
+    """Return a function that runs the suite with fake stages, which write their names to a file."""
     written = tmp_path / "written"
     failing = set()
 
@@ -188,7 +188,7 @@ def test_what_ended_well_is_not_run_again(suite, tmp_path):
     assert "OUT must hold no earlier run" in suite(first)[1]
     suite.failing.clear()
     assert suite(second, "--continue", first) == (["tests", "images", "pipeline"], None)
-    assert suite(second, "--continue") == (["images", "pipeline"], None)  # without a result it is not done
+    assert suite(second, "--continue") == (["images", "pipeline"], None)  # it has no result, so it is not done
     write_json(second / "pipeline.json", {"benchmark": "pipeline", "complete": True})
     assert suite(second, "--continue") == ([], None)
     runs = json.loads((second / "suite.json").read_text())["runs"]
@@ -220,7 +220,7 @@ def test_tests_that_lack_a_package_do_not_fail_the_suite(suite, tmp_path):
     line = {"test": "tests/test_x.py", "outcome": "failed", "why": "ModuleNotFoundError: No module named 'nowhere'"}
     (tmp_path / "out" / "tests.jsonl").write_text(json.dumps(line) + "\n")
     assert suite(tmp_path / "out", "--stages", "tests") == (["tests"], None)
-    assert "- tests: ended, but for tests that lack a package" in (tmp_path / "out" / "summary.md").read_text()
+    assert "- tests: ended, except tests that lack a package" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_some_stages_can_be_asked_for_and_images_are_made_where_they_are_used(suite, tmp_path):

@@ -1,4 +1,4 @@
-"""A training on a GPU, from JPEG files to weights."""
+"""Training on a GPU, from JPEG files to weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Nothing on the GPU path makes the host wait for the GPU: all of it runs on a stand-in for CuPy that refuses to wait.
+"""The GPU path never makes the host wait for the GPU: it runs on a stand-in for CuPy that raises an error instead.
 
-Results are compared with those on NumPy arrays, bit for bit: the stand-in computes with NumPy's and SciPy's functions.
-Everything is called twice, since the first call may copy constants to the device, and the second one may not.
+Results are compared bit-exactly with those on NumPy arrays, since the stand-in computes with NumPy and SciPy. Each
+function is called twice: the first call may copy constants to the device, the second one must not.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ MEAN, STD = [120.0, 110.0, 100.0], [50.0, 51.0, 52.0]
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """The stand-in, which is CuPy for as long as the test runs; no kernels unless they are asked for."""
+    """Replace CuPy by the stand-in during the test, without kernels unless a test asks for them."""
     pytest.importorskip("cupy")
     module = stand_in_for_cupy()
     monkeypatch.setitem(sys.modules, "cupy", module)
-    # Not on a GPU, and without Numba: "auto" means array operations.
+    # Without a GPU and without Numba, "auto" selects array operations.
     monkeypatch.setattr(_routes, "is_host", lambda xp: True)
     monkeypatch.setattr(_routes, "_numba_is_installed", lambda: False)
     return module
@@ -85,28 +85,28 @@ def test_constants_are_made_once_for_each_device(monkeypatch):
 
 
 def pictures(channels=3, height=HEIGHT, width=WIDTH):
-    """Random images with some structure, and a constant one: (N, H, W, C) uint8."""
+    """Return random images with some structure, and a constant one: (N, H, W, C) uint8."""
     images = kernels_on_cpu.pictures(COUNT, height, width, channels).copy()
     images[1] = 90
     return images
 
 
 def drawn():
-    """Partners, lam and points for a batch, one image of which stays as it is and one is covered."""
+    """Return partners, lam and points for a batch; one image is not mixed and one is replaced completely."""
     rng = np.random.default_rng(7)
     lam = np.array([0.3, 0.9, 1.0, 0.0, 0.6], np.float32)
     return SimpleNamespace(source_index=np.array([2, 0, 3, 3, 1]), lam=lam, point=rng.random((COUNT, 2)))
 
 
 def moved(value):
-    """Return arguments with arrays of the stand-in for those of NumPy."""
+    """Return the arguments with NumPy arrays replaced by arrays of the stand-in."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(moved, value))
     return on_device(value) if isinstance(value, np.ndarray) else value
 
 
 def arrays_of(result):
-    """Return the arrays of a result, which may be one, tuples or lists of some, in NumPy's form."""
+    """Return the arrays of a result (an array, or nested tuples and lists) as NumPy arrays."""
     if isinstance(result, (list, tuple)):
         return [array for part in result for array in arrays_of(part)]
     return [result if isinstance(result, np.ndarray) else on_host(result)]
@@ -120,7 +120,7 @@ def assert_same(ours, theirs):
 
 
 def called_twice(cupy, function, *args, **options):
-    """Return what a function gives on the stand-in, where it copies nothing from the host when it is called again."""
+    """Return the result of a function on the stand-in; the second call must not copy from the host."""
     args, options = moved(args), {name: moved(value) for name, value in options.items()}
     first = function(*args, **options)
     copies = cupy.copies_from_host
@@ -131,14 +131,14 @@ def called_twice(cupy, function, *args, **options):
 
 
 def assert_runs(cupy, function, *args, on_cpu=None, **options):
-    """Require the same result on the stand-in as in host memory, where `on_cpu` are options more."""
+    """Require equal results on the stand-in and in host memory; `on_cpu` are extra options for the latter."""
     expected = function(*args, **options, **(on_cpu or {}))
     assert_same(called_twice(cupy, function, *args, **options), expected)
 
 
 # --- Functions on arrays ---
 
-# On a CPU the other algorithm is Numba's, whose maps differ by rounding.
+# On a CPU, "kernel" is Numba's kernel, whose maps differ by rounding.
 of_arrays = {"on_cpu": {"algorithm": "array"}}
 
 
@@ -177,7 +177,7 @@ def test_saliencymix(cupy, detector, destination, box, per_batch):
 
 @pytest.mark.parametrize("per_batch", PER_BATCH)
 @pytest.mark.parametrize("destination", DESTINATIONS)
-def test_labels_weighed_by_saliency(cupy, destination, per_batch):
+def test_labels_weighted_by_saliency(cupy, destination, per_batch):
     given, images = drawn(), pictures()
     options = {"destination": destination, "per_batch": per_batch, "label_weight": "saliency"}
     arguments = images, given.source_index, given.lam
@@ -185,7 +185,7 @@ def test_labels_weighed_by_saliency(cupy, destination, per_batch):
     if destination == "random":
         options["point"] = given.point
     assert_runs(cupy, saliencymix, *arguments, **options, **of_arrays)
-    options["saliency"] = lambda images: images[..., 1] - 60.5  # negative here and there
+    options["saliency"] = lambda images: images[..., 1] - 60.5  # negative at some pixels
     assert_runs(cupy, saliencymix, *arguments, **options, **of_arrays)
 
 
@@ -276,7 +276,7 @@ def test_blending(cupy):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Run an operator of `dali_saliencymix.fn` on a CPU; return the function that DALI calls, what with, what came."""
+    """Run an operator of `dali_saliencymix.fn` on a CPU; return the function that DALI calls, arguments and result."""
     calls = []
 
     def recording(function, *inputs, **options):
@@ -308,7 +308,7 @@ def recorded(monkeypatch):
             return getattr(dsfn, name)(batch, labels, **nodes)
 
         pipeline().run()
-        return calls[0]  # DALI works ahead
+        return calls[0]  # DALI prefetches, so there are more calls
 
     return run
 
@@ -325,7 +325,7 @@ def normalised(**options):
 WAYS = {name: 1.0 for name in MODES}
 OPERATORS = {
     "saliencymix": ("saliencymix", {"algorithm": "array", "prob": 0.7}),
-    "weighed by saliency": ("saliencymix", {"algorithm": "array", "prob": 0.7, "label_weight": "saliency"}),
+    "weighted by saliency": ("saliencymix", {"algorithm": "array", "prob": 0.7, "label_weight": "saliency"}),
     "to the most salient place": ("saliencymix", {"algorithm": "array", "destination": "salient"}),
     "to a random place": ("saliencymix", {"algorithm": "array", "destination": "random", "preset": "released-code"}),
     "with peaks": ("saliencymix", {"peaks": given_peaks, "destination": "random"}),
@@ -378,7 +378,7 @@ def test_lists_of_samples(cupy, recorded, name, options, apart):
 
 
 def samples_in_memory(batch, apart):
-    """Return the samples of a NumPy batch on the stand-in, so many bytes between two of them; None: backwards."""
+    """Return the samples of a NumPy batch on the stand-in, with a gap of so many bytes; None reverses their order."""
     size = batch[0].nbytes
     memory = np.zeros((len(batch), size + (apart or 0)), np.uint8)
     memory[:, :size] = batch.reshape(len(batch), -1).view(np.uint8)[:: -1 if apart is None else 1]
@@ -405,7 +405,7 @@ WAITING |= {torch.masked_select, torch.nonzero, torch.unique}
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says that it is on a GPU, and refuses what waits for that."""
+    """A tensor that claims to be on a GPU, and raises an error for calls that would synchronise."""
 
     is_cuda = property(lambda self: True)
     device = property(lambda self: CUDA)
@@ -426,7 +426,7 @@ class OnGpu(torch.Tensor):
 
 
 class Pinned(torch.Tensor):
-    """A tensor in pinned memory: a copy of it to a GPU need not be waited for."""
+    """A tensor in pinned memory, which can be copied to a GPU asynchronously."""
 
     def to(self, device, *, non_blocking=False):
         assert device == CUDA
@@ -442,7 +442,7 @@ def on_gpu(tensor):
 
 @pytest.fixture
 def torch_s_gpu(cupy, monkeypatch):
-    """PyTorch with a GPU, for as much of it as is used; its current stream is number 7. Return streams made current."""
+    """Fake the parts of PyTorch's GPU API that are used; the current stream is 7. Return the streams made current."""
     made_current = []
 
     def stream(wanted):
@@ -531,7 +531,7 @@ def test_a_network_as_detector(cupy, torch_s_gpu, size):
 
 @pytest.fixture
 def launches(libraries, monkeypatch):
-    """Launch kernels on the CPU, on the arrays of the stand-in; return the list of launches, which grows."""
+    """Launch kernels on the CPU with arrays of the stand-in; return the list of launches, which grows."""
     launched = []
 
     def find_kernel(xp, file, name):
@@ -561,12 +561,12 @@ def test_saliencymix_in_kernels(cupy, launches, detector, destination):
     assert_same(called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options), expected)
     if destination == "corresponding" and detector != "frequency_tuned":
         assert len(launches) == 2 * {"spectral_residual": 3, "fine_grained": 5}[detector]
-    # The maps have to be there, so the kernel that makes none is not used.
+    # The maps are needed, so the kernel that does not store them is not used.
     options["label_weight"] = "saliency"
-    weighed = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
-    assert_same(weighed._replace(lam=weighed.images), expected._replace(lam=expected.images))
+    weighted = called_twice(cupy, saliencymix, *arguments, algorithm="kernel", **options)
+    assert_same(weighted._replace(lam=weighted.images), expected._replace(lam=expected.images))
     by_saliency = saliencymix(*arguments, algorithm="array", **options).lam
-    np.testing.assert_allclose(on_host(weighed.lam), by_saliency, rtol=1e-5)
+    np.testing.assert_allclose(on_host(weighted.lam), by_saliency, rtol=1e-5)
 
 
 @each_operator
@@ -668,7 +668,7 @@ def test_what_the_stand_in_has_of_its_own_is_cupy_s():
     for name, ours in vars(module.cuda).items():
         theirs = getattr(real.cuda, name)
         assert [part for part in vars(ours) if not hasattr(theirs, part) and not part.startswith("__")] == []
-    # The last two are refused: without them Python would look for other ways.
+    # The last two exist but raise an error: without them Python would use other methods.
     names = vars(ndarray).keys() - vars(type("Empty", (), {})).keys() - {"__getattr__", "__contains__", "__index__"}
     assert [name for name in sorted(names) if not hasattr(real.ndarray, name)] == []
 
@@ -733,14 +733,14 @@ def test_what_the_benchmark_of_operations_times_on_a_gpu(cupy, launches, monkeyp
             setting_up.setattr(cupy, "asarray", lambda array: on_device(array))
             variants = bench_ops.package_variants(bench_ops.Inputs(70, 3), "cupy", detector, steps=True)
         for variant in variants.values():
-            if not isinstance(variant.call, timing.Graph):  # the stand-in captures nothing
+            if not isinstance(variant.call, timing.Graph):  # the stand-in cannot capture graphs
                 variant.call()
     assert {"spectral_residual", "contrast_peaks", "paste_normalised_float32_CHW"} <= set(launches)
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arms_of_the_accuracy_study(cupy, launches, arm):
-    """With kernels, as a run on a GPU has them."""
+    """With kernels, as in a run on a GPU."""
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
     (drawn,) = draws_of_epoch(1, 1, 40, 40, prob=1.0, augment=True)
 

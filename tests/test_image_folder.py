@@ -14,7 +14,7 @@ from dali_saliencymix.datasets.image_folder import list_files, list_image_folder
 
 
 def fill(root, *names: str) -> None:
-    """Make empty files; a name that ends with a slash makes a folder."""
+    """Create empty files; a name that ends with a slash creates a folder."""
     for name in names:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def test_folders_that_cannot_be_listed_are_named_and_not_taken_for_empty(tmp_pat
 
 def test_what_is_no_file_is_refused_and_a_link_to_nothing_is_for_the_reader(tmp_path):
     fill(tmp_path, "a/1.jpg", "b/1.jpg")
-    os.mkfifo(tmp_path / "a" / "pipe")  # of no image's name
+    os.mkfifo(tmp_path / "a" / "pipe")  # not the name of an image
     for name, target in {
         "nothing.jpg": "none",
         "itself.jpg": "itself.jpg",
@@ -174,7 +174,7 @@ def test_what_is_no_file_is_refused_and_a_link_to_nothing_is_for_the_reader(tmp_
     ]
     odd = tmp_path / "b" / "odd.jpg"
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.path.relpath(odd))  # the address has room for 107 bytes
+        listening.bind(os.path.relpath(odd))  # a socket address is limited to 107 bytes
     for make in (lambda: None, lambda: os.mkfifo(odd), lambda: odd.symlink_to("/dev/zero")):
         make()
         with pytest.raises(ValueError, match="not a file but a pipe, a socket or a device") as raised:

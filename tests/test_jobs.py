@@ -1,7 +1,7 @@
-"""Every job of pipelines/ runs on real JPEG files, and what comes out is mixed as labels and weights say.
+"""Every job of pipelines/ runs on real JPEG files, and its images are mixed as its labels and weights say.
 
-So do the pipelines that only the pages for jobs and for DALI have. Each class of the test's data set is a colour,
-which survives decoding, cropping, resizing and flipping: every pixel of a mixed batch tells its class.
+So do the pipelines in the pages on jobs and on DALI. Each class of the test data set is a colour, which survives
+decoding, cropping, resizing and flipping, so every pixel of a mixed batch shows its class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZE = (48, 48)
 JOBS = {path.stem: path for path in (REPOSITORY / "pipelines").glob("*.py")}
 OUTPUTS = ("images", "labels", "source_labels", "lam", "targets")
 MEAN, STD = 255 * np.array([0.485, 0.456, 0.406]), 255 * np.array([0.229, 0.224, 0.225])
-# Multi-label vectors: each image has its class and the one behind it.
+# Multi-label vectors: each image has its class and the next one.
 TAGS = np.maximum(np.eye(CLASSES, dtype=np.float32), np.roll(np.eye(CLASSES, dtype=np.float32), 1, axis=1))
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(folder):
-    """Contents and labels of the files, in an order in which classes alternate."""
+    """Contents and labels of the files, with alternating classes."""
     contents = [Path(file).read_bytes() for file in folder.files]
     samples = list(zip(contents, folder.labels, strict=True))
     return [samples[number] for number in np.random.default_rng(1).permutation(len(samples))]
@@ -78,7 +78,7 @@ def samples(folder):
 
 @pytest.fixture
 def batches_mixed(monkeypatch):
-    """Record what DALI operators mix; return the list of (images, source_index, result)."""
+    """Record the calls of the DALI operators; return the list of (images, source_index, result)."""
     calls = []
     function = dali_mix.apply
 
@@ -92,7 +92,10 @@ def batches_mixed(monkeypatch):
 
 
 def page_as_module(page, folder):
-    """Return the imports, constants and functions of a page: DALI reads the source of a pipeline definition."""
+    """Return a module with the imports, constants and functions of a page.
+
+    DALI reads the source of a pipeline definition, so the module has to be a file.
+    """
     blocks = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "docs" / page).read_text(), re.M | re.S)
 
     def kept(node):
@@ -137,7 +140,7 @@ def label_forms_pipeline(form):
     )
 
 
-# Name of a pipeline -> from the test's data to the function that makes it.
+# For each pipeline, a function from the test's data to a function that creates the pipeline.
 GRAPHS = {
     "imagenet": lambda data: functools.partial(imagenet.training_pipeline, data.files, data.labels, device="cpu"),
     "conditionals": lambda data: functools.partial(data.jobs.conditional_pipeline, data.root),
@@ -173,7 +176,7 @@ def run(pipeline):
 
 
 def pixels_of(images):
-    """Return images as the mixing left them, but for mirroring: (N, H, W, 3) uint8 from any layout and dtype."""
+    """Return images as they were after mixing, but possibly flipped: (N, H, W, 3) uint8 from any layout and dtype."""
     images = images.astype(np.float64)
     if images.shape[1] == 3:
         images = images.transpose(0, 2, 3, 1)
@@ -186,7 +189,7 @@ def classes_of(images):
 
 
 def check_mixed_as_labels_say(images, labels, source_labels, lam):
-    """Check each image: one rectangle of the source's class on ground of its own, of the share that `lam` says."""
+    """Check that each image has one rectangle of the source's class, whose area agrees with `lam`."""
     for of_pixel, label, source_label, own in zip(classes_of(images), labels, source_labels, lam, strict=True):
         assert set(np.unique(of_pixel)) <= {label, source_label}
         if label == source_label:
@@ -215,11 +218,11 @@ def test_what_comes_out_is_mixed_as_it_says(name, build, batches_mixed):
         assert lam.dtype == np.float32
         assert ((lam >= 0) & (lam <= 1)).all()
         assert (lam < 1).any()
-        if name != "guide: augmented" and labels.size == BATCH:  # colours stay, and labels are class ids
+        if name != "guide: augmented" and labels.size == BATCH:  # colours are preserved, and labels are class ids
             check_mixed_as_labels_say(images, labels.ravel(), source_labels.ravel(), lam)
         if name == "conditionals":
             continue  # the operator does not see the whole batch there
-        # Pipelines run ahead, so there are more records than batches.
+        # Pipelines prefetch, so there are more records than batches.
         called = [call for call in batches_mixed if np.array_equal(call[2].lam, batch["lam"])]
         before, source_index, mixed = called[0]
         np.testing.assert_array_equal(batch["source_labels"], batch["labels"][source_index])
@@ -237,7 +240,7 @@ def test_automatic_augmentation_comes_before_the_mixing(build, batches_mixed):
     for _ in range(3):
         run(pipeline)
     before = np.concatenate([images for images, _, _ in batches_mixed])
-    # A file's own colours are 60 to 90 and 190 to 220; turning, shifting and the colour operations make others.
+    # The colours of a file are 60 to 90 and 190 to 220; rotations, shifts and colour operations produce others.
     changed = ((before < 50) | ((before > 100) & (before < 180)) | (before > 230)).any((1, 2, 3))
     assert 0.3 < changed.mean() < 1
 
@@ -376,13 +379,13 @@ FORMATS = {
 
 
 def with_comment(content, comment):
-    """Put a comment of `comment` bytes at the beginning of a JPEG file."""
+    """Insert a comment of `comment` bytes at the beginning of a JPEG file."""
     return content[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + content[2:]
 
 
 @pytest.fixture
 def awkward(samples):
-    """Samples of awkward sizes and labels, and some in which RecordIO's magic number stands, aligned or not."""
+    """Samples of unusual sizes and labels, some of which contain RecordIO's magic number, aligned or not."""
     magic = bytes.fromhex("0a23d7ce")
     contents = [with_comment(content, bytes(number)) for number, (content, _) in enumerate(samples[:8])]
     contents += [
@@ -545,7 +548,7 @@ def test_the_imagenet_job_is_short():
 
 @pytest.mark.parametrize("name", JOBS)
 def test_no_job_has_the_name_of_a_module(name):
-    # The folder of a program comes first on its path: such a job would be imported in the place of the module.
+    # The folder of a program is first on its path, so the job would be imported instead of the module.
     elsewhere = [path for path in sys.path if Path(path).resolve() != REPOSITORY / "pipelines"]
     assert PathFinder.find_spec(name, elsewhere) is None
     assert name not in sys.stdlib_module_names

@@ -1,4 +1,4 @@
-"""From options to batches: every backend gives the same kind of batches, shards, epochs and states."""
+"""From options to batches: every backend produces the same kind of batches, shards, epochs and states."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Holds 32 images in folders, 8 for validation, and 30 images of CIFAR-10, 15 for its test."""
+    """A folder with 32 training and 8 validation images in class folders, and CIFAR-10 with 30 and 15 images."""
     root = tmp_path_factory.mktemp("data")
     make_sample_data(root, train=4, val=1)
     write_cifar(root, "cifar10", train=30, test=15)
     return root
 
 
-# Of a training whose images are not cropped at random.
+# Training options without random crops.
 WHOLE = {"folder": ("--min-crop-area", "1"), "cifar10": ("--crop-padding", "0")}
 
 
@@ -70,7 +70,7 @@ def process(rank=0, world_size=1, device=CPU):
 
 
 def numbered(data):
-    """Return the data with numbers as labels, to tell who is who."""
+    """Return the data with the number of each image as its label."""
     if isinstance(data, CifarData):
         parts = {name: getattr(data, name) for name in ("train", "val")}
         return replace(data, **{n: replace(p, labels=np.arange(len(p), dtype=np.int32)) for n, p in parts.items()})
@@ -234,7 +234,7 @@ def test_the_number_of_workers_changes_nothing(root):
 
 
 @each_kind
-def test_what_is_made_in_advance_changes_no_batch_also_after_resuming(root, kind):
+def test_prefetching_changes_no_batch_also_after_resuming(root, kind):
     args, deeper = options(root, kind), options(root, kind, "--prefetch", "3")
     whole, loader = epoch(train(args)), train(args)
     for _ in zip(range(2), loader, strict=False):
@@ -243,7 +243,7 @@ def test_what_is_made_in_advance_changes_no_batch_also_after_resuming(root, kind
     assert_equal_batches(epoch(train(deeper, state=loader.state())), whole[2:])
 
 
-def test_a_loader_makes_as_many_batches_in_advance_as_asked_for(root, monkeypatch):
+def test_a_loader_prefetches_as_many_batches_as_asked_for(root, monkeypatch):
     depths = []
 
     def noted(make, *given, **options):
@@ -273,12 +273,12 @@ def test_pytorch_and_dali_decode_resize_and_normalise_alike(root):
     ]
     (ours, our_ids), (theirs, their_ids) = batches[0][0], batches[1][0]
     assert torch.equal(our_ids, their_ids)
-    # One level of 256 is 0.017; JPEG decoders and filters differ by little more.
+    # One of 256 levels is 0.017; JPEG decoders and filters differ by little more.
     assert (ours - theirs).abs().mean() < 0.05
 
 
 def test_all_validate_on_the_same_pixels_of_a_photograph_whatever_its_size(tmp_path):
-    # Sizes at which half a pixel is left over at a border, or a long side is no whole number.
+    # Sizes with half a pixel left at a border, or with a long side that is not an integer.
     sizes = [(83, 64), (85, 64), (64, 87), (100, 75), (101, 75), (75, 107), (107, 80), (64, 64), (211, 150)]
     rng = np.random.default_rng(0)
     for number, (width, height) in enumerate(sizes):
@@ -342,7 +342,7 @@ def test_pytorch_and_dali_crop_alike(root):
 
 
 @each_kind
-def test_mirroring_is_as_probable_as_the_option_says(root, kind):
+def test_flips_are_as_probable_as_the_option_says(root, kind):
     batches = [
         epoch(train(options(root, kind, "--hflip-prob", prob, "--mix-prob", "0.5"))) for prob in ("0", "1", "0.5")
     ]
@@ -392,10 +392,11 @@ def test_pytorch_and_dali_augment_about_as_much(root, dataset, count, policy):
         levels = (changed - plain).abs().mean(dim=(1, 2, 3))
         changes.append(levels.mean())
         assert 0.7 < (levels > 1).float().mean() < 1  # one operation of 14 changes nothing
-        # What comes in from beyond the image is grey.
+        # Pixels from outside the image are grey.
         grey = ((changed - 128).abs().amax(dim=1) < 0.1).float().mean(dim=(1, 2))
         assert 0.15 < (grey > 0.05).float().mean() < 0.5
-        # The 32 pixels of TrivialAugmentWide are all of a small image, but a seventh of a folder's image by DALI.
+        # TrivialAugmentWide shifts a small image by up to 32 pixels, its whole width; DALI shifts images of a folder by
+        # up to a seventh of theirs.
         is_far = policy == "ta_wide" and kind != "folder dali-cpu"
         assert ((grey > 0.6).sum() > 3) == is_far
     assert min(changes) > 15
@@ -407,7 +408,7 @@ def test_the_padding_of_cifar_is_not_augmented(root, backend):
     black = grey_levels(root, f"cifar10 {backend}", "--aa", "ra", "-b", "30", epochs=4).abs().amax(dim=1) < 0.1
     rows, columns = black.all(dim=2), black.all(dim=1)
     padded = rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1]
-    assert padded.float().mean() > 0.95  # all crops but the one in the middle
+    assert padded.float().mean() > 0.95  # all crops except the central one
 
 
 @pytest.mark.parametrize("kind", ["folder dali-cpu", "cifar10 pytorch"])
@@ -494,7 +495,7 @@ def test_erased_rectangles_are_like_those_of_torchvision(root):
         erased = images[:, 0] == 0
         there = erased.any(dim=(1, 2))
         assert abs(there.float().mean() - 0.5) < 0.06
-        sides = [erased[there].any(dim=dim).int() for dim in (2, 1)]  # which rows, and which columns
+        sides = [erased[there].any(dim=dim).int() for dim in (2, 1)]  # rows, then columns
         boxes = [side.argmax(dim=1) for side in sides] + [side.sum(dim=1) for side in sides]
         ours = described(torch.stack(boxes, dim=1))
         assert (ours[:, 0] > 0.017).all()
@@ -554,7 +555,7 @@ def recorded(monkeypatch):
 def test_no_peak_of_cifar_lies_in_the_padding(root, monkeypatch, backend, saliency):
     calls = recorded(monkeypatch)
     args = options(root, f"cifar10 {backend}", "-b", "30", "--saliency", saliency)
-    # In this process: a call in another one would leave nothing here to look at.
+    # In this process, since calls in a worker process could not be recorded.
     make = torch_loaders.TorchLoader
     monkeypatch.setattr(torch_loaders, "TorchLoader", lambda *given, **k: make(*given, **{**k, "workers": 0}))
     epoch(train(args))
@@ -582,7 +583,7 @@ def test_peaks_of_padded_images_move_with_the_crop(root):
         corners |= set(places)
     assert {0, 8} <= {side for corner in corners for side in corner}
     again = PaddedImages(cifar, 4, "fine_grained").read(indices[::-1], 0, 0)[0][::-1]
-    assert np.array_equal(again, images)  # an image's crop is the same wherever in a batch it stands
+    assert np.array_equal(again, images)  # the crop of an image does not depend on its place in the batch
     assert not np.array_equal(PaddedImages(cifar, 4, None).read(indices, 1, 0)[0], images)
 
 
@@ -595,7 +596,7 @@ def test_schemes_of_cifar_that_need_the_least_salient_pixel_do_without_padding(r
 
 
 @pytest.mark.parametrize("backend", ["dali-cpu", "pytorch"])
-def test_labels_of_cifar_are_weighed_by_saliency_where_nothing_is_padded(root, backend):
+def test_labels_of_cifar_are_weighted_by_saliency_where_nothing_is_padded(root, backend):
     weigh = ("-b", "30", "--label-weight", "saliency")
     with pytest.raises(ValueError, match="--label-weight must be area with --crop-padding 4, got saliency"):
         train(options(root, f"cifar10 {backend}", *weigh))
@@ -722,7 +723,7 @@ def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):
     broken = Path(data.train.files[5])
     broken.unlink() if content is None else broken.write_bytes(content)
     said = ""
-    # Not pytest.raises, which keeps the frames: workers whose loader waits for Python's collector end late.
+    # Not pytest.raises, which keeps the frames: the workers would end only when the collector destroys their loader.
     try:
         epoch(train(args, data=data))
     except LoaderError as error:
@@ -732,9 +733,9 @@ def test_pytorch_names_a_broken_file_in_one_line(tmp_path, content, message):
 
 
 def spoilt(data, folder, bad):
-    """Return the data with training files that fail, and with the file after each in its place."""
+    """Return the data with broken training files, and the same data with each replaced by the file after it."""
     whole = Path(data.train.files[0]).read_bytes()
-    huge = io.BytesIO()  # over the header of this, Pillow raises an error that is no OSError
+    huge = io.BytesIO()  # for this header Pillow raises an error that is not an OSError
     Image.new("RGB", (8, 8)).save(huge, "BMP")
     contents = [
         whole[: len(whole) // 2],
@@ -788,7 +789,7 @@ def test_all_backends_say_and_do_the_same_about_bad_files(root, tmp_path, capfd)
         with_bad, _ = spoilt(numbered(open_data(args)), tmp_path, (5, 11, 20))
         loader = replace(with_bad, val=with_bad.train).val_loader(args, process())
         given.append([ids(epoch(loader)) for _ in range(2)])
-        # Beside them are lines of DALI's decoders, written in C++.
+        # DALI's decoders write other lines, from C++.
         said.append([line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")])
     assert said[0] == said[1]
     assert [line.endswith("; its image is left out") for line in said[0]] == [True] * 3
@@ -806,7 +807,7 @@ def test_a_file_that_stands_in_for_another_may_go_bad_too(root, tmp_path, capfd,
     loader = train(args, data=replace(data, train=replace(data.train, files=files)))
     assert sorted(ids(epoch(loader))) == [*range(5), 6, 6, *range(7, 32)]
     Path(files[6]).unlink()
-    for _ in range(2):  # the first batches may have been read before
+    for _ in range(2):  # the first batches may have been prefetched before
         last = ids(epoch(loader))
     assert sorted(last) == [*range(5), 7, 7, *range(7, 32)]
     assert loader.bad_files == files[5:7]
@@ -824,14 +825,14 @@ def test_batches_arrive_on_the_gpu(root, kind):
     assert on_gpu[0][0].is_contiguous(memory_format=torch.channels_last)
     data = numbered(open_data(args))
     assert {tensor.device for batch in data.val_loader(args, process(device=device)) for tensor in batch} == {device}
-    if "dali-gpu" not in kind:  # the same work on the CPU, then the normalisation on the other device
+    if "dali-gpu" not in kind:  # the same work on the CPU; only the normalisation is on the other device
         for batch, other in zip(on_gpu, epoch(train(args)), strict=True):
             for ours, theirs in zip(batch, other, strict=True):
                 assert torch.allclose(ours.cpu(), theirs, atol=1e-4)
 
 
 class Hostile:
-    """Pickled, it asks whoever reads it to call a function."""
+    """When unpickled, call a function."""
 
     def __init__(self, function, *given):
         self.call = function, given
@@ -859,7 +860,7 @@ def test_a_hostile_archive_is_refused_before_it_does_anything(tmp_path, function
     with pytest.raises(ValueError, match=rf"data_batch_3: not read: it asks for {named}, and only arrays"):
         read_cifar(tmp_path, "cifar10")
     assert not witness.exists()
-    pickle.loads(attack)  # it would have worked
+    pickle.loads(attack)  # check that the attack works with plain pickle
     assert witness.exists()
 
 
@@ -882,14 +883,14 @@ def test_archives_are_read_as_they_are_written(tmp_path, dataset):
     names = [f"data_batch_{number}" for number in range(1, 6)] if dataset == "cifar10" else ["train"]
     contents = [pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in names]
     rows = np.concatenate([content["data"] for content in contents])
-    # The first 1024 of a row are its red pixels, row by row of the image.
+    # The first 1024 bytes of a row are the red pixels of the image, row by row.
     for channel in range(3):
         assert np.array_equal(
             train_part.images[7, :, :, channel].ravel(), rows[7, 1024 * channel : 1024 * (channel + 1)]
         )
     key = "labels" if dataset == "cifar10" else "fine_labels"
     assert train_part.labels.tolist() == [label for content in contents for label in content[key]]
-    # Written by Python 3 in the same protocol, an array is made in another way.
+    # Python 3 pickles an array differently in the same protocol.
     for name, content in zip(names, contents, strict=True):
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
     assert np.array_equal(read_cifar(tmp_path, dataset)[0].images, train_part.images)

@@ -1,4 +1,4 @@
-"""CIFAR's pipeline: what is mixed is never chosen for its padding."""
+"""CIFAR's pipeline: no peak is in the padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE, PADDING, COUNT = 32, 4, 40
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, jpeg_images):
-    """Small bright pictures: what is black is padding, and stands out."""
+    """Small bright pictures, so that the black padding is salient."""
     folder = tmp_path_factory.mktemp("cifar")
     rng = np.random.default_rng(4)
     paths = []
@@ -69,9 +69,9 @@ def test_no_peak_lies_in_the_padding_where_many_would(monkeypatch, files, device
     calls = recorded(monkeypatch)
     run(files, device, mix=MixOptions(saliency=name))
     images, arguments, _ = calls[0]
-    assert (images == 0).all(axis=3).mean() > 0.05  # there is padding to fall for
+    assert (images == 0).all(axis=3).mean() > 0.05  # the batch has padding
     assert share_in_the_padding(images, arguments["peaks"]) == 0
-    # The first maximum in reading order of a map of the padded image, as the paper's code takes it.
+    # The first maximum, row by row, of the map of the padded image, as the paper's code takes it.
     maps = DETECTORS[name](images)
     first = np.stack(np.unravel_index(maps.reshape(COUNT, -1).argmax(axis=1), maps.shape[1:]), axis=1)
     assert share_in_the_padding(images, first) > 0.2
@@ -85,7 +85,7 @@ def test_a_peak_is_the_pixel_that_was_most_salient_before_the_padding_or_the_edg
     peaks = saliency_peaks(fine_grained(originals), SIZE, SIZE)
     moved = 0
     for image, original, before, after in zip(images, originals, peaks, arguments["peaks"], strict=True):
-        # Where the crop was taken, by trying all places.
+        # Find the crop by trying all offsets.
         padded = np.pad(original, [(PADDING, PADDING), (PADDING, PADDING), (0, 0)])
         places = [
             (y, x)

@@ -1,4 +1,4 @@
-"""The loaders: tensors, epochs, shards, states, and what they say about broken files."""
+"""The DALI loaders: tensors, epochs, shards, states, and errors about broken files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 32 images whose labels are their numbers, to tell who is who."""
+    """A folder of 32 images whose labels are their numbers."""
     root = tmp_path_factory.mktemp("data")
     make_sample_data(root, train=4, val=1)
     listed = list_image_folder(root / "train")
@@ -95,7 +95,7 @@ def test_validation_gives_each_image_exactly_once(folder, images, shards, batch_
 def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
     make = functools.partial(train, first(folder, 30), mix=MixOptions(prob=0.6), seed=5)
     loader = make()
-    assert len(loader) == 7  # and two images that are left out
+    assert len(loader) == 7  # and two images that are dropped
     batches, states = [], []
     for _ in range(3):
         for batch in loader:
@@ -157,7 +157,7 @@ def test_a_broken_file_is_named_in_one_line(folder, tmp_path, kind, name, conten
 
 
 def spoilt(folder, tmp_path, bad):
-    """Return the data set with files that fail, and the same one in which the file after each stands in for it."""
+    """Return the data set with broken files, and the same one with each replaced by the file after it."""
     whole = Path(folder.files[0]).read_bytes()
     contents = [whole[: len(whole) // 2], b"no picture\n" * 40, b"", None, whole[:24]]
     files, stand_ins, labels = list(folder.files), list(folder.files), list(folder.labels)

@@ -1,4 +1,4 @@
-"""The ready-made pipelines against the same steps done with Pillow and NumPy."""
+"""The ready-made pipelines, compared with the same steps in Pillow and NumPy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def denormalised(images):
 
 
 def test_validation_resizes_and_crops_as_pillow_does(tmp_path):
-    # Two slopes and a ring, smooth enough that only geometry counts: one pixel aside makes 1.5 grey levels.
+    # Two gradients and a ring, so smooth that only geometry matters: a shift by one pixel is 1.5 grey levels.
     sizes = [(150, 100), (97, 210), (128, 128), (333, 211)]
     for number, (width, height) in enumerate(sizes):
         y, x = np.mgrid[:height, :width] / max(height, width)
@@ -83,7 +83,7 @@ def test_training_images_are_normalised(folder):
 @pytest.mark.parametrize(("mix", "count"), [(None, 9), (MixOptions(), 11), (MixOptions(prob=0.5), 12)])
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_few_operators_on_the_cpu(folder, device, mix, count):
-    """DALI runs them one by one, and each costs a batch as much as decoding some images."""
+    """DALI runs CPU operators one by one, and each costs a batch as much time as decoding some images."""
     options = {"mix": mix, "device": device, "batch_size": 4, "num_threads": 1, "device_id": 0}
     pipeline = training_pipeline(folder.files, folder.labels, **options)
     pipeline._build_graph()
@@ -102,7 +102,7 @@ def test_training_without_mixing_says_lam_1_and_gives_the_label_twice(folder):
 def test_mixing_changes_the_images_by_the_share_that_it_says(folder):
     plain, *_ = outputs(training_pipeline, folder, crop_size=40)
     mixed, labels, source_labels, lam = outputs(training_pipeline, folder, crop_size=40, mix=MixOptions())
-    # The operators draw in the order of their making: the crops are the same, the mirroring is not.
+    # Operators are seeded in the order of their creation: the crops are equal, the flips are not.
     own = np.maximum((mixed == plain).all(1).mean((1, 2)), (mixed[..., ::-1] == plain).all(1).mean((1, 2)))
     assert (own >= lam - 1e-6).all()
     assert (lam < 1).all()
@@ -145,6 +145,6 @@ def test_of_several_modes_each_sample_gets_one(folder):
     several = MixOptions(modes={"saliencymix": 1, "mixup": 1})
     mixed, _, _, lam = outputs(training_pipeline, folder, crop_size=40, batch_size=24, mix=several)
     own = np.maximum((mixed == plain).all(1).mean((1, 2)), (mixed[..., ::-1] == plain).all(1).mean((1, 2)))
-    pasted = own >= lam - 1e-6  # where an image is blended, hardly a pixel stays what it was
+    pasted = own >= lam - 1e-6  # blending changes nearly all pixels of an image
     assert 6 < pasted.sum() < 18
     assert (own[~pasted] < 0.5 * lam[~pasted]).all()

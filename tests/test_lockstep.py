@@ -1,4 +1,4 @@
-"""What befalls the loader of one process is known to the others before their next step: two real processes."""
+"""Processes learn of an error in the loader of another process before their next step; with two real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells its user and writes down."""
+"""The output and logs of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dali_saliencymix.training.run_log import Progress, StartUp, duration, say, 
 def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
     path = tmp_path / "log.jsonl"
     write_event(path, "start", config={"name": "two\nlines, é"})
-    assert len(path.read_text().splitlines()) == 1  # it is there at once
+    assert len(path.read_text().splitlines()) == 1  # written at once
     write_event(path, "epoch", epoch=1, val={"top1": 12.5})
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["event"], first["config"]) == ("start", {"name": "two\nlines, é"})

@@ -1,4 +1,4 @@
-"""Loss and accuracy of mixed batches: against PyTorch's own loss on probabilities, and by hand."""
+"""Loss and accuracy of mixed batches, compared with PyTorch's loss on probabilities and with values by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_saliencymix.training.metrics import Totals, correct_in_top, mixed_corr
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, ...]:
-    """Logits of 5 classes, labels, labels of the sources, which are equal at times, and lam from 0 to 1."""
+    """Logits of 5 classes, labels, labels of the sources (sometimes equal), and lam from 0 to 1."""
     rng = np.random.default_rng(3)
     logits = torch.tensor(rng.normal(size=(40, 5)) * 3, dtype=torch.float64)
     labels, source_labels = (torch.tensor(rng.integers(0, 5, 40)) for _ in range(2))
@@ -27,7 +27,7 @@ def test_the_loss_is_the_cross_entropy_against_the_soft_labels(batch):
     targets = soft_labels(labels.numpy(), source_labels.numpy(), lam.numpy(), num_classes=5)
     expected = cross_entropy(logits, torch.from_numpy(targets).double())
     torch.testing.assert_close(mixed_cross_entropy(*batch), expected, rtol=1e-6, atol=0)
-    # The weights matter: what the loss would be if they were swapped, or if there were none.
+    # The loss must differ from that with swapped weights, and from that without weights.
     assert abs(mixed_cross_entropy(logits, labels, source_labels, 1 - lam) - expected) > 0.01
     assert abs(cross_entropy(logits, labels) - expected) > 0.01
 
@@ -58,7 +58,7 @@ def test_right_answers_count_by_the_weight_of_the_label_that_they_name():
     answers = torch.eye(4)[[0, 1, 2, 3, 0]]
     labels, source_labels = torch.tensor([0, 0, 0, 3, 1]), torch.tensor([1, 1, 1, 3, 2])
     lam = torch.tensor([0.75, 0.75, 0.75, 0.25, 1.0])
-    # The label: 0.75. The source's: 0.25. Neither: 0. Both are the same: 1. Neither, not mixed: 0.
+    # Predicted: the label, 0.75; the source's label, 0.25; neither, 0; equal labels, 1; neither, not mixed, 0.
     each = zip(answers.split(1), labels.split(1), source_labels.split(1), lam.split(1), strict=True)
     assert [mixed_correct(*sample).item() for sample in each] == [0.75, 0.25, 0.0, 1.0, 0.0]
     assert mixed_correct(answers, labels, source_labels, lam).item() == 2.0

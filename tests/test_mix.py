@@ -1,4 +1,4 @@
-"""Whole batches: saliencymix and cutmix against the oracle, their promises as properties, and what they refuse."""
+"""Whole batches: saliencymix and cutmix compared with the oracle, their guarantees as properties, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLACEMENT = ("saliency", "source", "destination", "box", "per_batch")
 
 
 def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return images that share no pixel value, sources that repeat and point at themselves, lam with 0 and 1."""
+    """Return images without common pixel values, sources with repetitions and fixed points, and lam with 0 and 1."""
     rng = np.random.default_rng(seed)
     count = shape[0]
     blocks = rng.integers(0, 50, (count, -(-shape[1] // 5), -(-shape[2] // 5), shape[3]))
@@ -37,7 +37,7 @@ def random_batch(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.
 
 
 def map_of_each(images: np.ndarray, maps: np.ndarray, put, fetch):
-    """Return a detector that knows the maps of some images, whichever of them it is asked for in whatever order."""
+    """Return a detector with given maps for some images, for any subset of them in any order."""
 
     def detector(batch):
         known = {image.tobytes(): saliency_map for image, saliency_map in zip(images, maps, strict=True)}
@@ -77,7 +77,7 @@ def test_saliencymix_with_fine_grained_equals_opencv_s_map_and_the_oracle_on_pho
 @all_options
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 90, 3)])
 def test_saliencymix_by_default_takes_the_peak_of_spectral_residual(shape, options, put, fetch):
-    # The map is the package's own, checked elsewhere: in float32 the order of sums decides between near ties.
+    # The map is the package's own, which has other tests: in float32, the order of sums decides near ties.
     images, source_index, lam = random_batch(shape)
     maps = fetch(spectral_residual(put(images)))
     mixed = saliencymix(put(images), put(source_index), put(lam), **options)
@@ -116,7 +116,7 @@ def test_the_geometry_of_the_released_code_is_one_clipped_box_from_the_source_of
         box="clip",
         per_batch=True,
     )
-    # Source 3 has its peak at (30, 4); the side is int(32 * sqrt(0.7)) = 26.
+    # The peak of source 3 is at (30, 4); the side is int(32 * sqrt(0.7)) = 26.
     assert fetch(mixed.boxes).tolist() == [[17, 0, 32, 17]] * 5
     check(mixed, reference.saliencymix(images, source_index, lam, maps, "clip", True), fetch)
 
@@ -154,7 +154,7 @@ def test_every_scheme_equals_the_oracle_whatever_the_options(put, fetch, case):
 
 @settings(max_examples=100)
 @given(cases(), st.sampled_from([0, 1, 3]))
-def test_labels_weighed_by_saliency_equal_the_oracle_and_nothing_else_changes(put, fetch, case, shift):
+def test_labels_weighted_by_saliency_equal_the_oracle_and_nothing_else_changes(put, fetch, case, shift):
     images, source_index, lam, maps, point, options = case
     maps = maps - shift
     batch = tuple(map(put, (images, source_index, lam)))
@@ -180,13 +180,13 @@ CORNERS, MIDDLE, DIAGONAL = (np.diag(values) for values in ([1.0, 0, 0, 1], [0, 
 @pytest.mark.parametrize(
     ("own_map", "source_map", "expected"),
     [
-        (np.ones((3, 5)), np.full((3, 5), 7.0), 0.75),  # here and below 0.75 is by area
+        (np.ones((3, 5)), np.full((3, 5), 7.0), 0.75),  # here and below, 0.75 is the weight by area
         (np.zeros((4, 4)), DIAGONAL, 0.75),
         (DIAGONAL, np.zeros((4, 4)), 0.75),
         (np.full((4, 4), np.nan), DIAGONAL, 0.75),
         (np.ones((4, 4), bool), np.ones((4, 4), bool), 0.75),
         (-np.ones((4, 4)), DIAGONAL, 0.75),  # shifted, it is 0
-        (MIDDLE, CORNERS, 0.75),  # nothing is kept and nothing pasted
+        (MIDDLE, CORNERS, 0.75),  # no saliency is kept and none is pasted
         (CORNERS, CORNERS, 1),
         (MIDDLE * 1e-300, DIAGONAL * 1e300, 0),
         (CORNERS, MIDDLE, 0.5),
@@ -202,7 +202,7 @@ def test_saliency_of_any_kind_makes_a_weight(own_map, source_map, expected, put,
     np.testing.assert_allclose(weight, expected, rtol=1e-6)
 
 
-def test_with_one_box_for_the_batch_each_image_s_own_map_weighs_its_label(put, fetch):
+def test_with_one_box_for_the_batch_each_image_s_own_map_sets_its_label_weight(put, fetch):
     images, source_index, lam = random_batch((5, 16, 16, 1))
     maps = np.random.default_rng(2).random((5, 8, 8), np.float32)
     options = {"saliency": map_of_each(images, maps, put, fetch), "per_batch": True, "label_weight": "saliency"}
@@ -225,7 +225,7 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
     mixed = mixup(*map(put, (images, source_index, lam)), per_batch=options["per_batch"])
     expected, weight = reference.mixup(images, source_index, lam, options["per_batch"])
     assert fetch(mixed.images).dtype == np.uint8
-    # Half a grey level for the rounding, and what float32 adds to numbers of up to 255.
+    # Half a grey level for the rounding, plus the error of float32 for numbers of up to 255.
     assert np.abs(fetch(mixed.images) - expected).max() <= 0.5 + 1e-4
     np.testing.assert_array_equal(fetch(mixed.lam), weight.astype(np.float32))
     assert not fetch(mixed.boxes).any()
@@ -233,7 +233,7 @@ def test_mixup_blends_to_within_half_a_grey_level(put, fetch, case):
 
 
 @given(cases())
-def test_what_blends_hands_its_images_to_paste_with_nothing_to_paste(put, fetch, case):
+def test_blending_passes_its_images_to_paste_with_empty_boxes(put, fetch, case):
     images, source_index, lam, _, point, options = case
     batch, mode = tuple(map(put, (images, source_index, lam))), np.arange(len(images)) % 3
     calls = []
@@ -510,9 +510,9 @@ def test_modes_are_named_in_the_order_of_their_numbers():
 
 
 def test_arguments_are_checked_once():
-    # One call of a public function: what it calls trusts it, but for the detector, which is a public function too.
+    # One call of a public function checks once, plus once for the detector, which is a public function too.
     batch = random_batch((5, 37, 23, 3))
-    saliencymix(*batch)  # what is imported or compiled at first
+    saliencymix(*batch)  # import and compile first
     calls = []
 
     def count(frame, event, _):

@@ -1,4 +1,4 @@
-"""The classifiers: sizes as published, small images kept large, dropout where there is one."""
+"""The classifiers: numbers of parameters as published, feature sizes for small images, dropout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def parameters(model):
 
 
 def convolution(inputs, outputs, kernel):
-    """Weights of a convolution without bias."""
+    """Return the number of weights of a convolution without bias."""
     return inputs * outputs * kernel**2
 
 
 def resnet_parameters(block, counts, num_classes):
-    """Count by the table of He et al., with a stem of 3x3."""
+    """Count the parameters by the table of He et al., with a 3x3 stem."""
     total = convolution(3, 64, 3) + 2 * 64
     inputs = 64
     for group, count in enumerate(counts):
@@ -42,7 +42,7 @@ def resnet_parameters(block, counts, num_classes):
 
 
 def wide_parameters(depth, width, num_classes):
-    """Count by the table of Zagoruyko and Komodakis."""
+    """Count the parameters by the table of Zagoruyko and Komodakis."""
     count = (depth - 4) // 6
     total, inputs = convolution(3, 16, 3), 16
     for outputs in (16 * width, 32 * width, 64 * width):
@@ -126,7 +126,7 @@ def test_a_small_network_learns_a_batch_by_heart():
     assert losses[-1] < 0.1 * losses[0]
 
 
-# One of each family, and the image size for which it is made; other sizes are in the tests that follow.
+# One network of each family and its image size; the tests below use other sizes.
 FAMILIES = {
     **dict.fromkeys(("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s"), 64),
     **dict.fromkeys(("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"), 64),
@@ -139,7 +139,7 @@ FAMILIES = {
 
 
 def made_without_weights(name, classes=10, **options):
-    """Return a model without memory for its weights; RegNet computes its shape with tensors, which need some."""
+    """Return a model without memory for its weights, except RegNet, which computes its shape with tensors."""
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         return make_model(name, classes, **options).to("meta")
 

@@ -1,4 +1,4 @@
-"""The kernels that Numba compiles give the bits that NumPy gives, and the threads change nothing either."""
+"""The Numba kernels are bit-identical to NumPy, with any number of threads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def images_of(shape: tuple[int, ...], channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("detector", [fine_grained, phase_spectrum])
-def test_kernels_give_the_bits_of_array_operations(detector, shape, channels):
+def test_kernels_are_bit_identical_to_array_operations(detector, shape, channels):
     images = images_of(shape, channels)
     expected = detector(images, algorithm="array")
     np.testing.assert_array_equal(detector(images, algorithm="kernel"), expected)
@@ -65,24 +65,25 @@ def test_kernels_give_the_bits_of_array_operations(detector, shape, channels):
 
 
 def planar(images):
-    """Return the same images, with their channels one after the other in memory, as tensors have them; read-only."""
+    """Return the same images, read-only and with channels-first memory, like tensors."""
     strided = np.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
     strided.setflags(write=False)
     return strided
 
 
-def test_kernels_give_the_bits_of_array_operations_on_photos(jpeg_images):
+def test_kernels_are_bit_identical_to_array_operations_on_photos(jpeg_images):
     for image in jpeg_images:
         ours = fine_grained(image[None], algorithm="kernel")
         np.testing.assert_array_equal(ours, fine_grained(image[None], algorithm="array"))
 
 
-# What is not square and of 32 or 64 pixels has no kernel but the one for the reduction, and so the same bits.
+# Only maps of 32x32 or 64x64 pixels have kernels of their own. Others use just the kernel that reduces the image, and
+# are bit-identical.
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 32, 32), (2, 32, 64), (1, 200, 64), (4, 91, 91)], ids=str)
 def test_the_kernel_of_spectral_residual_differs_from_array_operations_by_rounding(shape, channels):
     images = images_of(shape, channels)
-    images[-1] = 77  # of one level: all zeros
+    images[-1] = 77  # constant: the map is zero
     expected = spectral_residual(images, algorithm="array")
     ours = spectral_residual(images, algorithm="kernel")
     assert ours.shape == expected.shape
@@ -94,7 +95,7 @@ def test_the_kernel_of_spectral_residual_differs_from_array_operations_by_roundi
         spectral_residual(images[::2, ::-1], algorithm="array"),
         atol=1e-5,
     )
-    # An image's map depends on nothing but the image.
+    # The map of an image does not depend on the other images.
     np.testing.assert_array_equal(spectral_residual(images[:1], algorithm="kernel"), ours[:1])
 
 
@@ -201,7 +202,7 @@ def test_auto_takes_the_kernel_where_numba_is_installed(monkeypatch):
         fine_grained(images, algorithm="kernel")
 
 
-def test_an_unknown_algorithm_is_refused_by_every_door():
+def test_an_unknown_algorithm_is_refused_by_every_function():
     images = images_of((2, 20, 30))
     for call in (
         lambda: fine_grained(images, algorithm="cuda"),
@@ -244,7 +245,7 @@ def test_chunks_come_back_in_order_whatever_the_threads(count, threads):
 def test_several_threads_are_really_used_and_the_limit_ends_with_its_block():
     barrier = threading.Barrier(3, timeout=30)
     with limited_to(3):
-        in_chunks(lambda chunk: (barrier.wait(), chunk)[1], np.arange(3), 1)  # passes with three at a time only
+        in_chunks(lambda chunk: (barrier.wait(), chunk)[1], np.arange(3), 1)  # passes only with three threads at a time
     assert _threads._num_threads.get() == 0
 
 
@@ -261,7 +262,7 @@ def test_an_error_in_a_chunk_reaches_the_caller_and_the_threads_go_on():
         np.testing.assert_array_equal(in_chunks(lambda chunk: chunk, np.arange(8), 1), np.arange(8))
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # what is tried
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")  # is tested
 def test_a_forked_process_has_threads_of_its_own():
     images = images_of((8, 40, 40))
     with limited_to(2):
@@ -286,7 +287,7 @@ def test_without_numba_the_package_works_and_mixes_alike(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "map.npy"), fine_grained(images))
 
 
-# What Numba keeps, what it says, and where it cannot keep what it compiles
+# Numba's cache, its messages, and folders in which it cannot write its cache
 
 FOUND_PEAKS = """
 import numpy as np
@@ -299,7 +300,7 @@ print(saliency_peaks({maps}, 40, 30).tolist())
 def found_peaks(
     maps: str, *before: str, setup: str = "", folder: Path = Path(dali_saliencymix.__file__).parents[1], **environment
 ) -> tuple[str, list[str]]:
-    """Run kernels of the package in `folder` in a fresh interpreter; return what they find, and the lines on stderr."""
+    """Run kernels of the package in `folder` in a fresh interpreter; return their results and the lines on stderr."""
     command = [*before, sys.executable, "-B", "-c", setup + FOUND_PEAKS.format(maps=maps)]
     ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -311,7 +312,7 @@ def peaks_here(maps: np.ndarray) -> str:
 
 
 def unprivileged() -> list[str]:
-    """Return what starts a program that cannot write to all folders, as root could."""
+    """Return a command prefix that runs a program without root's permission to write to any folder."""
     if os.geteuid() != 0:
         return []
     if not shutil.which("setpriv"):
@@ -322,7 +323,7 @@ def unprivileged() -> list[str]:
 
 @pytest.fixture
 def read_only_installation():
-    """Return a copy of the package that only root could write to, outside of pytest's folders, which are closed."""
+    """Return a copy of the package that only root can write to, outside pytest's folders, which others cannot read."""
     folder = Path(tempfile.mkdtemp())
     skip = shutil.ignore_patterns("__pycache__")
     installed = shutil.copytree(Path(dali_saliencymix.__file__).parent, folder / "dali_saliencymix", ignore=skip)
@@ -375,7 +376,7 @@ def test_a_full_disk_and_damaged_files_cost_the_time_to_compile_and_nothing_else
     assert {path: path.stat().st_size > 0 for path in folder.iterdir()} == dict.fromkeys(kept, True)
 
 
-# Batches as arrays, tensors, slices and DALI hand them over, of all sizes that have kernels of their own.
+# Batches in the memory layouts of arrays, tensors, slices and DALI, of all sizes with their own kernels.
 ALL_CALLS = """
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
@@ -435,7 +436,7 @@ def test_the_command_compiles_all_that_is_called_and_its_folder_may_be_read_only
 
 
 def test_functions_of_others_compile_as_before():
-    """Those that `exec` has made have no module."""
+    """Functions created by `exec` have no module."""
     namespace = {}
     exec("def twice(x): return 2 * x", namespace)
     namespace["twice"].__module__ = None

@@ -1,4 +1,4 @@
-"""From gradients to weights: groups of parameters, accumulation, clipping, loss scaling, moving average."""
+"""From gradients to weights: parameter groups, accumulation, clipping, loss scaling, EMA of the weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 
 def decays(model: nn.Module, **options: float) -> dict[str, float]:
-    """Return the weight decay of each parameter by name; fails where one is in no group or in two."""
+    """Return the weight decay of each parameter by name; fail if one is in no group or in two."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [
         (names[id(parameter)], group["weight_decay"])
@@ -77,7 +77,7 @@ def test_options_reach_the_optimizer():
 @pytest.mark.parametrize("batches", [2, 4])
 def test_an_update_from_several_batches_is_that_of_the_one_large_batch(batches):
     images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    whole = small_model().double().eval()  # in training, statistics would be those of each batch
+    whole = small_model().double().eval()  # in training mode, statistics would differ between batches
     parts = copy.deepcopy(whole)
     for model, count in ((whole, 1), (parts, batches)):
         updater = updater_of(model, "--lr 0.1 --clip-grad-norm 0.05")
@@ -87,7 +87,7 @@ def test_an_update_from_several_batches_is_that_of_the_one_large_batch(batches):
     assert (flat(parts) - flat(small_model())).abs().max() > 1e-3
 
 
-def test_adamw_with_groups_accumulation_and_average_is_torch_s_own_on_the_mean_gradients():
+def test_adamw_with_groups_accumulation_and_ema_is_torch_s_own_on_the_mean_gradients():
     model = small_model().double().eval()
     by_hand = copy.deepcopy(model)
     options = "--opt adamw --opt-betas 0.8 0.95 --opt-eps 1e-3 --wd 0.5 --norm-weight-decay 0 --bias-weight-decay 0.1"
@@ -143,12 +143,12 @@ def test_a_first_update_whose_gradients_overflow_changes_nothing_but_the_scale(d
     updater, other_updater = (updater_of(each, options) for each in (model, other))
     before, scale = flat(model), updater.scaler.get_scale()
     spoilt = [torch.full_like(parameter, torch.nan) for parameter in model.parameters() for _ in range(9)]
-    del spoilt  # the memory that new tensors get
+    del spoilt  # new tensors may get its memory
     updater.backward(model(torch.full((4, 3, 6, 6), 1e30, device=device)).mean() * 1e30)
     updater.update()
     assert torch.equal(flat(model), before)
     assert updater.scaler.get_scale() == scale / 2
-    other_updater.scaler.scale(torch.zeros((), device=device))  # makes its scale, which can be set from then on
+    other_updater.scaler.scale(torch.zeros((), device=device))  # creates the scale, so that it can be set
     other_updater.scaler.update(scale / 2)
     images = torch.randn(4, 3, 6, 6, device=device)
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_statistics_that_an_overflow_has_spoilt_are_found_though_its_update_is_l
     assert not updater.is_finite()
 
 
-def test_the_moving_average_is_that_of_the_formula_and_of_the_statistics_too():
+def test_the_ema_follows_its_formula_also_for_statistics():
     model = small_model().train()
     updater = updater_of(model, "--model-ema --model-ema-decay 0.75 --lr 0.5")
     expected: dict[str, torch.Tensor] = {}
@@ -211,7 +211,7 @@ SCALED = "--model-ema --amp --amp-dtype fp16 --model-ema-decay 0.5"
 
 
 @pytest.mark.parametrize("options", ["", SCALED, f"{SCALED} --opt adamw --norm-weight-decay 0"])
-def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path):
+def test_an_updater_resumes_bit_identically_from_its_state(options, tmp_path):
     batches = [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     model = small_model()
     updater = updater_of(model, options)
@@ -235,7 +235,7 @@ def test_an_updater_goes_on_from_its_state_with_the_same_bits(options, tmp_path)
         assert again.ema.n_averaged == updater.ema.n_averaged == 6
 
 
-def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights():
+def test_without_an_ema_in_the_state_it_starts_from_the_current_weights():
     trained = small_model()
     updater = updater_of(trained)
     step(updater, trained, torch.randn(4, 3, 6, 6))
@@ -248,7 +248,7 @@ def test_without_a_moving_average_in_the_state_it_is_that_of_the_present_weights
     assert all(torch.equal(averaged[name], value) for name, value in trained.state_dict().items())
 
 
-def test_options_given_when_going_on_apply_and_each_parameter_keeps_its_momentum():
+def test_options_given_when_resuming_apply_and_each_parameter_keeps_its_momentum():
     model = small_model()
     before = updater_of(model, "--wd 0.1 --norm-weight-decay 0")
     step(before, model, torch.randn(4, 3, 6, 6))
@@ -256,7 +256,7 @@ def test_options_given_when_going_on_apply_and_each_parameter_keeps_its_momentum
     updater.restore(before.state())
     groups = updater.optimizer.param_groups
     assert {group["momentum"] for group in groups} == {0.5}
-    assert [group["weight_decay"] for group in groups] == [0.2, 0.3, 0.2, 0.3]  # weights and biases, then of the norm
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.3, 0.2, 0.3]  # weights and biases, then the norm
     for parameter in model.parameters():
         momenta = (each.optimizer.state[parameter]["momentum_buffer"] for each in (before, updater))
         assert torch.equal(*momenta)

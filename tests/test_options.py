@@ -1,4 +1,4 @@
-"""Every mixing option is declared once, and every signature that has it agrees with the declaration."""
+"""Every mixing option is declared once, and all signatures agree with its declaration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIGNATURES = {
         (preview.draw_mixed, "preset saliency source destination box per_batch label_weight"),
     ]
 }
-# Functions of one mode spell out what the option becomes for it.
+# Functions for a single mode have defaults that the option resolves to in this mode.
 SPELLED_OUT = {
     "dali_saliencymix.mix.cutmix": {"box": "clip", "per_batch": False},
     "dali_saliencymix.mix.mixup": {"per_batch": False},

@@ -1,4 +1,4 @@
-"""More threads than cores are named: by the bottleneck tool, and by train.py when it starts."""
+"""The bottleneck tool, and train.py at its start, report more threads than cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said where a package is not installed, by each program and by what is imported."""
+"""Messages about packages that are not installed, from programs and from imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.programs import REPOSITORY, environment_of_program
 from dali_saliencymix.packages import EXTRAS, MissingPackageError, require
 
 OF_EXTRAS = {module for brought in EXTRAS.values() for module in brought}
-# Run by Python before anything else: modules that no search finds.
+# Python runs this first; it hides modules from imports.
 HIDING = """
 import os
 from importlib.machinery import PathFinder
@@ -23,7 +23,7 @@ find, hidden = PathFinder.find_spec, set(os.environ["HIDDEN"].split())
 PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
 """
 COMMAND = ("-m", "dali_saliencymix")
-# What each program needs.
+# The packages that each program needs.
 NEEDED = {
     (*COMMAND, "sample-data", "OUT", "--train=1", "--val=1"): {"PIL"},
     (*COMMAND, "preview", "DATA"): {"PIL", "matplotlib", "nvidia.dali", "simplejpeg"},
@@ -37,14 +37,14 @@ NEEDED = {
     ("pipelines/dynamic_mode.py", "DATA"): {"nvidia.dali", "torch"},
     ("pipelines/accelerate_training.py", "DATA"): {"accelerate", "nvidia.dali", "torch", "torchvision"},
 }
-THEIR_OWN = {"accelerate": {"tqdm", "yaml"}, "torchvision": {"PIL"}}  # which they depend on
+THEIR_OWN = {"accelerate": {"tqdm", "yaml"}, "torchvision": {"PIL"}}  # their own dependencies
 programs = pytest.mark.parametrize(
     ("command", "needed"), NEEDED.items(), ids=[" ".join(command).removeprefix("-m ") for command in NEEDED]
 )
 
 
 def run_without(hidden: set[str], command: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python where these modules are not installed; DATA and OUT of a command are folders that do not exist."""
+    """Run Python as if these modules were not installed; DATA and OUT of a command are missing folders."""
     (folder / "sitecustomize.py").write_text(HIDING)
     environment = environment_of_program()
     environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{environment['PYTHONPATH']}", "HIDDEN": " ".join(hidden)}

@@ -1,4 +1,4 @@
-"""Loaders and mixes of other packages give what they are measured for, or say which package is missing."""
+"""Loaders and mixes of other packages produce valid batches, or say which package is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = {
 ON_GPU = ["torch: torchvision.io, GPU", "torch: torchcodec, GPU"]
 LEAST, MOST = (-0.485 / 0.229, 1 - 0.406) / np.float64([1, 0.225])
 
-# What other packages warn of is theirs: torchvision 0.29 of its decoders, and kornia before 0.9 of how it is compiled.
+# Warnings of other packages: torchvision 0.29 about its decoders, kornia before 0.9 about its compilation.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities of TorchVision"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
@@ -51,7 +51,7 @@ def made(make, setting):
 
 
 def images_of(batch, setting):
-    """Return the images of a batch, of which everything holds that holds for all loaders."""
+    """Return the images of a batch after checking what all loaders have in common."""
     images = batch[0]
     assert images.shape == (BATCH, 3, SIZE, SIZE)
     assert images.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Pasting and labels, once boxes are known."""
+"""Pasting and labels for given boxes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_pasting_by_mask_equals_pasting_by_slices(shape, dtype):
 
 @pytest.mark.parametrize("paste", [_paste_by_mask, _paste_by_slices, paste_boxes])
 def test_sources_are_read_unmixed(paste):
-    # A chain in which every image has received before it gives, whichever way one walks.
+    # A chain in which an implementation in place would read changed sources, in any order.
     images = np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(4, axis=1)
     whole = np.tile(np.array([0, 0, 4, 1], np.int32), (6, 1))
     for source_index in (np.roll(np.arange(6), 1), np.roll(np.arange(6), -1)):
@@ -138,7 +138,7 @@ def test_soft_labels_equal_the_oracle_and_sum_to_1(put, fetch, case):
     np.testing.assert_array_equal(
         targets, reference.soft_labels(labels, source_labels, np.array(lam, np.float32), num_classes)
     )
-    # One rounding of 1 - lam, and one of the sum, cancel.
+    # The rounding of 1 - lam and that of the sum cancel.
     assert targets.sum(axis=1).tolist() == [1.0] * len(labels)
 
 

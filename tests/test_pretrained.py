@@ -1,4 +1,4 @@
-"""--pretrained: the files that it reads, whose weights they hold, and what is left fresh or refused."""
+"""--pretrained: which files it reads, which weights it takes, which layers stay random, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest_plugins = ["shared.training_fixtures"]
 
 
 def trained(name="mnasnet0_5", classes=7, seed=1):
-    """A model of torchvision's own whose statistics, too, are not those of a fresh one."""
+    """A torchvision model whose normalisation statistics are not the initial ones either."""
     torch.manual_seed(seed)
     model = torchvision.models.get_model(name, num_classes=classes)
     for part in model.state_dict().values():
@@ -31,14 +31,14 @@ def trained(name="mnasnet0_5", classes=7, seed=1):
 
 
 def under_module(state):
-    """What DistributedDataParallel makes of a state dict, with the versions beside it."""
+    """Return a state dict as DistributedDataParallel has it, including the versions of its modules."""
     moved = OrderedDict((f"module.{name}", value) for name, value in state.items())
     moved._metadata = OrderedDict((f"module.{name}".rstrip("."), about) for name, about in state._metadata.items())
     return moved
 
 
 def of_reference_script(model, **more):
-    """A checkpoint as torchvision's references/classification/train.py writes it."""
+    """Return a checkpoint as torchvision's references/classification/train.py writes it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60])
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
@@ -56,7 +56,7 @@ FILES = {
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["ZIP", "before PyTorch 1.6"])
 @pytest.mark.parametrize("kind", FILES)
-def test_the_weights_of_all_kinds_of_files_are_taken_with_the_average_first(kind, zipped, tmp_path):
+def test_the_weights_of_all_kinds_of_files_are_taken_with_the_ema_first(kind, zipped, tmp_path):
     wanted = trained()
     saved = FILES[kind](wanted, trained(seed=2))
     torch.save(saved, tmp_path / "weights.pth", _use_new_zipfile_serialization=zipped)

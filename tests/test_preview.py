@@ -18,7 +18,7 @@ pytest_plugins = ["shared.training_fixtures"]
 
 
 def error_of(capsys) -> str:
-    """Return the one line on stderr; fails if there are more."""
+    """Return the line on stderr; fail if there is not exactly one."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -59,7 +59,7 @@ def test_a_folder_of_class_folders_will_do_and_few_images_are_drawn_twice(data_f
 
 
 def panels_of(figure, rows, count):
-    """Return the panels of a picture by row name, and check that the rows are called so."""
+    """Return the panels of a picture by row name, and check the names of the rows."""
     named = {row: figure.axes[number * count : (number + 1) * count] for number, row in enumerate(rows)}
     assert [axes[0].get_ylabel() for axes in named.values()] == rows
     assert len(figure.axes) == count * len(rows)
@@ -67,7 +67,7 @@ def panels_of(figure, rows, count):
 
 
 def shown_box(axis):
-    """Return the box drawn in a panel as (y0, x0, y1, x1) of pixels; None where there is none."""
+    """Return the box drawn in a panel as (y0, x0, y1, x1) in pixels, or None."""
     if not axis.patches:
         return None
     (edge,) = axis.patches
@@ -176,7 +176,7 @@ def test_what_cannot_be_drawn_ends_with_one_line(data_folder, tmp_path, monkeypa
 def test_a_wrong_number_ends_with_one_line_that_names_it(data_folder, tmp_path, capsys, option, value):
     try:
         status = main(["preview", str(data_folder), "-o", str(tmp_path / "x.png"), f"--{option}", value])
-    except SystemExit as ended:  # it may be refused while the options are read
+    except SystemExit as ended:  # argparse may already refuse it
         status = ended.code
     assert status in (1, 2)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

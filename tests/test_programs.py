@@ -1,4 +1,4 @@
-"""Programs that tests run are as those of a fresh interpreter, but for the time that it takes to start one."""
+"""Forked test programs behave like programs in a fresh interpreter, but start faster."""
 
 from __future__ import annotations
 

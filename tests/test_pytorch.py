@@ -1,4 +1,4 @@
-"""SaliencyMix on PyTorch tensors: equal to the array functions, at home in a ``DataLoader`` and beside timm."""
+"""SaliencyMix on PyTorch tensors: equal to the array functions, in a ``DataLoader``, and compatible with timm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dali_saliencymix import DETECTORS, MODES, pytorch, saliency_peaks, saliency
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.pytorch import NetworkSaliency, SaliencyMix
 
-# From Python 3.12 on forking a process that has threads is warned of, and NumPy and PyTorch have threads. The workers
-# of a DataLoader are forked by default on Linux: users live with the same.
+# Python 3.12 and later warn if a process with threads forks, and NumPy and PyTorch have threads. On Linux the workers
+# of a DataLoader are forked by default, so users get the same warning.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 
 K = 10
@@ -93,7 +93,7 @@ def mixed_arrays(images, params, modes=("saliencymix",), **options):
 
 
 def targets_by_hand(labels, params, lam, smoothing=0.0):
-    """Return what the targets have to be, image by image."""
+    """Return the expected targets, image by image."""
     targets = np.full((len(lam), K), smoothing / K)
     for row, (receiver, source) in enumerate(zip(labels, labels[params.source_index], strict=True)):
         targets[row, receiver] += (1 - smoothing) * lam[row]
@@ -108,7 +108,7 @@ def targets_by_hand(labels, params, lam, smoothing=0.0):
 @pytest.mark.parametrize("options", MIXES, ids=str)
 def test_equals_the_array_functions(device, draws, options, shape):
     if options.get("preset", "default") == "default":
-        options = {"saliency": "fine_grained", **options}  # has the same integers on both devices
+        options = {"saliency": "fine_grained", **options}  # its maps are exact on both devices
     images, labels = pixels(*shape).to(device), class_ids(shape[0]).to(device)
     mixed, targets = SaliencyMix(K, seed=1, **options)(images, labels)
     (params,) = draws
@@ -396,7 +396,7 @@ def test_another_default_device_changes_nothing(options):
 # Policies
 
 
-def test_each_image_gets_a_way_to_mix_with_its_own_alpha(draws):
+def test_each_image_gets_a_mode_with_its_own_alpha(draws):
     modes, alpha = {"mixup": 1.0, "saliencymix": 3.0}, {"saliencymix": 1e4, "mixup": 1e-3}
     SaliencyMix(2, seed=1, modes=modes, alpha=alpha)(pixels(400, 1, 8, 8), torch.zeros(400, dtype=torch.long))
     (params,) = draws
@@ -407,7 +407,7 @@ def test_each_image_gets_a_way_to_mix_with_its_own_alpha(draws):
     assert (abs(params.lam[~by_saliency] - 0.5) > 0.3).mean() > 0.95
 
 
-def test_one_way_to_mix_for_a_batch(draws):
+def test_one_mode_for_a_batch(draws):
     mix = SaliencyMix(K, seed=1, modes={"cutmix": 1.0, "saliencymix": 1.0}, choose="batch")
     drawn_batches(mix, 12)
     assert all(len(set(params.mode)) == 1 for params in draws)
@@ -538,7 +538,7 @@ BATCHES = 4
 
 
 def loader_of(mix, workers, start="fork", *, seed=None, persistent=False):
-    """Return a loader of batches that look alike: what differs between their targets is drawn."""
+    """Return a loader of equal batches, so that only the random draws make their targets differ."""
     dataset = TensorDataset(pixels(6, 3, 16, 16).repeat(BATCHES, 1, 1, 1), class_ids(6).repeat(BATCHES))
     return DataLoader(
         dataset,
@@ -573,7 +573,7 @@ def test_the_loader_s_generator_repeats_what_workers_draw(own, persistent):
 
     batches = run(3)
     assert len({tuple(targets.flatten().tolist()) for _, targets in batches}) == 2 * BATCHES
-    torch.manual_seed(99)  # of no importance
+    torch.manual_seed(99)  # must not matter
     assert equal_batches(run(3), batches) == [True] * 2 * BATCHES
     assert equal_batches(run(4), batches) == [False] * 2 * BATCHES
     if own:
@@ -582,7 +582,7 @@ def test_the_loader_s_generator_repeats_what_workers_draw(own, persistent):
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))
 def test_every_detector_works_in_a_worker_that_is_forked_after_its_use(name):
-    # A library with threads of its own can hang or die there.
+    # A library with its own threads can hang or crash there.
     mix = SaliencyMix(K, seed=1, saliency=name)
     drawn_batches(mix)
     first, again = (two_epochs(loader_of(mix, 1, seed=3)) for _ in range(2))
@@ -599,7 +599,7 @@ def test_collate_takes_tensors_and_arrays_and_gives_what_the_call_gives():
 
 
 def dicts(count):
-    """Return samples as Hugging Face's data sets have them."""
+    """Return samples in the format of Hugging Face's data sets."""
     return [
         {"pixel_values": image, "labels": label, "name": f"{index}.png", "size": {"height": index}}
         for index, (image, label) in enumerate(
@@ -726,7 +726,7 @@ def test_a_bad_sample_reaches_the_user_out_of_a_worker():
 
 @pytest.fixture
 def compiled():
-    """Return `torch.compile`, which knows of nothing that was compiled before, and does without breaks of the graph."""
+    """Return `torch.compile` with cleared caches and ``fullgraph=True``."""
     torch._dynamo.reset()
 
     def compile_with(backend, *, fullgraph=True, **options):
@@ -737,7 +737,7 @@ def compiled():
 
 
 def step(mix, images, labels):
-    """Return all results of calls that a compiler must neither merge, leave out nor swap."""
+    """Return the results of calls that a compiler must not merge, drop or reorder."""
     first = mix(images, labels)
     second = mix(images, labels)
     mix(images, labels)
@@ -768,11 +768,11 @@ BATCH_SHAPES = [
     [{"return_boxes": True}, {"modes": {"saliencymix": 1.0, "mixup": 1.0}, "label_smoothing": 0.1}],
     ids=str,
 )
-def test_a_step_in_one_graph_has_the_same_bits(compiled, options):
+def test_a_step_in_one_graph_is_bit_identical(compiled, options):
     assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES, **options)
 
 
-def test_images_that_are_made_in_the_graph_are_mixed_with_the_same_bits(compiled):
+def test_images_made_in_the_graph_are_mixed_bit_identically(compiled):
     def augmented(mix, images, labels):
         return step(mix, images.flip(3).bitwise_not(), labels)
 
@@ -785,7 +785,7 @@ def test_images_that_are_made_in_the_graph_are_mixed_with_the_same_bits(compiled
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_a_step_compiled_by_inductor_has_the_same_bits(compiled):
+def test_a_step_compiled_by_inductor_is_bit_identical(compiled):
     shapes = [((count, 3, 16, 16), torch.channels_last) for count in (6, 5)]
     assert_compiled_steps_equal(compiled("inductor", dynamic=True)(step), shapes, return_boxes=True)
 
@@ -795,7 +795,7 @@ def test_vectors_are_taken_in_a_graph(compiled):
 
 
 @pytest.mark.gpu
-def test_a_compiled_step_on_the_gpu_has_the_same_bits(compiled):
+def test_a_compiled_step_on_the_gpu_is_bit_identical(compiled):
     in_graph = compiled("aot_eager")(lambda mix, images, labels: step(mix, images.cuda(), labels.cuda()))
     ours, theirs = (SaliencyMix(K, seed=1, saliency="fine_grained") for _ in range(2))
     images, labels = pixels(6, 3, 16, 16), class_ids(6)
@@ -865,7 +865,7 @@ def test_an_object_of_inference_mode_is_taken_outside_of_it(compiled):
 
 
 def test_the_operator_keeps_the_rules_of_pytorch():
-    mix = SaliencyMix(K, prob=0.0)  # so that all calls return the same
+    mix = SaliencyMix(K, prob=0.0)  # so that all calls return equal results
     for images in (GOOD["images"], pixels(2, 1, 8, 9).to(memory_format=torch.channels_last)):
         torch.library.opcheck(pytorch._mix_in_graph, (images, class_ids(len(images)), mix._handle, K))
 
@@ -979,7 +979,7 @@ def test_image_tensors_of_torchvision_are_taken():
 
 
 class Channel(torch.nn.Module):
-    """Takes one channel of its input for saliency, and keeps what it was given."""
+    """A network that returns one channel of its input as saliency, and records its inputs."""
 
     def __init__(self, channel=0, keep_dimension=False):
         super().__init__()
@@ -1170,7 +1170,7 @@ def test_work_is_enqueued_on_pytorch_s_current_stream(draws, own_stream):
     with torch.cuda.stream(stream):
         images = torch.zeros_like(cpu_images, device="cuda")
         pinned, labels = cpu_images.pin_memory(), class_ids(16).cuda()
-        torch.cuda._sleep(200_000_000)  # the pixels arrive a good while after the call
+        torch.cuda._sleep(200_000_000)  # the pixels arrive long after the call
         images.copy_(pinned, non_blocking=True)
         mixed, _ = mix(images, labels)
         late = mixed.clone()  # reads the result on the same stream

@@ -1,4 +1,4 @@
-"""The README's snippets run as they stand there, and what it refers to exists."""
+"""The snippets of the README run unchanged, and the files and options that it names exist."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_snippet_on_a_dali_pipeline_runs(tmp_path):
     make_sample_data(tmp_path, train=2, val=1)
     names: dict = {}
     source = snippet("pipeline_def").replace('device="mixed"', 'device="cpu"')
-    # A file of its own: DALI reads the source of a pipeline definition.
+    # In a file, since DALI reads the source of a pipeline definition.
     (tmp_path / "job.py").write_text(source)
     exec(compile(source, tmp_path / "job.py", "exec"), names)
     pipeline = names["training_pipeline"](str(tmp_path / "train"), batch_size=4, num_threads=2, device_id=None)

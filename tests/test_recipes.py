@@ -1,4 +1,4 @@
-"""The recipes in configs/: each says what to expect and why, is what its source says, and runs."""
+"""The recipes in configs/: each says what to expect and why, agrees with its source, and runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pytest_plugins = ["shared.training_fixtures"]
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-# And what is published of them.
+# Recipes that are not from the paper, with their published accuracies.
 OTHERS = {"imagenet-resnet50-16epochs": ["73.8"], "imagenet-convnext-tiny": ["82.52"], "imagenette": []}
 PAPERS = [name for name in RECIPES if name not in OTHERS]
 MIXES = ("saliencymix", "cutmix", "none")
-# Few enough images and pixels for a CPU, and the rate in proportion; everything else is as in the file.
+# Fewer images and pixels for a CPU, and the learning rate in proportion; everything else is as in the file.
 SMALL = (
     "--device",
     "cpu",
@@ -106,7 +106,7 @@ def parsed(name, *more):
 
 
 def comment(name):
-    """The fields of the comment that a recipe begins with, and its first line as "title"."""
+    """Return the fields of the comment at the start of a recipe, with its first line as "title"."""
     lines = [line[1:] for line in path_of(name).read_text().splitlines() if line.startswith("#")]
     fields, key = {"title": lines[0].strip()}, "title"
     for line in lines[1:]:
@@ -177,7 +177,7 @@ def test_a_recipe_mixes_as_the_paper_does_unless_it_is_told_otherwise(name):
     assert common[0] == common[1] == common[2]
 
 
-# Of its command for ConvNeXt, with which 8 processes trained: what has the same names and meaning here.
+# The options of torchvision's command for ConvNeXt (8 processes) that have the same name and meaning here.
 TORCHVISION = """--model convnext_tiny --batch-size 128 --opt adamw --lr 1e-3 --lr-warmup-epochs 5 --epochs 600
     --auto-augment ta_wide --random-erase 0.1 --label-smoothing 0.1 --weight-decay 0.05 --norm-weight-decay 0.0
     --train-crop-size 176 --model-ema --val-resize-size 232"""
@@ -187,7 +187,7 @@ def test_the_recipe_for_convnext_is_torchvision_s():
     name = "imagenet-convnext-tiny"
     ours, theirs = parsed(name).config, parse_arguments(["DATA", *TORCHVISION.split()]).config
     assert {option for option in ours if ours[option] != theirs[option]} == {"config", "model_ema_decay"}
-    # 0.99998, every 32 steps, corrected by images of a step, steps and epochs as its training script does.
+    # torchvision updates its EMA every 32 steps with 0.99998, and adjusts the decay by batch size, steps and epochs.
     every_32_steps = 1 - (1 - 0.99998) * 8 * 128 * 32 / 600
     assert ours["model_ema_decay"] ** 32 == pytest.approx(every_32_steps, abs=1e-5)
 
@@ -197,7 +197,7 @@ def test_the_short_recipe_is_modern():
     assert 16 <= args.schedule.epochs <= 40
     assert args.model.precision == "bf16"
     assert args.model.channels_last
-    assert args.optimizer.lr == pytest.approx(1.7 * args.data.batch_size / 4096, rel=0.01)  # FFCV's, in proportion
+    assert args.optimizer.lr == pytest.approx(1.7 * args.data.batch_size / 4096, rel=0.01)  # scaled from FFCV
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""FGSM against closed forms: the gradient of a linear network is known, and so is the worst step for two classes."""
+"""FGSM compared with closed forms: the gradient of a linear network and the worst step for two classes are known."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def convolutional(classes: int = 5) -> nn.Module:
 
 @pytest.fixture
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels in [0, 1], of which some are at the ends, and labels of two classes."""
+    """Pixels in [0, 1], some of them 0 or 1, and labels of two classes."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (40, 3, 4, 4), generator=generator) / 255
     pixels[0], pixels[1] = 0, 1
@@ -50,7 +50,7 @@ def test_a_linear_network_is_attacked_as_the_closed_form_says(batch, epsilon):
     pixels, labels = batch
     model = linear(2)
     attacked, logits = fgsm(model, normalise(pixels), labels, epsilon=epsilon, **NORMALISED)
-    # Of two classes, the loss of one falls along w_own - w_other and rises along its opposite, wherever the image is.
+    # With two classes, the loss falls along w_own - w_other and rises along the opposite, for any image.
     weights = model[1].weight.detach()
     rising = torch.where((labels == 0)[:, None], weights[1] - weights[0], weights[0] - weights[1]).sign()
     expected = (pixels + epsilon * rising.view(-1, 3, 4, 4)).clamp(0, 1)
@@ -69,7 +69,7 @@ def test_no_pixel_moves_further_than_epsilon_or_out_of_range(batch, make, epsilo
     if epsilon == 8 / 255:
         inside = (pixels > epsilon) & (pixels < 1 - epsilon)
         distances = (moved - pixels).abs()[inside]
-        # A pixel that only dead units see has the gradient 0, whose sign is 0.
+        # A pixel that affects only dead units has gradient 0, whose sign is 0.
         assert ((distances - epsilon).abs() < 1e-6).float().mean() > (0.99 if make is convolutional else 0.9999)
 
 
@@ -93,7 +93,7 @@ def test_an_image_is_attacked_alike_in_every_batch_and_the_network_is_left_as_it
 
 
 def test_an_image_that_is_classified_without_doubt_is_attacked_under_autocast_too(batch):
-    """In half precision its gradient would be 0, and the image would stay as it is."""
+    """In half precision its gradient would be 0, and the image would not change."""
     pixels, _ = batch
     model, images = linear(2), normalise(pixels)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_an_image_that_is_classified_without_doubt_is_attacked_under_autocast_to
         attacked, logits = fgsm(model, images, labels, epsilon=0.02, **NORMALISED)
         leaf = images.clone().requires_grad_()
         nn.functional.cross_entropy(model(leaf), labels, reduction="sum").backward()
-    assert (leaf.grad[sure] == 0).all()  # this is how autocast alone would see it
+    assert (leaf.grad[sure] == 0).all()  # with autocast alone the gradient is 0
     assert logits.dtype == attacked.dtype == torch.float32
     inside = (pixels > 0.02) & (pixels < 0.98)
     moved = (pixels_of(attacked) - pixels).abs()
@@ -128,14 +128,14 @@ def test_without_a_step_the_accuracy_is_the_clean_one_and_with_one_it_is_what_th
     slopes = (weights[0] - weights[1]).view(3, -1).abs().sum(dim=1) / torch.tensor(IMAGENET_STD)
     for epsilon in (0.0, 0.004, 0.02, 0.2):
         found = attacked_accuracy(model, loader_of(pixels, labels), ALONE, epsilon=epsilon, **NORMALISED)
-        still_right = own - other > epsilon * slopes.sum()  # a step costs the margin its L1 norm
+        still_right = own - other > epsilon * slopes.sum()  # a step reduces the margin by this
         assert found["images"] == len(labels)
         assert found["epsilon"] == epsilon
         assert found["clean_top1"] == pytest.approx(100 * (own > other).double().mean().item())
         assert found["attacked_top1"] == pytest.approx(100 * still_right.double().mean().item())
         if epsilon == 0:
             assert found["attacked_top1"] == found["clean_top1"] > 0
-    assert found["attacked_top1"] == 0  # the largest step leaves none
+    assert found["attacked_top1"] == 0  # with the largest step, none are right
 
 
 @pytest.mark.parametrize(("text", "epsilon"), [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), ("1e-3", 1e-3)])

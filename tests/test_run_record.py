@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoints: table, TensorBoard, Weights & Biases, report, pictures."""
+"""The records of a run in addition to its checkpoints: table, TensorBoard, Weights & Biases, report, pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from shared.programs import run_program
 from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
-from dali_saliencymix.measure.environment import environment
+from dali_saliencymix.measure.environment import counted, environment
 from dali_saliencymix.measure.results import replace_file
 from dali_saliencymix.training import report as run_report
 from dali_saliencymix.training.lockstep import Preempted
@@ -90,7 +90,7 @@ def test_the_report_has_the_best_and_the_last_epoch_and_where_the_time_went(tmp_
     assert found["lost_records"] == {}
 
 
-def test_the_best_epoch_is_that_of_the_moving_average_where_there_is_one(tmp_path):
+def test_the_best_epoch_is_that_of_the_ema_if_there_is_one(tmp_path):
     with RunLog(tmp_path, FACTS) as record:
         for epoch, (plain, average) in enumerate([(50.0, 20.0), (40.0, 30.0)], start=1):
             record.write_epoch(epoch, 0, epoch, train=TRAIN, val=val(plain), val_ema=val(average), val_seconds=1.0)
@@ -113,7 +113,7 @@ def test_a_resumed_run_replaces_the_rows_of_epochs_done_again_and_adds_to_the_lo
     assert found["seconds"]["all_epochs"] == 5.0
 
 
-def test_a_run_that_is_not_resumed_begins_all_files_anew(tmp_path):
+def test_a_run_that_is_not_resumed_replaces_all_files(tmp_path):
     for _ in range(2):
         with RunLog(tmp_path, FACTS, tensorboard=True) as record:
             epochs(record, 40.0)
@@ -192,15 +192,15 @@ def test_tensorboard_has_steps_and_epochs_over_the_steps_of_the_run(tmp_path):
 def test_a_logger_that_is_not_installed_is_named_with_the_extra(tmp_path, monkeypatch, option, module):
     for name in [name for name in sys.modules if name.startswith(("torch.utils.tensorboard", module))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say: there is none
+    monkeypatch.setitem(sys.modules, module, None)  # makes the import fail
     with pytest.raises(ImportError, match=rf"pip install '\.\[{module}\]'"):
         RunLog(tmp_path, FACTS, **option)
 
 
-# TensorBoard writes in a thread of its own, which ends with a traceback; the record hears of it at the next write.
+# TensorBoard writes in a separate thread, which ends with a traceback; the record gets the error at the next write.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, capsys):
-    """The limit on the size of files stands in for the disk: the system refuses further bytes."""
+    """A limit on the size of files simulates a full disk: further writes fail."""
     others = set(threading.enumerate())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with RunLog(tmp_path, FACTS, tensorboard=True) as record:
@@ -214,16 +214,16 @@ def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, caps
         assert record.lost["log.jsonl"] == record.lost["summary.csv"] == 2
         epochs(record, 50.0, first=4)
     for thread in set(threading.enumerate()) - others:
-        thread.join(60)  # or its traceback would be the next test's
+        thread.join(60)  # else its traceback would appear in the next test
     told = capsys.readouterr().err
     assert told.count("warning: log.jsonl: cannot be written, the training goes on without it") == 2
     assert "File too large" in told
     assert told.count("warning: tensorboard gets nothing more from this run") == 1
     assert report(tmp_path)["lost_records"]["log.jsonl"] == 2
     *_, last = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(last)["epoch"] == 4  # on a line of its own, behind the half line that the full disk left
+    assert json.loads(last)["epoch"] == 4  # on a new line after the incomplete line that the full disk left
     assert before in (tmp_path / "summary.csv").read_text()
-    assert [row["epoch"] for row in table(tmp_path)] == ["1", "2", "3", "4"]  # rows are written again with each epoch
+    assert [row["epoch"] for row in table(tmp_path)] == ["1", "2", "3", "4"]  # each epoch rewrites the table
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -259,7 +259,7 @@ def test_pictures_show_the_pixels_before_the_normalisation(tmp_path):
         any(max(abs(a - b) for a, b in zip(colour, want, strict=True)) <= 1 for colour in colours)
         for want in ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128))
     ]
-    assert close == [True, True, True, True, False]  # the first three on white, and not the fourth
+    assert close == [True, True, True, True, False]  # the first three are on white, the fourth is not
 
 
 def test_a_gpu_is_asked_for_its_jpeg_engine_and_a_cpu_is_not():
@@ -273,7 +273,7 @@ def test_the_environment_names_processor_and_state_of_the_code():
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
     assert "tensorboard" in found["versions"]
-    assert found["device"] == f"CPU, {torch.get_num_threads()} threads"
+    assert found["device"] == f"CPU, {counted(torch.get_num_threads(), 'threads')}"
     assert found["cuda"] is None
     assert 1 <= found["cores"] <= len(os.sched_getaffinity(0))  # a container may have a quota
     if "COMMIT" not in os.environ and (Path(__file__).parents[1] / ".git").exists():

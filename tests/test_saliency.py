@@ -1,4 +1,4 @@
-"""The detectors against OpenCV, against the oracle, and the contract that all of them share."""
+"""The detectors compared with OpenCV and with the oracle, and properties that all of them have."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def two_levels(height: int, width: int) -> np.ndarray:
 
 
 def concentric() -> np.ndarray:
-    """Return an image whose centre is much darker than what is near and much brighter than what is far, or reverse."""
+    """Return an image whose centre is much darker than near pixels and much brighter than far ones, or the reverse."""
     image = np.full((169, 169, 3), 91, np.uint8)
     for half, level in ((31, 113), (22, 253), (1, 34)):
         image[84 - half : 84 + half, 84 - half : 84 + half] = level
@@ -72,7 +72,7 @@ def synthetic_images() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", synthetic_images())
-def test_fine_grained_equals_opencv_bit_for_bit(name, put, fetch):
+def test_fine_grained_equals_opencv_bit_exactly(name, put, fetch):
     image = synthetic_images()[name]
     np.testing.assert_array_equal(fetch(fine_grained(put(image[None])))[0], opencv_map("FineGrained", image))
 
@@ -80,7 +80,7 @@ def test_fine_grained_equals_opencv_bit_for_bit(name, put, fetch):
 def test_fine_grained_equals_opencv_where_on_and_off_add_up_to_more_than_8_bits(put, fetch):
     image = concentric()
     expected = opencv_map("FineGrained", image)
-    assert round(float(expected[84, 84]) * 255) == 50  # of 306, more than any other pixel has
+    assert round(float(expected[84, 84]) * 255) == 50  # 306 in 8 bits, the largest sum
     np.testing.assert_array_equal(fetch(fine_grained(put(image[None])))[0], expected)
 
 
@@ -92,7 +92,7 @@ def test_fine_grained_equals_opencv_where_float32_sums_round(low, put, fetch):
 
 
 def test_fine_grained_equals_opencv_on_photos(jpeg_images):
-    # The largest of them sums to more than 2**24, where only NumPy's order of summation is OpenCV's.
+    # The sum of the largest photo exceeds 2**24, where the order of summation must be OpenCV's, as in NumPy.
     assert max(int(luma(image[None]).sum()) for image in jpeg_images) > 2**24
     for image in jpeg_images:
         np.testing.assert_array_equal(fine_grained(image[None])[0], opencv_map("FineGrained", image))
@@ -117,12 +117,12 @@ def test_spectral_residual_equals_opencv_on_photos(jpeg_images, put, fetch):
         expected = opencv_map("SpectralResidual", image)
         found = fetch(spectral_residual(put(image[None])))[0]
         found = cv2.resize(found, image.shape[1::-1], interpolation=cv2.INTER_LINEAR_EXACT)
-        # OpenCV's phase angles are accurate to 1.7e-4, which the square doubles where all bins add up. Worst of 410
-        # pictures like these 9.4e-5, of 200 photos from ImageNet 7.3e-5; an image of two levels can reach 4e-3, for
-        # many of its bins are rounding errors.
+        # OpenCV's phase angles are accurate to 1.7e-4, and the square doubles this error if all bins add up. The
+        # largest error was 9.4e-5 for 410 pictures like these and 7.3e-5 for 200 photos from ImageNet. An image of two
+        # levels can reach 4e-3, since many of its bins are rounding errors.
         np.testing.assert_allclose(found, expected, rtol=0, atol=3e-4)
         same_peak.append(found.argmax() == expected.argmax())
-    assert np.mean(same_peak) >= 0.9  # 1.0 of all those pictures and photos
+    assert np.mean(same_peak) >= 0.9  # measured for those pictures and photos: 1.0
 
 
 @pytest.mark.parametrize("size", [(2, 2), (3, 5), (8, 8), (37, 23), (63, 64), (64, 64), (40, 100), (224, 224)])
@@ -131,7 +131,7 @@ def test_spectral_residual_equals_the_oracle_at_the_size_of_the_map(size, put, f
     map_size = min(64, size[0]), min(64, size[1])
     found = fetch(spectral_residual(put(image[None])))[0]
     assert found.shape == map_size
-    # Single precision against double: 7e-7 with SciPy's FFT, and 7e-6 in the worst of 200 draws of `worst_fft`.
+    # Error of single precision: 7e-7 with SciPy's FFT, and 7e-6 in the worst of 200 draws of `worst_fft`.
     np.testing.assert_allclose(found, reference.spectral_residual(opencv_grey(image, map_size)), rtol=0, atol=2e-5)
 
 
@@ -163,7 +163,7 @@ EMPTY_BINS = ["stripes", "faint stripes", "rows", "tiles", "square", "cross", "d
 
 
 def with_empty_bins(kind: str, height: int, width: int) -> np.ndarray:
-    """Return an image many or some of whose bins are 0, at most sizes, but for rounding."""
+    """Return an image with bins that are 0 except for rounding, at most sizes."""
     image = np.full((height, width, 3), 0 if kind == "dots" else 240, np.uint8)
     if kind == "stripes":
         image[:, width // 3] = 7
@@ -204,11 +204,11 @@ def test_phase_spectrum_of_what_stands_out_in_the_outermost_pixels_alone_is_zero
 
 
 def worst_fft() -> SimpleNamespace:
-    """Return FFTs that are as far off as those of any library may be.
+    """Return FFTs with the largest error that those of any library may have.
 
-    cuFFT is documented to have an error that grows with log2(size): here it is the unit roundoff times that, relative
-    to the norm. Float32 transforms by Bluestein's algorithm have a third of this, SciPy's a tenth. In float64 every bin
-    of a forward transform is off by the bound from which `spectral._EMPTY_BIN` follows.
+    The documented error of cuFFT grows with log2(size). Here the error is this times the unit roundoff, relative to the
+    norm. Float32 transforms by Bluestein's algorithm have a third of this error, SciPy's a tenth. In float64, the error
+    of each bin of a forward transform is the bound from which `spectral._EMPTY_BIN` follows.
     """
     rng = np.random.default_rng(0)
 
@@ -278,7 +278,7 @@ def test_image_signature_equals_the_oracle_on_photos(jpeg_images, put, fetch):
         np.testing.assert_allclose(found, reference.image_signature(small), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("seed", [2, 4, 20])  # single precision gets a sign wrong there: differences of 0.03 to 0.05
+@pytest.mark.parametrize("seed", [2, 4, 20])  # in single precision a sign would be wrong: differences of 0.03 to 0.05
 def test_image_signature_has_the_signs_of_small_coefficients(seed, put, fetch):
     image = cv2.GaussianBlur(noise(37, 23, seed=seed), (0, 0), 6)
     found = fetch(image_signature(put(image[None])))[0]
@@ -349,7 +349,7 @@ def test_frequency_tuned_for_a_gpu_equals_that_for_a_cpu(jpeg_images):
 
 
 def colours(step: int) -> np.ndarray:
-    """All colours whose levels are multiples of `step` or 255, in one row of pixels."""
+    """Return all colours whose levels are multiples of `step` or 255, as one row of pixels."""
     levels = sorted({*range(0, 256, step), 255})
     return np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3).astype(np.uint8)
 
@@ -362,7 +362,7 @@ def test_lab_equals_the_oracle(put, fetch):
 
 
 def test_lab_is_near_to_opencv_s(put, fetch):
-    # OpenCV interpolates in a table.
+    # OpenCV interpolates in a lookup table.
     image = colours(5)
     expected = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2Lab)
     found = fetch(lab(channel_planes(put(image[None]))))[0].transpose(1, 2, 0)

@@ -1,4 +1,4 @@
-"""The sample data: repeatable, real JPEG files of many shapes, with something in them for saliency to find."""
+"""The sample data: reproducible, real JPEG files of many shapes, with salient objects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HUES = {"red": 0, "orange": 29, "yellow": 58, "green": 119, "cyan": 180, "blue":
 
 @pytest.fixture(scope="module")
 def opened() -> list[tuple[str, Image.Image]]:
-    """Class and image, 12 of each class."""
+    """Pairs of class and image, 12 of each class."""
     streams = [(name, io.BytesIO(sample_jpeg("train", name, i))) for name in CLASSES for i in range(12)]
     return [(name, Image.open(stream)) for name, stream in streams]
 
 
 def object_of(image: Image.Image) -> np.ndarray:
-    """Return where the object is, which alone has strong colours: (H, W) bool."""
+    """Return the mask of the object, which alone has strong colours: (H, W) bool."""
     return np.asarray(image.convert("HSV"))[..., 1] > 130
 
 
@@ -82,7 +82,7 @@ def test_objects_have_the_colour_of_their_class_and_lie_anywhere(opened):
 def test_the_saliency_peak_lies_on_the_object_much_more_often_than_a_random_point(opened, detector):
     """Objects cover 11 % of the images. Measured: 99 % of the peaks of most detectors are within 4 pixels of one.
 
-    Of those of phase_spectrum, whose blur is wide, 83 % are.
+    For phase_spectrum, whose blur is wide, it is 83 %.
     """
     on, near, area = [], [], []
     for _, image in opened:

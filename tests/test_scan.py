@@ -1,4 +1,4 @@
-"""The scan of a data set: its lists, its report, and that nothing a file does can end it."""
+"""The scan of a data set: its lists, its report, and that no file can end it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ADDED = {  # file below train/, content, kind, excluded
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A data set with bad files and, in front of all others, a class without files. Not to be changed."""
+    """A data set with bad files, whose first class has no files. Tests must not change it."""
     root = tmp_path_factory.mktemp("scanned") / "data"
     make_sample_data(root, train=3, val=1)
     (root / "train" / "a_class_without_files").mkdir()
@@ -50,7 +50,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scanned(data, tmp_path_factory):
-    """The output folder of a scan of `data` by the command, and the ended process."""
+    """The output folder of a scan of `data` by the command, and the completed process."""
     output = tmp_path_factory.mktemp("output") / "made" / "scan"
     return output, run_program("-m", "dali_saliencymix", "scan", data, "-o", output, check=False)
 
@@ -160,7 +160,7 @@ def test_a_file_that_never_ends_is_given_up(tmp_path, monkeypatch):
     make_sample_data(tmp_path / "data", train=1, val=1)
     pipe = tmp_path / "data" / "val" / "red_square" / "pipe.jpg"
     pipe.touch()
-    monkeypatch.setattr(scan_module, "list_image_folder", list_image_folder)  # to be put back
+    monkeypatch.setattr(scan_module, "list_image_folder", list_image_folder)  # so that monkeypatch restores it
     stall_once_listed(scan_module, pipe)
     result = scan(tmp_path / "data", timeout=3)
     (finding,) = result.report["parts"]["val"]["findings"]
@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
     make_sample_data(tmp_path / "data", train=1, val=1)
     pipe = tmp_path / "data" / "train" / "red_square" / "pipe.jpg"
     pipe.touch()
-    # What a shell runs in the background has Ctrl-C ignored, and so would the tests that it runs, and their programs.
+    # A shell starts background jobs with SIGINT ignored, and the tests and their programs would inherit that.
     program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "from shared.pipes import stall_once_listed; from dali_saliencymix.datasets import scan; "
     program += f"stall_once_listed(scan, {str(pipe)!r}); "
@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
         start_new_session=True,
         env=environment_of_program(),
     )
-    other_end = _opened_once_it_is_read(pipe)  # so a worker is in the middle of the scan
+    other_end = _opened_once_it_is_read(pipe)  # so a worker is in the middle of its work
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes get it
@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_neither_files_nor_processes(tmp_path):
 
 
 def test_a_worker_that_is_starting_does_not_get_ctrl_c():
-    """Python unblocks the signal when it starts the first process, so this is one."""
+    """Python unblocks the signal when it starts its first process, so the test covers the first one."""
     program = "import multiprocessing; from shared import scan_tasks; from dali_saliencymix.datasets import scan\n"
     program += "worker = multiprocessing.get_context('spawn').Process(target=scan_tasks.print_blocked)\n"
     program += "with scan._interrupts_for_later(): worker.start()\n"
@@ -219,7 +219,7 @@ def _opened_once_it_is_read(pipe: Path) -> int:
             if pipe.is_fifo():
                 return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # which stands for: nobody reads it yet
+            if error.errno != errno.ENXIO:  # no process reads it yet
                 raise
         time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""What changes over a training: learning rate, image size, mixing, and which steps make an update."""
+"""Schedules of a training run: learning rate, image size, mixing, and the steps of each update."""
 
 from __future__ import annotations
 

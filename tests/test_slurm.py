@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's commands: two machines, the end of the time, the job that goes on."""
+"""The Slurm script with stand-ins for Slurm's commands: two machines, the time limit, the requeued job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest_plugins = ["shared.training_fixtures"]
 
 SCRIPT = REPOSITORY / "configs" / "slurm" / "train.sbatch"
 STAND_INS = {
-    # Runs the command once for each machine of the job, and ends as its first failing task does.
+    # Runs the command once for each machine of the job, and ends with the status of the first task that fails.
     "srun": """
         for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
             SLURM_NODEID=$node "${@:2}" & echo $! >>"$SLURM_TMP/tasks"; tasks+=($!)
@@ -45,7 +45,7 @@ def job(tmp_path, data_folder):
         path.parent.mkdir(exist_ok=True)
         path.write_text("#!/bin/bash\n" + text)
         path.chmod(0o755)
-    with socket.socket() as free:  # the script makes a port of the number of the job
+    with socket.socket() as free:  # the script derives a port from the job id
         free.bind(("localhost", 0))
         number = 20000 + free.getsockname()[1] % 20000
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RANK", "MASTER"))}
@@ -80,7 +80,7 @@ def calls(tmp_path):
 
 
 def test_a_job_on_two_machines_is_stopped_in_time_queued_again_and_goes_on(job, tmp_path):
-    # So many epochs that it is stopped in one of them.
+    # So many epochs that the job is stopped within one.
     running = job("--epochs", "400")
     log = tmp_path / "out" / "log.jsonl"
     while not (log.exists() and any(line["event"] == "epoch" for line in read_log(log.parent))):

@@ -1,4 +1,4 @@
-"""Whole runs of train.py on the CPU: what they show, log and save, and that each option reaches the batches."""
+"""Whole runs of train.py on the CPU: what they print, log and save, and that each option affects the batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = TRAIN_IMAGES // 8
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Collect all batches that loaders give, and the logits that the loss gets."""
+    """Record all batches of the loaders, and the logits that the loss gets."""
     batches, logits = [], []
     real_iter, real_loss = Loader.__iter__, metrics.mixed_cross_entropy
 
@@ -80,7 +80,7 @@ def test_the_log_begins_with_what_the_result_depends_on_and_has_a_line_for_each_
     expected |= {"world_size": 1, "train_dir": str(data_folder / "train"), "preset": "default"}
     assert expected.items() <= config.items()
     assert {"python", "torch", "torchvision", "numpy"} < set(start["versions"])
-    assert start["device"] == "CPU, 1 threads"
+    assert start["device"] == "CPU, 1 thread"
     assert [(line["event"], line["epoch"]) for line in epochs] == [("epoch", 1), ("epoch", 2)]
     for line in epochs:
         assert line["train"]["images"] == TRAIN_IMAGES
@@ -198,7 +198,7 @@ def test_without_mixing_all_labels_are_pure(data_folder, tmp_path, train_here, s
     ],
     ids=" ".join,
 )
-def test_ways_to_mix_reach_the_batches(data_folder, tmp_path, train_here, seen, options):
+def test_modes_reach_the_batches(data_folder, tmp_path, train_here, seen, options):
     ended = train_here(data_folder, *TINY, "--epochs", "1", *options, "--output-dir", tmp_path / "run")
     assert ended.status == 0
     lam = torch.stack([batch[3] for batch in seen[0][:STEPS]])
@@ -219,7 +219,7 @@ def test_a_loader_that_starves_the_training_is_named_once(data_folder, tmp_path,
 
     def slow(loader):
         for batch in whole(loader):
-            now[0] += 1.0  # and steps take no time
+            now[0] += 1.0  # steps take no time
             yield batch
 
     monkeypatch.setattr(Loader, "__iter__", slow)
@@ -279,7 +279,7 @@ def test_the_last_line_says_how_long_it_took(full_run):
 
 @pytest.fixture(scope="module")
 def single_images(data_folder, tmp_path_factory):
-    """24 training images, each in a class of its own, so that its label says which image it is."""
+    """24 training images, each in its own class, so that the label identifies the image."""
     root = tmp_path_factory.mktemp("single")
     files = list_image_folder(data_folder / "train").files[:24]
     for number, file in enumerate(files):
@@ -311,7 +311,7 @@ def phases_run(single_images, tmp_path_factory):
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "__iter__", recorded)
-        torch.set_num_threads(1)  # as `train_here` does: with more, sums have other bits
+        torch.set_num_threads(1)  # like `train_here`, since sums differ with more threads
         args = parse_arguments([str(single_images), *TINY, *PHASES, "--output-dir", str(output_dir)])
         train.run(args, Processes(0, 0, 1, torch.device("cpu")))
     torch.set_num_threads(threads)
@@ -368,7 +368,7 @@ def test_the_banner_counts_accumulated_steps_in_the_global_batch(single_images, 
     assert "global batch 16 (4 a process, 1 process, 4 steps an update), 6 steps per epoch, 4 epochs" in ended.out
 
 
-def test_the_moving_average_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
+def test_the_ema_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
     output_dir, _ = phases_run
     _, *epochs = read_log(output_dir)
     last = epochs[-1]
@@ -403,7 +403,7 @@ def test_a_short_run_trains_only_and_saves_nothing(data_folder, tmp_path, train_
 def test_evaluating_needs_no_training_images(full_run, own_data, tmp_path, train_here):
     shutil.rmtree(own_data / "train")
     options = ("--output-dir", full_run[0], "--resume", "auto", "--test-only", "--report", tmp_path / "report.json")
-    ended = train_here(own_data, *TINY, *options, "--norm-weight-decay", "0")  # of no interest here
+    ended = train_here(own_data, *TINY, *options, "--norm-weight-decay", "0")  # not relevant here
     assert ended.status == 0
     assert f"top-1 {read_log(full_run[0])[-1]['val']['top1']:.2f} %" in ended.out
 
@@ -443,7 +443,7 @@ def test_float16_survives_steps_without_a_loss_that_the_scaler_leaves_out(
 
 
 def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(data_folder, tmp_path, train_here, monkeypatch):
-    """With the tracing of torch.compile, but not its compiler of kernels, which takes a minute."""
+    """Use the tracing of torch.compile without Inductor, which takes a minute."""
     compiled = []
 
     def backend(graph, inputs):
@@ -480,7 +480,7 @@ def test_synthetic_data_needs_no_folder(tmp_path, train_here):
     assert "4 classes, 16 images, 16 for validation  |  batches by synthetic" in ended.out
 
 
-# Counts how often gradients are exchanged in an epoch of accumulated steps, and compares the weights afterwards.
+# Counts the all-reduces in an epoch of accumulated steps, and compares the weights afterwards.
 ACCUMULATED = """
 import json, sys
 import torch
@@ -505,7 +505,7 @@ distributed.stop_processes()
 """
 
 
-def test_processes_exchange_gradients_once_for_each_update(data_folder, tmp_path):
+def test_gradients_are_all_reduced_once_per_update(data_folder, tmp_path):
     (tmp_path / "accumulated.py").write_text(ACCUMULATED)
     options = ("-b", "8", "--accumulation-steps", "2")  # three steps: a group of two and one of one
     torchrun(tmp_path / "accumulated.py", tmp_path / "result.json", data_folder, *TINY, *options)

@@ -1,4 +1,4 @@
-"""What train.py says when something is wrong: one line that names the file, the folder or the value."""
+"""Errors of train.py: one line that names the file, the folder or the value."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_bad_data_ends_with_one_line_that_names_the_file_or_folder(case, own_dat
     assert not list(tmp_path.rglob("*.pt"))
 
 
-# A program of its own, for it may crash: DALI 2.4 leaves threads at work on a batch that its decoder has given up.
+# In a separate program, since it may crash: DALI 2.4 leaves threads running on a batch that its decoder has given up.
 LOAD_UNTIL_IT_FAILS = """
 import sys, torch
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -147,7 +147,7 @@ def test_asking_for_a_gpu_that_is_not_there_is_refused_at_once(data_folder, tmp_
 
 def test_a_disk_that_is_full_ends_with_one_line_and_without_half_a_checkpoint(data_folder, tmp_path, train_here):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # the system refuses to make a file larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))  # larger files are an error, as on a full disk
     try:
         ended = train_here(data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run")
     finally:

@@ -1,4 +1,4 @@
-"""Stopping train.py and going on: with the same bits, with the same data only, and without losing another run."""
+"""Stopping and resuming train.py: bit-identically, only with the same data, and without overwriting another run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = TRAIN_PER_CLASS * CLASS_COUNT // 8
 
 @pytest.fixture
 def half_run(full_run, data_folder, tmp_path, train_here, monkeypatch):
-    """The output folder of the same run, interrupted by the user in the second epoch."""
+    """The output folder of the same run, interrupted with Ctrl-C in the second epoch."""
     real, calls = metrics.mixed_cross_entropy, []
 
     def interrupted(*batch):
@@ -64,7 +64,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(full_run, half_run, 
 def test_another_network_and_optimiser_end_with_the_same_bits_and_resume_with_no_other_optimiser(
     data_folder, tmp_path, train_here
 ):
-    """MNASNet has dropout, and reads no weights without the version that PyTorch keeps beside them."""
+    """MNASNet has dropout, and does not load weights without the version that PyTorch stores with them."""
     options = (data_folder, *TINY, "-a", "mnasnet0_5", "--epochs", "1", "--training-only", "-b", "12")
     adamw = ("--opt", "adamw", "--lr", "0.001", "--model-ema", "--model-ema-decay", "0.5")
     assert train_here(*options, *adamw, "--output-dir", tmp_path / "whole").status == 0
@@ -80,11 +80,11 @@ def test_another_network_and_optimiser_end_with_the_same_bits_and_resume_with_no
     for one, other in zip(*(each["optimizer"]["state"].values() for each in (whole, parts)), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
     evaluated = (*options, *resumed, "--evaluate")
-    assert train_here(*evaluated).status == 0  # whatever the optimiser
+    assert train_here(*evaluated).status == 0  # with any optimiser
     picture = next((data_folder / "val").rglob("*.jpg"))
     ended = train_here(*evaluated, "--cam", picture)
     assert "class activation maps need a network that ends in a global average pooling" in ended.error
-    assert "top-1" not in ended.out  # nothing was computed
+    assert "top-1" not in ended.out  # no validation ran
 
 
 def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, data_folder, own_data, train_here):
@@ -129,7 +129,7 @@ def test_other_options_of_the_training_count_and_are_named(half_run, data_folder
     assert line.startswith(f"warning: {half_run / LAST}: options differ from the checkpoint, and the new values ")
     assert line.endswith(f" apply: {changed}")
     assert load_checkpoint(half_run / LAST)["config"]["lr"] == 0.02
-    assert read_log(half_run)[-1]["train"]["lr"] == pytest.approx(0.02 / 2)  # half of the cosine is over
+    assert read_log(half_run)[-1]["train"]["lr"] == pytest.approx(0.02 / 2)  # half-way through the cosine
     assert "warning" not in train_here(*options, "--lr", "0.02", "--accumulation-steps", "2").err
 
 
@@ -155,7 +155,7 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     )
     saved = load_checkpoint(half_run / LAST)
     assert (saved["epoch"], saved["step"], saved["restarts"]) == (1, 3, 1)
-    assert train_here(*options).status == 0  # and from there on it is resumed like any other
+    assert train_here(*options).status == 0  # from then on it resumes like any other run
     (*_, line) = (line for line in read_log(half_run) if line["event"] == "epoch")
     assert (line["epoch"], line["train"]["images"]) == (2, 48)
 
@@ -205,7 +205,7 @@ def test_going_on_from_another_runs_checkpoint_does_not_overwrite_a_run(full_run
     assert (half_run / LAST).read_bytes() == before
 
 
-def test_resume_auto_starts_anew_where_there_is_nothing_yet(data_folder, tmp_path, train_here):
+def test_resume_auto_starts_from_scratch_without_a_checkpoint(data_folder, tmp_path, train_here):
     ended = train_here(data_folder, *TINY, "--epochs", "1", "--resume", "auto", "--output-dir", tmp_path / "new")
     assert ended.status == 0
     assert "starting from scratch" in ended.out

@@ -1,4 +1,4 @@
-"""Faster R-CNN from the backbone of a classifier: what is taken over, and whole runs on a small set in VOC's form."""
+"""Faster R-CNN from the backbone of a classifier: its weights, and whole runs on a small set in VOC's format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = (
 
 
 def classifier_of(arch: str, seed: int = 0) -> dict:
-    """Return what transfer_voc.py reads of a classifier's checkpoint, with statistics as a training leaves them."""
+    """Return the parts of a classifier's checkpoint that transfer_voc.py reads, with non-initial statistics."""
     torch.manual_seed(seed)
     model = torchvision.models.get_model(arch, num_classes=8)
     model.train()
@@ -53,7 +53,7 @@ def checkpoint(resnet18, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_run(voc, checkpoint, tmp_path_factory):
-    """The output folder and the ended process of a run that nothing disturbed. Not to be changed."""
+    """The output folder and the result of an uninterrupted run. Tests must not change it."""
     output_dir = tmp_path_factory.mktemp("whole") / "made" / "by the run"
     options = ("--checkpoint", checkpoint, *TINY, "--output-dir", output_dir)
     return output_dir, run_program("transfer_voc.py", voc, *options)
@@ -61,12 +61,12 @@ def whole_run(voc, checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def transfer_here(monkeypatch, capfd):
-    """Return a function that runs the script in this process, on one thread as the program does."""
+    """Return a function that runs the script in this process, on one thread like the program."""
     yield from script_here(transfer_voc, monkeypatch, capfd)
 
 
 def test_the_detector_is_torchvisions_own(tmp_path):
-    """Same tensors as in its Faster R-CNN of VOC's classes with frozen normalisation, same anchors, same sizes."""
+    """The tensors, anchors and sizes equal those of torchvision's Faster R-CNN with frozen normalisation."""
     model, taken = transfer_voc.build_detector(
         classifier_of("resnet50"), tmp_path, trainable_layers=3, min_size=800, max_size=1333
     )
@@ -136,12 +136,12 @@ def test_steps_on_a_batch_lower_its_loss(resnet18, voc, tmp_path):
     images = VocImages(voc, ["2007:trainval"])
     shown = [images[number, False] for number in (0, 1)]
     targets = [training_target(objects, torch.device("cpu")) for _, objects in shown]
-    assert len(targets[1]["boxes"]) == 1  # the other object there is difficult
+    assert len(targets[1]["boxes"]) == 1  # the other object in this image is difficult
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9)
     losses = []
     model.train()
     for _ in range(6):
-        torch.manual_seed(2)  # the same regions are drawn, as far as the proposals are the same
+        torch.manual_seed(2)  # draws the same regions if the proposals are equal
         loss = sum(model([image for image, _ in shown], targets).values())
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""VOC's annotations and order of images, and its average precision against a count by the definition."""
+"""VOC's annotations and order of images, and its average precision compared with a count by the definition."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_boxes_hold_exactly_the_pixels_of_their_objects(voc):
             assert 0 <= image.min() < image.max() <= 1
             for box, label in zip(objects.boxes.int().tolist(), objects.labels.tolist(), strict=True):
                 colour = torch.tensor(COLOURS[CLASSES[label - 1]])[:, None, None] / 255
-                like = (image - colour).abs().amax(dim=0) < 0.15  # but for what JPEG does at the edges
+                like = (image - colour).abs().amax(dim=0) < 0.15  # except JPEG artefacts at the edges
                 x0, y0, x1, y1 = box
                 assert like[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1].float().mean() > 0.97
                 around = like.clone()
@@ -105,7 +105,7 @@ def test_each_pass_gives_every_image_once_in_another_order():
     assert len({tuple(number for number, _ in each) for each in passes}) == 6
     mirrored = Counter(mirror for _, mirror in flat)
     assert min(mirrored[True], mirrored[False]) > 10
-    assert order(5, 14) == batches[5:]  # begun in the middle of a pass
+    assert order(5, 14) == batches[5:]  # starting in the middle of a pass
     assert order(0, 14, seed=4) != batches
 
 
@@ -140,7 +140,7 @@ def test_a_class_without_objects_has_no_average_precision():
 
 
 def overlap(first, second) -> Fraction:
-    """Intersection over union of boxes of whole numbers, exact."""
+    """Return the exact intersection over union of integer boxes."""
     first, second = ([int(edge) for edge in box] for box in (first, second))
     sides = [min(first[k + 2], second[k + 2]) - max(first[k], second[k]) for k in (0, 1)]
     common = max(sides[0], 0) * max(sides[1], 0)

@@ -1,4 +1,4 @@
-"""A process that stands still is ended, and says what it waited for: real processes, and files that give nothing."""
+"""The watchdog ends a process that hangs and reports what it waits for; with real processes and files that block."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     (line,) = (line for line in ended.stderr.splitlines() if "error:" in line)
     assert "process 3: no progress for " in line
     assert line.endswith(f"(--stall-timeout 2) while waiting for data; no answer from {file}")
-    assert "in share_outputs" in ended.stderr  # the stack of the thread that waits
+    assert "in share_outputs" in ended.stderr  # the stack of the waiting thread
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how, s
     assert line.endswith(f"(--stall-timeout 1) while {doing}")
 
 
-# Suspended for longer than any of the watchdog's limits, of which the longest is six times what it is told.
+# Suspended for longer than all limits of the watchdog; the longest is six times its option.
 @pytest.mark.parametrize("how", ["suspended", "beats for four times as long as it may stand still"])
 def test_a_process_that_goes_on_is_left_alone(tmp_path, how):
     (tmp_path / "hang.py").write_text(HANG)
@@ -99,7 +99,7 @@ def test_files_that_answer_are_told_from_those_that_do_not(tmp_path, monkeypatch
     end = os.open(pipe, os.O_RDWR)  # opens at once, and reading waits
     with open(whole, "rb"), open(elsewhere, "rb"):
         silent, known = stalled_files([str(tmp_path / "data")])
-    os.write(end, b"x")  # for the thread that reads
+    os.write(end, b"x")  # unblocks the thread that reads
     os.close(end)
     assert silent == [str(pipe)]
     assert sorted(known) == [str(whole), str(pipe)]

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: what they hold, and that the installed package does without the rest of the repository."""
+"""The wheel and the sdist: their content, and that the installed package works without the rest of the repository."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ print(tuple(mixed.shape), tuple(targets.shape), targets.sum().item())
 
 
 def source_files() -> set[str]:
-    """Return the files of the repository: those that git tracks, or all where it came without git, as from an sdist."""
+    """Return the files of the repository: those that git tracks, or all files if there is no git, as in an sdist."""
     if (REPOSITORY / ".git").exists():
         command = ["git", "ls-files", "-z"]
         listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -85,7 +85,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(built, tmp_path_factory) -> Path:
-    """The folder that the wheel is unpacked into."""
+    """The folder with the unpacked wheel."""
     (file,) = built.glob("*.whl")
     folder = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(file) as archive:
@@ -95,16 +95,16 @@ def wheel(built, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(wheel, tmp_path_factory):
-    """Return a function that runs Python with the wheel, in a folder of its own, and returns what it writes to stdout.
+    """Return a function that runs Python with the wheel, in a separate folder, and returns its stdout.
 
-    Python does not read the .pth files of an editable install (-S), and finds other packages where this process does,
-    but for a checkout.
+    Python does not read the .pth files of an editable install (-S). It finds other packages where this process does,
+    except in a checkout.
     """
     here = tmp_path_factory.mktemp("elsewhere")
     others = [entry for entry in sys.path if entry and not Path(entry, "pyproject.toml").exists()]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": os.pathsep.join([str(wheel), *others])}
-    # Kernels at a new place would be compiled anew, for half of a minute.
+    # Numba would compile kernels at a new path from scratch, which takes half a minute.
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NUMBA_DISABLE_JIT": "1"}
 
     def run(*arguments: str) -> str:
@@ -118,7 +118,7 @@ def run(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(run, tmp_path_factory) -> str:
-    """A data set that the wheel makes."""
+    """A data set made with the wheel."""
     root = tmp_path_factory.mktemp("data")
     run("-m", "dali_saliencymix", "sample-data", str(root), "--train", "2", "--val", "1")
     return str(root)

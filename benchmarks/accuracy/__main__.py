@@ -1,4 +1,4 @@
-"""Train a network on CIFAR-10 with several ways to mix, many times, and compare: what the file of -o lacks is run."""
+"""Train a network on CIFAR-10 many times with several mixing modes, and compare: run what the file of -o lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from benchmarks.accuracy.summary import TABLES
 
 _TEST_IMAGES = 10_000
 _TRAINING_IMAGES = 50_000
-_LEAST_STEPS = 5  # what the schedule of the learning rate needs
+_LEAST_STEPS = 5  # minimum for the learning rate schedule
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -37,18 +37,22 @@ def _arguments() -> argparse.Namespace:
     parser = program.parser(__doc__, "output", "device", "batch_size", batch_size=128)
     positive, share = program.positive, program.share
     parser.add_argument(
-        "data", nargs="?", type=Path, metavar="DATA", help="CIFAR-10, its files or mosaics; without it -o is shown only"
+        "data",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="CIFAR-10, its files or mosaics; without it, only print the tables of -o",
     )
     parser.add_argument("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
-    parser.add_argument("--width", type=positive, help=f"of resnet9 (default: {WIDTH})")
+    parser.add_argument("--width", type=positive, help=f"width of resnet9 (default: {WIDTH})")
     parser.add_argument("--epochs", type=positive, default=24, help="default: %(default)s")
     parser.add_argument(
         "--images",
         type=positive,
         default=_TRAINING_IMAGES,
-        help="for training, equally many of each class (default: all)",
+        help="training images, equally many of each class (default: all)",
     )
-    parser.add_argument("--lr", type=program.positive_number, help="default: 0.1 for each 128 images of a batch")
+    parser.add_argument("--lr", type=program.positive_number, help="default: 0.1 per 128 images of a batch")
     parser.add_argument("--weight-decay", type=program.positive_number, default=5e-4, help="default: %(default)s")
     parser.add_argument("--prob", type=share, default=0.5, help="probability of mixing (default: %(default)s)")
     parser.add_argument("--no-augment", action="store_true", help="neither crop nor flip")
@@ -62,15 +66,24 @@ def _arguments() -> argparse.Namespace:
         "--minutes", type=program.positive_number, default=math.inf, help="start no run that would probably end later"
     )
     parser.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N", help="the I-th of N processes that write to one file"
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="run as the I-th of N processes that write to one file",
     )
     parser.add_argument(
-        "--plan", type=program.positive_number, metavar="TFLOPS", help="train nothing: say how long it would take"
+        "--plan",
+        type=program.positive_number,
+        metavar="TFLOPS",
+        help="do not train; print how long it would take at TFLOPS",
     )
-    parser.add_argument("--dry", action="store_true", help="two steps and 100 test images: does it all run?")
+    parser.add_argument(
+        "--dry", action="store_true", help="test that everything runs, with two steps and 100 test images"
+    )
     options = parser.parse_args()
     if options.output is None and options.plan is None:
-        parser.error("-o must be given, the file of the study")
+        parser.error("-o must be given: the file of the study")
     if options.width is not None and options.network != "resnet9":
         parser.error(f"--width must be left out with --network {options.network}, got {options.width}")
     if options.dry:
@@ -102,7 +115,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def operations_of_run(settings: Settings) -> float:
-    """Return the floating-point operations of a run: training, evaluations, and FGSM, which goes back once."""
+    """Return the floating-point operations of a run: training, evaluations, and FGSM with one backward pass."""
     forward = operations_of(settings.network, settings.width or 0)
     steps = settings.images // settings.batch_size
     trained = settings.epochs * min(steps, settings.max_steps or steps) * settings.batch_size
@@ -129,7 +142,7 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
         return
     device = torch.device("cuda" if machine.wants_gpu(options) else "cpu")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # FGSM wants signs of gradients, which TF32 rounds away
+    torch.backends.cudnn.allow_tf32 = False  # FGSM needs the signs of small gradients, which TF32 rounds to 0
     trainer = Trainer(*read_images(options.data), settings, device)
     surroundings = machine.surroundings(gpu=device.type == "cuda")
     conditions: dict[str, Any] = {
@@ -150,7 +163,7 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
 
 
 def main() -> None:
-    """Run what is missing, and show what the file holds."""
+    """Run what is missing, and print the tables of the file."""
     options = _arguments()
     settings = _settings(options)
     if options.plan is not None:

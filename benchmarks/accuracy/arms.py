@@ -1,4 +1,4 @@
-"""What is compared: ways to mix a batch, which share all random numbers."""
+"""The arms of the study: ways to mix a batch that share all random numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Arm(NamedTuple):
-    """A way to mix.
+    """A mixing function and its description.
 
     Attributes
     ----------
     mix : callable
         ``(images, source_index, lam, point, algorithm=, paste=) -> Mixed``, the arrays as for `dali_saliencymix.mix`.
     about : str
-        What it does, for a table.
+        What the arm does, for a table.
     """
 
     mix: Mix
@@ -58,13 +58,13 @@ def _shuffled_peaks(
 
 _with = functools.partial(functools.partial, _saliencymix)
 
-# The order is that of the runs of a seed, and of the table.
+# In the order of the runs of a seed, and of the table.
 ARMS = {
     "none": Arm(_none, "no mixing"),
     "cutmix": Arm(_cutmix, "CutMix, with a box and a weight for each sample"),
     "random peak": Arm(
         functools.partial(_cutmix, box="fit"),
-        "the boxes of SaliencyMix, moved inside the image, around points drawn uniformly",
+        "the boxes of SaliencyMix, moved inside the image, around uniformly random points",
     ),
     "shuffled peaks": Arm(
         _shuffled_peaks, "the same boxes around the peak of `fine_grained` in another image of the batch"
@@ -73,17 +73,17 @@ ARMS = {
     "saliencymix default": Arm(_with(), "boxes around the peaks of `spectral_residual`: preset `default`"),
     "as released": Arm(
         _with(preset="released-code", saliency=as_released),
-        "preset `released-code` with what the authors' released code takes for saliency",
+        "preset `released-code` with the saliency that the authors' released code computes",
     ),
     "saliencymix released-code": Arm(
         _with(preset="released-code"),
-        "boxes around the peaks of `fine_grained`, cut off at the edge, one for each batch: preset `released-code`",
+        "boxes around the peaks of `fine_grained`, clipped at the border, one for each batch: preset `released-code`",
     ),
     "cutmix per batch": Arm(
         functools.partial(_cutmix, per_batch=True), "CutMix as published, with a box and a weight for each batch"
     ),
     "saliency labels": Arm(
-        _with(label_weight="saliency"), "preset `default`, labels weighed by saliency instead of area"
+        _with(label_weight="saliency"), "preset `default`, labels weighted by saliency instead of area"
     ),
 }
 REFERENCE = "cutmix"

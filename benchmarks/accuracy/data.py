@@ -1,4 +1,4 @@
-"""CIFAR-10 as arrays on one device, and batches of it: cropped, flipped, with the random numbers of mixing."""
+"""CIFAR-10 as arrays on one device, and its batches: cropped, flipped, with the random draws for mixing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
     Raises
     ------
     OSError, ValueError
-        If a file is not there, or is not what it should be.
+        If a file is missing or invalid.
     """
     if not (folder / "labels.json").is_file():
         return read_cifar(folder, "cifar10")
@@ -33,7 +33,7 @@ def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
 
 
 def first_of_each_class(part: CifarImages, count: int) -> CifarImages:
-    """Return `count` images, equally many of each class: the first ones in the order of the files."""
+    """Return the first `count` images in the order of the files, equally many of each class."""
     classes = len(part.classes)
     each, rest = divmod(count, classes)
     found = [np.flatnonzero(part.labels == label)[:each] for label in range(classes)]
@@ -46,14 +46,14 @@ def first_of_each_class(part: CifarImages, count: int) -> CifarImages:
 
 
 class Draws(NamedTuple):
-    """The random numbers of a batch of N images, which are the same whatever is done with them.
+    """The random draws for a batch of N images, which are the same in all arms.
 
     Attributes
     ----------
     index : ndarray of shape (N,), int64
-        Which images.
+        Indices of the images.
     corner : ndarray of shape (N, 2), int64
-        Where in the padded image the crop begins, (y, x) in 0..2 `PADDING`.
+        Corner of the crop in the padded image, (y, x) in [0, 2 `PADDING`].
     flipped : ndarray of shape (N,), bool
     source_index : ndarray of shape (N,), int64
         A permutation.
@@ -74,7 +74,7 @@ class Draws(NamedTuple):
 def draws_of_epoch(
     seed: int, epoch: int, images: int, batch_size: int, *, prob: float, augment: bool, xp: Any = np
 ) -> Iterator[Draws]:
-    """Give the random numbers of all full batches of an epoch; what fills none is left out."""
+    """Yield the random draws of each batch of an epoch; the last incomplete batch is dropped."""
     rng = np.random.default_rng([seed, epoch])
     steps = images // batch_size
     count = steps * batch_size
@@ -94,7 +94,7 @@ def draws_of_epoch(
 def augmented(images: Array, draws: Draws) -> Array:
     """Return a batch (N, 32, 32, 3) uint8: padded by reflection, cropped, flipped horizontally.
 
-    A border of zeros would draw the peaks of all detectors to its edge.
+    A border of zeros would attract the peaks of all detectors to its edge.
     """
     xp = array_namespace(images)
     rows, columns = (_reflected(xp, draws.corner[:, axis]) for axis in (0, 1))
@@ -103,6 +103,6 @@ def augmented(images: Array, draws: Draws) -> Array:
 
 
 def _reflected(xp: Any, corner: Array) -> Array:
-    """Return which rows or columns a crop takes, (N, 32)."""
+    """Return the indices of the rows or columns of each crop, (N, 32)."""
     at = xp.abs(corner[:, None] - PADDING + xp.arange(SIZE))
     return SIZE - 1 - xp.abs(SIZE - 1 - at)

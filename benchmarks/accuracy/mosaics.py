@@ -1,9 +1,9 @@
-"""CIFAR-10 in six image files of 17 MB: for a GPU host without a network that is handed little at a time.
+"""Store CIFAR-10 in six image files of 17 MB, for a GPU host that has no network and accepts small transfers only.
 
     python -m benchmarks.accuracy.mosaics CIFAR OUT
 
-Each of the archive's files becomes a lossless WebP image, NAME.webp, of 100 rows of 100 tiles of 32x32 pixels in
-reading order; ``labels.json`` holds ``{"classes": [names], NAME: [labels], ...}``.
+Each file of the archive becomes a lossless WebP image, NAME.webp: 100 rows of 100 tiles of 32x32 pixels, row by row.
+``labels.json`` holds ``{"classes": [names], NAME: [labels], ...}``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_mosaics(folder: Path) -> tuple[CifarImages, CifarImages]:
     Raises
     ------
     OSError, ValueError
-        If a file is not there, or is not what it should be.
+        If a file is missing or invalid.
     """
     labels = read_json(folder / "labels.json")
     parts = []
@@ -46,7 +46,7 @@ def read_mosaics(folder: Path) -> tuple[CifarImages, CifarImages]:
 
 
 def write_mosaics(source: Path, folder: Path) -> None:
-    """Write the mosaics of an archive of CIFAR-10."""
+    """Write the mosaics of a CIFAR-10 archive."""
     train, test = read_cifar(source, "cifar10")
     images, ids = (np.concatenate([getattr(part, name) for part in (train, test)]) for name in ("images", "labels"))
     size = _SIDE**2
@@ -74,7 +74,7 @@ def _tiles(path: Path) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    """Write mosaics."""
+    """Write the mosaics."""
     parser: argparse.ArgumentParser = program.parser(__doc__)
     parser.add_argument("cifar", type=Path, metavar="CIFAR", help="the unpacked archive, or the folder around it")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the mosaics")

@@ -1,4 +1,4 @@
-"""The networks of the study, and how many operations they take."""
+"""The networks of the study, and the operations of a forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ResNet9(nn.Module):
     """A small residual network for images of 32x32 pixels: eight convolutions and a linear layer.
 
     `width` is the number of channels of the first convolution; the last ones have eight times as many. The design
-    follows the ResNet-9 that DAWNBench entries trained on CIFAR-10 in minutes.
+    follows the ResNet-9 of the DAWNBench entries for CIFAR-10.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -38,7 +38,7 @@ class ResNet9(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits (N, K) of images (N, 3, 32, 32)."""
-        return self.classifier(self.features(images)) / 8  # small logits at first let the rate be high
+        return self.classifier(self.features(images)) / 8  # small initial logits allow a high learning rate
 
 
 class _Residual(nn.Module):
@@ -56,14 +56,14 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def make_network(name: str, width: int, classes: int) -> nn.Module:
-    """Make one of `NETWORKS` with weights drawn from PyTorch's generator; ``"resnet18"`` has one width."""
+    """Return one of `NETWORKS`, initialised with PyTorch's global generator; ``"resnet18"`` ignores `width`."""
     return ResNet9(width, classes) if name == "resnet9" else make_model("cifar_resnet18", classes)
 
 
 def operations_of(name: str, width: int) -> float:
-    """Return the floating-point operations of a forward pass of one image: two for each multiplication with addition.
+    """Return the floating-point operations of a forward pass of one image; a multiply-add counts as two.
 
-    Counted by PyTorch, convolutions and linear layers only. A training step takes three times as many.
+    PyTorch counts convolutions and linear layers only. A training step takes three times as many operations.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

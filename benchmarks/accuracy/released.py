@@ -1,8 +1,8 @@
-"""What the authors' released code takes for saliency, as a detector: OpenCV's fine-grained map of the wrong bytes.
+"""The saliency of the authors' released code as a detector: OpenCV's fine-grained map computed from the wrong bytes.
 
-The released code hands OpenCV normalised float32 pixels, red where blue belongs. OpenCV sums floats as floats, but it
-reads the centre pixel of each window as one byte: in row y the x-th byte of the floats, so of the first quarter of the
-row. Both are computed here in OpenCV's order, so that the maps are the same.
+The released code passes normalised float32 pixels to OpenCV, with red and blue swapped. OpenCV sums the floats as
+floats, but reads the centre pixel of each window as one byte: for pixel x of a row, the x-th byte of the floats, which
+is in the first quarter of the row. This module computes both in OpenCV's order, so that the maps are equal.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dali_saliencymix._array import Array, array_namespace, constant
 from dali_saliencymix.datasets.cifar import MEAN, STD
 from dali_saliencymix.saliency.contrast import differences_from_surrounds, neighbours, sum_of_contrasts
 
-_WEIGHTS = (0.114, 0.587, 0.299)  # of the first, the second and the third channel: OpenCV takes them for BGR
+_WEIGHTS = (0.114, 0.587, 0.299)  # of the first, second and third channel: OpenCV assumes BGR
 
 
 def normalised(images: Array) -> Array:
-    """Return (N, H, W, 3) uint8 pixels as the released code hands them on: float32, in 0..1 and then normalised."""
+    """Return (N, H, W, 3) uint8 pixels as the released code passes them on: scaled to [0, 1], normalised, float32."""
     xp = array_namespace(images)
     mean, std = constant(xp, _mean_and_std)
     return (images.astype(xp.float32) / xp.float32(255) - mean) / std
@@ -28,7 +28,7 @@ def _mean_and_std() -> np.ndarray:
 
 
 def maps_of_floats(pixels: Array) -> Array:
-    """Return what OpenCV's ``StaticSaliencyFineGrained`` makes of float32 pixels (N, H, W, 3): (N, H, W) float32."""
+    """Return the maps of OpenCV's ``StaticSaliencyFineGrained`` for float32 pixels (N, H, W, 3): (N, H, W) float32."""
     xp = array_namespace(pixels)
     grey = _blurred(_blurred(_grey(pixels)))
     width = grey.shape[2]
@@ -36,16 +36,16 @@ def maps_of_floats(pixels: Array) -> Array:
     on, off = (xp.zeros(grey.shape, xp.int32) for _ in range(2))
     for difference in differences_from_surrounds(grey, centre):
         brighter = xp.maximum(difference, 0)
-        on += brighter & 255  # stored in 8 bits, which these differences can exceed
+        on += brighter & 255  # OpenCV stores the differences in 8 bits, which they can exceed
         off += (brighter - difference) & 255
     return sum_of_contrasts(on, off)
 
 
 def as_released(images: Array) -> Array:
-    """Return maps (N, H, W) uint8 of images (N, H, W, 3) uint8, with the peak that the released code finds.
+    """Return maps (N, H, W) uint8 of images (N, H, W, 3) uint8 that are 1 at the peak of the released code, else 0.
 
-    It is the first one of equal maxima in reading order, of the map in 8 bits. The maps are 1 there and 0 elsewhere:
-    this package would take another one of the maxima, the nearest to the centre.
+    The released code takes the first maximum of the 8-bit map, row by row. Of several equal maxima this package would
+    take the one nearest to the centre, so the maps mark the peak only.
     """
     xp = array_namespace(images)
     maps = (maps_of_floats(normalised(images)) * xp.float32(255)).astype(xp.uint8)
@@ -54,7 +54,7 @@ def as_released(images: Array) -> Array:
 
 
 def _grey(pixels: Array) -> Array:
-    """Return the grey levels: each addition is one fused operation, which rounds once."""
+    """Return the grey levels; each multiply-add is fused, so it rounds once."""
     xp = array_namespace(pixels)
     first, second, third = (xp.float32(weight) for weight in _WEIGHTS)
     grey = pixels[..., 1] * second
@@ -64,7 +64,7 @@ def _grey(pixels: Array) -> Array:
 
 
 def _blurred(grey: Array) -> Array:
-    """Blur with weights 1-2-1 over 4, first along rows and then along columns, mirrored at the border."""
+    """Blur with weights (1, 2, 1) / 4, first along rows and then along columns, with reflection at the border."""
     xp = array_namespace(grey)
     for axis in (2, 1):
         before, after = constant(xp, neighbours, grey.shape[axis])

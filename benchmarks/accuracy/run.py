@@ -1,4 +1,4 @@
-"""One run: a network, an arm and a seed, trained and evaluated."""
+"""Train and evaluate one run: a network, an arm and a seed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dali_saliencymix.training.metrics import mixed_cross_entropy
 from dali_saliencymix.training.robustness import gradient_signs, moved_along
 
 EPSILONS = {"2/255": 2 / 255, "8/255": 8 / 255}
-BINS = 15  # of the expected calibration error
+BINS = 15  # number of bins of the expected calibration error
 _EVALUATION_BATCH = 500
 _IN_UNITS = {"mean": [mean / 255 for mean in MEAN], "std": [std / 255 for std in STD]}
 
 
 class Trainer:
-    """Trains on one device, where the data stay.
+    """Train on one device, which also holds the data.
 
     Parameters
     ----------
     train, test : CifarImages
-        The whole data set, of which `settings` say what is used.
+        The whole data set; `settings` selects the part that is used.
     settings : Settings
     device : torch.device
     """
@@ -52,7 +52,7 @@ class Trainer:
         self._algorithm = "kernel" if device.type == "cuda" else "auto"
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
-        """Train an arm with a seed; return accuracies and calibration error in percent, and the seconds that it took.
+        """Train an arm with a seed; return accuracies and calibration error in percent, and the time in seconds.
 
         Raises
         ------
@@ -117,9 +117,9 @@ class Trainer:
             torch.cuda.synchronize()
 
     def batches(self, arm: str, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give an epoch's batches: normalised images, labels, labels of the sources, weights of the former.
+        """Yield the batches of an epoch: normalised images, labels, labels of the sources, and label weights.
 
-        CuPy and PyTorch both compute on the default stream, so neither has to wait for the other.
+        CuPy and PyTorch both compute on the default stream, so no synchronisation is needed.
         """
         settings = self._settings
         images = to_array(self._images)
@@ -153,7 +153,7 @@ class Trainer:
             return torch.cat([network(images) for images in self._test_images.split(_EVALUATION_BATCH)]).float()
 
     def _attacked(self, network: torch.nn.Module) -> dict[str, float]:
-        """Return the accuracy in percent under FGSM of each of `EPSILONS`; all are taken along the same gradient."""
+        """Return the accuracy in percent under FGSM for each of `EPSILONS`, all with the same gradient."""
         network.eval()
         right: dict[str, list[torch.Tensor]] = {name: [] for name in EPSILONS}
         batches = (part.split(_EVALUATION_BATCH) for part in (self._test_images, self._test_labels))
@@ -172,11 +172,10 @@ def percent(right: torch.Tensor) -> float:
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Return the expected calibration error in percent, of `BINS` bins of confidence of equal width.
+    """Return the expected calibration error in percent, with `BINS` confidence bins of equal width.
 
     Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3: the mean over all images of the
-    distance between the mean confidence and the accuracy of the bin that an image is in. An edge belongs to the bin
-    below it.
+    difference between mean confidence and accuracy in the image's bin. An edge belongs to the bin below it.
     """
     confidence, answers = functional.softmax(logits.double(), dim=1).max(dim=1)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1

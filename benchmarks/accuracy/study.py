@@ -1,4 +1,4 @@
-"""The file of a study: one line of JSON for each run, appended as it ends, and which runs are missing."""
+"""Manage the file of a study: append a line of JSON when a run ends, and find the runs that are missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = {"arm", "seed", "settings", "device", "top1_last", "top1_best", "ece", 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a study have in common; two runs of one arm and seed differ in rounding and time only.
+    """The settings of all runs of a study; two runs of one arm and seed differ in rounding and time only.
 
     Attributes
     ----------
@@ -29,19 +29,19 @@ class Settings:
     epochs, images, batch_size : int
         `images` is the number of training images.
     lr, weight_decay : float
-        `lr` is the highest rate: it is reached after a fifth of the steps, linearly, and then falls linearly to 0.
+        `lr` is the maximum learning rate, which is reached linearly after 20 % of the steps and falls linearly to 0.
     prob : float
         Probability that an image, or a batch, is mixed.
     augment : bool
         Whether images are cropped and flipped.
     precision : {"bf16", "fp32"}
-        Of forward and backward passes; weights are float32.
+        Precision of the forward and backward passes; weights are float32.
     evaluate_every : int
         Epochs between evaluations; the last epoch is always evaluated.
     max_steps : int or None
-        Steps of an epoch, or all.
+        Maximum number of steps in an epoch; None for all.
     test_images : int or None
-        The first ones, or all.
+        Number of test images, from the first one on; None for all.
     """
 
     network: str
@@ -60,12 +60,12 @@ class Settings:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file, without lines that are no JSON: a process that is killed leaves one behind.
+    """Return the runs of a file; skip lines that are not JSON, which a killed process may leave behind.
 
     Raises
     ------
     OSError, ValueError
-        If the file cannot be read, or a line is not that of a run.
+        If the file cannot be read, or a line is not a run.
     """
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -74,22 +74,22 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         try:
             run = json.loads(line)
         except ValueError:
-            program.say(f"{path}: line {number} was not written to its end, and is left out")
+            program.say(f"{path}: line {number} is incomplete and is skipped")
             continue
         if not isinstance(run, dict) or not run.keys() >= _NAMES:
-            msg = f"{path}: line {number} is not that of a run"
+            msg = f"{path}: line {number} is not a run"
             raise ValueError(msg)
         runs.append(run)
     return runs
 
 
 class Study:
-    """The runs of a file, which is made with the first of them.
+    """The runs in a file, which is created with the first run.
 
     Raises
     ------
     OSError, ValueError
-        If the file cannot be read, is not that of a study, or its runs have other settings.
+        If the file cannot be read, is not the file of a study, or its runs have other settings.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -103,10 +103,11 @@ class Study:
                     raise ValueError(msg)
 
     def missing(self, arms: Sequence[str], seeds: int, part: tuple[int, int] = (1, 1)) -> list[Pair]:
-        """Return the pairs of arm and seed without a run, seed by seed: a cut leaves each arm within one run of others.
+        """Return the pairs of arm and seed without a run, seed by seed.
 
-        `part` is (i, n) for the i-th of n processes that share the work; each pair belongs to one of them, so that the
-        arms are as even as the processes are.
+        If the study is interrupted, the numbers of runs of two arms differ by at most one. `part` is (i, n) for the
+        i-th of n processes that share the work; each pair belongs to one process, so the arms are as even as the
+        processes.
         """
         first, step = part
         pairs = [(arm, seed) for seed, arm in itertools.product(range(seeds), arms)]
@@ -114,19 +115,19 @@ class Study:
         return [pair for pair in pairs[first - 1 :: step] if pair not in done]
 
     def add(self, pair: Pair, found: Mapping[str, Any], conditions: Mapping[str, Any]) -> dict[str, Any]:
-        """Append a run to the file, in one piece, and return it."""
+        """Append a run to the file in one write, and return it."""
         arm, seed = pair
         run = {"arm": arm, "seed": seed, "settings": self._settings, **found, **conditions}
         line = json.dumps(finite(run), allow_nan=False) + "\n"
         whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
         with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(line if whole else "\n" + line)  # other processes append too: one call of the system writes
+            stream.write(line if whole else "\n" + line)  # one system call, since other processes append too
             stream.flush()
             os.fsync(stream.fileno())
         self.runs.append(run)
         return run
 
     def seconds_of_run(self, device: str) -> float:
-        """Return the median time of the runs on a device; 0 where there are none."""
+        """Return the median time in seconds of the runs on a device, or 0 if there are none."""
         found = [run["seconds"] for run in self.runs if run["device"] == device]
         return statistics.median(found) if found else 0.0

@@ -1,4 +1,4 @@
-"""What the runs of a study say: means over seeds, differences between arms with the same seeds, and their intervals."""
+"""Summarise the runs of a study: means over seeds, paired differences between arms, and their intervals."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ NOT_RUN = "not run"
 
 Runs = Sequence[Mapping[str, Any]]
 
-# By the heads of columns; all are in percent, and more is better unless the head says otherwise.
+# By column head; all are in percent, and more is better unless the head says otherwise.
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "top-1, last epoch": lambda run: run["top1_last"],
     "top-1, best epoch": lambda run: run["top1_best"],
-    "calibration error (less is better)": lambda run: run["ece"],
+    "calibration error (lower is better)": lambda run: run["ece"],
     "top-1 under FGSM 2/255": lambda run: run["fgsm_top1"]["2/255"],
     "top-1 under FGSM 8/255": lambda run: run["fgsm_top1"]["8/255"],
 }
 MAIN = "top-1, last epoch"
 
-# What is changed from the second arm to the first. How much is mixed can change with it: `docs/accuracy.md` says how.
+# What changes from the second arm to the first. The mixed area can change too: see `docs/accuracy.md`.
 CONTRASTS = {
     "CutMix instead of no mixing": ("cutmix", "none"),
-    "Boxes around random points moved inside the image, not cut off, so larger": ("random peak", "cutmix"),
-    "Places of the peaks of `fine_grained`, of another image, instead of random points": (
+    "Boxes around random points moved inside the image instead of clipped, so larger": ("random peak", "cutmix"),
+    "Peaks of `fine_grained` in another image instead of random points": (
         "shuffled peaks",
         "random peak",
     ),
     "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
-    "Peaks of `fine_grained` of the source itself, not of another image": ("saliencymix paper", "shuffled peaks"),
+    "Peaks of `fine_grained` in the source itself instead of another image": ("saliencymix paper", "shuffled peaks"),
     "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
-    "Labels weighed by saliency instead of area": ("saliency labels", "saliencymix default"),
-    "Correct saliency instead of what the released code computes, and so larger boxes": (
+    "Labels weighted by saliency instead of area": ("saliency labels", "saliencymix default"),
+    "Correct saliency instead of that of the released code, and so larger boxes": (
         "saliencymix released-code",
         "as released",
     ),
-    "The released code against CutMix as published": ("as released", "cutmix per batch"),
-    "A box for each sample instead of each batch, CutMix": ("cutmix", "cutmix per batch"),
+    "The released code instead of CutMix as published": ("as released", "cutmix per batch"),
+    "CutMix with a box for each sample instead of each batch": ("cutmix", "cutmix per batch"),
 }
 
 
@@ -59,12 +59,12 @@ class Mean(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """Where the interval lies: ``"+"`` above 0, ``"-"`` below, ``"0"`` where it contains 0."""
+        """Position of the interval: ``"+"`` above 0, ``"-"`` below 0, ``"0"`` if it contains 0."""
         return "+" if self.low > 0 else "-" if self.high < 0 else "0"
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Return the mean of at least one value with the interval of Student's t distribution that has `COVERAGE`.
+    """Return the mean of at least one value and its confidence interval from Student's t distribution.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def by_seed(runs: Runs, arm: str, metric: str) -> dict[int, float]:
-    """Return a metric of each seed of an arm; of two runs of one seed the first."""
+    """Return a metric of an arm by seed; of two runs with the same seed, the first counts."""
     found: dict[int, float] = {}
     for run in runs:
         if run["arm"] == arm:
@@ -89,19 +89,19 @@ def by_seed(runs: Runs, arm: str, metric: str) -> dict[int, float]:
 
 
 def level(runs: Runs, arm: str, metric: str = MAIN) -> Mean | None:
-    """Return the mean of an arm; None where it was not run."""
+    """Return the mean of an arm, or None if it was not run."""
     found = by_seed(runs, arm, metric)
     return mean_of(list(found.values())) if found else None
 
 
 def differences(runs: Runs, arm: str, other: str, metric: str = MAIN) -> list[float]:
-    """Return arm minus other for each seed that both have."""
+    """Return `arm` minus `other` for each seed that both have."""
     own, others = by_seed(runs, arm, metric), by_seed(runs, other, metric)
     return [own[seed] - others[seed] for seed in own if seed in others]
 
 
 def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | None:
-    """Return the mean of `differences`; None where there are none."""
+    """Return the mean of `differences`, or None if there are none."""
     found = differences(runs, arm, other, metric)
     return mean_of(found) if found else None
 
@@ -110,7 +110,7 @@ def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | N
 
 
 def arms_table(runs: Runs) -> str:
-    """Return the accuracy of all arms, and how far it is from that of `REFERENCE`."""
+    """Return the accuracy of all arms, and the difference to that of `REFERENCE`."""
     rows = []
     for name, arm in ARMS.items():
         found = level(runs, name)
@@ -121,7 +121,7 @@ def arms_table(runs: Runs) -> str:
 
 
 def measures_table(runs: Runs) -> str:
-    """Return everything else that was measured of all arms."""
+    """Return the other metrics of all arms."""
     metrics = [metric for metric in METRICS if metric != MAIN]
     rows = [[f"`{name}`", *(_level_cell(level(runs, name, metric)) for metric in metrics)] for name in ARMS]
     return markdown_table(["arm", *(f"{metric}, %" for metric in metrics)], rows)
@@ -139,9 +139,10 @@ def contrasts_table(runs: Runs) -> str:
 TABLES = {"arms": arms_table, "measures": measures_table, "contrasts": contrasts_table}
 
 _READING = (
-    "Means over seeds; in brackets the 95 % interval of the mean by Student's t distribution. Differences are in "
-    "percentage points, taken seed by seed: + or - where their interval excludes 0, 0 where it contains it. "
-    f"`{REFERENCE}` mixes less than the arms that move boxes inside the image: its boxes are cut off at the border."
+    "Means over seeds; in brackets, the 95 % confidence interval of the mean from Student's t distribution. "
+    "Differences are in percentage points, paired by seed: + or - if their interval excludes 0, 0 if it contains 0. "
+    f"`{REFERENCE}` mixes less than the arms that move boxes inside the image, because its boxes are clipped at the "
+    "border."
 )
 
 
@@ -183,7 +184,7 @@ def conditions(runs: Runs) -> str:
 
 
 def plot(runs: Runs) -> Any:
-    """Draw the differences to `REFERENCE`: each seed as a point, their mean with its interval."""
+    """Draw the differences to `REFERENCE`: a point for each seed, and the mean with its interval."""
     from matplotlib.figure import Figure
 
     points = {name: differences(runs, name, REFERENCE) for name in ARMS if name != REFERENCE}

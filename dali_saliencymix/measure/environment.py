@@ -39,7 +39,7 @@ def environment(device: str = "cpu", *packages: str) -> dict[str, Any]:
     """
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch is not None else None
-    here = {"device": f"CPU, {threads or cores()} threads", "cuda": None, "cudnn": None}
+    here = {"device": f"CPU, {counted(threads or cores(), 'threads')}", "cuda": None, "cudnn": None}
     return {
         **(here if device == "cpu" else _gpu(device)),
         "driver": _first_match("/proc/driver/nvidia/version", _DRIVER),

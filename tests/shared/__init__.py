@@ -1,1 +1,1 @@
-"""What test modules share: references, fixtures, stand-ins, and programs that tests start."""
+"""Code that test modules share: references, fixtures, stand-ins, and programs that tests start."""

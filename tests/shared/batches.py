@@ -1,4 +1,4 @@
-"""Batches of loaders, to be compared after all of them have come."""
+"""Collect and compare the batches of loaders."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ Batch = Sequence[torch.Tensor]
 
 
 def epoch(loader: Iterable[Batch]) -> list[list[torch.Tensor]]:
-    """What is left of an epoch, cloned: a loader may write the next batch into the same memory."""
+    """Return the remaining batches of an epoch, cloned: a loader may write the next batch into the same memory."""
     return [[tensor.clone() for tensor in batch] for batch in loader]
 
 
 def epochs_with_states(loader: Any, count: int) -> tuple[list[list[torch.Tensor]], list[Any]]:
-    """The batches of some epochs, cloned, and the state of the loader after each, of an epoch's last after its end."""
+    """Return the cloned batches of some epochs, and the state of the loader after each batch.
+
+    The state after the last batch of an epoch is taken when the epoch has ended.
+    """
     batches, states = [], []
     for _ in range(count):
         for batch in loader:
@@ -27,7 +30,7 @@ def epochs_with_states(loader: Any, count: int) -> tuple[list[list[torch.Tensor]
 
 
 def ids(batches: Iterable[Batch]) -> list[int]:
-    """The labels of all images, which the tests make the images' numbers."""
+    """Return the labels of all images, which are the numbers of the images in these tests."""
     return [label for _, labels, *_ in batches for label in labels.tolist()]
 
 

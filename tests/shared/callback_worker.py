@@ -1,6 +1,6 @@
-"""Trainings of a few steps under `dali_saliencymix.callbacks`: ``callback_worker.py PACKAGE SCENARIOS``.
+"""Train a few steps with `dali_saliencymix.callbacks`: ``callback_worker.py PACKAGE SCENARIOS``.
 
-Time is a number that what is slow adds to: results are exact. The last line is what came out, as JSON.
+A simulated clock, which slow parts advance, makes the results exact. The last line of the output is the result as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VALIDATION, SAVE, LOG = 1e3, 1e4, 1e5  # seconds for a batch, a checkpoint, a li
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that only `sleep` advances."""
 
     now = 0.0
 
@@ -38,7 +38,7 @@ clock = Clock()
 
 
 class Images(Dataset):
-    """Samples that take a while, a batch of them so many seconds."""
+    """Samples that take some time, given in seconds per batch."""
 
     def __init__(self, seconds: float, batches: int) -> None:
         self.seconds, self.batches = seconds, batches
@@ -80,13 +80,13 @@ def run_lightning(package: str, seconds: dict[str, float], options: dict) -> dic
             return torch.optim.SGD(self.parameters(), 0.01)
 
     monitor = callbacks.lightning_callback(**options)
-    copied = pickle.loads(pickle.dumps(callbacks.lightning_callback(say=str)))  # as for a process that is spawned
+    copied = pickle.loads(pickle.dumps(callbacks.lightning_callback(say=str)))  # as a spawned process gets it
     assert isinstance(copied, type(monitor))
     with tempfile.TemporaryDirectory() as folder:
         saves = importlib.import_module(f"{package}.callbacks").ModelCheckpoint(folder, every_n_train_steps=2)
         trainer = pl.Trainer(
             accelerator="cpu",
-            callbacks=[copied, monitor, saves],  # one monitor does not disturb the other
+            callbacks=[copied, monitor, saves],  # two monitors must not affect each other
             logger=Log(folder),
             max_epochs=EPOCHS,
             accumulate_grad_batches=ACCUMULATED,
@@ -141,15 +141,15 @@ def run_transformers(package: str, seconds: dict[str, float], options: dict) -> 
         )
         data = {"train_dataset": Images(seconds["loader"], STEPS), "eval_dataset": Images(VALIDATION, 2)}
         trainer = Trainer(Model(), arguments, callbacks=[Slow(), monitor], **data)
-        trainer.evaluate()  # before a training there is nothing to measure
+        trainer.evaluate()  # before training there is nothing to measure
         trainer.train()
     logged = [each for each in trainer.state.log_history if "data/wait_share" in each]
     return {"monitor": monitor.monitor, "logged": logged, "left": ()}
 
 
 def main() -> None:
-    """Run the scenarios, each a loader and a step with their seconds."""
-    warnings.simplefilter("ignore")  # those of the trainers about so small a training
+    """Run the scenarios: pairs of seconds for the loader and for the step."""
+    warnings.simplefilter("ignore")  # the trainers warn about such small runs
     package, scenarios = sys.argv[1], json.loads(sys.argv[2])
     packages = [package] * len(scenarios)
     if package == "lightning":  # by its two names in turn

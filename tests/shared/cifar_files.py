@@ -1,4 +1,4 @@
-"""A tiny archive of CIFAR for tests, in pickles as Python 2 wrote them."""
+"""Write a tiny CIFAR archive for tests, in pickles as Python 2 wrote them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZE = 32
 
 
 def write_cifar(root: Path, dataset: str, train: int = 40, test: int = 15, seed: int = 0) -> Path:
-    """Write the archive's folder into `root` and return it. Classes differ in colour, images in noise and a square."""
+    """Write the archive's folder into `root` and return it; each class has a colour, each image noise and a square."""
     rng = np.random.default_rng(seed)
     if dataset == "cifar10":
         folder, classes = root / "cifar-10-batches-py", 10
@@ -37,7 +37,7 @@ def write_cifar(root: Path, dataset: str, train: int = 40, test: int = 15, seed:
 
 
 def python2_pickle(value: dict) -> bytes:
-    """Pickle as Python 2 did with protocol 2: its strings are bytes, and an array's bytes are such a string."""
+    """Pickle as Python 2 did with protocol 2: strings are bytes, and the data of an array are such a string."""
     return b"\x80\x02" + _pickled(value) + b"."
 
 

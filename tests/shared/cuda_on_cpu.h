@@ -1,9 +1,9 @@
-// Runs CUDA kernels on a CPU, so that their results can be compared where there is no GPU: it stands in front of a .cu
-// file, which is C++ then.
+// Run CUDA kernels on a CPU, to compare their results without a GPU. This file is prepended to a .cu file, which is
+// then compiled as C++.
 //
-// The threads of a block are fibres: each runs until it reaches a barrier or a shuffle, then the next one does. They
-// run in the order of their numbers, or in the opposite one: a kernel that lacks a barrier gives other results in one
-// of the two. Shared memory is filled with NaN before each block. All threads of a warp have to reach the same place.
+// The threads of a block are fibres: each runs until it reaches a barrier or a shuffle, then the next one runs. They
+// run in ascending or in descending order: a kernel that lacks a barrier has wrong results in one of the two. Shared
+// memory is filled with NaN before each block. All threads of a warp have to reach the same barrier or shuffle.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -42,7 +42,7 @@ struct Fibre {
     bool started = false, done = false;
     int waits_at = 0;  // line of the barrier, or minus that of the shuffle
     unsigned exchanges = 0;
-    uint64_t offered[2];  // to the other threads; alternating, since those read one while this one writes the next
+    uint64_t offered[2];  // to the other threads; two slots, since others read one while this thread writes the next
 };
 
 static std::vector<Fibre> fibres;
@@ -88,7 +88,7 @@ static void resume(unsigned thread) {
     setcontext(&start);
 }
 
-// Tell whether no thread waits for others of its warp: all have come to a barrier, or to the end, or are about to start.
+// Return whether no thread waits for others of its warp: all are at a barrier, have ended, or are about to start.
 static bool no_warp_is_inside() {
     for (unsigned thread = 0; thread < blockDim.x; ++thread) {
         if (!fibres[thread].done && fibres[thread].waits_at < 0) {
@@ -98,7 +98,7 @@ static bool no_warp_is_inside() {
     return true;
 }
 
-// Return what is wrong about where the threads have stopped; empty if all is well.
+// Return an error message if the threads have stopped at different places; empty otherwise.
 static std::string disagreement() {
     const bool barrier = no_warp_is_inside();
     for (unsigned thread = 0; thread < blockDim.x; ++thread) {
@@ -120,7 +120,7 @@ static std::string run_block(bool reversed) {
     }
     for (bool going = true; going;) {
         going = false;
-        const bool all = no_warp_is_inside();  // else those go on that are
+        const bool all = no_warp_is_inside();  // otherwise the threads inside a warp continue
         for (unsigned i = 0; i < blockDim.x; ++i) {
             const unsigned thread = reversed ? blockDim.x - 1 - i : i;
             if (!fibres[thread].done && (all || fibres[thread].waits_at < 0)) {
@@ -137,7 +137,7 @@ static std::string run_block(bool reversed) {
     return "";
 }
 
-// The arguments of the kernel under way, as the types that it declares.
+// The arguments of the running kernel, with the types that it declares.
 template <class... Types>
 struct Launch {
     static inline void (*kernel)(Types...);
@@ -227,7 +227,7 @@ static float __int_as_float(int bits) { return on_cpu::same_bits<float>(bits); }
 static unsigned __float_as_uint(float value) { return on_cpu::same_bits<unsigned>(value); }
 static float __ldg(const float* at) { return *at; }
 static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-// As far off as on a GPU it may be, 2 units in the last place, up or down.
+// With the maximum error on a GPU: 2 units in the last place, up or down.
 static float __fdividef(float a, float b) {
     const unsigned bits = on_cpu::same_bits<unsigned>(a / b);
     return on_cpu::same_bits<float>(bits + (on_cpu::same_bits<unsigned>(b) >> 13 & 1 ? 2 : -2));

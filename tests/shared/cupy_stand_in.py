@@ -1,10 +1,10 @@
 """A stand-in for CuPy on the CPU, in which waiting for the GPU is an error.
 
-What CuPy enqueues gives here what NumPy gives. What would make its caller wait for the GPU raises
-`HostSynchronisation`, and so does each function and method of CuPy that nobody has looked up yet: whoever needs another
-one looks into CuPy whether it waits, and adds it to a list in here. What CuPy does not have is not here either.
+A function that CuPy only enqueues returns the result of NumPy here. A function that would make its caller wait for the
+GPU raises `HostSynchronisation`, and so does every function or method of CuPy that is not in a list in this file. To
+add one, check in CuPy's source that it does not wait. Names that CuPy does not have are missing here too.
 
-An array holds one of NumPy's and is none itself: neither NumPy's functions nor Python's conversions get at its values.
+An array wraps a NumPy array but is not one: NumPy's functions and Python's conversions cannot access its values.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ try:
 except ImportError:  # the tests that use the stand-in are skipped
     cupy = None
 
-# What enqueues its work, of the functions and methods that NumPy and SciPy have too. All universal functions do.
+# Functions and methods of NumPy and SciPy that CuPy only enqueues, in addition to all universal functions.
 REDUCTIONS = {"all", "any", "argmax", "argmin", "max", "mean", "min", "sum"}
 FUNCTIONS = {"arange", "as_strided", "ascontiguousarray", "broadcast_to", "clip", "concatenate", "cumsum", "empty"}
 FUNCTIONS |= {"expand_dims", "full", "moveaxis", "ones", "ravel", "repeat", "reshape", "squeeze", "stack", "take"}
 FUNCTIONS |= {"take_along_axis", "transpose", "where", "zeros", "fft2", "ifft2", "irfft2", "rfft2"} | REDUCTIONS
 METHODS = {"astype", "clip", "copy", "cumsum", "ravel", "repeat", "reshape", "squeeze", "swapaxes", "take"}
 METHODS |= {"transpose", "view"} | REDUCTIONS
-# Functions that look at no values: what they return is no array in CuPy either.
+# Functions that do not read values; they do not return arrays in CuPy either.
 ABOUT_ARRAYS = {"can_cast", "may_share_memory", "ndim", "promote_types", "result_type", "shape", "size"}
-# Parameters that CuPy has to know the values of before it can enqueue anything.
+# Parameters whose values CuPy has to know before it can enqueue anything.
 ON_HOST = {"axes", "axis", "destination", "dtype", "newshape", "norm", "order", "repeats", "s", "shape", "source"}
 ON_HOST |= {"start", "step", "stop", "strides"}
-# Methods that are given arrays, too.
+# Methods that take arrays as arguments.
 TAKING_ARRAYS = {"clip", "take"}
 WAITING = {"dump", "dumps", "get", "item", "nonzero", "tobytes", "tofile", "tolist"}
 WAITING |= {f"__{name}__" for name in ("array", "bool", "bytes", "complex", "contains", "float", "format", "index")}
@@ -50,9 +50,9 @@ UNARY = ("abs", "invert", "neg", "pos")
 
 
 class HostSynchronisation(AssertionError):
-    """Something that makes the host wait for the GPU, or may do so.
+    """Raised for a call that makes the host wait for the GPU, or may do so.
 
-    A copy from host memory waits where CuPy gets no pinned memory for it, and is work for the host anyway.
+    A copy from host memory waits if CuPy gets no pinned memory for it, and costs host time in any case.
     """
 
 
@@ -65,7 +65,7 @@ def stand_in_for_cupy():
     _add_methods()
     module = _Module(cupy, np)
     module.ndarray, module.asarray, module.from_dlpack = ndarray, asarray, from_dlpack
-    module.fft = _Module(cupy.fft, fft)  # like CuPy's, and unlike NumPy's of old, it keeps float32
+    module.fft = _Module(cupy.fft, fft)  # like CuPy's and unlike that of old NumPy versions, it keeps float32
     module.lib = SimpleNamespace(stride_tricks=_Module(cupy.lib.stride_tricks, np.lib.stride_tricks))
     module.cuda = SimpleNamespace(
         Device=Device,
@@ -78,12 +78,12 @@ def stand_in_for_cupy():
 
 
 def on_device(values):
-    """Return a read-only copy of a NumPy array as an array of the stand-in: an input of what is tested."""
+    """Return a read-only copy of a NumPy array as an array of the stand-in, to be used as a test input."""
     return ndarray(_read_only(np.array(values)))
 
 
 def on_host(array):
-    """Return the values of an array of the stand-in: a result of what is tested."""
+    """Return the values of an array of the stand-in, which is a test result."""
     assert type(array) is ndarray, f"{type(array)} is no array of the stand-in"
     return array._values
 
@@ -92,7 +92,7 @@ def on_host(array):
 
 
 class ndarray:
-    """A NumPy array that nobody gets at. Operators and most methods are added by `_add_methods`."""
+    """A wrapped NumPy array. `_add_methods` adds operators and most methods."""
 
     __array_priority__ = 100
     __hash__ = None
@@ -146,7 +146,7 @@ class ndarray:
         self._values[_index(key)] = _operand(value)
 
     def __repr__(self):
-        # CuPy's waits. This one is there for the report of a test that fails.
+        # In CuPy this waits; here the report of a failing test needs it.
         return f"<{self.dtype} array of the stand-in, {self.shape}>"
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
@@ -162,7 +162,7 @@ class ndarray:
             return NotImplemented
         return NotImplemented if ours is function else ours(*args, **options)
 
-    # Memory of the CPU, and whoever asks is told so: this is how PyTorch reads it.
+    # The memory is on the CPU and says so, so that PyTorch can read it.
     def __dlpack__(self, *, stream=None, **options):
         return self._values.__dlpack__(**options)
 
@@ -170,14 +170,14 @@ class ndarray:
         return self._values.__dlpack_device__()
 
     def __getattr__(self, name):
-        getattr(cupy.ndarray, name)  # an AttributeError where CuPy has no such thing
+        getattr(cupy.ndarray, name)  # AttributeError if CuPy does not have it
         if name.startswith("_"):
             raise AttributeError(name)
         _refuse_the_unknown(f"ndarray.{name}")
 
 
 def _index(key):
-    """Return an index for NumPy's array that makes it give arrays, as CuPy's does, also where those have no axis."""
+    """Return an index with which NumPy returns an array even if it has no axis, as CuPy does."""
     items = key if isinstance(key, tuple) else (key,)
     for item in items:
         if isinstance(item, ndarray) and item.dtype == np.bool_:
@@ -204,7 +204,7 @@ def _argument(value):
 
 
 def _result(function, *args, **options):
-    """Return the result of a NumPy function as an array of the stand-in, also where it has no axis."""
+    """Return the result of a NumPy function as an array of the stand-in, even if it has no axis."""
     with np.errstate(all="ignore"):  # a GPU warns of nothing
         return ndarray(np.asarray(function(*args, **options)))
 
@@ -280,7 +280,7 @@ class _Module(ModuleType):
         self._real, self._host = real, host
 
     def __getattr__(self, name):
-        real = getattr(self._real, name)  # an AttributeError where CuPy has no such thing
+        real = getattr(self._real, name)  # AttributeError if CuPy does not have it
         host = getattr(self._host, name, None)
         if name in ABOUT_ARRAYS:
             return functools.partial(_told, host)

@@ -1,4 +1,4 @@
-"""Runs in two processes under ``torchrun`` for `test_distributed.py`: records what each of them gets, judges nothing.
+"""Run in two processes under ``torchrun`` for `test_distributed.py`, and record what each gets without checking it.
 
 The first argument is the data set, the second the JSON file that the main process writes.
 """
@@ -23,13 +23,13 @@ from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.distributed import start_processes, stop_processes
 from dali_saliencymix.training.metrics import mixed_cross_entropy
 
-TRAINING = [(12, 3), (13, 3), (23, 4), (47, 5)]  # images and images of a batch
+TRAINING = [(12, 3), (13, 3), (23, 4), (47, 5)]  # images and batch size
 VALIDATION = [(5, 3), (7, 3), (16, 4), (23, 5)]
 EPOCHS = 3
 
 
 def numbered(files: list[str], count: int) -> ImageFolder:
-    """Return a data set in which a label says which file it is."""
+    """Return a data set in which the label of a file is its number."""
     names = [f"{number:03d}" for number in range(count)]
     return ImageFolder(Path(files[0]).parent, names, files[:count], list(range(count)))
 
@@ -46,7 +46,7 @@ def gradients_of(network, model, images, *targets) -> torch.Tensor:
 
 
 def one_step(loader) -> dict:
-    """Compare the gradients of a step with those that the processes find alone, with the same weights."""
+    """Compare the gradients of a step with those that each process computes alone with the same weights."""
     torch.manual_seed(7)
     model = torchvision.models.resnet18(num_classes=100)
     images, labels, source_labels, lam = next(iter(loader))
@@ -64,7 +64,7 @@ def one_step(loader) -> dict:
 
 
 def one_epoch(arguments: list[str], processes) -> dict:
-    """Train for an epoch with the trainer of train.py; report what must be the same in all processes."""
+    """Train for an epoch with the trainer of train.py; report what must be equal in all processes."""
     trainer = train.Trainer(parse_arguments(arguments), processes)
     begin = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
     dropped = torch.nn.functional.dropout(torch.ones(100, device=processes.device), 0.3).eq(0).nonzero().flatten()

@@ -1,10 +1,10 @@
-"""`train.py` for the tests of faults: it writes down each batch that it trains on, and has something happen at one.
+"""Run `train.py` for the tests of faults: record each training batch, and inject a fault at one of them.
 
     python fault_worker.py RECORD FAULT [options of train.py]
 
-RECORD.0, RECORD.1, ... get a line for each batch of each process, before its step: epoch, step, a hash of all tensors.
-FAULT is ``none`` or ``WHAT@RANK:STEP``: it happens in that process when it gets its STEP-th batch, counted from 1 in
-this process; STEP is ``val`` for the first batch of a validation.
+RECORD.0, RECORD.1, ... get a line for each batch of a process, before its step: epoch, step, a hash of all tensors.
+FAULT is ``none`` or ``WHAT@RANK:STEP``. The fault happens in process RANK when it gets its STEP-th batch, counted from
+1 in this process; if STEP is ``val``, at the first batch of a validation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def happen(what: str) -> None:
         stall(what.removeprefix("stall "))
     elif what.startswith("vanish "):
         shutil.rmtree(what.removeprefix("vanish "))
-    elif what.endswith(" to all"):  # from outside, as a signal of the main process itself is another thing to workers
+    elif what.endswith(" to all"):  # from another process: workers treat a signal from their main process differently
         processes = [str(process.pid) for process in (*psutil.Process().children(), psutil.Process())]
         subprocess.run(["kill", "-s", what.removesuffix(" to all").removeprefix("SIG"), *processes], check=True)
     elif what == "SIGKILL of torchrun":

@@ -1,7 +1,7 @@
 """The CUDA kernels as C++ on the CPU, through ``cuda_on_cpu.h``: compiled once, launched by name; and images for them.
 
 A test module gets the fixture with ``pytest_plugins = ["shared.kernels_on_cpu"]`` and imports the rest by name. That
-import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+import happens before pytest can rewrite the assertions of this file, so rewriting is disabled: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KERNELS = {
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory):
-    """One library of C++ for each .cu file: kernels, and a way to launch them by name."""
+    """Return a C++ library for each .cu file, with its kernels and a function that launches them by name."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to run the kernels on a CPU")
@@ -49,8 +49,8 @@ def libraries(tmp_path_factory):
             'static std::string wrong; wrong = "no such kernel";\n'
             f"const std::vector<size_t> size(sizes, sizes + count);\n{cases}return wrong.c_str(); }}\n"
         )
-        # Products are not fused with sums, as _launch.py asks of NVRTC. The switches in front of a long jump look at
-        # the stack, which is another one here.
+        # Multiply-adds are not fused, as _launch.py asks of NVRTC. A fortified longjmp would check the stack, but each
+        # fibre has its own.
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w"]
         command = [compiler, *flags, str(folder / f"{file}.cpp"), "-o", str(folder / f"{file}.so")]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -80,13 +80,13 @@ def _argument_value(argument):
     if isinstance(argument, np.generic):
         return np.array([argument])
     assert hasattr(argument, "strides"), f"{argument!r} has no fixed size"
-    # NumPy's arrays have their address in another place than CuPy's.
+    # NumPy and CuPy arrays have different attributes for their address.
     address = argument.ctypes.data if isinstance(argument, np.ndarray) else argument.data.ptr
     return np.array([address], np.uintp)
 
 
 def pictures(count, height, width, channels, seed=0, apart=0):
-    """Random images with some structure, (N, H, W, C) uint8, read-only, `apart` bytes between two of them."""
+    """Return random images with some structure, (N, H, W, C) uint8, read-only, with `apart` bytes between them."""
     rng = np.random.default_rng([seed, count, height, width, channels])
     y, x = np.ogrid[:height, :width]
     shape = (count, 1, 1, channels)

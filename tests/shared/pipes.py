@@ -1,4 +1,4 @@
-"""Files that do not answer, as those of a dead network disk."""
+"""Make files that block on access, like those of an unreachable network disk."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def stall(file: str | Path) -> None:
-    """Put a pipe without a writer in the place of a file: opening it waits for ever."""
+    """Replace a file by a pipe without a writer, which blocks for ever when opened."""
     Path(file).unlink(missing_ok=True)
     os.mkfifo(file)
 
 
 def stall_once_listed(module: ModuleType, file: str | Path) -> None:
-    """Have a file stall as soon as the folders that `module` lists are listed, which a pipe would not be."""
+    """Make a file stall once `module` has listed its folder: a pipe would not be listed."""
     real = module.list_image_folder  # type: ignore[attr-defined]
 
     def list_image_folder(root: str | Path, **options: Any) -> Any:

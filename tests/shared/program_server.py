@@ -1,8 +1,8 @@
-"""A process that has imported what programs of the tests need, and forks one of them for each request.
+"""Import the packages that programs of the tests need, and fork a program for each request.
 
-Importing PyTorch, torchvision, DALI and Numba takes longer than what these programs do. A forked program is a process
-of its own, with arguments, environment, folder, standard streams, signals and exit status as if Python had started it.
-`programs.py` starts this file and sends the requests.
+Importing PyTorch, torchvision, DALI and Numba takes longer than these programs run. A forked program is a separate
+process with its own arguments, environment, folder, standard streams, signals and exit status, as if Python had started
+it. `programs.py` starts this file and sends the requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 
 def preload() -> None:
-    """Import what programs of the tests need; none of it starts a thread, which a forked process would lack."""
+    """Import the packages; none may start a thread, which would be missing in a forked process."""
     import nvidia.dali.plugin.pytorch  # noqa: F401
     import torch.distributed
     import torchvision  # noqa: F401
@@ -32,14 +32,14 @@ def preload() -> None:
     from shared import tiny_model  # noqa: F401
 
     torch.set_num_threads(1)
-    compile_kernels(lambda line: None)  # or load them, where that was done before
+    compile_kernels(lambda line: None)  # or load them from the cache
     assert len(os.listdir("/proc/self/task")) == 1, "a module has started a thread"
     gc.collect()
     gc.freeze()
 
 
 def serve(requests: socket.socket) -> tuple[dict, list[int]]:
-    """Fork for each request and tell how the processes end; returns in a forked process, with what to run there."""
+    """Fork for each request and report how the processes end; return only in a forked process, with its request."""
     processes: dict[int, int] = {}
     while True:
         for ready in select.select([requests, *processes], [], [])[0]:
@@ -62,7 +62,7 @@ def serve(requests: socket.socket) -> tuple[dict, list[int]]:
 
 
 def become(request: dict, streams: list[int]) -> None:
-    """Take over streams, environment and folder of the program."""
+    """Take over the streams, environment and folder of the program."""
     for stream, number in zip(streams, (1, 2), strict=True):
         os.dup2(stream, number)
         os.close(stream)
@@ -74,9 +74,9 @@ def become(request: dict, streams: list[int]) -> None:
 
 
 class Leaving:
-    """The end of a program, once all that is registered for it is done: without taking half a million objects apart."""
+    """End a program after its exit functions have run, without the slow destruction of half a million objects."""
 
-    status = 1  # what an error makes
+    status = 1  # of an error
 
     def __call__(self) -> None:
         sys.stdout.flush()
@@ -106,12 +106,12 @@ def run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     leaving = Leaving()
-    atexit.register(leaving)  # the first of all, which is the last to be called
+    atexit.register(leaving)  # registered first, so it is called last
     connection = socket.socket(fileno=int(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has asked for the programs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that sends the requests
     preload()
-    # As the programs do at their beginning. There it would fail: Python takes this stream for one that can be searched,
-    # and in a program it is a pipe.
+    # The programs do this at their start. There it would fail, since Python regards this stream as seekable, but in a
+    # program it is a pipe.
     sys.stdout.reconfigure(errors="backslashreplace")
     asked, given = serve(connection)
     connection.close()

@@ -1,6 +1,6 @@
-"""Runs programs for the tests, in processes that `program_server.py` forks, or as `torchrun` does.
+"""Run programs for the tests, in processes that `program_server.py` forks, or as `torchrun` does.
 
-What a test says about starting itself runs in a fresh interpreter, with `subprocess`.
+Tests of the start of a program use a fresh interpreter and `subprocess` instead.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE = 240.0  # seconds for a program
+PATIENCE = 240.0  # time limit of a program in seconds
 
 
 def python_path() -> str:
-    """Return a PYTHONPATH with the repository and its tests, and what is on it already: packages may lie there."""
+    """Return a PYTHONPATH with the repository, its tests and the current entries, which may have packages."""
     return os.pathsep.join(filter(None, [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]))
 
 
@@ -34,7 +34,7 @@ def environment_of_program() -> dict[str, str]:
 
 
 class Server:
-    """The process that forks programs; it ends with this one."""
+    """The process that forks programs; it ends when this process ends."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,7 +55,7 @@ class Server:
         return started
 
     def status(self, pid: int, seconds: float) -> int | None:
-        """Return the exit status of a program, as `subprocess` does; None if it runs on after these seconds."""
+        """Return the exit status of a program as `subprocess` does, or None if it still runs after these seconds."""
         deadline = time.monotonic() + seconds
         while pid not in self._statuses:
             try:
@@ -89,10 +89,10 @@ def run_program(
 
 
 def torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes that think `torchrun` has started them, and end both as it does if one fails."""
+    """Run a script in two processes with the environment of `torchrun`; if one fails, end both as `torchrun` does."""
     import torch.distributed as dist
 
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # torchrun keeps it, too
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun does
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
@@ -100,7 +100,7 @@ def torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedPr
 
 
 def real_torchrun(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes of this machine by `torchrun` itself."""
+    """Run a script in two processes on this machine with `torchrun` itself."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     line = [sys.executable, *launcher, *map(str, command)]
     ended = subprocess.run(
@@ -114,7 +114,7 @@ def real_torchrun(*command: str | Path, check: bool = True) -> subprocess.Comple
 def _finished(
     command: tuple[str | Path, ...], environments: list[dict[str, str]], check: bool, folder: Path = REPOSITORY
 ) -> subprocess.CompletedProcess[str]:
-    """Fork a program in each environment; return what they have written once they and their children have ended."""
+    """Fork a program in each environment; return their output when they and their children have ended."""
     global server
     server = server or Server()
     arguments = [str(word) for word in command]
@@ -150,14 +150,15 @@ def _read(end: int, to: list[str]) -> None:
 
 
 def _kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended by now
+    with contextlib.suppress(ProcessLookupError):  # it has already ended
         os.kill(pid, number)
 
 
 def _wait(server: Server, pids: list[int]) -> tuple[int, str]:
-    """Return the status of a program, and nothing; of several, what torchrun ends with and says, which ends them all.
+    """Wait for programs; return an exit status and a message.
 
-    torchrun ends the processes that are left where one fails, and names that one's status on stderr.
+    For a single program these are its status and an empty message. For several they are the status and message of
+    torchrun, which ends the other processes when one fails and writes the status of that one to stderr.
     """
     deadline, failed = time.monotonic() + PATIENCE, None
     while None in (statuses := [server.status(pid, 0.02) for pid in pids]):

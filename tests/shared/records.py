@@ -1,7 +1,7 @@
-"""Writes images and class ids as WebDataset tar, TFRecord or MXNet RecordIO, each with the index that DALI reads.
+"""Write images and class ids as WebDataset tar, TFRecord or MXNet RecordIO, each with the index that DALI reads.
 
-Needs the standard library only. All numbers in the binary formats are little-endian. Samples are pairs of the bytes of
-an encoded image and its class id; they are written in the order in which they come.
+Only the standard library is needed. All numbers in the binary formats are little-endian. A sample is a pair of the
+bytes of an encoded image and its class id; samples are written in the given order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def write_tar(samples: Iterable[Sample], archive: str | Path, index: str | Path)
 
     Notes
     -----
-    Files of one name up to its first dot are one sample. Class ids are decimal text. In a tar file a header of 512
-    bytes comes before each file's data, which is filled up to a multiple of 512. The index: a line ``v1.2 COUNT``, then
-    for each sample a line of extension, offset of the data, its size and the file's name, for one component after the
-    other. (DALI's documentation leaves the name out; its reader refuses an index of this version without it.)
+    Files whose names are equal up to the first dot are one sample. Class ids are decimal text. In a tar file, a header
+    of 512 bytes precedes the data of each file, which are padded to a multiple of 512 bytes. The index has a line
+    ``v1.2 COUNT``, then one line for each sample with extension, offset of the data, size and file name of each
+    component. (DALI's documentation leaves out the name, but its reader refuses an index of this version without it.)
     """
     lines = []
     with open(archive, "wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -62,11 +62,12 @@ def write_tfrecord(samples: Iterable[Sample], path: str | Path, index: str | Pat
 
     Notes
     -----
-    A record is the length of its data (uint64), the masked CRC of these 8 bytes (uint32), the data, the masked CRC of
-    the data (uint32). The data are a protocol buffer: a field is a varint of ``number << 3 | 2``, a varint of its
-    length and its bytes. An Example has the field 1, features, which has a field 1 for each entry of a map: 1, its
-    key, and 2, its feature, which holds in 1 a list of byte strings or in 3 one of int64. Both lists are fields 1:
-    each byte string by itself, the integers as varints in one. The index: a line of offset and size for each record.
+    A record has the length of its data (uint64), the masked CRC of these 8 bytes (uint32), the data, and the masked CRC
+    of the data (uint32). The data are a protocol buffer: a field is a varint of ``number << 3 | 2``, a varint of its
+    length, and its bytes. An Example has field 1, features, with a field 1 for each entry of a map. An entry has field
+    1, the key, and field 2, the feature, which has a list of byte strings in field 1 or a list of int64 in field 3.
+    These lists have a field 1 for each byte string, or a single field 1 with all integers as varints. The index has a
+    line of offset and size for each record.
     """
     lines = []
     with open(path, "wb") as stream:
@@ -98,12 +99,12 @@ def write_recordio(samples: Iterable[Sample], path: str | Path, index: str | Pat
 
     Notes
     -----
-    A record is a header and the image. The header: flag (uint32), 0 for one label, or else the number of float32 labels
-    that follow the header; label (float32); two ids (uint64), here the number of the record and 0. A record lies in the
-    file as chunks of: magic number, ``kind << 29 | length`` (uint32), that many bytes, zeros up to a multiple of 4.
-    Kind 0 is a whole record. Where the magic number stands in a record, at a multiple of 4, it is left out and the
-    record is parted there: kinds 1, 2 .., 3 are its first, middle and last chunks. The index: a line of number, tab and
-    offset for each record.
+    A record is a header and the image. The header has: flag (uint32), 0 for one label, otherwise the number of float32
+    labels that follow the header; label (float32); two ids (uint64), here the number of the record and 0. A record is
+    stored in chunks of: magic number, ``kind << 29 | length`` (uint32), that many bytes, zeros up to a multiple of 4.
+    Kind 0 is a whole record. If a record contains the magic number at a multiple of 4, the number is left out and the
+    record is split there: kinds 1, 2 and 3 are its first, middle and last chunks. The index has a line of number, tab
+    and offset for each record.
     """
     lines = []
     with open(path, "wb") as stream:
@@ -134,12 +135,12 @@ def _write_lines(path: str | Path, lines: list[str]) -> None:
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """Return one field of a protocol buffer, of the kind that says its length."""
+    """Return one length-delimited field of a protocol buffer."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
 def _varint(value: int) -> bytes:
-    """Return `value`, not negative, in groups of 7 bits, low ones first; a high bit says that more follow."""
+    """Return a non-negative `value` in groups of 7 bits, low ones first; the high bit is set if more follow."""
     groups = []
     while value > 0x7F:
         groups.append(value & 0x7F | 0x80)
@@ -148,13 +149,13 @@ def _varint(value: int) -> bytes:
 
 
 def _masked_crc(data: bytes) -> bytes:
-    """Return the CRC-32C turned by 15 bits plus a constant: what TFRecord keeps, as data may hold CRCs themselves."""
+    """Return the CRC-32C rotated by 15 bits plus a constant, as TFRecord stores it."""
     crc = crc32c(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def crc32c(data: bytes) -> int:
-    """Return the CRC-32C (Castagnoli) of `data`, by one table look-up a byte.
+    """Return the CRC-32C (Castagnoli) of `data`, with one table look-up per byte.
 
     Examples
     --------

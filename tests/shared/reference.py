@@ -1,7 +1,7 @@
-"""The oracle: SaliencyMix as loops over pixels, written from the papers, sharing no code with the package.
+"""The oracle: SaliencyMix as loops over pixels, written from the papers, without code of the package.
 
-Slow and exact: integers and fractions wherever the method has them, float64 elsewhere. One image (H, W, 3) or one map
-(h, w) at a time, NumPy arrays in, NumPy arrays or plain numbers out.
+It is slow and exact: it computes with integers and fractions where the method has them, and with float64 elsewhere. The
+functions take one image (H, W, 3) or one map (h, w) as a NumPy array, and return NumPy arrays or plain numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def reflected(index: int, size: int) -> int:
-    """Return the index that stands in for one outside [0, size): mirrored at the centre of the border pixel."""
+    """Return the index in [0, size) for an index outside it, by reflection at the centre of the border pixel."""
     while not 0 <= index < size:
         if size == 1:
             return 0
@@ -22,7 +22,7 @@ def reflected(index: int, size: int) -> int:
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """Grey levels with the weights of Rec. 601, in units of 2**-15 that add up to one, rounded half up."""
+    """Return grey levels with the weights of Rec. 601, in units of 2**-15 that sum to 1, rounded half up."""
     one = 2**15
     red, green = round(0.299 * one), round(0.587 * one)
     blue = one - red - green
@@ -52,7 +52,7 @@ def blur(grey: np.ndarray) -> np.ndarray:
 
 
 def fine_grained(image: np.ndarray) -> np.ndarray:
-    """Saliency in 0..255 as integers; OpenCV's map is this over 255."""
+    """Return saliency as integers in 0..255; OpenCV's map is this divided by 255."""
     grey = blur(blur(luma(image)))
     height, width = grey.shape
     on, off = np.zeros_like(grey), np.zeros_like(grey)
@@ -106,13 +106,13 @@ def spectral_residual(grey: np.ndarray) -> np.ndarray:
 
 
 def gaussian(sigma: float, reach: int) -> list[float]:
-    """Weights of a Gaussian at -reach .. reach, which sum to 1."""
+    """Return the weights of a Gaussian at -reach .. reach, which sum to 1."""
     weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(-reach, reach + 1)]
     return [weight / sum(weights) for weight in weights]
 
 
 def blurred(values: np.ndarray, sigma_of_side: float, sigmas: int) -> np.ndarray:
-    """Blur with a Gaussian in proportion to each side, cut off at so many sigmas to the nearest pixel."""
+    """Blur with a Gaussian in proportion to each side, truncated at a number of sigmas, to the nearest pixel."""
     for axis in (0, 1):
         sigma = sigma_of_side * values.shape[axis]
         values = filtered(values, gaussian(sigma, round(sigmas * sigma)), axis)
@@ -143,7 +143,7 @@ def phase_spectrum(grey: np.ndarray) -> np.ndarray:
 
 
 def _white_and_primaries() -> tuple[np.ndarray, np.ndarray]:
-    """X, Y, Z of white D65 and, as columns, of the red, green and blue of sRGB that add up to it."""
+    """Return X, Y, Z of white D65, and as columns those of sRGB's red, green and blue, which sum to it."""
     white = np.array([0.3127 / 0.3290, 1, (1 - 0.3127 - 0.3290) / 0.3290])
     chromaticities = [(0.64, 0.33), (0.30, 0.60), (0.15, 0.06)]
     primaries = np.array([(x / y, 1, (1 - x - y) / y) for x, y in chromaticities]).T
@@ -161,7 +161,7 @@ def lab(colour: tuple[int, int, int]) -> tuple[float, float, float]:
 
 
 def lab_planes(image: np.ndarray) -> list[np.ndarray]:
-    """L* of an image (h, w, 3) of which all pixels are grey, L*, a*, b* of any other."""
+    """Return L* of an image (h, w, 3) in which all pixels are grey, and L*, a*, b* of any other image."""
     planes = [np.zeros(image.shape[:2]) for _ in range(3)]
     for y, x in np.ndindex(image.shape[:2]):
         for plane, value in zip(planes, lab(image[y, x]), strict=True):
@@ -174,7 +174,7 @@ def lab_planes(image: np.ndarray) -> list[np.ndarray]:
 
 
 def cosine(size: int, frequency: int, position: int) -> float:
-    """One wave of the orthonormal DCT-II."""
+    """Return one basis function of the orthonormal DCT-II."""
     scale = math.sqrt((1 if frequency == 0 else 2) / size)
     return scale * math.cos(math.pi * frequency * (2 * position + 1) / (2 * size))
 
@@ -214,7 +214,7 @@ def frequency_tuned(image: np.ndarray) -> np.ndarray:
     for plane in lab_planes(image):
         saliency_map += (weighted_mean(plane, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]) - plane.mean()) ** 2
     saliency_map = np.sqrt(saliency_map)
-    if saliency_map.max() < 1e-9:  # a pattern that the blur takes away altogether
+    if saliency_map.max() < 1e-9:  # the blur removes the whole pattern
         return np.zeros_like(saliency_map)
     return saliency_map / saliency_map.max()
 
@@ -223,9 +223,9 @@ def frequency_tuned(image: np.ndarray) -> np.ndarray:
 
 
 def peak(saliency_map: np.ndarray, height: int, width: int, least: bool = False) -> tuple[int, int]:
-    """Most (or least) salient pixel: of equal ones the nearest to the image's centre, then the first in reading order.
+    """Return the most (or least) salient pixel.
 
-    A pixel that is NaN is not chosen while there is another.
+    Of equal ones it is the nearest to the image's centre, then the first row by row. NaN is chosen only if all are NaN.
     """
     rows, columns = saliency_map.shape
     best: tuple[float, Fraction] | None = None
@@ -243,7 +243,7 @@ def peak(saliency_map: np.ndarray, height: int, width: int, least: bool = False)
 
 
 def span(centre: int, size: int, lam: float, box: str) -> tuple[int, int]:
-    """Start and stop of a box along one axis of `size` pixels."""
+    """Return start and stop of a box along one axis of `size` pixels."""
     side = int(size * math.sqrt(1 - lam))
     if box == "clip":  # the released code
         return max(centre - side // 2, 0), min(centre + side // 2, size)
@@ -265,7 +265,7 @@ def box_at(centre: tuple[int, int], lam: float, height: int, width: int, box: st
 
 
 def pixel_at(fractions: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """Pixel (y, x) at fractions of the image; a fraction of 1 belongs to the last one."""
+    """Return the pixel (y, x) at fractions of the image; a fraction of 1 is the last pixel."""
     y, x = (float(fraction) for fraction in fractions)
     return min(math.floor(y * height), height - 1), min(math.floor(x * width), width - 1)
 
@@ -278,7 +278,7 @@ Box = tuple[int, int, int, int]
 def mix(
     images: np.ndarray, source_index: np.ndarray, boxes: list[Box], source_boxes: list[Box] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mixed images, lam, boxes and source boxes, pixel by pixel; empty boxes are all 0."""
+    """Return mixed images, lam, boxes and source boxes, pixel by pixel; empty boxes are all 0."""
     count, height, width, _ = images.shape
     source_boxes = boxes if source_boxes is None else source_boxes
     mixed = np.zeros_like(images)
@@ -300,7 +300,7 @@ def mix(
 def saliencymix_boxes(
     size, source_index, lam, maps, point, *, source, destination, box, per_batch
 ) -> tuple[list[Box], list[Box]]:
-    """Boxes in receivers and sources, from the maps of all images."""
+    """Return boxes in receivers and sources, from the maps of all images."""
     boxes, source_boxes = [], []
     for i, giver in enumerate(source_index):
         centre = peak(maps[giver], *size, least=source == "non_salient")
@@ -340,7 +340,7 @@ def saliencymix(
 
 
 def saliency_in(saliency_map: np.ndarray, box: Box, height: int, width: int) -> tuple[Fraction, Fraction]:
-    """Saliency inside a box and that of the whole map, over cells of the image's height and width."""
+    """Return the saliency inside a box and of the whole map, over cells of the image's height and width."""
     rows, columns = saliency_map.shape
     y0, x0, y1, x1 = map(int, box)
     lowest = min(0, min(Fraction(float(value)) for value in saliency_map.ravel()))
@@ -357,7 +357,7 @@ def saliency_in(saliency_map: np.ndarray, box: Box, height: int, width: int) -> 
 def weight_by_saliency(
     own_map: np.ndarray, box: Box, source_map: np.ndarray, source_box: Box, height: int, width: int
 ) -> float:
-    """Weight of the receiver's label: kept / (kept + pasted), and by area where that says nothing."""
+    """Return the weight of the receiver's label: kept / (kept + pasted), or by area if that is undefined."""
     y0, x0, y1, x1 = map(int, box)
     by_area = 1 - Fraction((y1 - y0) * (x1 - x0), height * width)
     (inside, whole), (taken, of_source) = (
@@ -378,7 +378,7 @@ def cutmix(images, source_index, lam, point, box, per_batch):
 
 
 def mixup(images, source_index, lam, per_batch=False):
-    """Blend, in float64, to within one grey level of any order of rounding."""
+    """Blend in float64; any order of rounding is within one grey level of the result."""
     lam = np.full_like(lam, lam[0]) if per_batch else lam
     mixed = np.zeros(images.shape)
     for i, share in enumerate(lam):
@@ -387,7 +387,7 @@ def mixup(images, source_index, lam, per_batch=False):
 
 
 def soft_labels(labels: np.ndarray, source_labels: np.ndarray, lam: np.ndarray, num_classes: int) -> np.ndarray:
-    """Class probabilities in float32, weight by weight."""
+    """Return class probabilities in float32, computed weight by weight."""
     rows = np.zeros((len(labels), num_classes), np.float32)
     for row, label, source_label, share in zip(rows, labels, source_labels, lam.astype(np.float32), strict=True):
         row[label] += share

@@ -1,4 +1,4 @@
-"""Tests that run as root, for whom no folder and no file is closed, meet those who are not."""
+"""Drop root's permission to access any file, for tests of permission errors that run as root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OF_ANY_FILE = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
 
 @contextlib.contextmanager
 def rights_of_a_user() -> Iterator[None]:
-    """Have this thread read, write and list only what the modes of files and folders allow."""
+    """Restrict this thread to what the modes of files and folders allow."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = (ctypes.c_uint32 * 2)(_VERSION, 0), (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; x2
     assert libc.capget(header, sets) == 0

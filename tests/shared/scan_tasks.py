@@ -1,4 +1,4 @@
-"""What tests have the processes of a scan do, which import it: so this imports little."""
+"""Tasks for the worker processes of a scan. The workers import this module, so it imports little."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dali_saliencymix.datasets.damage import Examined
 
 
 def die_on_bad(file: str) -> Examined:
-    """Be killed by one file."""
+    """Die on one file."""
     if "bad" in file:
         os.kill(os.getpid(), signal.SIGKILL)
     return Examined({"words": file})
 
 
 def hang_on_bad(file: str) -> Examined:
-    """Never come back from one file."""
+    """Hang on one file."""
     while "bad" in file:
         time.sleep(1)
     return Examined({"words": file})
 
 
 def print_blocked() -> None:
-    """Print whether Ctrl-C is kept away from this process."""
+    """Print whether SIGINT is blocked in this process."""
     sys.stdout.write(f"{signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())}\n")

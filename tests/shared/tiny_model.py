@@ -1,6 +1,6 @@
-"""Adds ``tiny_resnet`` to torchvision's networks: ResNet-18 with an eighth of its channels, for trainings of tests.
+"""Add ``tiny_resnet`` to torchvision's networks: ResNet-18 with 1/8 of its channels, for training in tests.
 
-Weights, momenta and averages of ResNet-18 are over 100 MB, which each run would compute and write several times.
+The weights, momenta and EMA of ResNet-18 are over 100 MB, which each run would compute and write several times.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ def tiny_resnet(*, weights: None = None, num_classes: int) -> TinyResNet:
     return TinyResNet(num_classes)
 
 
-tiny_resnet.__module__ = "torchvision.models.tiny"  # by which torchvision tells classifiers from other networks
+tiny_resnet.__module__ = "torchvision.models.tiny"  # torchvision recognises classifiers by their module
 register_model()(tiny_resnet)

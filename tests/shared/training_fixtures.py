@@ -1,7 +1,7 @@
-"""What the tests of the training side share: a small data set, `train.py` run here and run as a program.
+"""Fixtures for tests of training: a small data set, and `train.py` run in this process or as a program.
 
 A test module gets the fixtures with ``pytest_plugins = ["shared.training_fixtures"]``, and imports the rest by name.
-That import comes before pytest can rewrite the assertions in here, so it is told not to: PYTEST_DONT_REWRITE
+That import happens before pytest can rewrite the assertions of this file, so rewriting is disabled: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TINY = (*TINY_FOR_CIFAR, "--train-crop-size", "32", "--val-resize-size", "32", "
 
 @dataclass
 class Ended:
-    """How a run of `train.py` ended."""
+    """The exit status and output of a run of `train.py`."""
 
     status: int
     out: str
@@ -50,7 +50,7 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The one line of an error; fails if there is another number of them, or a traceback."""
+        """Return the line of an error; fail if there is not exactly one line, or a traceback."""
         errors = [line for line in self.err.splitlines() if "error:" in line]
         assert len(errors) == 1, self.err
         assert "Traceback" not in self.err
@@ -63,7 +63,7 @@ def read_log(output_dir: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory) -> Path:
-    """The sample data set with seed 0, made by another process. Not to be changed."""
+    """The sample data set with seed 0, made by another process. Tests must not change it."""
     root = tmp_path_factory.mktemp("data") / "sample"
     counts = ("--train", str(TRAIN_PER_CLASS), "--val", str(VAL_PER_CLASS))
     run_program("-m", "dali_saliencymix", "sample-data", root, *counts)
@@ -72,14 +72,14 @@ def data_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def full_run(data_folder, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The output folder and the ended process of a run of 2 epochs that nothing disturbed. Not to be changed."""
+    """The output folder and the result of an uninterrupted run of 2 epochs. Tests must not change it."""
     output_dir = tmp_path_factory.mktemp("full") / "made" / "by" / "the run"
     return output_dir, run_program("train.py", data_folder, *TINY, "--device", "auto", "--output-dir", output_dir)
 
 
 @pytest.fixture
 def own_data(data_folder, tmp_path) -> Path:
-    """A copy of the data set, to be changed."""
+    """A copy of the data set that tests may change."""
     return shutil.copytree(data_folder, tmp_path / "own_data")
 
 
@@ -92,7 +92,7 @@ def train_here(monkeypatch, capfd):
 
 
 def script_here(script: ModuleType, monkeypatch, capfd) -> Iterator[Callable[..., Ended]]:
-    """Yield a function that runs a script in this process, on one thread as the program does."""
+    """Yield a function that runs a script in this process, on one thread like the program."""
     import torch
 
     threads = torch.get_num_threads()

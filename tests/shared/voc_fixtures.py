@@ -1,4 +1,4 @@
-"""A small data set in the form of Pascal VOC: real JPEG and XML files, with objects that can be told apart.
+"""A small data set in the format of Pascal VOC: real JPEG and XML files, with distinguishable objects.
 
 A test module gets the fixture with ``pytest_plugins = ["shared.voc_fixtures"]``. Nothing asserts: PYTEST_DONT_REWRITE
 """
@@ -34,7 +34,7 @@ def make_voc(root: Path, *, seed: int = 0) -> Path:
 
 
 def picture(rng: np.random.Generator, *, difficult: bool) -> tuple[np.ndarray, list[tuple]]:
-    """Paint a rectangle on each half of a grey ground; the second is marked as difficult, or is not there at times."""
+    """Paint a rectangle on each half of a grey image; the second one is marked as difficult, or is missing."""
     pixels = rng.integers(90, 130, (HEIGHT, WIDTH, 3), np.uint8)
     objects = []
     for half in range(2 if difficult else int(rng.integers(1, 3))):
@@ -43,13 +43,13 @@ def picture(rng: np.random.Generator, *, difficult: bool) -> tuple[np.ndarray, l
         x = half * WIDTH // 2 + int(rng.integers(0, WIDTH // 2 - width + 1))
         y = int(rng.integers(0, HEIGHT - height + 1))
         pixels[y : y + height, x : x + width] = COLOURS[name]
-        # VOC counts pixels from 1 and names the last one that belongs to the object.
+        # VOC counts pixels from 1 and includes the last pixel of the object.
         objects.append((name, (x + 1, y + 1, x + width, y + height), difficult and half == 1))
     return pixels, objects
 
 
 def write_annotation(path: Path, objects: list[tuple]) -> None:
-    """Write an annotation with the elements of VOC's own."""
+    """Write an annotation with the same elements as VOC's."""
     root = ET.Element("annotation")
     size = ET.SubElement(root, "size")
     for name, value in (("width", WIDTH), ("height", HEIGHT), ("depth", 3)):
@@ -66,5 +66,5 @@ def write_annotation(path: Path, objects: list[tuple]) -> None:
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory) -> Path:
-    """A data set in the form of VOC. Not to be changed."""
+    """A data set in the format of VOC. Tests must not change it."""
     return make_voc(tmp_path_factory.mktemp("voc"))
