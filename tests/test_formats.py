@@ -300,7 +300,7 @@ def test_every_backend_passes_over_what_the_scan_excludes(tmp_path, capfd, backe
     said = capfd.readouterr().err
     assert all(f": {file}: {why_unusable(file)}; its image is left out\n" in said for file in loader.bad_files)
     assert said.count("a file is refused (") == sum(name.endswith(LOOKED_AT) for name in REFUSED)
-    with pytest.raises(LoaderError, match=r"\.tif: unsupported: .*; 3 files are refused, and at most 2 may be$"):
+    with pytest.raises(LoaderError, match=r"\.tif: unsupported: .*; 3 files are refused, at most 2 are allowed$"):
         val_loader(folder, backend, max_bad_batches=2)
 
 

@@ -636,7 +636,7 @@ def test_a_list_says_which_images_there_are(root, tmp_path, option):
     for text, message in (
         ("no/such.jpg\n", f"--{option}-list {listed}, line 1: no such image in {root / option}: no/such.jpg"),
         (f"{names[0]}\n{names[0]}\n", f"line 2: the same image as in line 1: {names[0]}"),
-        ("\n", f"--{option}-list {listed}: names no image"),
+        ("\n", f"--{option}-list {listed}: lists no images"),
     ):
         listed.write_text(text)
         with pytest.raises(ValueError, match="list") as raised:

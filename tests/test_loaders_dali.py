@@ -114,7 +114,7 @@ def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
 def test_the_state_of_another_pipeline_is_refused_in_one_line(folder):
     loader = train(folder)
     next(iter(loader))
-    told = r"^the state to resume from is not one of this pipeline: .*--restart-epoch .*: .*name of an operator"
+    told = r"^the state to resume from does not fit this pipeline, .*--restart-epoch .*: .*name of an operator"
     with pytest.raises(LoaderError, match=told) as raised:
         train(folder, mix=MixOptions(), state=loader.state())
     assert "\n" not in str(raised.value)
