@@ -157,7 +157,7 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         (("--per-class-csv",), 2, "--per-class-csv needs --evaluate"),
         (("--cam", existing), 2, "--cam needs --evaluate"),
         ((*evaluating, "--fgsm", "8"), 2, "must be a number or a fraction in [0, 1], such as 8/255, got 8"),
-        ((*evaluating, "--report", existing), 2, f"--report: {existing}: exists already"),
+        ((*evaluating, "--report", existing), 2, f"--report: {existing}: already exists"),
         ((*evaluating, "--cam", tmp_path / "no.jpg"), 2, f"--cam: {tmp_path / 'no.jpg'}: unreadable: No such file"),
         ((*evaluating, "--cam-class", "red_square"), 2, "--cam-class needs --cam"),
         ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),

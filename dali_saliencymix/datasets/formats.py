@@ -313,7 +313,7 @@ def _tiff(image: Any, stream: IO[bytes]) -> str | None:
     if compression not in _TIFF_COMPRESSIONS:
         return f"TIFF with compression {compression}"
     if interpretation == 6 and compression != 7:
-        return "YCbCr TIFF without JPEG compression"
+        return "TIFF with YCbCr without JPEG compression"
     if 1 in tags.get(338, ()):
         return "TIFF with colours premultiplied by alpha"
     if samples > 1 and tags.get(284, 1) != 1:
