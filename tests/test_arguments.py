@@ -258,7 +258,7 @@ WRONG = [
     ("data --box round", "argument --box: invalid choice: 'round'"),
     ("data --lr-scheduler linear", "argument --lr-scheduler: invalid choice: 'linear'"),
     ("data -a vgg61", "--arch must be cifar_resnet18, cifar_resnet50, wrn_28_10 or one of torchvision.models.list_"),
-    ("data -a ResNet18", "got 'ResNet18'; the nearest names are resnet18, "),
+    ("data -a ResNet18", "got 'ResNet18'; nearest: resnet18, "),
     ("data --evaluate", "--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights"),
     ("data --evaluate --resume /no/such.pt", "--resume: /no/such.pt: no such checkpoint"),
     ("data --evaluate --resume auto", "--resume auto: output/checkpoint_last.pt: no such checkpoint"),

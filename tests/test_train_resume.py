@@ -230,5 +230,6 @@ def test_other_classes_are_refused_by_name(half_run, own_data, train_here):
     ended = train_here(own_data, *TINY, "--output-dir", half_run, "--resume", "auto")
     assert ended.status == 1
     assert (
-        f"its classes are not those of {own_data / 'train'}: first difference: 'red_square' there, 'red_cube' here" in ended.error
+        f"its classes are not those of {own_data / 'train'}: first difference: 'red_square' there, 'red_cube' here"
+        in ended.error
     )
