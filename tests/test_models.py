@@ -206,16 +206,16 @@ def test_image_sizes_that_a_model_takes_are_accepted(name, options):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: the vit_b_32 of --train-crop-size 224 cannot take"),
+        ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: vit_b_32 made for --train-crop-size 224 does not"),
         (
             "vit_b_32",
             f"--val-crop-size 256 --evaluate --pretrained {__file__}",
-            "--val-crop-size 256: the vit_b_32 of --train-cr",
+            "--val-crop-size 256: vit_b_32 made for --train-cr",
         ),
         (
             "maxvit_t",
             "--progressive-size 160@0",
-            "--progressive-size 160@0: the maxvit_t of --train-crop-size 224 cann",
+            "--progressive-size 160@0: maxvit_t made for --train-crop-size 224 does not accept",
         ),
         (
             "alexnet",

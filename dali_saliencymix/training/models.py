@@ -74,7 +74,7 @@ def make_model(name: str, num_classes: int, *, image_size: int = 224, dropout: f
         else:
             model = models.get_model(_CIFAR_RESNETS.get(name, name), num_classes=num_classes, **arguments)
     except (AssertionError, ValueError) as error:
-        msg = f"image_size (--train-crop-size) must be divisible into the patches of {name}, got {image_size}"
+        msg = f"image_size (--train-crop-size) must be one that {name} can divide into patches, got {image_size}"
         raise ValueError(msg) from error
     if name in _CIFAR_RESNETS:  # replace the stem by a 3x3 convolution without pooling, for small images
         stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
@@ -111,7 +111,7 @@ def check_image_sizes(model: nn.Module, options: TrainingOptions) -> None:
         except NotImplementedError:  # an operation without support for the meta device
             continue
         except (AssertionError, RuntimeError) as error:
-            made = "" if size == data.train_crop_size else f" of --train-crop-size {data.train_crop_size}"
+            made = "" if size == data.train_crop_size else f" made for --train-crop-size {data.train_crop_size}"
             msg = f"{given}: {options.model.arch}{made} does not accept images of this size: {shortened(str(error))}"
             raise ValueError(msg) from error
     model.train()
