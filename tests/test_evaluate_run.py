@@ -113,7 +113,7 @@ def test_a_checkpoint_of_cifar_knows_its_data_set_and_normalisation(tmp_path, tr
     ended = train_here(*evaluating)
     assert ended.status == 0, ended.err
     assert (
-        f"{folder}: 15 images by dali-cpu, 32 pixels, as they are, mean 0.5 0.4 0.3, std 0.247 0.244 0.262\n"
+        f"{folder}: 15 images by dali-cpu, 32 pixels, not resized, mean 0.5 0.4 0.3, std 0.247 0.244 0.262\n"
         in ended.out
     )
     assert json.loads((output_dir / "evaluation.json").read_text())["val"] == pytest.approx(val, rel=1e-5)
