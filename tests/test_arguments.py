@@ -343,7 +343,7 @@ def test_no_option_is_without_help(capsys):
     for given, _, _ in OPTIONS:
         assert given.split()[0] in out
     assert "(default: 256)" in out
-    assert "images of each process (GPU) in a step" in out
+    assert "images per step in each process (GPU)" in out
 
 
 CONFIG = """

@@ -162,7 +162,11 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         ((*evaluating, "--cam-class", "red_square"), 2, "--cam-class needs --cam"),
         ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),
         ((*evaluating, "--cam", picture, "--cam-class", "dog"), 1, "must be one of the 8 classes"),
-        ((*evaluating, "--output-dir", existing / "in"), 1, f"{existing / 'in'}: Not a directory; --output-dir names"),
+        (
+            (*evaluating, "--output-dir", existing / "in"),
+            1,
+            f"{existing / 'in'}: Not a directory; choose another --output-dir",
+        ),
         ((*evaluating, "--model-ema"), 1, f"{checkpoint}: has no EMA of the weights"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "out", *options)

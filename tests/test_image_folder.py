@@ -142,7 +142,7 @@ def test_a_link_by_which_files_would_be_listed_twice_is_named(tmp_path, link, ta
     with pytest.raises(ValueError, match="this link leads to") as raised:
         list_image_folder(root)
     assert str(raised.value).startswith(f"{root / link}: ")
-    assert f" in common with {root.parent / other}; " in str(raised.value)
+    assert f" shares files with {root.parent / other}; " in str(raised.value)
 
 
 def test_folders_that_cannot_be_listed_are_named_and_not_taken_for_empty(tmp_path):

@@ -235,7 +235,7 @@ def test_what_a_detector_raises_arrives_as_one_line(folder):
     [
         (lambda folder: train(folder, batch_size=33), "batch_size must be at most 32, .* of 1 processes .* got 33"),
         (lambda folder: train(folder, batch_size=17, world_size=2), "batch_size must be at most 16, .* got 17"),
-        (lambda folder: train(folder, seed=-1), "seed must not be negative, .* got -1"),
+        (lambda folder: train(folder, seed=-1), "seed must be at least 0, .* got -1"),
         (lambda folder: validate(first(folder, 3), world_size=4), "3 images are too few for 4 processes"),
         (lambda folder: train(folder, mix=MixOptions(alpha=-1)), "alpha must be .* got -1"),
     ],
