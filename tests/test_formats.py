@@ -191,7 +191,7 @@ REFUSED = {  # file, content, what the scan says
     "1.tif": (encoded("TIFF", PICTURE.convert("1")), "and 1 bits"),
     "grey_alpha.tif": (encoded("TIFF", TRANSPARENT.convert("LA")), "8+8 bits"),
     "lab.tif": (encoded("TIFF", ImageCms.applyTransform(PICTURE, LAB)), "interpretation 8"),
-    "ycbcr.tif": (encoded("TIFF", PICTURE.convert("YCbCr")), "YCbCr without JPEG"),
+    "ycbcr.tif": (encoded("TIFF", PICTURE.convert("YCbCr")), "without JPEG"),
     "signed.tif": (tiff([GREY.tobytes()], 1, 8, 1, t339=2), "not unsigned"),
     "premultiplied.tif": (tiff([np.dstack([PIXELS, ALPHA]).tobytes()], 2, 8, 4, t338=1), "multiplied by alpha"),
     "planes.tif": (tiff([PIXELS[..., n].tobytes() for n in range(3)], 2, 8, 3, t284=2), "separate planes"),

@@ -83,10 +83,10 @@ def test_only_the_last_layer_stays_fresh_where_there_are_other_classes(name, hea
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     said, _ = load_pretrained(model, tmp_path / "seven.pth", 5)
     heads = ", ".join(head)
-    assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep new weights"
+    assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep initial weights"
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name in head else wanted.state_dict()[name])
-    with pytest.raises(ValueError, match=r"seven\.pth: holds weights for 7 classes, but there are 5$"):
+    with pytest.raises(ValueError, match=r"seven\.pth: holds weights for 7 classes, but there are 5 classes$"):
         load_pretrained(model, tmp_path / "seven.pth", 5, with_head=True)
 
 
@@ -185,7 +185,7 @@ def test_weights_are_validated_without_training_images(full_run, own_data, tmp_p
     assert report["checkpoint"] == str(tmp_path / "weights.pth")
     shutil.rmtree(own_data / "val" / "red_square")
     ended = train_here(own_data, *options)
-    assert f"{tmp_path / 'weights.pth'}: holds weights for 8 classes, but there are 7" in ended.error
+    assert f"{tmp_path / 'weights.pth'}: holds weights for 8 classes, but there are 7 classes" in ended.error
 
 
 def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp_path, train_here):
@@ -207,7 +207,7 @@ def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp
     ended = train_here(own_data, *TINY, *options)
     assert ended.status == 0
     what = "loaded its weights of 'model', which are for 8 classes, not 7"
-    line = f"{what}: fc.weight, fc.bias keep new weights"
+    line = f"{what}: fc.weight, fc.bias keep initial weights"
     assert f"{full_run[0] / BEST}: {line}" in ended.err.splitlines()
     mean = "mean was [0.485, 0.456, 0.406], is now [0.5, 0.5, 0.5]"
     assert f"{full_run[0] / BEST}: options differ from its training: {mean}" in ended.err.splitlines()

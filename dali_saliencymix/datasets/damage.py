@@ -112,7 +112,7 @@ def why_unusable(file: str | Path) -> str | None:
 
 
 def find_unusable(files: Sequence[str]) -> dict[str, str]:
-    """Map each file at which a pipeline fails to the reason, see `why_unusable`; keep the order of `files`.
+    """Return path and reason (see `why_unusable`) of each file at which a pipeline fails, in the order of `files`.
 
     Call it when a decoder has failed without naming a file. The files are decoded in threads. On a terminal, stderr
     shows a progress bar if the search takes long.

@@ -111,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image from `open_image`, 1 to 8. Load the pixels of a PNG file before.
+    """Return the EXIF orientation of an image from `open_image`, 1 to 8. For a PNG file, load the pixels first.
 
     Pillow's own function also reads XMP and text chunks, which DALI does not.
     """
@@ -159,7 +159,7 @@ def cannot_decode(error: Exception, instead: str | None = None) -> Unusable:
 
 
 def find_refused(files: Sequence[str]) -> dict[int, str]:
-    """Check the headers of files with an extension in `LOOKED_AT`; map the index of each refused file to a reason.
+    """Check the headers of files with an extension in `LOOKED_AT`; return index and reason of each refused file.
 
     Missing files are not refused here.
     """
@@ -313,7 +313,7 @@ def _tiff(image: Any, stream: IO[bytes]) -> str | None:
     if compression not in _TIFF_COMPRESSIONS:
         return f"TIFF with compression {compression}"
     if interpretation == 6 and compression != 7:
-        return "TIFF with YCbCr without JPEG compression"
+        return "TIFF with YCbCr colours without JPEG compression"
     if 1 in tags.get(338, ()):
         return "TIFF with colours premultiplied by alpha"
     if samples > 1 and tags.get(284, 1) != 1:

@@ -178,7 +178,7 @@ def _interrupts_for_later() -> Iterator[None]:
     """Block SIGINT in the threads and processes of the pool that start in this context.
 
     They inherit the blocked signals. After Ctrl-C, which a terminal sends to all processes, the main process stops the
-    workers. A worker that received the signal while it starts would print a traceback.
+    workers. Without this, a worker that is still starting would exit with its own traceback.
     """
     # Python would start the tracker together with the first process, and unblock SIGINT after that.
     resource_tracker.ensure_running()

@@ -13,7 +13,7 @@ from nvidia.dali.pipeline import DataNode, do_not_convert
 from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO
 
 
-# Without `do_not_convert`: the policies branch per image, so DALI has to convert this function.
+# Not decorated with `do_not_convert`: the policies branch per image, so DALI has to convert this function.
 def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, ta_translation: float) -> DataNode:
     """Apply an augmentation policy to images; the pipeline needs ``enable_conditionals=True``.
 
@@ -75,7 +75,7 @@ def erased(images: DataNode, probability: float, size: int, *, fp16: bool = Fals
     sides = math.min(math.floor(sides * size + 0.5), size)
     corner = math.min(math.floor(place * (size - sides + 1)), size - sides)  # a draw of 1 would overshoot
     sides *= fn.random.coin_flip(probability=probability)
-    if fp16:  # fn.erase does not support it on a GPU; 0 has the same bits as int16
+    if fp16:  # fn.erase does not support float16 on a GPU; 0 has the same bits in int16
         images = fn.reinterpret(images, dtype=types.INT16)
     images = fn.erase(images, anchor=corner, shape=sides, axis_names="HW")
     return fn.reinterpret(images, dtype=types.FLOAT16) if fp16 else images

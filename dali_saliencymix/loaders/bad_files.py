@@ -100,7 +100,7 @@ def in_place(folder: ImageFolder, replaced: dict[int, int], *, replace: bool) ->
 
 
 def replace_file(folder: ImageFolder, index: int, replaced: dict[int, int]) -> None:
-    """Replace a file by the next usable one in `replaced`, also where the file was a replacement itself."""
+    """Enter the next usable file into `replaced`, for a file and for all files that it has replaced."""
     other = stand_in(folder, index, replaced)
     for bad in [index, *(bad for bad, instead in replaced.items() if instead == index)]:
         replaced[bad] = other
@@ -112,5 +112,5 @@ def stand_in(folder: ImageFolder, index: int, replaced: dict[int, int]) -> int:
     for candidate in ((index + step) % len(files) for step in range(1, min(len(files), _CANDIDATES))):
         if candidate not in replaced and why_unusable(files[candidate]) is None:
             return candidate
-    msg = f"{files[index]}: cannot be read, and no readable file follows to replace it"
+    msg = f"{files[index]}: cannot be read, and there is no readable file to replace it"
     raise LoaderError(msg)

@@ -55,7 +55,7 @@ class Batches(ABC):
 
 @dataclass(frozen=True)
 class Data(ABC):
-    """A data set, which creates the loaders of its batches.
+    """A data set that creates the loaders of its batches.
 
     Attributes
     ----------
@@ -125,14 +125,14 @@ def check_share(images: int, world_size: int, batch_size: int, root: Path, name:
     share = images // world_size
     if share < batch_size:
         msg = (
-            f"{name} must be at most {share}, the share that each of {world_size} processes has of the {images} images "
-            f"in {root}, got {batch_size}"
+            f"{name} must be at most {share}, the number of images per process ({images} images in {root}, "
+            f"{world_size} processes), got {batch_size}"
         )
         raise ValueError(msg)
 
 
 def fingerprint_of(options: DataOptions, train: int, val: int, *train_content: bytes) -> dict[str, str | int]:
-    """Return the fingerprint of a data set: the numbers of its images, and a digest of `train_content`."""
+    """Return the fingerprint of a data set: its name, backend and size, and a digest of `train_content`."""
     digest = hashlib.blake2b(digest_size=16)
     for part in train_content:
         digest.update(part)

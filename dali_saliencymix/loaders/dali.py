@@ -221,11 +221,11 @@ def define(definition: Callable[..., Pipeline], *arguments: Any, **options: Any)
 
 
 def device_arguments(device: torch.device) -> dict[str, Any]:
-    """Return the pipeline arguments `device` and `device_id` for a device; ValueError if it is a missing GPU."""
+    """Return the pipeline arguments `device` and `device_id` for a device; ValueError if the GPU does not exist."""
     if device.type != "cuda":
         return {"device": "cpu", "device_id": None}
     if not torch.cuda.is_available():
-        msg = f"device must be 'cpu' where no CUDA GPU is found, got {str(device)!r}"
+        msg = f"device must be 'cpu' if no CUDA GPU is found, got {str(device)!r}"
         raise ValueError(msg)
     return {"device": "gpu", "device_id": device.index or 0}
 

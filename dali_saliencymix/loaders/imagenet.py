@@ -157,7 +157,7 @@ def training_pipeline(
         normalise = Normalise(mean, std, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
-        # Normalise after the copy to the device: bytes are less to copy than floats.
+        # Normalise after the copy to the device, since bytes are faster to copy than floats.
         images = _normalised(to_device(device, images), crop_size, (mean, std), fp16, layout, mirror)
     if random_erase:
         images = erased(images, random_erase, crop_size, fp16=fp16)
@@ -296,7 +296,7 @@ def mixed(
 
 def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
     """Return whether fused flip and normalise in the mixing operator beats ``fn.crop_mirror_normalize``."""
-    if mixed_on != device:  # bytes are less to copy than floats
+    if mixed_on != device:  # bytes are faster to copy than floats
         return False
     return device == "gpu" or (route_of("auto", np) == "numba" and not fp16)
 

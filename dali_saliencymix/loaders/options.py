@@ -41,7 +41,7 @@ def option(default: Any, text: str, *flags: str, group: str = "data", **about: A
 
 
 def flags_of(declared: Field[Any]) -> tuple[str, ...]:
-    """Return the flags of a declared option, the long one last; by default one that is made from its name."""
+    """Return the flags of a declared option, the long one last; the default flag is derived from its name."""
     return declared.metadata["flags"] or (f"--{declared.name.replace('_', '-')}",)
 
 
@@ -63,7 +63,7 @@ class DataOptions:
     workers: int = option(4, "DALI's CPU threads, or PyTorch's worker processes, in each process", "-j", "--workers")
     prefetch: int = option(
         2,
-        "batches that DALI's pipeline, or each PyTorch worker process, prefetches",
+        "batches to prefetch, by DALI's pipeline or by each PyTorch worker process",
         only_with=("data_backend", None, *BACKENDS[:3]),
     )
     hw_decoder_load: float = option(

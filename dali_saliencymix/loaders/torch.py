@@ -56,7 +56,7 @@ class TorchLoaderState(_Place, total=False):
 
 
 class BadFileError(LoaderError):
-    """A file of a folder cannot be read: its `index`, and `why`."""
+    """A file of a folder cannot be read: `index` identifies it, and `why` is the reason."""
 
     def __init__(self, file: str, index: int, why: str) -> None:
         super().__init__(f"{file}: {why}")

@@ -376,7 +376,7 @@ def _flag(option: str) -> str:
 
 
 def _without_use(args: argparse.Namespace) -> dict[str, str]:
-    """Map each option that has no effect with the other options to the one that makes it useless."""
+    """Return the options that have no effect given the other ones, each with the option that is the reason."""
     useless = {_MIX_OPTIONS[name]: "mix" for name in unused_options(args.mix) if name in _MIX_OPTIONS}
     for declared in _DECLARED:
         needs = declared.metadata.get("only_with", [])

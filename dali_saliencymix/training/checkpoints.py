@@ -182,7 +182,7 @@ def taken_from(path: str | Path | None) -> Iterator[None]:
 def find_checkpoint(
     resume: str, output_dir: str | Path, passed_over: Callable[[str], None] = lambda _: None
 ) -> Path | None:
-    """Return the checkpoint that `resume` means: a path, or with ``"auto"`` the furthest one in `output_dir`.
+    """Return the checkpoint that `resume` means: a path, or with ``"auto"`` the most advanced one in `output_dir`.
 
     None if there is no checkpoint yet. `passed_over` is called with one line for each damaged file that is skipped;
     ValueError if all are damaged.
@@ -285,12 +285,13 @@ def find_resume(run: RunOptions) -> Path | None:
 def check_model(path: Path | None, saved: Mapping[str, Any], *, arch: str, classes: Sequence[str], root: Path) -> None:
     """Require that a checkpoint has the network and the classes of the run, whose images are in `root`."""
     if saved["config"]["arch"] != arch:
-        msg = f"{path}: holds a {saved['config']['arch']}, so --arch must be the same, got {arch!r}"
+        was = saved["config"]["arch"]
+        msg = f"{path}: holds a {was}: --arch must be {was}, got {arch!r}"
         raise ValueError(msg)
     if saved["classes"] != classes:
         pairs = itertools.zip_longest(saved["classes"], classes)
         was, now = next(pair for pair in pairs if pair[0] != pair[1])
-        msg = f"{path}: its classes are not those of {root}: first difference: {was!r} there, {now!r} here"
+        msg = f"{path}: its classes are not those of {root}: it has {was!r} where the data have {now!r}"
         raise ValueError(msg)
 
 

@@ -80,7 +80,7 @@ def _check_restarts() -> None:
 
 
 def _die_with_parent() -> None:
-    """Let the system send SIGTERM to this process when ``torchrun`` dies; otherwise it would run on for ever."""
+    """Ask the system to send SIGTERM to this process when ``torchrun`` dies; otherwise it would run on for ever."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
@@ -149,7 +149,7 @@ def end_at_once(line: str) -> NoReturn:
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:
-    """Return whether this process should write an error: the first with this text, or the first of the run."""
+    """Return whether this is the first process with an error of this text, or the first with any error in the run."""
     if _board is None:
         return True
     try:

@@ -115,7 +115,7 @@ class Updater:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a state. Load the weights of the model before.
+        """Resume from a state. The weights of the model must be loaded first.
 
         Options of the optimiser, such as the momentum, keep their present values. If the state holds no EMA of the
         weights, the EMA starts from the present weights.

@@ -147,7 +147,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Options that change during the training."""
+    """Options of the schedules: learning rate, image size and mixing."""
 
     epochs: int = _model(300, "number of epochs")
     lr_scheduler: str = _model(
@@ -184,8 +184,8 @@ class RunOptions:
     )
     pretrained: Path | None = _run(
         None,
-        "start from the weights in this file of torchvision, of its scripts, or of this script; the last layer is "
-        "reinitialised if the number of classes differs",
+        "start from the weights in this file, saved by torchvision, its reference scripts or this script; the last "
+        "layer keeps its initial weights if the number of classes differs",
         metavar="PATH",
     )
     evaluate: bool = _run(
@@ -196,7 +196,7 @@ class RunOptions:
     )
     restart_epoch: bool = _faults(
         False,
-        "with --resume: restart the epoch, with data options, images or a number of processes that have changed",
+        "with --resume: restart the epoch; data options, images and number of processes may have changed",
         action="store_true",
     )
     checkpoint_every: int | None = _faults(None, "also write a checkpoint every N steps", metavar="N")

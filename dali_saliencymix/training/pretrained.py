@@ -69,9 +69,9 @@ def _load(
     if not shapes:
         return ""
     if with_head:
-        msg = f"{path}: holds weights for {classes.pop()} classes, but there are {num_classes}"
+        msg = f"{path}: holds weights for {classes.pop()} classes, but there are {num_classes} classes"
         raise ValueError(msg)
-    return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep new weights"
+    return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep initial weights"
 
 
 def _read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], str | None, dict[str, Any]]:

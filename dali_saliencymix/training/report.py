@@ -183,8 +183,9 @@ def report_on_checkpoint(
     """Validate the networks of a checkpoint, and print and write the results; call it in all processes.
 
     `place` is the position of the checkpoint: the number of complete epochs as ``"epoch"``, and the ``"step"`` in the
-    next one. It is empty for pretrained weights. `models` holds the network as ``"val"`` and, if there is an EMA of the
-    weights, the network with these as ``"val_ema"``. Results besides top-1 and top-5 are those of the last network.
+    next one. It is empty for the weights of --pretrained. `models` holds the network as ``"val"`` and, if there is an
+    EMA of the weights, the network with the EMA as ``"val_ema"``. Results besides top-1 and top-5 are those of the last
+    network.
     `validate` validates one network; its third argument counts the predictions per class.
     """
     classes, asked, output_dir = data.classes, options.evaluation, options.run.output_dir

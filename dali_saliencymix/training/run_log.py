@@ -265,7 +265,7 @@ class RunLog:
             self._loggers["tensorboard"] = _TensorBoard(folder, step=step)
         if wandb_project is not None:
             self._loggers["wandb"] = _WeightsAndBiases(folder, wandb_project, facts.get("config", {}), resumed=resumed)
-        beginning = {**facts, **facts.get("environment", {})}  # environment first, at the top level
+        beginning = {**facts, **facts.get("environment", {})}  # flattened, for easy access
         beginning.pop("environment", None)
         self.write_event("resume" if resumed else "start", epoch=epoch, total_steps=step, **beginning)
 
