@@ -693,7 +693,7 @@ def test_without_a_backend_dali_works_where_the_run_does(root):
     ("kind", "more", "message"),
     [
         ("folder dali-gpu", "", "--data-backend dali-gpu needs a run on a GPU, but this one is on cpu"),
-        ("folder pytorch", "-b 33", "--batch-size must be at most 32, .* 32 images in .*, got 33"),
+        ("folder pytorch", "-b 33", "--batch-size must be at most 32, .*32 images in .*, got 33"),
         ("cifar10 dali-cpu", "-b 31", "--batch-size must be at most 30, .* got 31"),
         ("cifar10 pytorch", "--train-crop-size 64", "--train-crop-size must be 32 with --dataset cifar10, got 64"),
     ],
