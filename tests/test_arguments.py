@@ -230,7 +230,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_where_that_is_at_its_default
         del saved["config"][name]
     assert changed_data(None, saved, {**trained.config, "world_size": 1}, {}, trained) == []
     other = parse_arguments(["data", "--preset", "paper", "--label-weight", "saliency"])
-    with pytest.raises(ValueError, match=r"cannot go on with other data: label_weight .*saliency"):
+    with pytest.raises(ValueError, match=r"cannot resume with changed data: label_weight .*saliency"):
         changed_data(None, saved, {**other.config, "world_size": 1}, {}, other)
 
 
@@ -258,7 +258,7 @@ WRONG = [
     ("data --box round", "argument --box: invalid choice: 'round'"),
     ("data --lr-scheduler linear", "argument --lr-scheduler: invalid choice: 'linear'"),
     ("data -a vgg61", "--arch must be cifar_resnet18, cifar_resnet50, wrn_28_10 or one of torchvision.models.list_"),
-    ("data -a ResNet18", "got 'ResNet18'; the nearest names are resnet18, "),
+    ("data -a ResNet18", "got 'ResNet18'; nearest: resnet18, "),
     ("data --evaluate", "--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights"),
     ("data --evaluate --resume /no/such.pt", "--resume: /no/such.pt: no such checkpoint"),
     ("data --evaluate --resume auto", "--resume auto: output/checkpoint_last.pt: no such checkpoint"),
@@ -266,7 +266,7 @@ WRONG = [
     ("data --resume /", "--resume: /: is a folder, not a file"),
     ("data --pretrained /no/such.pth", "--pretrained: /no/such.pth: no such file"),
     ("data --lr-milestones 5", "--lr-milestones does nothing with --lr-scheduler cosine: leave it out"),
-    ("data --amp-dtype fp16", "--amp-dtype does nothing where --amp is not given: leave it out"),
+    ("data --amp-dtype fp16", "--amp-dtype does nothing without --amp: leave it out"),
     ("data --dataset cifar10 --val-crop-size 48", "--val-crop-size does nothing with --dataset cifar10: leave it out"),
     ("data --batch-siz 4", "unrecognized arguments: --batch-siz 4; nearest: --batch-size"),
     ("data --dataset cifar10 --color-jitter 0.4", "--color-jitter does nothing with --dataset cifar10: leave it out"),
@@ -295,7 +295,7 @@ WRONG = [
     ("data --mix-off-epochs 301", "--mix-off-epochs must be at most --epochs 300, got 301"),
     ("data --mix none --mix-off-epochs 3", "--mix-off-epochs does nothing with --mix none"),
     ("data --progressive-size 128:0", "argument --progressive-size: must be SIZE@EPOCH, such as 160@6, got 128:0"),
-    ("data --progressive-size 128@6 160@6", "--progressive-size must name later and later epochs, got 128@6 160@6"),
+    ("data --progressive-size 128@6 160@6", "--progressive-size must have increasing epochs, got 128@6 160@6"),
     ("data --prefetch 0", "argument --prefetch: must be a whole number of at least 1, got 0"),
     ("--data-backend synthetic --prefetch 4", "--prefetch does nothing with --data-backend synthetic: leave it out"),
     ("data --hw-decoder-load 1.5", "--hw-decoder-load must be in [0, 1], got 1.5"),
@@ -343,7 +343,7 @@ def test_no_option_is_without_help(capsys):
     for given, _, _ in OPTIONS:
         assert given.split()[0] in out
     assert "(default: 256)" in out
-    assert "images of each process (GPU) in a step" in out
+    assert "images per step in each process (GPU)" in out
 
 
 CONFIG = """

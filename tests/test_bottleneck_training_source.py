@@ -170,7 +170,7 @@ def test_a_part_of_the_images_stands_for_all_of_them(root):
 
 
 def test_a_backend_for_a_gpu_is_refused_without_one(root):
-    with pytest.raises(ValueError, match="--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"):
+    with pytest.raises(ValueError, match="--data-backend dali-gpu needs a run on a GPU, but this one is on cpu"):
         training_source(options(root, "--data-backend", "dali-gpu"), ALONE, images=2048)
 
 

@@ -235,12 +235,12 @@ def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_pa
     newest.write_bytes(newest.read_bytes()[:-10])  # also damages LAST, which is the same file
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
     (line,) = passed_over
-    assert f"not whole: {tmp_path / LAST}: damaged" in line
+    assert f"damaged checkpoint: {tmp_path / LAST}: damaged" in line
     (tmp_path / LAST).unlink()
     assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of its 3 checkpoints is whole"):
+    with pytest.raises(ValueError, match="all of its 3 checkpoints are damaged"):
         find_checkpoint("auto", tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_a_run_counts_all_images_once_and_only_the_main_process_writes(full_run)
         assert line["train"]["images"] == 2 * STEPS * BATCH
     shown = ended.stdout.splitlines()
     assert sum(line.startswith("epoch 1/2") for line in shown) == 1
-    told = f"global batch {2 * BATCH} ({BATCH} a process, 2 processes), {STEPS} steps per epoch"
+    told = f"global batch {2 * BATCH} ({BATCH} per process, 2 processes), {STEPS} steps per epoch"
     assert any(told in line for line in shown)
     assert ended.stderr.count("epoch 1/2") == STEPS // 2
 

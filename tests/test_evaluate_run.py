@@ -113,7 +113,7 @@ def test_a_checkpoint_of_cifar_knows_its_data_set_and_normalisation(tmp_path, tr
     ended = train_here(*evaluating)
     assert ended.status == 0, ended.err
     assert (
-        f"{folder}: 15 images by dali-cpu, 32 pixels, as they are, mean 0.5 0.4 0.3, std 0.247 0.244 0.262\n"
+        f"{folder}: 15 images by dali-cpu, 32 pixels, not resized, mean 0.5 0.4 0.3, std 0.247 0.244 0.262\n"
         in ended.out
     )
     assert json.loads((output_dir / "evaluation.json").read_text())["val"] == pytest.approx(val, rel=1e-5)
@@ -157,12 +157,16 @@ def test_what_evaluating_cannot_do_is_said_in_one_line(full_run, data_folder, tm
         (("--per-class-csv",), 2, "--per-class-csv needs --evaluate"),
         (("--cam", existing), 2, "--cam needs --evaluate"),
         ((*evaluating, "--fgsm", "8"), 2, "must be a number or a fraction in [0, 1], such as 8/255, got 8"),
-        ((*evaluating, "--report", existing), 2, f"--report: {existing}: exists already"),
+        ((*evaluating, "--report", existing), 2, f"--report: {existing}: already exists"),
         ((*evaluating, "--cam", tmp_path / "no.jpg"), 2, f"--cam: {tmp_path / 'no.jpg'}: unreadable: No such file"),
         ((*evaluating, "--cam-class", "red_square"), 2, "--cam-class needs --cam"),
         ((*evaluating, "--cam", existing), 2, f"--cam: {existing}: empty: zero bytes"),
         ((*evaluating, "--cam", picture, "--cam-class", "dog"), 1, "must be one of the 8 classes"),
-        ((*evaluating, "--output-dir", existing / "in"), 1, f"{existing / 'in'}: Not a directory; --output-dir names"),
+        (
+            (*evaluating, "--output-dir", existing / "in"),
+            1,
+            f"{existing / 'in'}: Not a directory; choose another --output-dir",
+        ),
         ((*evaluating, "--model-ema"), 1, f"{checkpoint}: has no EMA of the weights"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", tmp_path / "out", *options)

@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_and_preempted_again_and_again_ends_with_the_same_b
 
     ended = launch(run_program, tmp_path, "SIGTERM@0:3", *options)
     assert ended.returncode == EXIT_PREEMPTED
-    assert f"passed over a checkpoint that is not whole: {tmp_path / 'run' / LAST}: damaged" in ended.stderr
+    assert f"skipped a damaged checkpoint: {tmp_path / 'run' / LAST}: damaged" in ended.stderr
     assert errors_in(ended.stderr) == [
         f"train.py: stopped by SIGTERM; --resume auto resumes from {tmp_path / 'run' / LAST}"
     ]
@@ -155,7 +155,7 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
     ended = launch(real_torchrun, tmp_path, f"SIGKILL@1:{DRAW.randint(3, STEPS)}", *options)
     assert ended.returncode == 1
     assert errors_in(ended.stderr) == [
-        "train.py: error: another process of the run has ended without a word; was it killed?"
+        "train.py: error: another process of the run exited without an error message (killed?)"
     ]
 
     ended = launch(torchrun, tmp_path, f"raise@0:{DRAW.randint(1, 3)}", *options)

@@ -117,7 +117,7 @@ def test_a_lock_of_another_machine_is_watched(tmp_path, capfd):
         thread.join()
     (tmp_path / LOCK).touch()  # from a process that was killed before it wrote to the lock
     with FolderLock(tmp_path):
-        assert "a process that its lock does not name still runs" in capfd.readouterr().err
+        assert "an unknown process still runs" in capfd.readouterr().err
     assert elsewhere.has_ended() is None
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_lock_is_watched_and_removed(tmp_path, capfd, damage):
     else:
         (tmp_path / LOCK).write_bytes(damage)
     with FolderLock(tmp_path):
-        assert "removed, no sign of life: a process that its lock does not name\n" in capfd.readouterr().err
+        assert "removed, no sign of life: an unknown process\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -191,26 +191,26 @@ REFUSED = {  # file, content, what the scan says
     "1.tif": (encoded("TIFF", PICTURE.convert("1")), "and 1 bits"),
     "grey_alpha.tif": (encoded("TIFF", TRANSPARENT.convert("LA")), "8+8 bits"),
     "lab.tif": (encoded("TIFF", ImageCms.applyTransform(PICTURE, LAB)), "interpretation 8"),
-    "ycbcr.tif": (encoded("TIFF", PICTURE.convert("YCbCr")), "YCbCr without JPEG"),
+    "ycbcr.tif": (encoded("TIFF", PICTURE.convert("YCbCr")), "without JPEG"),
     "signed.tif": (tiff([GREY.tobytes()], 1, 8, 1, t339=2), "not unsigned"),
     "premultiplied.tif": (tiff([np.dstack([PIXELS, ALPHA]).tobytes()], 2, 8, 4, t338=1), "multiplied by alpha"),
     "planes.tif": (tiff([PIXELS[..., n].tobytes() for n in range(3)], 2, 8, 3, t284=2), "separate planes"),
     "turned.tif": (encoded("TIFF", tiffinfo={274: 6}), "orientation 6"),
     "white_is_0_16.tif": (tiff([(65535 - GREY16).tobytes()], 0, 16, 1), "16 bits"),
-    "inks.tif": (tiff([np.asarray(INK).tobytes()], 5, 8, 4, t332=2), "other inks"),
-    "short_palette.tif": (tiff([GREY.tobytes()], 3, 8, 1, t320=list(range(600))), "palette of another size"),
+    "inks.tif": (tiff([np.asarray(INK).tobytes()], 5, 8, 4, t332=2), "inks other than"),
+    "short_palette.tif": (tiff([GREY.tobytes()], 3, 8, 1, t320=list(range(600))), "palette that does not have"),
     "lzma.tif": (encoded("TIFF", compression="lzma"), "compression 34925"),
     "16.bmp": (bmp(16, (PIXELS[::-1, :, 0].astype("<u2") << 7).tobytes()), "16 bits"),
     "16_masks.bmp": (bmp(16, PIXELS[:, :, :2].tobytes(), compression=3, masks=(0xF800, 0x7E0, 0x1F)), "16 bits"),
     "other_masks.bmp": (bmp(32, BGRA.tobytes(), compression=3, masks=(0xFF000000, 0xFF0000, 0xFF00)), "compression 3"),
     "runs.bmp": (bmp(8, (bytes([SIDE, 200]) + b"\0\0") * SIDE + b"\0\1", compression=1), "compression 1"),
-    "100.ppm": (PPM.replace(b"255", b"100", 1), "largest value"),
-    "16.pgm": (b"P5 %b 65535\n" % SIZE + GREY16.astype(">u2").tobytes(), "largest value"),
+    "100.ppm": (PPM.replace(b"255", b"100", 1), "maximum value"),
+    "16.pgm": (b"P5 %b 65535\n" % SIZE + GREY16.astype(">u2").tobytes(), "maximum value"),
     "plain.pgm": (b"P2 %b 255\n" % SIZE + b" ".join(b"%d" % value for value in GREY.ravel()) + b"\n", "not binary"),
     "comment.pgm": (PGM.replace(b"48 ", b"48#no blank\n ", 1), "comment"),
     "exif.webp": (webp_of_odd_length(), "odd length"),
     "two.jpg": (with_segment(JPEG, exif(ORIENTED), exif((0x0112, 3, 1, 8 << 16))), "more than one orientation"),
-    "another_standard.png": (PNG[:33] + chunk(b"QQQQ", b"abc") + PNG[33:], "chunks of another standard"),
+    "another_standard.png": (PNG[:33] + chunk(b"QQQQ", b"abc") + PNG[33:], "non-standard chunks"),
     "a_tiff.jpg": (encoded("TIFF"), "TIFF data in a .jpg file"),
     "a_float_tiff.JPEG": (encoded("TIFF", FLOAT), "TIFF data in a .jpeg file"),
     "a_bmp.png": (encoded("BMP"), "BMP data in a .png file"),
@@ -223,11 +223,11 @@ REFUSED = {  # file, content, what the scan says
     "a_gif.bmp": (encoded("GIF"), "GIF data"),
 }
 DAMAGED = {  # PNG files that Pillow reads and DALI does not: content, what the scan says
-    "sum.png": (PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:], "its chunk 'IDAT' does not agree with its check sum"),
-    "twice.png": (PNG[:33] + PNG[8:], "its chunk 'IHDR' comes twice"),
+    "sum.png": (PNG[:-13] + bytes([PNG[-13] ^ 1]) + PNG[-12:], "its chunk 'IDAT' does not match its checksum"),
+    "twice.png": (PNG[:33] + PNG[8:], "its chunk 'IHDR' appears twice"),
     "no_palette.png": (png(3, 8, GREY), "it has no palette"),
     "odd_palette.png": (PNG[:33] + chunk(b"PLTE", bytes(47)) + PNG[33:], "its chunk 'PLTE' has a wrong length"),
-    "late_palette.png": (PNG[:-12] + chunk(b"PLTE", bytes(48)) + PNG[-12:], "comes behind the pixels"),
+    "late_palette.png": (PNG[:-12] + chunk(b"PLTE", bytes(48)) + PNG[-12:], "follows the pixels"),
 }
 
 
@@ -300,7 +300,7 @@ def test_every_backend_passes_over_what_the_scan_excludes(tmp_path, capfd, backe
     said = capfd.readouterr().err
     assert all(f": {file}: {why_unusable(file)}; its image is left out\n" in said for file in loader.bad_files)
     assert said.count("a file is refused (") == sum(name.endswith(LOOKED_AT) for name in REFUSED)
-    with pytest.raises(LoaderError, match=r"\.tif: unsupported: .*; 3 files are refused, and at most 2 may be$"):
+    with pytest.raises(LoaderError, match=r"\.tif: unsupported: .*; 3 files are refused, at most 2 are allowed$"):
         val_loader(folder, backend, max_bad_batches=2)
 
 

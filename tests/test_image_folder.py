@@ -32,7 +32,7 @@ def test_labels_are_those_of_torchvision_with_an_empty_class_between(tmp_path, c
     assert len(ours) == len(ours.files) == len(theirs.samples) == 11
     assert ours.labels == sorted(ours.labels)
     warning = capfd.readouterr().err
-    assert "2 of 8 classes have no image here: empty, text" in warning
+    assert "2 of 8 classes have no images here: empty, text" in warning
     assert warning.count("\n") == 1
     assert str(tmp_path) in warning
 
@@ -58,7 +58,7 @@ def test_a_second_folder_takes_the_labels_of_the_first(tmp_path, capfd):
     val = list_image_folder(tmp_path / "val", classes=classes)
     assert val.classes == ["a", "b", "c"]
     assert val.labels == [1, 2]
-    assert "1 of 3 classes have no image here: a" in capfd.readouterr().err
+    assert "1 of 3 classes have no images here: a" in capfd.readouterr().err
 
 
 def test_a_class_that_training_does_not_know_is_refused_by_name(tmp_path):
@@ -142,7 +142,7 @@ def test_a_link_by_which_files_would_be_listed_twice_is_named(tmp_path, link, ta
     with pytest.raises(ValueError, match="this link leads to") as raised:
         list_image_folder(root)
     assert str(raised.value).startswith(f"{root / link}: ")
-    assert f" in common with {root.parent / other}; " in str(raised.value)
+    assert f" shares files with {root.parent / other}; " in str(raised.value)
 
 
 def test_folders_that_cannot_be_listed_are_named_and_not_taken_for_empty(tmp_path):

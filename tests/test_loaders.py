@@ -637,7 +637,7 @@ def test_a_list_says_which_images_there_are(root, tmp_path, option):
     for text, message in (
         ("no/such.jpg\n", f"--{option}-list {listed}, line 1: no such image in {root / option}: no/such.jpg"),
         (f"{names[0]}\n{names[0]}\n", f"line 2: the same image as in line 1: {names[0]}"),
-        ("\n", f"--{option}-list {listed}: names no image"),
+        ("\n", f"--{option}-list {listed}: lists no images"),
     ):
         listed.write_text(text)
         with pytest.raises(ValueError, match="list") as raised:
@@ -693,8 +693,8 @@ def test_without_a_backend_dali_works_where_the_run_does(root):
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("folder dali-gpu", "", "--data-backend dali-gpu needs a run on a GPU, and this one is on cpu"),
-        ("folder pytorch", "-b 33", "--batch-size must be at most 32, .* 32 images in .*, got 33"),
+        ("folder dali-gpu", "", "--data-backend dali-gpu needs a run on a GPU, but this one is on cpu"),
+        ("folder pytorch", "-b 33", "--batch-size must be at most 32, .*32 images in .*, got 33"),
         ("cifar10 dali-cpu", "-b 31", "--batch-size must be at most 30, .* got 31"),
         ("cifar10 pytorch", "--train-crop-size 64", "--train-crop-size must be 32 with --dataset cifar10, got 64"),
     ],
@@ -857,7 +857,7 @@ def test_a_hostile_archive_is_refused_before_it_does_anything(tmp_path, function
     more = ([1.0],) if function is np.savetxt else ()
     attack = pickle.dumps({"data": Hostile(function, given.format(str(witness)), *more)}, protocol=protocol)
     (folder / "data_batch_3").write_bytes(attack)
-    with pytest.raises(ValueError, match=rf"data_batch_3: not read: it asks for {named}, and only arrays"):
+    with pytest.raises(ValueError, match=rf"data_batch_3: cannot be read: it refers to {named}, but only arrays"):
         read_cifar(tmp_path, "cifar10")
     assert not witness.exists()
     pickle.loads(attack)  # check that the attack works with plain pickle
@@ -869,7 +869,7 @@ def test_only_the_one_codec_of_arrays_is_run(tmp_path):
 
     folder = write_cifar(tmp_path, "cifar10")
     (folder / "test_batch").write_bytes(pickle.dumps({"data": Hostile(codecs.encode, "abc", "rot13")}, protocol=2))
-    with pytest.raises(ValueError, match="test_batch: not read: it asks for the codec rot13"):
+    with pytest.raises(ValueError, match="test_batch: cannot be read: it refers to the codec rot13"):
         read_cifar(tmp_path, "cifar10")
 
 
@@ -899,17 +899,17 @@ def test_archives_are_read_as_they_are_written(tmp_path, dataset):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data_batch_2", b"\x80\x02", "data_batch_2: not read: damaged, or not a pickle"),
-        ("data_batch_2", python2_pickle({"labels": [1]}), "its 'data' is no array of uint8 with 3072 columns"),
+        ("data_batch_2", b"\x80\x02", "data_batch_2: cannot be read: damaged, or not a pickle"),
+        ("data_batch_2", python2_pickle({"labels": [1]}), "its 'data' is not a uint8 array with 3072 columns"),
         ("data_batch_2", python2_pickle({"data": np.zeros((2, 10), np.uint8), "labels": [1, 2]}), "with 3072 columns"),
-        ("test_batch", python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), "no list of 2 labels"),
+        ("test_batch", python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}), "a list of 2 labels"),
         (
             "test_batch",
             python2_pickle({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}),
-            r"no list of 2 labels in \[0, 10\)",
+            r"not a list of 2 labels in \[0, 10\)",
         ),
         ("batches.meta", python2_pickle({}), "it has no list 'label_names'"),
-        ("batches.meta", python2_pickle({})[:2] + b"].", "it holds no dictionary"),
+        ("batches.meta", python2_pickle({})[:2] + b"].", "it does not hold a dictionary"),
     ],
 )
 def test_what_is_wrong_with_an_archive_is_said(tmp_path, name, content, message):

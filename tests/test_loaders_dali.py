@@ -114,7 +114,7 @@ def test_a_state_taken_anywhere_leads_to_the_batch_that_comes_next(folder):
 def test_the_state_of_another_pipeline_is_refused_in_one_line(folder):
     loader = train(folder)
     next(iter(loader))
-    told = r"^the state to resume from is not one of this pipeline: .*--restart-epoch .*: .*name of an operator"
+    told = r"^the state to resume from does not fit this pipeline, .*--restart-epoch .*: .*name of an operator"
     with pytest.raises(LoaderError, match=told) as raised:
         train(folder, mix=MixOptions(), state=loader.state())
     assert "\n" not in str(raised.value)
@@ -233,9 +233,9 @@ def test_what_a_detector_raises_arrives_as_one_line(folder):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: train(folder, batch_size=33), "batch_size must be at most 32, .* of 1 processes .* got 33"),
+        (lambda folder: train(folder, batch_size=33), "batch_size must be at most 32, .* 1 processes.* got 33"),
         (lambda folder: train(folder, batch_size=17, world_size=2), "batch_size must be at most 16, .* got 17"),
-        (lambda folder: train(folder, seed=-1), "seed must not be negative, .* got -1"),
+        (lambda folder: train(folder, seed=-1), "seed must be at least 0, .* got -1"),
         (lambda folder: validate(first(folder, 3), world_size=4), "3 images are too few for 4 processes"),
         (lambda folder: train(folder, mix=MixOptions(alpha=-1)), "alpha must be .* got -1"),
     ],
@@ -247,5 +247,5 @@ def test_wrong_arguments_are_named(folder, make, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(folder):
-    with pytest.raises(ValueError, match="device must be 'cpu' where no CUDA GPU is found, got 'cuda:0'"):
+    with pytest.raises(ValueError, match="device must be 'cpu' if no CUDA GPU is found, got 'cuda:0'"):
         train(folder, device=torch.device("cuda", 0))

@@ -56,7 +56,7 @@ def test_equal_loaders_give_all_of_their_batches(seen):
 
 @pytest.mark.parametrize("case", ["main ends first", "main ends last"])
 def test_a_loader_that_ends_early_on_one_process_is_an_error_in_both(seen, case):
-    said = "OtherProcessError: 1 of 2 processes have no batch left, the others have"
+    said = "OtherProcessError: 1 of 2 processes have no batches left, but the others do"
     assert seen[case] == [[0, 1, said], [0, 1, said]]
 
 

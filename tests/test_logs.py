@@ -70,7 +70,7 @@ def test_a_slow_start_is_taken_apart(monkeypatch):
     assert slow.summary() == "first batch after 35 s: loaders 25 s, imports 10 s"
     assert quick.summary() is None
     monkeypatch.setattr(run_log, "compile_seconds", lambda: 12.3)
-    assert slow.summary().endswith("imports 10 s, and in there Numba's first compilation 12 s")
+    assert slow.summary().endswith("imports 10 s; Numba's first compilation took 12 s of this")
 
 
 def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):

@@ -206,21 +206,21 @@ def test_image_sizes_that_a_model_takes_are_accepted(name, options):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: the vit_b_32 of --train-crop-size 224 cannot take"),
+        ("vit_b_32", "--val-crop-size 256", "--val-crop-size 256: vit_b_32 made for --train-crop-size 224 does not"),
         (
             "vit_b_32",
             f"--val-crop-size 256 --evaluate --pretrained {__file__}",
-            "--val-crop-size 256: the vit_b_32 of --train-cr",
+            "--val-crop-size 256: vit_b_32 made for --train-cr",
         ),
         (
             "maxvit_t",
             "--progressive-size 160@0",
-            "--progressive-size 160@0: the maxvit_t of --train-crop-size 224 cann",
+            "--progressive-size 160@0: maxvit_t made for --train-crop-size 224 does not accept",
         ),
         (
             "alexnet",
             "--train-crop-size 32",
-            "--train-crop-size 32: the alexnet cannot take images of this size: .* small",
+            "--train-crop-size 32: alexnet does not accept images of this size: .* small",
         ),
         ("vit_b_32", "--train-crop-size 100", r"image_size \(--train-crop-size\) must be one that vit_b_32 .* got 100"),
         ("maxvit_t", "--train-crop-size 128", r"image_size \(--train-crop-size\) must be one that maxvit_t .* got 128"),
@@ -234,7 +234,7 @@ def test_image_sizes_that_a_model_does_not_take_are_named(name, options, message
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_model("vgg61", 10), r"name must be cifar_resnet18, .* got 'vgg61'; the nearest names are vgg1"),
+        (lambda: make_model("vgg61", 10), r"name must be cifar_resnet18, .* got 'vgg61'; nearest: vgg1"),
         (lambda: make_model("resnet18", 10, dropout=0.1), "dropout must be left out for resnet18, .* got 0.1"),
         (lambda: made_without_weights("convnext_tiny", dropout=0.1), "dropout must be left out for convnext_tiny"),
         (lambda: make_model("wrn_28_10", 10, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),

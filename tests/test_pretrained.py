@@ -83,10 +83,10 @@ def test_only_the_last_layer_stays_fresh_where_there_are_other_classes(name, hea
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
     said, _ = load_pretrained(model, tmp_path / "seven.pth", 5)
     heads = ", ".join(head)
-    assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep fresh weights"
+    assert said == f"loaded its weights, which are for 7 classes, not 5: {heads} keep initial weights"
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name in head else wanted.state_dict()[name])
-    with pytest.raises(ValueError, match=r"seven\.pth: holds weights for 7 classes, here are 5$"):
+    with pytest.raises(ValueError, match=r"seven\.pth: holds weights for 7 classes, but there are 5 classes$"):
         load_pretrained(model, tmp_path / "seven.pth", 5, with_head=True)
 
 
@@ -116,31 +116,31 @@ def without(state, name):
 
 
 WRONG = {
-    "missing": (lambda state: without(state, "bn1.bias"), "the model has: bn1.bias is missing$"),
-    "unknown": (lambda state: state | {"bn9.bias": torch.zeros(3)}, "the model has: bn9.bias is unknown$"),
+    "missing": (lambda state: without(state, "bn1.bias"), "not match the model: bn1.bias is missing$"),
+    "unknown": (lambda state: state | {"bn9.bias": torch.zeros(3)}, "not match the model: bn9.bias is unknown$"),
     "misshapen": (
         lambda state: state | {"conv1.weight": torch.zeros(8, 3, 7, 7), "bn1.bias": torch.zeros(8)},
-        r"the model has: conv1.weight is \[8, 3, 7, 7\], not \[64, 3, 7, 7\], and 1 more$",
+        r"not match the model: conv1.weight is \[8, 3, 7, 7\], not \[64, 3, 7, 7\], and 1 more$",
     ),
     "head of other inputs": (
         lambda state: state | {"fc.weight": torch.zeros(9, 256)},
-        r"the model has: fc.weight is \[9, 256\], not \[7, 512\]$",
+        r"not match the model: fc.weight is \[9, 256\], not \[7, 512\]$",
     ),
     "head of two numbers of classes": (
         lambda state: state | {"fc.weight": torch.zeros(9, 512), "fc.bias": torch.zeros(8)},
-        r"the model has: fc.weight is \[9, 512\], not \[7, 512\], and 1 more$",
+        r"not match the model: fc.weight is \[9, 512\], not \[7, 512\], and 1 more$",
     ),
     "complex": (
         lambda state: state | {"bn1.bias": torch.zeros(64, dtype=torch.complex64)},
-        "the model has: bn1.bias is complex64$",
+        "not match the model: bn1.bias is complex64$",
     ),
     "not a number": (
         lambda state: state | {"bn1.bias": torch.full((64,), torch.nan)},
-        "the model has: bn1.bias is not finite$",
+        "not match the model: bn1.bias is not finite$",
     ),
-    "no weights": (lambda _: {"model": {"epoch": 3}}, "must hold weights by their names, alone or as"),
-    "a tensor": (lambda _: torch.zeros(3), "must hold weights by their names, alone or as"),
-    "numbers as names": (lambda _: {3: torch.zeros(3)}, "must hold weights by their names, alone or as"),
+    "no weights": (lambda _: {"model": {"epoch": 3}}, "must hold a state dict, directly or as"),
+    "a tensor": (lambda _: torch.zeros(3), "must hold a state dict, directly or as"),
+    "numbers as names": (lambda _: {3: torch.zeros(3)}, "must hold a state dict, directly or as"),
 }
 
 
@@ -185,7 +185,7 @@ def test_weights_are_validated_without_training_images(full_run, own_data, tmp_p
     assert report["checkpoint"] == str(tmp_path / "weights.pth")
     shutil.rmtree(own_data / "val" / "red_square")
     ended = train_here(own_data, *options)
-    assert f"{tmp_path / 'weights.pth'}: holds weights for 8 classes, here are 7" in ended.error
+    assert f"{tmp_path / 'weights.pth'}: holds weights for 8 classes, but there are 7 classes" in ended.error
 
 
 def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp_path, train_here):
@@ -207,7 +207,7 @@ def test_fine_tuning_on_other_classes_says_what_is_fresh(full_run, own_data, tmp
     ended = train_here(own_data, *TINY, *options)
     assert ended.status == 0
     what = "loaded its weights of 'model', which are for 8 classes, not 7"
-    line = f"{what}: fc.weight, fc.bias keep fresh weights"
+    line = f"{what}: fc.weight, fc.bias keep initial weights"
     assert f"{full_run[0] / BEST}: {line}" in ended.err.splitlines()
     mean = "mean was [0.485, 0.456, 0.406], is now [0.5, 0.5, 0.5]"
     assert f"{full_run[0] / BEST}: options differ from its training: {mean}" in ended.err.splitlines()

@@ -85,8 +85,8 @@ def test_the_report_has_the_best_and_the_last_epoch_and_where_the_time_went(tmp_
     assert (found["seconds"]["training"], found["seconds"]["validation"]) == (6.0, 1.5)
     assert found["seconds"]["all_epochs"] == 7.5
     assert (found["images_per_second"], found["data_wait_share"]) == (24.0, 0.5)
-    assert "waited for its data for 50% of its time" in found["bottleneck_hint"]
-    assert "bottleneck says what to do" in found["bottleneck_hint"]
+    assert "waited for data for 50% of its time" in found["bottleneck_hint"]
+    assert "bottleneck finds the cause" in found["bottleneck_hint"]
     assert found["lost_records"] == {}
 
 
@@ -216,9 +216,9 @@ def test_a_full_disk_is_told_and_counted_and_does_not_end_the_run(tmp_path, caps
     for thread in set(threading.enumerate()) - others:
         thread.join(60)  # else its traceback would appear in the next test
     told = capsys.readouterr().err
-    assert told.count("warning: log.jsonl: cannot be written, the training goes on without it") == 2
+    assert told.count("warning: log.jsonl: cannot be written, training continues without it") == 2
     assert "File too large" in told
-    assert told.count("warning: tensorboard gets nothing more from this run") == 1
+    assert told.count("warning: tensorboard is disabled for the rest of this run") == 1
     assert report(tmp_path)["lost_records"]["log.jsonl"] == 2
     *_, last = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(last)["epoch"] == 4  # on a new line after the incomplete line that the full disk left

@@ -94,7 +94,7 @@ def test_the_command_prints_a_table_and_says_by_its_status_that_files_are_exclud
     _, ended = scanned
     assert ended.returncode == 1, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0] == "train: 29 files in 9 classes, 25 of them usable"
+    assert lines[0] == "train: 29 files in 9 classes, 25 usable"
     kinds = {line.split()[0]: line for line in lines if line.startswith("  ")}
     assert kinds["not_an_image"].split()[:3] == ["not_an_image", "1", "excluded"]
     assert kinds["bit_rot"].split()[:3] == ["bit_rot", "1", "kept"]
@@ -137,7 +137,7 @@ def test_a_folder_of_classes_has_one_list_and_a_clean_one_ends_with_0(data, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files.txt", "scan.json"]
     assert len((tmp_path / "files.txt").read_text().splitlines()) == 8
     assert report_of(tmp_path)["options"]["workers"] == 1
-    assert "all: 8 files in 8 classes, 8 of them usable" in capsys.readouterr().out
+    assert "all: 8 files in 8 classes, 8 usable" in capsys.readouterr().out
 
 
 def test_too_small_depends_on_the_option(data):

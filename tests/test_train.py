@@ -55,7 +55,7 @@ def test_a_run_on_the_cpu_says_so_and_shows_how_it_goes(full_run):
     output_dir, ended = full_run
     assert "no CUDA GPU found: everything runs on the CPU" in ended.stderr.splitlines()
     assert "warning" not in ended.stderr.lower()
-    assert f"tiny_resnet, fp32, contiguous  |  global batch 8 (8 a process, 1 process), {STEPS} steps" in ended.stdout
+    assert f"tiny_resnet, fp32, contiguous  |  global batch 8 (8 per process, 1 process), {STEPS} steps" in ended.stdout
     assert "mix saliencymix, alpha 1, prob 1\n" in ended.stdout
     assert f"8 classes, {TRAIN_IMAGES} images, {VAL_IMAGES} for validation" in ended.stdout
     assert [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("epoch ")] == ["1/2", "2/2"]
@@ -365,7 +365,7 @@ def test_another_length_is_refused_where_it_would_move_the_end_of_mixing(phases_
 def test_the_banner_counts_accumulated_steps_in_the_global_batch(single_images, tmp_path, train_here):
     options = ("--max-steps", "1", "--training-only", "--no-checkpoints", "--output-dir", tmp_path / "run")
     ended = train_here(single_images, *TINY, *PHASES, *options)
-    assert "global batch 16 (4 a process, 1 process, 4 steps an update), 6 steps per epoch, 4 epochs" in ended.out
+    assert "global batch 16 (4 per process, 1 process, 4 steps per update), 6 steps per epoch, 4 epochs" in ended.out
 
 
 def test_the_ema_is_validated_and_saved_beside_the_model(phases_run, single_images, tmp_path, train_here):
@@ -385,7 +385,7 @@ def test_the_ema_is_validated_and_saved_beside_the_model(phases_run, single_imag
     for part, line in zip(("val", "val_ema"), lines[:2], strict=True):
         assert f"top-1 {last[part]['top1']:.2f} %" in line
         assert json.loads(report.read_text())[part] == pytest.approx(last[part], rel=1e-4)
-    assert lines[1].startswith("moving average: ")
+    assert lines[1].startswith("EMA: ")
 
 
 def test_a_short_run_trains_only_and_saves_nothing(data_folder, tmp_path, train_here):
@@ -476,7 +476,7 @@ def test_synthetic_data_needs_no_folder(tmp_path, train_here):
     options = ("--data-backend", "synthetic", "--synthetic-steps", "2", "--synthetic-classes", "4", "--epochs", "1")
     ended = train_here(*TINY, *options, "--output-dir", tmp_path / "run")
     assert ended.status == 0, ended.err
-    assert "global batch 8 (8 a process, 1 process), 2 steps per epoch" in ended.out
+    assert "global batch 8 (8 per process, 1 process), 2 steps per epoch" in ended.out
     assert "4 classes, 16 images, 16 for validation  |  batches by synthetic" in ended.out
 
 

@@ -48,7 +48,7 @@ BAD_DATA = {
     "training folder empty": ("train", emptied, "no class folders"),
     "validation folder empty": ("val", emptied, "no class folders"),
     "no images": ("train", no_images, "no images in its 8 class folders"),
-    "one class": ("train", only_class, "one class only, 'blue_star'"),
+    "one class": ("train", only_class, "only one class, 'blue_star'"),
     "unknown class": ("val", lambda folder: shutil.copytree(folder / "red_square", folder / "red_ring"), "'red_ring'"),
     "truncated JPEG": ("train/red_square/00003.jpg", cut, "truncated"),
     "text named .jpg": ("train/red_square/00003.jpg", lambda file: file.write_text("no image"), "not an image: begins"),

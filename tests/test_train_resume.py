@@ -99,7 +99,7 @@ def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, da
         (("--mix-prob", "0.5"), "mix_prob was 1.0, is now 0.5"),
         (("--train-crop-size", "40"), "train_crop_size was 32, is now 40"),
         (("--mix", "none", "-b", "6"), "batch_size was 8, is now 6; mix was saliencymix, is now none; --restart-epoch"),
-        (("-a", "resnet34"), "holds a tiny_resnet, which --arch has to say, got 'resnet34'"),
+        (("-a", "resnet34"), "holds a tiny_resnet: --arch must be tiny_resnet, got 'resnet34'"),
         (("--train-dir", own_data / "train"), "train_images was 48, is now 49"),
     ):
         ended = train_here(data_folder, *TINY, "--output-dir", half_run, "--resume", "auto", *options)
@@ -230,5 +230,6 @@ def test_other_classes_are_refused_by_name(half_run, own_data, train_here):
     ended = train_here(own_data, *TINY, "--output-dir", half_run, "--resume", "auto")
     assert ended.status == 1
     assert (
-        f"its classes are not those of {own_data / 'train'}: there was 'red_square', there is 'red_cube'" in ended.error
+        f"its classes are not those of {own_data / 'train'}: it has 'red_square' where the data have 'red_cube'"
+        in ended.error
     )

@@ -206,7 +206,7 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(whole_run, voc, ch
 
 def no_set(voc) -> str:
     shutil.rmtree(voc / "VOCdevkit" / "VOC2012")
-    return "no set '2012:trainval' of VOC there"
+    return "no VOC image set '2012:trainval' there"
 
 
 def no_image(voc) -> str:

@@ -82,7 +82,7 @@ def test_an_image_may_be_without_objects(tmp_path):
     [
         ([("cat", (5, 5, 4, 9), False)], r"box of a cat must have 1 <= min <= max, got x 5 to 4, y 5 to 9"),
         ([("cat", (0, 5, 4, 9), False)], r"must have 1 <= min <= max, got x 0 to 4"),
-        ([("unicorn", (1, 1, 4, 9), False)], r"class 'unicorn' is not one of VOC's"),
+        ([("unicorn", (1, 1, 4, 9), False)], r"class 'unicorn' is not a class of VOC"),
         ("<annotation><object><name>cat</name></object></annotation>", "not an annotation of VOC"),
         ("not XML", "not an annotation of VOC"),
     ],

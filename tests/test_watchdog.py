@@ -62,7 +62,7 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "status", "doing"),
-    [("sleep", 1, "in a step"), ("holding the GIL", -signal.SIGABRT, "C code keeps the GIL")],
+    [("sleep", 1, "in a step"), ("holding the GIL", -signal.SIGABRT, "C code holds the GIL")],
 )
 def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how, status, doing):
     (tmp_path / "hang.py").write_text(HANG)

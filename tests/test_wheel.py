@@ -151,7 +151,7 @@ def test_preview_and_scan_run(run, data, tmp_path):
     run("-m", "dali_saliencymix", "preview", data, "-o", str(picture), "-n", "2", "--size", "32")
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = run("-m", "dali_saliencymix", "scan", data, "-o", str(tmp_path / "scan"), "-j", "1")
-    assert "train: 16 files in 8 classes, 16 of them usable" in printed
+    assert "train: 16 files in 8 classes, 16 usable" in printed
     assert len((tmp_path / "scan" / "train.txt").read_text().splitlines()) == 16
 
 

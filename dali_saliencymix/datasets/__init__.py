@@ -1,1 +1,1 @@
-"""Data sets: folders of images, CIFAR, a small one that is made here, and what is wrong with files."""
+"""Data sets: image folders, CIFAR, a small generated data set, and checks for damaged files."""

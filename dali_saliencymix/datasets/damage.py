@@ -1,9 +1,8 @@
-"""What is wrong with an image file: its content is decoded in full, by libraries other than the one that trains.
+"""Find damage in image files, by decoding them in full with libraries other than DALI.
 
-What a training cannot use is excluded: files that stop a DALI pipeline, and those of which the backends would see
-other pixels (`dali_saliencymix.datasets.formats`). The rest is noted. Which of the two a kind of finding belongs to is
-written in `EXCLUDED` and `NOTED`. The scan of a data set, the loaders and the programs that open single files all go by
-`examine`.
+Files that training cannot use are excluded: those that stop a DALI pipeline, and those that the backends would decode
+to different pixels (`dali_saliencymix.datasets.formats`). Other findings are noted. `EXCLUDED` and `NOTED` list the
+kinds of findings. The scan of a data set, the loaders and the programs that open single files all use `examine`.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from PIL import Image
 
 from dali_saliencymix.datasets.formats import Unusable, cannot_decode, open_image, orientation
 
-# Kinds of findings that stop a training, with their meaning.
+# Kinds of findings that make a file unusable for training, with their meaning.
 EXCLUDED = {
     "empty": "zero bytes",
-    "unreadable": "the system does not give its bytes",
-    "not_an_image": "begins like no image format",
-    "unsupported": "an image of a kind that is not read, see docs/scan.md",
-    "truncated": "ends before its image does",
-    "corrupt": "damaged so much that it cannot be decoded",
-    "too_small": "a side is shorter than the smallest size asked for",
-    "too_large": "claims so many pixels that decoding it would take all memory",
+    "unreadable": "the system cannot read it",
+    "not_an_image": "does not begin like any supported image format",
+    "unsupported": "an image of an unsupported kind, see docs/scan.md",
+    "truncated": "ends before the image is complete",
+    "corrupt": "too damaged to be decoded",
+    "too_small": "a side is shorter than the minimum size",
+    "too_large": "claims so many pixels that decoding it would exhaust the memory",
     "crashed": "the process that decoded it died",
-    "timed_out": "reading or decoding it did not end in time",
+    "timed_out": "reading or decoding it timed out",
     "unlistable": "its name has a line break, which a list of files cannot hold",
 }
-# Kinds that a training can use.
+# Kinds of findings in files that are usable for training.
 NOTED = {
-    "bit_rot": "decoded, but the decoder warned of damage: part of the picture may be wrong",
-    "other_format": "its format is not the one that its ending says",
-    "cmyk": "has the four colours of print; DALI turns them into RGB",
-    "exif_rotation": "is turned by its EXIF data, which DALI's decoders obey and torchvision's ImageFolder does not",
+    "bit_rot": "decoded, but the decoder warned of damage: part of the image may be wrong",
+    "other_format": "its format does not match its file name extension",
+    "cmyk": "a CMYK image, which DALI converts to RGB",
+    "exif_rotation": "has an EXIF orientation, which DALI's decoders apply and torchvision's ImageFolder does not",
 }
 
 _FORMAT_OF_ENDING = {".png": "PNG", ".ppm": "PPM", ".pgm": "PPM", ".bmp": "BMP", ".webp": "WEBP"}
@@ -47,18 +46,18 @@ _FORMAT_OF_ENDING |= {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": 
 
 @dataclass(frozen=True)
 class Examined:
-    """What an examination found.
+    """The result of `examine`.
 
     Attributes
     ----------
     findings : dict from str to str
-        Kinds, of `EXCLUDED` and `NOTED`, with what was found in words. At most one is of `EXCLUDED`.
+        Maps kinds of findings, from `EXCLUDED` and `NOTED`, to descriptions. At most one kind is from `EXCLUDED`.
     size : tuple of int, optional
         Width and height in pixels, as stored; None if the header could not be read.
     format, mode : str
-        Pillow's names of format and pixels, such as JPEG and RGB; empty if the header could not be read.
+        Format and mode as Pillow names them, such as JPEG and RGB; empty if the header could not be read.
     file_bytes : int
-        Length of the file.
+        Size of the file in bytes.
     """
 
     findings: dict[str, str] = field(default_factory=dict)
@@ -69,14 +68,14 @@ class Examined:
 
 
 def examine(file: str | Path, *, min_size: int = 1) -> Examined:
-    """Decode an image file in full and say what is wrong with it.
+    """Decode an image file in full and report what is wrong with it.
 
     Parameters
     ----------
     file : path
-        A file. One that cannot be read is a finding, not an error.
+        The file. A file that cannot be read is a finding, not an error.
     min_size : int
-        Smallest width and height in pixels.
+        Minimum width and height in pixels.
 
     Returns
     -------
@@ -84,9 +83,8 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
 
     Notes
     -----
-    JPEG data go through libjpeg-turbo, which reads every byte of them and tells of what it could not make sense of.
-    Their pixels are not computed at full size, since that finds nothing more. A changed bit often leads to other
-    pixels that are as valid as the right ones: no decoder can tell.
+    libjpeg-turbo reads every byte of JPEG data and warns of invalid data. It does not compute the pixels at full size,
+    which would find nothing more. A changed bit often decodes to other valid pixels, which no decoder can detect.
     """
     try:
         data = Path(file).read_bytes()
@@ -96,16 +94,16 @@ def examine(file: str | Path, *, min_size: int = 1) -> Examined:
         return Examined({"empty": EXCLUDED["empty"]})
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of many pixels
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata and many pixels
             return _examine_data(data, Path(file).suffix.lower(), min_size)
     except Unusable as why:
         return Examined({why.kind: why.words}, file_bytes=len(data))
 
 
 def why_unusable(file: str | Path) -> str | None:
-    """Return why a pipeline fails at an image file, such as ``"empty: zero bytes"``, or None if it decodes the file.
+    """Return why a pipeline fails at an image file, such as ``"empty: zero bytes"``, or None if it can decode the file.
 
-    The file is decoded in full; the text is the finding of `EXCLUDED` and what was found.
+    The file is decoded in full. The text is the kind of finding, one of `EXCLUDED`, and its description.
     """
     for kind, words in examine(file).findings.items():
         if kind in EXCLUDED:
@@ -114,18 +112,18 @@ def why_unusable(file: str | Path) -> str | None:
 
 
 def find_unusable(files: Sequence[str]) -> dict[str, str]:
-    """Return path and reason (`why_unusable`) of each file that a pipeline fails at, in the order of `files`.
+    """Return path and reason (see `why_unusable`) of each file at which a pipeline fails, in the order of `files`.
 
-    For a decoder that has failed without naming a file. The files are decoded in threads. On a terminal, a progress bar
-    on stderr shows a search that takes long.
+    Call it when a decoder has failed without naming a file. The files are decoded in threads. On a terminal, stderr
+    shows a progress bar if the search takes long.
     """
     from tqdm import tqdm  # not in the extra preview, which examines single files
 
-    # The filters of warnings belong to all threads: those of one would end, or come back, in the middle of another.
+    # Warning filters are global: a thread that sets and resets them would interfere with the other threads.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")
         reasons = pool.map(why_unusable, files)
-        bar = tqdm(reasons, "looking for it", len(files), leave=False, unit="file", delay=2, disable=None)
+        bar = tqdm(reasons, "looking for bad files", len(files), leave=False, unit="file", delay=2, disable=None)
         return {file: why for file, why in zip(files, bar, strict=True) if why}
 
 
@@ -151,13 +149,13 @@ def _examine_data(data: bytes, ending: str, min_size: int) -> Examined:
 
 
 def _decode(data: bytes, image: Image.Image) -> str | None:
-    """Decode all of the content; return what the decoder warns of."""
+    """Decode the whole content, and return the decoder's warning, if there is one."""
     warning = None
     if image.format in ("JPEG", "MPO"):
-        import simplejpeg  # type: ignore[import-untyped]  # a training does without it until a file has failed
+        import simplejpeg  # type: ignore[import-untyped]  # training needs it only after a file has failed
 
         try:
-            # An eighth of the size: everything is read, and only the pixels are fewer.
+            # At an eighth of the size, all data are still read, but fewer pixels are computed.
             simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
         except ValueError as error:
             warning = str(error)
@@ -167,7 +165,7 @@ def _decode(data: bytes, image: Image.Image) -> str | None:
             raise Unusable(kind="truncated", words=warning)
     try:
         if image.format == "PNG":
-            Image.open(io.BytesIO(data)).verify()  # all checksums; loading checks some of them
+            Image.open(io.BytesIO(data)).verify()  # all checksums; `load` checks only some of them
         image.load()
     except Exception as error:
         raise cannot_decode(error, warning) from error

@@ -1,7 +1,7 @@
-"""A folder of images with one folder per class: which files there are, and their labels.
+"""List the files and labels of an image folder with one folder per class.
 
 The class order is that of torchvision's ``ImageFolder``: the sorted names of all class folders, empty ones included.
-DALI's own reader leaves empty folders out, which shifts the label of every class behind them.
+DALI's own reader leaves out empty folders, which shifts the labels of all classes after them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ImageFolder:
     classes : list of str
         Names of the classes; a label is an index into this list.
     files : list of str
-        Paths of the images, class by class, sorted.
+        Paths of the images, sorted within each class, in the order of the classes.
     labels : list of int
         Label of each file.
     """
@@ -46,7 +46,7 @@ class ImageFolder:
         return len(self.files)
 
     def take(self, indices: Sequence[int]) -> ImageFolder:
-        """Return a folder of the same classes with the images at these places, in this order."""
+        """Return a folder of the same classes with the images at `indices`, in this order."""
         files, labels = [self.files[index] for index in indices], [self.labels[index] for index in indices]
         return ImageFolder(self.root, self.classes, files, labels)
 
@@ -57,11 +57,11 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     Parameters
     ----------
     root : path
-        Folder of class folders. Images may be in folders within these. Files and folders whose names begin with a dot,
-        and files with other endings than `EXTENSIONS`, are ignored. Links to files and folders are followed.
+        Folder of class folders, which may have subfolders. Files and folders whose names begin with a dot, and files
+        with extensions other than `EXTENSIONS`, are ignored. Links to files and folders are followed.
     classes : sequence of str, optional
-        Names of the classes in label order, from another folder of the same data set. By default the names of the
-        class folders, sorted.
+        Class names in label order, from another folder of the same data set. By default, the sorted names of the
+        class folders.
 
     Returns
     -------
@@ -74,11 +74,11 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
     NotADirectoryError
         If `root` is a file.
     OSError
-        If a folder cannot be listed, for want of the right to do so or because of the disk; it is named.
+        If a folder cannot be listed, because of its permissions or a disk error. The message names it.
     ValueError
-        If `root` has a class folder that is not in `classes`; if a link leads to a folder that is listed already, or
-        to one above it; if a file with the ending of an image is a pipe, a socket or a device; or if a name is not
-        UTF-8, which DALI needs.
+        If `root` has a class folder that is not in `classes`; if a link leads to a folder that is already listed, or
+        to a parent of one; if a file with the extension of an image is a pipe, a socket or a device; or if a name is
+        not UTF-8, which DALI needs.
     """
     root = Path(root)
     walk = _Walk(root)
@@ -91,7 +91,7 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
         msg = f"{root}: not a folder"
         raise NotADirectoryError(msg) from error
     if not folders:
-        msg = f"{root}: no class folders in it; there must be one folder of images for each class"
+        msg = f"{root}: no class folders in it; it must hold one folder of images for each class"
         raise FileNotFoundError(msg)
     names = list(classes) if classes is not None else list(folders)
     unknown = sorted(set(folders) - set(names))
@@ -115,26 +115,28 @@ def list_image_folder(root: str | Path, *, classes: Sequence[str] | None = None)
         raise FileNotFoundError(msg)
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        sys.stderr.write(f"warning: {root}: {len(empty)} of {len(names)} classes have no image here: {shown}\n")
+        sys.stderr.write(f"warning: {root}: {len(empty)} of {len(names)} classes have no images here: {shown}\n")
     return ImageFolder(root, names, files, labels)
 
 
 def list_files(root: str | Path) -> list[str]:
-    """Return the paths of all files below a folder, sorted, under the rules of `list_image_folder`.
+    """Return the sorted paths of all files below a folder.
+
+    Hidden files and links are treated as in `list_image_folder`.
 
     Raises
     ------
     OSError, ValueError
-        As `list_image_folder`, for files of all names.
+        As for `list_image_folder`, whatever the extension of a file.
     """
     return sorted(_Walk(root).files_below(root, lambda name: True))
 
 
 class _Walk:
-    """Goes through the folders below `root` once; a link must not lead to where it goes anyway."""
+    """Walks through the folders below `root` once. No link may lead to a folder that the walk reaches anyway."""
 
     def __init__(self, root: str | Path) -> None:
-        # Folders whose files are listed, and all folders above these: real paths, with the name under which they are.
+        # Folders whose files are listed, and all their parents: real paths, with the names under which they are listed.
         self._listed: dict[Path, str] = {}
         self._above: dict[Path, str] = {}
         self._add(Path(os.path.realpath(root)), str(root))
@@ -142,12 +144,12 @@ class _Walk:
     def _add(self, target: Path, name: str) -> None:
         self._listed[target] = name
         for inside, parent in itertools.pairwise((target, *target.parents)):
-            if inside.name.startswith("."):  # which hides it from the folders above
+            if inside.name.startswith("."):  # hidden from its parents
                 break
             self._above.setdefault(parent, name)
 
     def _in_common(self, target: Path) -> str | None:
-        """Return what is listed already and has files in common with a folder."""
+        """Return the name of a listed folder that shares files with `target`, or None."""
         for folder in (target, *target.parents):
             if folder in self._listed:
                 return self._listed[folder]
@@ -156,7 +158,7 @@ class _Walk:
         return self._above.get(target)
 
     def entries(self, folder: str | Path) -> list[os.DirEntry[str]]:
-        """Return what is in a folder and not hidden, sorted by name."""
+        """Return the entries of a folder that are not hidden, sorted by name."""
         try:
             with os.scandir(folder) as found:
                 return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda each: each.name)
@@ -165,24 +167,24 @@ class _Walk:
             raise OSError(error.errno, why, str(folder)) from error
 
     def is_folder(self, entry: os.DirEntry[str]) -> bool:
-        """Return whether this is a folder, or a link to one, which must not be listed twice."""
+        """Return whether `entry` is a folder or a link to one; ValueError if a link would list files twice."""
         if not stat.S_ISDIR(_mode(entry)):
             return False
         if entry.is_symlink():
             target = Path(os.path.realpath(entry.path))
             if other := self._in_common(target):
                 msg = (
-                    f"{entry.path}: this link leads to {target}, which has files in common with {other}; each image "
-                    "must be listed once, so remove the link"
+                    f"{entry.path}: this link leads to {target}, which shares files with {other}; each image must be "
+                    "listed only once, so remove the link"
                 )
                 raise ValueError(msg)
             self._add(target, entry.path)
         return True
 
     def files_below(self, folder: str | Path, is_wanted: Callable[[str], bool]) -> list[str]:
-        """Return the paths of the files in a folder, and in the folders in it, whose names are wanted.
+        """Return the paths of all files below a folder whose names satisfy `is_wanted`.
 
-        Links that lead nowhere are among them: whoever reads the file says so.
+        Broken links are included; they are reported when the file is read.
         """
         files, folders = [], [folder]
         while folders:
@@ -199,9 +201,9 @@ class _Walk:
 
 
 def _mode(entry: os.DirEntry[str]) -> int:
-    """Return the type of what is there, or of what a link leads to, as `stat` has it; 0 for a link to nothing."""
+    """Return the file type bits of an entry, after following links; 0 for a broken link."""
     try:
-        # Of what is no link, the folder's own listing says this: no file system is asked for millions of files.
+        # Except for links, the listing of the folder holds the type, so millions of files need no `stat`.
         if entry.is_dir():
             return stat.S_IFDIR
         if entry.is_file():

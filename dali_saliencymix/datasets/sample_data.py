@@ -1,7 +1,7 @@
-"""A small image data set, made here: real JPEG files in class folders that a network can learn to tell apart.
+"""Generate a small image data set: JPEG files in class folders, with classes that a network can learn.
 
-Each image has one object of its class, a shape in a colour, at a random place on a textured background of muted
-colours, so that saliency has something to find. Sizes and aspect ratios vary, and some files are grey.
+Each image has one salient object, a shape in the colour of its class, at a random position on a muted, textured
+background. Image sizes and aspect ratios vary, and some images are grey.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from dali_saliencymix._checks import check_at_least
 
-# Class name -> (outline of the shape as a radius for each of its corners, hue of the object in 0..1).
+# Class name -> (radius of each corner of the shape, hue of the object in [0, 1]).
 _CLASSES: dict[str, tuple[list[float], float]] = {
     "blue_star": ([1.0, 0.4] * 5, 0.62),
     "cyan_triangle": ([1.0] * 3, 0.50),
@@ -36,21 +36,21 @@ _JPEG_QUALITY = 88
 def make_sample_data(root: str | Path, *, train: int = 200, val: int = 40, seed: int = 0) -> None:
     """Write ``root/train`` and ``root/val``, each with one folder of JPEG files per class of `CLASSES`.
 
-    The bytes of a file depend on `seed`, its split, class and number, and on the version of Pillow, on nothing else.
+    The bytes of a file depend only on `seed`, on its split, class and number, and on the version of Pillow.
 
     Parameters
     ----------
     root : path
-        Folder to write into; made if it does not exist. Files of the same names are replaced.
+        Output folder, which is created if necessary. Existing files of the same names are replaced.
     train, val : int
-        Images for each class.
+        Images per class.
     seed : int
-        Seed of all randomness, not negative.
+        Random seed, at least 0.
 
     Raises
     ------
     ValueError
-        If a count is not positive or the seed is negative.
+        If `train` or `val` is not positive, or `seed` is negative.
     """
     check_at_least(train, "train", 1)
     check_at_least(val, "val", 1)
@@ -69,11 +69,11 @@ def sample_jpeg(split: str, name: str, number: int, *, seed: int = 0) -> bytes:
     Parameters
     ----------
     split : {"train", "val"}
-        Which part it belongs to.
+        The split of the image.
     name : str
-        Its class, one of `CLASSES`.
+        The class of the image, one of `CLASSES`.
     number : int
-        Its number within class and split.
+        Number of the image within its class and split.
     seed : int
         Seed of the data set.
 
@@ -103,7 +103,7 @@ def _object_colour(rng: np.random.Generator, hue: float) -> tuple[int, int, int]
 
 
 def _background(rng: np.random.Generator, height: int, width: int, colour: tuple[int, int, int]) -> Image.Image:
-    """Sum noise of several grain sizes over a muted colour, which is darker or lighter than `colour`."""
+    """Draw noise of several grain sizes over a muted colour that is darker or lighter than `colour`."""
     texture = np.zeros((height, width))
     for grain in (4, 8, 16, 48):
         coarse = rng.standard_normal((height // grain + 2, width // grain + 2)).astype(np.float32)
@@ -119,7 +119,7 @@ def _background(rng: np.random.Generator, height: int, width: int, colour: tuple
 def _with_object(
     rng: np.random.Generator, image: Image.Image, outline: list[float], colour: tuple[int, int, int]
 ) -> Image.Image:
-    """Draw the shape, smooth-edged by drawing it four times as large, turned and placed at random."""
+    """Draw the shape with a random rotation and position, antialiased by drawing it at four times the size."""
     scale = 4
     radius = min(image.size) * rng.uniform(0.2, 0.34)
     centre_x = rng.uniform(0.9 * radius, image.width - 0.9 * radius)

@@ -1,8 +1,8 @@
-"""A scan of a data set: decodes every file once, in parallel, and writes a list of those that a training can use.
+"""Scan a data set: decode every file once, in parallel, and write a list of the files that are usable for training.
 
-DATA is a folder with ``train/`` and perhaps ``val/``, or a folder of class folders. Each of these has one list, named
-in `LIST_NAMES`: paths relative to the folder, one on a line, in the order of `list_image_folder`. A list does not say
-which classes there are; that is for the folder, so that an empty class keeps its label.
+DATA is a folder with ``train/`` and optionally ``val/``, or a folder of class folders. Each of these folders gets one
+list, named in `LIST_NAMES`, with paths relative to the folder, one on each line, in the order of `list_image_folder`.
+The lists do not define the classes; the class folders do, so that a class without usable files keeps its label.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEMA, VERSION = "dali-saliencymix/scan", 1
 REPORT_NAME = "scan.json"
 LIST_NAMES = {"train": "train.txt", "val": "val.txt", "all": "files.txt"}
 
-_CHUNK = 32  # files that a worker takes at once
+_CHUNK = 32  # files per task of a worker
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Scan:
     Attributes
     ----------
     report : dict
-        What ``scan.json`` holds; docs/scan.md explains every entry.
+        The content of ``scan.json``; docs/scan.md documents its entries.
     lists : dict from str to list of str
-        For each part (``"train"``, ``"val"``, or ``"all"``) the files that a training can use, relative to its folder.
+        The usable files of each part (``"train"``, ``"val"`` or ``"all"``), relative to the folder of the part.
     """
 
     report: dict[str, Any]
@@ -57,7 +57,7 @@ class Scan:
 
     @property
     def excluded(self) -> int:
-        """How many files are not in the lists."""
+        """The number of files that the lists exclude."""
         return sum(part["excluded"] for part in self.report["parts"].values())
 
 
@@ -69,20 +69,20 @@ def scan(
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> Scan:
-    """Decode every image below a folder and exclude the files that would stop a training.
+    """Decode every image below a folder, and exclude the files that are unusable for training.
 
     Parameters
     ----------
     root : path
-        Folder with ``train/`` and perhaps ``val/``, or folder of class folders.
+        Folder with ``train/`` and optionally ``val/``, or folder of class folders.
     min_size : int
-        Images with a shorter side than this, in pixels, are excluded.
+        Minimum length of the shorter side, in pixels. Smaller images are excluded.
     strict : bool
-        Whether to exclude files that the decoder warns of as well.
+        Whether to also exclude files for which the decoder warns of damage.
     workers : int, optional
-        Processes that decode; by default as many as there are cores for this process.
+        Number of worker processes; by default the number of cores available to this process.
     timeout : float
-        Seconds after which reading and decoding one file is given up.
+        Time limit for reading and decoding one file, in seconds.
 
     Returns
     -------
@@ -91,14 +91,14 @@ def scan(
     Raises
     ------
     OSError
-        If `root` is not there or holds no images.
+        If `root` is missing or holds no images.
     ValueError
-        If a number is out of range, ``val/`` has a class that ``train/`` has not, or a name is not UTF-8.
+        If a number is out of range, ``val/`` has a class that ``train/`` does not have, or a name is not UTF-8.
 
     Notes
     -----
-    The files are decoded in processes of their own: one that makes the decoder crash, or take for ever, is a finding.
-    As everywhere with processes, a script that calls this needs ``if __name__ == "__main__":`` around it.
+    Worker processes decode the files, so that a file which crashes or hangs the decoder is a finding. As always with
+    multiprocessing, a script must protect the call with ``if __name__ == "__main__":``.
     """
     check_at_least(min_size, "min_size", 1)
     check_positive(timeout, "timeout")
@@ -142,10 +142,10 @@ def _folders(root: Path) -> dict[str, ImageFolder]:
 def examined_in_processes(
     files: Sequence[str], task: Callable[[str], Examined], *, workers: int, timeout: float
 ) -> Generator[tuple[int, Examined], None, None]:
-    """Examine files in processes that may die or hang, and give each file's index and result, in any order.
+    """Examine files in processes that may die or hang; yield the index and result of each file, in any order.
 
-    `task` examines one file, in `timeout` seconds; another process has to be able to import it. Files are handed out in
-    chunks; the files of a chunk that fails are taken again one by one.
+    `task` examines one file and must be importable by another process. Tasks that exceed `timeout` seconds are stopped.
+    Workers process chunks of files; if a chunk fails, its files are processed again one by one.
     """
     pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn"))
     try:
@@ -159,7 +159,7 @@ def examined_in_processes(
                     paths = [files[i] for i in chunk]
                     waiting[pool.schedule(_examine_all, args=(task, paths), timeout=timeout)] = chunk
             for future in as_completed(waiting):
-                chunk = waiting[future]  # type: ignore[index]  # as_completed forgets of what kind its futures are
+                chunk = waiting[future]  # type: ignore[index]  # as_completed does not keep the type of its futures
                 try:
                     yield from zip(chunk, future.result(), strict=True)
                 except (ProcessExpired, TaskTimeoutError) as error:
@@ -175,12 +175,12 @@ def examined_in_processes(
 
 @contextlib.contextmanager
 def _interrupts_for_later() -> Iterator[None]:
-    """Keep Ctrl-C away from the pool's threads and processes that start here: a terminal sends it to all of them.
+    """Block SIGINT in the threads and processes of the pool that start in this context.
 
-    They inherit what is blocked. The main process gets it afterwards and ends them; a worker that is
-    still starting would die of it with a traceback of its own.
+    They inherit the blocked signals. After Ctrl-C, which a terminal sends to all processes, the main process stops the
+    workers. Without this, a worker that is still starting would exit with its own traceback.
     """
-    # Python starts this with the first process, and unblocks SIGINT after that.
+    # Python would start the tracker together with the first process, and unblock SIGINT after that.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -201,10 +201,10 @@ def _lost(error: Exception, timeout: float) -> Examined:
 
 @dataclass
 class _Findings:
-    """What is kept of the examinations of one folder: little for each file, since there may be millions."""
+    """The findings of one folder, with little memory per file, since there may be millions of files."""
 
     files: list[tuple[int, str, str, str]] = field(default_factory=list)  # index, relative path, kind, words
-    sizes: list[tuple[int, int, int]] = field(default_factory=list)  # width, height, bytes, where there is an image
+    sizes: list[tuple[int, int, int]] = field(default_factory=list)  # width, height, bytes of each image
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
 
@@ -220,7 +220,7 @@ class _Findings:
 
 
 def _part(folder: ImageFolder, found: _Findings, excluded_kinds: set[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the list of a folder and its part of the report."""
+    """Return the list of usable files of a folder, and its part of the report."""
     excluded = {index for index, _, kind, _ in found.files if kind in excluded_kinds}
     clean = [index for index in range(len(folder)) if index not in excluded]
     left = Counter(folder.labels[index] for index in clean)
@@ -254,12 +254,12 @@ def _spread(values: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float] | N
 
 
 def check_output(root: str | Path, output: str | Path) -> None:
-    """Refuse an output folder in which a scan would do harm; to be called before the hours that a scan may take.
+    """Refuse an unsuitable output folder. Call it before the scan, which may take hours.
 
     Raises
     ------
     ValueError
-        If `output` lies where it would become a class folder, or holds lists that no scan has written.
+        If `output` would become a class folder, or holds lists that were not written by a scan.
     """
     root, output = Path(root), Path(output)
     data = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
@@ -270,14 +270,14 @@ def check_output(root: str | Path, output: str | Path) -> None:
     if not (output / REPORT_NAME).exists():
         for name in LIST_NAMES.values():
             if (output / name).exists():
-                msg = f"{output / name}: would be overwritten, and is from no scan; choose another output folder"
+                msg = f"{output / name}: would be overwritten, but no scan wrote it; choose another output folder"
                 raise ValueError(msg)
 
 
 def write_scan(result: Scan, output: str | Path) -> None:
-    """Write the lists and ``scan.json`` into a folder, which is made if need be. An earlier scan is replaced.
+    """Write the lists and ``scan.json`` into a folder, which is created if necessary; replace an earlier scan.
 
-    Every file appears with all of its content or not at all.
+    Each file is written completely or not at all.
 
     Raises
     ------
@@ -297,17 +297,17 @@ def write_scan(result: Scan, output: str | Path) -> None:
     finally:
         for path in unfinished.values():
             path.unlink(missing_ok=True)
-    for name in set(LIST_NAMES.values()) - set(texts):  # of an earlier scan of other folders
+    for name in set(LIST_NAMES.values()) - set(texts):  # left by an earlier scan of other folders
         (output / name).unlink(missing_ok=True)
 
 
 def scan_table(result: Scan) -> str:
-    """Return what a scan found as a table for people."""
+    """Return the findings of a scan as a readable table."""
     report = result.report
     lines = []
     for name, part in report["parts"].items():
         usable = part["files"] - part["excluded"]
-        lines.append(f"{name}: {part['files']} files in {part['classes']} classes, {usable} of them usable")
+        lines.append(f"{name}: {part['files']} files in {part['classes']} classes, {usable} usable")
         firsts: dict[str, dict[str, Any]] = {}
         for finding in part["findings"]:
             firsts.setdefault(finding["kind"], finding)
@@ -322,15 +322,15 @@ def scan_table(result: Scan) -> str:
         without = part["classes_without_a_usable_file"]
         if without:
             shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
-            lines.append(f"  {len(without)} classes without a usable file: {shown}")
+            lines.append(f"  {len(without)} classes without usable files: {shown}")
     files = sum(part["files"] for part in report["parts"].values())
     rate = files / max(report["seconds"], 1e-9)
-    lines.append(f"{files} files in {report['seconds']:.1f} s, {rate:.0f} a second")
+    lines.append(f"{files} files in {report['seconds']:.1f} s, {rate:.0f} files/s")
     return "\n".join(lines)
 
 
 def run_scan(root: Path, output: Path, **options: Any) -> int:
-    """Scan, write and print; return the exit status of the command: 0 if no file is excluded, else 1."""
+    """Scan, write and print; return the exit status: 0 if no file is excluded, else 1."""
     check_output(root, output)
     result = scan(root, **options)
     write_scan(result, output)

@@ -1,1 +1,1 @@
-"""Batches on a device for training and validation: the DALI graphs, the loaders around them, a loader without DALI."""
+"""Data loaders for training and validation: DALI pipelines, their iterators, and a loader without DALI."""

@@ -1,4 +1,4 @@
-"""Augmentation of images one by one in a DALI graph: by a policy before the mix, by an erased rectangle after it."""
+"""Per-image augmentation in a DALI graph: a policy before mixing, random erasing after it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nvidia.dali.pipeline import DataNode, do_not_convert
 from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO
 
 
-# DALI has to convert this function: the policies have an `if` for each image.
+# Not decorated with `do_not_convert`: the policies branch per image, so DALI has to convert this function.
 def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, ta_translation: float) -> DataNode:
-    """Return images augmented by a policy; the pipeline needs ``enable_conditionals=True``.
+    """Apply an augmentation policy to images; the pipeline needs ``enable_conditionals=True``.
 
     Parameters
     ----------
@@ -28,15 +28,15 @@ def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, 
     size : int
         Height and width of the images.
     ta_translation : float
-        Longest translation of TrivialAugmentWide, as a share of `size`.
+        Maximum translation of TrivialAugmentWide, as a fraction of `size`.
 
     Returns
     -------
     DataNode
-        As `images`. What comes in from beyond an image is grey 128.
+        As `images`. Pixels from outside an image are filled with grey 128.
     """
     shape = (size, size)
-    # DALI 2.4 calls operators by names that it has deprecated, and shows its warnings whatever the filters say.
+    # DALI 2.4 uses its own deprecated operator names here, and shows the warnings regardless of the filters.
     with warnings.catch_warnings(record=True):
         if policy == "ra":
             images = rand_augment(images, n=2, m=ra_magnitude, shape=shape)
@@ -47,21 +47,21 @@ def auto_augmented(images: DataNode, policy: str, ra_magnitude: int, size: int, 
 
 @do_not_convert
 def erased(images: DataNode, probability: float, size: int, *, fp16: bool = False) -> DataNode:
-    """Return normalised images, some of them with a rectangle set to 0, which is the mean.
+    """Set a random rectangle of normalised images to 0, the mean.
 
-    The share of the area is uniform in [0.02, 0.33], the aspect ratio log-uniform in [0.3, 3.3]. A side that is longer
-    than the image is cut to it.
+    The area is a uniform fraction of the image in [0.02, 0.33]; the aspect ratio is log-uniform in [0.3, 3.3]. Sides
+    longer than the image are clipped.
 
     Parameters
     ----------
     images : DataNode
         CHW or HWC, with that layout, on the CPU or a GPU.
     probability : float
-        Probability of a rectangle for each image, in [0, 1].
+        Probability that an image is erased, in [0, 1].
     size : int
         Height and width of the images.
     fp16 : bool
-        The images are float16, else float32.
+        Whether the images are float16; otherwise they are float32.
 
     Returns
     -------
@@ -73,9 +73,9 @@ def erased(images: DataNode, probability: float, size: int, *, fp16: bool = Fals
     place = fn.random.uniform(range=[0.0, 1.0], shape=[2])
     sides = fn.stack(math.sqrt(area * ratio), math.sqrt(area / ratio))
     sides = math.min(math.floor(sides * size + 0.5), size)
-    corner = math.min(math.floor(place * (size - sides + 1)), size - sides)  # also where 1 is drawn
+    corner = math.min(math.floor(place * (size - sides + 1)), size - sides)  # a draw of 1 would overshoot
     sides *= fn.random.coin_flip(probability=probability)
-    if fp16:  # which the operator does not know on a GPU; all of its bits are 0 in either type
+    if fp16:  # fn.erase does not support float16 on a GPU; 0 has the same bits in int16
         images = fn.reinterpret(images, dtype=types.INT16)
     images = fn.erase(images, anchor=corner, shape=sides, axis_names="HW")
     return fn.reinterpret(images, dtype=types.FLOAT16) if fp16 else images

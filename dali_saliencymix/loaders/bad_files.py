@@ -1,4 +1,4 @@
-"""Files of a folder that cannot be read: each is named and counted, and another one takes its place, or none."""
+"""Unreadable files of a folder: each is reported and counted, and is replaced or left out."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from dali_saliencymix.datasets.formats import find_refused
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders.base import LoaderError
 
-_CANDIDATES = 1000  # files that are tried in the place of a bad one
+_CANDIDATES = 1000  # files to try as a replacement for a bad one
 
 
 class BadFiles:
-    """The bad files of a folder and what stands in for them; those that are refused by their headers are known at once.
+    """The bad files of a folder and their replacements.
+
+    The constructor finds the files whose headers are refused; `leave_out` adds others later.
 
     Parameters
     ----------
     folder : ImageFolder
         The images.
     at_most : int
-        Number of bad files before the next one is an error.
+        Maximum number of bad files; one more is an error.
     replace : bool
-        Whether the next usable file, with its label, takes the place of a bad one. Otherwise its image is left out.
+        Whether the next usable file, with its label, replaces a bad one. Otherwise the image is left out.
     replaced : dict from int to int, optional
-        The attribute `replaced` of an earlier one, to go on with.
+        The attribute `replaced` of an earlier instance, to resume from.
     report : bool
-        Whether this process names the files that are refused by their headers, which all processes find.
+        Whether this process reports the files with refused headers. All processes find the same ones.
 
     Attributes
     ----------
     replaced : dict from int to int
-        Index of the file that stands in for each bad one, in the order in which these were found.
+        Index of the replacement for each bad file, in the order in which the bad files were found.
 
     Raises
     ------
     LoaderError
-        If more than `at_most` files are refused by their headers.
+        If the headers of more than `at_most` files are refused.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class BadFiles:
         for index, why in find_refused(folder.files).items():
             if index not in self.replaced:
                 self._leave_out(
-                    index, why, "a file is refused", f"files are refused, and at most {at_most} may be", report=report
+                    index, why, "a file is refused", f"files are refused, at most {at_most} are allowed", report=report
                 )
 
     @property
@@ -62,7 +64,7 @@ class BadFiles:
         return [self.folder.files[index] for index in self.replaced]
 
     def leave_out(self, index: int, why: str) -> None:
-        """Find what stands in for a file that made a batch fail, and name both on stderr.
+        """Find a replacement for a file that made a batch fail, and report both on stderr.
 
         Raises
         ------
@@ -84,12 +86,12 @@ class BadFiles:
             sys.stderr.write(f"warning: {one} ({count_of}): {described}; {place}\n")
 
     def in_place(self) -> tuple[list[str], list[int]]:
-        """Return files and labels with the bad ones replaced, by label -1 where their images are left out."""
+        """Return files and labels with the bad files replaced; images to leave out have label -1."""
         return in_place(self.folder, self.replaced, replace=self._replace)
 
 
 def in_place(folder: ImageFolder, replaced: dict[int, int], *, replace: bool) -> tuple[list[str], list[int]]:
-    """Return files and labels with the bad ones replaced, by label -1 without `replace`."""
+    """Return files and labels with the bad files replaced; without `replace` their labels are -1."""
     files, labels = list(folder.files), list(folder.labels)
     for index, other in replaced.items():
         files[index] = folder.files[other]
@@ -98,17 +100,17 @@ def in_place(folder: ImageFolder, replaced: dict[int, int], *, replace: bool) ->
 
 
 def replace_file(folder: ImageFolder, index: int, replaced: dict[int, int]) -> None:
-    """Enter the next usable file into `replaced`, also for the files for which this one has stood in."""
+    """Enter the next usable file into `replaced`, for a file and for all files that it has replaced."""
     other = stand_in(folder, index, replaced)
     for bad in [index, *(bad for bad, instead in replaced.items() if instead == index)]:
         replaced[bad] = other
 
 
 def stand_in(folder: ImageFolder, index: int, replaced: dict[int, int]) -> int:
-    """Return the next file that can be decoded."""
+    """Return the index of the next file that can be decoded."""
     files = folder.files
     for candidate in ((index + step) % len(files) for step in range(1, min(len(files), _CANDIDATES))):
         if candidate not in replaced and why_unusable(files[candidate]) is None:
             return candidate
-    msg = f"{files[index]}: not readable, nor is any of the files after it"
+    msg = f"{files[index]}: cannot be read, and there is no readable file to replace it"
     raise LoaderError(msg)

@@ -1,4 +1,4 @@
-"""The interface of data sets and loaders, for all backends.
+"""The interface of data sets and loaders that all backends share.
 
 A training batch is ``(images, labels, source_labels, lam)``, a validation batch ``(images, labels)``: see
 `dali_saliencymix.loaders.dali.Loader`.
@@ -20,24 +20,24 @@ from dali_saliencymix.loaders.processes import Processes
 
 
 class LoaderError(RuntimeError):
-    """A batch could not be made. The text says why in one line, and names the file where it is known."""
+    """A batch could not be loaded. The message is one line that says why, and names the file if it is known."""
 
 
 class Batches(ABC):
     """The batches of one process.
 
-    Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one.
+    Each iteration yields one epoch. After a resume, the first iteration yields the rest of the interrupted epoch.
     """
 
-    _length: int  # batches in a whole epoch
-    _step: int  # batches given in this epoch
+    _length: int  # batches per epoch
+    _step: int  # batches yielded in this epoch
 
     def __len__(self) -> int:
-        """Return the number of batches in a whole epoch, the same for all processes."""
+        """Return the number of batches per epoch, which is the same for all processes."""
         return self._length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches that are left of the epoch."""
+        """Yield the remaining batches of the epoch."""
         while self._step < self._length:
             batch = self._next_batch()
             self._step += 1
@@ -45,30 +45,31 @@ class Batches(ABC):
         self._step = 0
 
     def _next_batch(self) -> tuple[torch.Tensor, ...]:
-        """Return the batch at `_step`: for loaders that have no `__iter__` of their own."""
+        """Return the batch at `_step`; not needed by loaders that override `__iter__`."""
         raise NotImplementedError
 
     @abstractmethod
     def state(self) -> Any:
-        """Return plain values that a loader of the same kind resumes from: taken between two batches, at the second."""
+        """Return plain values from which a loader of the same kind resumes with the next batch."""
 
 
 @dataclass(frozen=True)
 class Data(ABC):
-    """A data set, and the loaders of its batches.
+    """A data set that creates the loaders of its batches.
 
     Attributes
     ----------
     classes : list of str
         Names of the classes; a label is an index into this list.
     train_images, val_images : int
-        How many images there are.
+        Number of images.
     root : Path
-        Where the training images are.
+        Folder of the training images.
     fingerprint : dict from str to str or int
-        What decides the batches of a training beside its options. A resumed training has to find the same.
+        Properties of the data which, besides the options, determine the training batches. They must not change when a
+        run resumes.
     mean, std : tuple of float
-        What images are normalised with, for pixels in 0..1.
+        Mean and standard deviation for the normalisation, for pixels in [0, 1].
     """
 
     classes: list[str]
@@ -81,30 +82,30 @@ class Data(ABC):
 
     @abstractmethod
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
-        """Return the training batches of this process, from where `state` stands.
+        """Return the training batches of this process, resumed from `state` if it is given.
 
         Parameters
         ----------
         options : DataOptions
-            What the batches are like.
+            Options that determine the batches.
         processes : Processes
-            Which process this is, and where it computes.
+            Rank and device of this process.
         state : dict, optional
-            What ``state()`` of such a loader gave, in a run with the same options.
+            Value of ``state()`` of such a loader, from a run with the same options.
 
         Raises
         ------
         ValueError
-            If an option does not fit the data set or the device; it is named.
+            If an option does not suit the data set or the device. The message names the option.
         """
 
     @abstractmethod
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+        """Return the validation batches of this process; over all processes, each image of `validated` appears once."""
 
 
 def validated(images: int, options: DataOptions, processes: Processes) -> range | list[int]:
-    """Return which of the validation images count: all, or with --val-steps so many that are spread evenly."""
+    """Return the indices of the images to validate on: all, or with --val-steps an evenly spaced subset."""
     if options.val_steps is None:
         return range(images)
     count = min(images, options.val_steps * options.batch_size * processes.world_size)
@@ -112,7 +113,7 @@ def validated(images: int, options: DataOptions, processes: Processes) -> range 
 
 
 def chosen_backend(options: DataOptions) -> str:
-    """Return who makes the batches: what is asked for, or else DALI, on a GPU where the run has one."""
+    """Return the data backend: the requested one, or by default DALI, on the GPU if the run uses one."""
     if options.data_backend is not None:
         return options.data_backend
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
@@ -120,18 +121,18 @@ def chosen_backend(options: DataOptions) -> str:
 
 
 def check_share(images: int, world_size: int, batch_size: int, root: Path, name: str = "--batch-size") -> None:
-    """Require enough training images for one batch on each process."""
+    """Require enough training images for one batch in each process."""
     share = images // world_size
     if share < batch_size:
         msg = (
-            f"{name} must be at most {share}, the share that each of {world_size} processes has of the {images} images "
-            f"in {root}, got {batch_size}"
+            f"{name} must be at most {share}, the number of images per process ({images} images in {root}, "
+            f"{world_size} processes), got {batch_size}"
         )
         raise ValueError(msg)
 
 
 def fingerprint_of(options: DataOptions, train: int, val: int, *train_content: bytes) -> dict[str, str | int]:
-    """Return the fingerprint of a data set with so many images; `train_content` is what a digest is made of."""
+    """Return the fingerprint of a data set: its name, backend and size, and a digest of `train_content`."""
     digest = hashlib.blake2b(digest_size=16)
     for part in train_content:
         digest.update(part)

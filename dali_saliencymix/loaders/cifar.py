@@ -1,7 +1,7 @@
-"""CIFAR: small images, padded with zeros, cropped at random, mixed, flipped horizontally at random, normalised.
+"""CIFAR: small images that are zero-padded, randomly cropped, mixed, randomly flipped and normalised.
 
-The edge of a zero padding is what a saliency detector sees first: it draws two or three times as many peaks as its area
-accounts for. So the peaks are found before the padding and move with the crop.
+Saliency detectors respond to the edge of the zero padding, which attracts two or three times as many peaks as its area
+accounts for. The peaks are therefore computed before the padding, and shifted with the crop.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def cifar_training_pipeline(
     num_shards: int = 1,
     shuffle_seed: int = 0,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Decode, pad, crop at random, mix, mirror at random, normalise.
+    """Decode, pad, crop at random, mix, flip at random, normalise.
 
     Parameters
     ----------
     files, labels : sequence
-        Paths and labels of all images, which are `size` x `size`; each shard takes its share.
+        Paths and labels of all images, of size `size` x `size`; each shard reads its part.
     mix : MixOptions or None
-        How images are mixed. With None they are not: `lam` is 1 and `source_labels` are the labels.
-        Saliencymix takes the most salient pixels of the images as they were before the padding, so where there is a
-        `padding` its `source` and `destination` cannot be ``"non_salient"``, nor its `label_weight` ``"saliency"``.
+        The mixing options. With None, images are not mixed: `lam` is 1 and `source_labels` equals `labels`.
+        SaliencyMix uses the most salient pixels of the unpadded images. With `padding` > 0, `source` and `destination`
+        therefore cannot be ``"non_salient"``, and `label_weight` cannot be ``"saliency"``.
     size : int
-        Height and width of the images, before and after.
+        Height and width of the input and output images, in pixels.
     padding : int
-        Width of the border of zeros that a crop can reach into.
+        Width of the zero border, in pixels.
     device : {"cpu", "gpu"}
         Where images are decoded and processed.
     shard_id, num_shards, shuffle_seed
@@ -77,7 +77,7 @@ def cifar_training_pipeline(
     Returns
     -------
     images, labels, source_labels, lam : DataNode
-        Normalised images, CHW float32; labels of shape (1,), int32; weights of `labels`, float32 scalars.
+        Normalised images, CHW, float32; labels of shape (1,), int32; `lam`, the weight of `labels`, a float32 scalar.
     """
     encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
@@ -92,7 +92,7 @@ def cifar_training_pipeline(
 def _array_pipeline(
     source: Callable[[BatchInfo], Any], options: DataOptions, process_on: str, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Do what `cifar_training_pipeline` does to images that are in memory already."""
+    """Process images in memory as `cifar_training_pipeline` processes files."""
     images, label = fn.external_source(source=source, num_outputs=2, batch=True, batch_info=True, layout=["HWC", ""])
     images = to_device(process_on, images)
     if options.auto_augment != "none":
@@ -104,7 +104,7 @@ def _array_pipeline(
 def _augmented(
     images: DataNode, label: DataNode, options: DataOptions, device: str
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Pad, crop at random, mix, mirror at random, normalise, erase."""
+    """Pad, crop at random, mix, flip at random, normalise, erase."""
     mix, padding, size = options.mix, options.crop_padding, options.train_crop_size
     offsets = [float(offset) for offset in range(-padding, padding + 1)]
     corner = fn.stack(*(fn.cast(fn.random.uniform(values=offsets), dtype=types.INT32) for _ in range(2)))
@@ -137,19 +137,19 @@ def _augmented(
 
 
 def _detects_before_padding(mix: MixOptions, padding: int) -> bool:
-    """Tell whether the detector has to look at images before they are padded; else the mix can do it itself."""
+    """Return whether saliency has to be computed before the padding, and not by the operator that mixes."""
     return "saliencymix" in mix.modes and padding > 0
 
 
 @do_not_convert
 def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
-    """Return where the peaks are in the crop, at its edge where they were cut off: never in the padding."""
+    """Return the peaks in coordinates of the crop; peaks outside it move to its edge, never into the padding."""
     corner = corner.gpu() if peaks.device == "gpu" else corner
     return math.clamp(peaks - corner, 0, size - 1)
 
 
 class _CifarLoader(Batches):
-    """Training batches of images in memory, processed by DALI; the end that fills no batch is left out."""
+    """Training batches of images in memory, processed by DALI; an incomplete last batch is dropped."""
 
     def __init__(
         self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None
@@ -157,7 +157,7 @@ class _CifarLoader(Batches):
         batch_size, rank, world_size = options.batch_size, processes.rank, processes.world_size
         self._length = steps = len(cifar) // world_size // batch_size
 
-        # By the number of a batch alone, so that DALI's checkpoint, which holds that number, says everything.
+        # A batch depends on its number only: DALI's checkpoint stores that number and nothing else of the source.
         def source(info: BatchInfo) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
             epoch, step = divmod(info.iteration, steps)
             shard = _order(len(cifar), options.seed, epoch)[rank::world_size]
@@ -177,7 +177,7 @@ class _CifarLoader(Batches):
             enable_conditionals=options.auto_augment != "none",
             **device_arguments(processes.device),
         )
-        # The source never ends: epochs are counted here.
+        # The source is endless, so epochs are counted here.
         self._iterator = DALIGenericIterator([pipeline], list(OUTPUTS), prepare_first_batch=False)
         self._channels_last = options.channels_last
         self._step = state["step"] if state else 0
@@ -194,13 +194,13 @@ class _CifarLoader(Batches):
         return {"pipeline": pipeline, "step": self._step}
 
 
-@functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch
+@functools.lru_cache(maxsize=1)  # all batches of an epoch share one order
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarData:
-    """Read the archive in `options.data`; `classes`, if given, have to be its own."""
+    """Read the archive in `options.data`; if `classes` is given, the classes of the archive must be the same."""
     if options.data is None:
         msg = f"data must be given with dataset {options.dataset!r}"
         raise ValueError(msg)
@@ -209,7 +209,7 @@ def open_cifar(options: DataOptions, classes: list[str] | None = None) -> CifarD
         raise ValueError(msg)
     train, val = read_cifar(options.data, options.dataset)
     if classes is not None and classes != train.classes:
-        msg = f"{options.data}: holds other classes than those asked for, the first of which is {classes[0]!r}"
+        msg = f"{options.data}: its classes are not the requested ones, the first of which is {classes[0]!r}"
         raise ValueError(msg)
     counts = len(train), len(val)
     fingerprint = fingerprint_of(options, *counts, train.images.tobytes(), train.labels.tobytes())
@@ -224,21 +224,21 @@ class CifarData(Data):
     val: CifarImages
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
-        """Return the training batches of this process, from where `state` stands."""
+        """Return the training batches of this process, resumed from `state` if it is given."""
         check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         mix, padding = options.mix, options.crop_padding
         before = mix is not None and _detects_before_padding(mix, padding)
         for name in ("source", "destination") if before else ():
             if getattr(mix, name) == "non_salient":
                 msg = (
-                    f"--{name} must not be non_salient with --crop-padding {padding}: the least salient pixel could be "
-                    "one of the padding; --crop-padding 0 goes with it"
+                    f"--{name} must not be non_salient with --crop-padding {padding}: the least salient pixel could "
+                    "lie in the padding; use --crop-padding 0"
                 )
                 raise ValueError(msg)
         if before and mix is not None and mix.label_weight != "area":
             msg = (
-                f"--label-weight must be area with --crop-padding {padding}, got {mix.label_weight}: its maps would be "
-                "those of padded images; --crop-padding 0 goes with it"
+                f"--label-weight must be area with --crop-padding {padding}, got {mix.label_weight}: the saliency maps "
+                "would be those of padded images; use --crop-padding 0"
             )
             raise ValueError(msg)
         if chosen_backend(options) == "pytorch":
@@ -248,8 +248,8 @@ class CifarData(Data):
         return _CifarLoader(self.train, options, processes, state)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+        """Return the validation batches of this process; over all processes, each image of `validated` appears once."""
         chosen = validated(len(self.val), options, processes)
         val = replace(self.val, images=self.val.images[chosen], labels=self.val.labels[chosen])
-        # There is nothing to do but to normalise: other processes would only get in the way.
+        # Normalisation is the only work: worker processes would only add overhead.
         return torch_validation_loader(self, PaddedImages(val), options, processes, workers=0)

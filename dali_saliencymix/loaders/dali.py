@@ -1,4 +1,4 @@
-"""DALI pipelines as iterables of PyTorch tensors, one epoch at a time."""
+"""DALI pipelines as iterables of PyTorch tensors, one epoch per iteration."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dali_saliencymix.loaders.base import Batches, LoaderError, chosen_backend
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 
-OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; the first two of one for validation
+OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; validation has the first two
 
-# Makes the pipeline that reads these files with these labels, from its beginning or from a checkpoint. Its reader has
-# the name "reader" and pads its last batch.
+# Builds the pipeline that reads these files and labels, from the start or from a checkpoint. Its reader is named
+# "reader" and pads its last batch.
 Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
 
 
@@ -33,7 +33,7 @@ class _Place(TypedDict):
 
 
 class LoaderState(_Place, total=False):
-    """Where a loader stands: what DALI saves, batches given in the epoch, and which file stands in for which."""
+    """State of a loader: DALI's checkpoint, the batches yielded in the epoch, and the replacements of bad files."""
 
     replaced: dict[int, int]
 
@@ -41,18 +41,19 @@ class LoaderState(_Place, total=False):
 class Loader(Batches):
     """Batches of a pipeline as tuples of PyTorch tensors.
 
-    Iterating gives one epoch, or what is left of it in a restored state; iterating again gives the next one. The first
-    tensor of a batch is images (N, C, H, W), channels-last in memory where the pipeline gives HWC; the others are
-    (N,), labels int64 and weights float32. All are where the pipeline's outputs are.
+    Each iteration yields one epoch. After a resume, the first iteration yields the rest of the interrupted epoch.
 
-    A file that cannot be read or decoded is named on stderr and left out from then on: the pipeline is rebuilt from its
-    checkpoint before the batch that failed, with the next file in its place. So the number of batches does not change,
-    on this shard and on all others, and the other images of the batch are what they would have been. Files that are
-    refused by their headers (`dali_saliencymix.datasets.formats`) are left out from the beginning.
+    The first tensor of a batch holds images (N, C, H, W), channels-last in memory if the pipeline outputs HWC. The
+    others have shape (N,): int64 labels, and float32 weights. All tensors are on the device of the pipeline's outputs.
 
-    `dali_saliencymix.loaders.imagenet.training_loader` makes one with `drop_last`: every batch is full, no image comes
-    twice in an epoch, and up to one batch of images of each shard is left out. That of `validation_loader` gives every
-    image exactly once: the last batch of a shard may be short, or even empty, and of a bad file no image comes at all.
+    A file that cannot be read or decoded is reported on stderr and left out from then on. The pipeline is rebuilt from
+    its checkpoint before the failed batch, with the next usable file in place of the bad one. The number of batches
+    does not change on any shard, and neither do the other images of the batch. Files whose headers are refused
+    (`dali_saliencymix.datasets.formats`) are left out from the start.
+
+    `dali_saliencymix.loaders.imagenet.training_loader` sets `drop_last`: every batch is full, no image appears twice in
+    an epoch, and each shard leaves out up to one batch of images. `validation_loader` does not: every image appears
+    exactly once, the last batch of a shard may be short or empty, and bad files are dropped, not replaced.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class Loader(Batches):
             if state is None or isinstance(error, LoaderError):
                 raise
             msg = (
-                "the state to resume from is not one of this pipeline: another version of this package may have "
-                f"written it, and --restart-epoch resumes without it: {' '.join(str(error).split())}"
+                "the state to resume from does not fit this pipeline, maybe because another version of this package "
+                f"wrote it; --restart-epoch resumes without it: {' '.join(str(error).split())}"
             )
             raise LoaderError(msg) from error
 
@@ -104,13 +105,13 @@ class Loader(Batches):
                 yield self._as_documented(batch)
 
     def state(self) -> LoaderState:
-        """Return where the loader stands; taken between two batches, it leads to the second one."""
+        """Return the state, from which a new loader resumes with the next batch."""
         (pipeline,) = self._iterator.checkpoints()
         return {"pipeline": pipeline, "step": self._step, "replaced": dict(self._bad.replaced)}
 
     @property
     def bad_files(self) -> list[str]:
-        """Files that were left out, in the order in which they were found."""
+        """The files that were left out, in the order in which they were found."""
         return self._bad.names
 
     def _next(self) -> dict[str, torch.Tensor]:
@@ -124,16 +125,16 @@ class Loader(Batches):
                 return batch
 
     def _leave_out_bad_files(self, text: str) -> None:
-        """Build the pipeline again without the files that made the coming batch fail, or raise LoaderError."""
+        """Rebuild the pipeline without the files that made the next batch fail, or raise LoaderError."""
         if not re.search(r"operator `nvidia\.dali\.fn\.(readers|reinterpret|slice|peek_image_shape|decoders)\b", text):
             raise LoaderError(_without_traceback(text))
-        # After a failure DALI's own checkpoint is still that of the batch before.
+        # After a failure, DALI's checkpoint is still that of the previous batch.
         checkpoint = self._started_from if self._gave_none else self._iterator.checkpoints()[0]
-        # A pipeline ends here, in the main thread, and not when Python's collector happens to run in one of DALI's.
+        # Destroy the pipeline here, in the main thread, not whenever Python's collector runs in a thread of DALI.
         del self._iterator
         gc.collect()
         found = self._find_bad_files(text, checkpoint)
-        # What stands in for a file may be bad itself: that one is named then.
+        # If a replacement is bad itself, leave out and report the replacement.
         for index, why in {self._bad.replaced.get(index, index): why for index, why in found}.items():
             self._bad.leave_out(index, why)
         self._start(checkpoint)
@@ -148,16 +149,16 @@ class Loader(Batches):
         indices = self._coming_batch(checkpoint)
         found = find_unusable([files[index] for index in indices])
         if not found:
-            # A file that only DALI rejects shows when DALI decodes the images one by one.
+            # Only DALI rejects the file: let DALI decode the images one by one.
             found = {files[index]: "cannot be decoded" for index in indices if not _decodes(files[index])}
         if not found:
-            msg = f"one of {len(indices)} images cannot be decoded, and which one could not be found out"
+            msg = f"one of {len(indices)} images cannot be decoded, but could not be identified"
             raise LoaderError(msg)
         return [(index, found[files[index]]) for index in indices if files[index] in found]
 
     def _coming_batch(self, checkpoint: bytes | None) -> list[int]:
-        """Return which files the next batch after `checkpoint` is made of."""
-        # The same pipeline over one readable image and with numbers as labels makes that batch without failing.
+        """Return the indices of the files in the next batch after `checkpoint`."""
+        # The same pipeline, with one readable image for all files and indices as labels, does not fail at that batch.
         count = len(self._folder)
         readable = self._folder.files[stand_in(self._folder, -1, self._bad.replaced)]
         iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._drop_last)
@@ -182,8 +183,8 @@ def as_documented(batch: dict[str, torch.Tensor], channels_last: bool) -> tuple[
 
 
 def _iterate(pipeline: Pipeline, drop_last: bool) -> DALIGenericIterator:
-    # DALI's own policy for dropping leaves the padded end of a larger shard in the reader, from where it gets into
-    # the next epoch: shards overlap then. Reading all of the padded epoch and passing over its end is exact.
+    # DALI's DROP policy leaves the padded end of a larger shard in the reader. It leaks into the next epoch, where the
+    # shards then overlap. Reading the whole padded epoch and skipping its end is exact.
     return DALIGenericIterator(
         [pipeline],
         list(OUTPUTS if drop_last else OUTPUTS[:2]),
@@ -209,37 +210,37 @@ def _decodes(file: str) -> bool:
 
 
 def define(definition: Callable[..., Pipeline], *arguments: Any, **options: Any) -> Pipeline:
-    """Return a pipeline of a definition, and raise what goes wrong in it as it was raised there."""
+    """Build a pipeline from a definition, and raise errors of the definition unchanged."""
     try:
         return definition(*arguments, **options)
     except Exception as error:
-        # With conditionals, DALI raises another error, of many lines and maybe of another type.
+        # With conditionals, DALI wraps the error in one of many lines and maybe of another type.
         if hasattr(error, "ag_error_metadata") and error.__context__ is not None:
             raise error.__context__ from None
         raise
 
 
 def device_arguments(device: torch.device) -> dict[str, Any]:
-    """Return the arguments by which a pipeline definition and DALI know a device, or refuse a GPU that is not there."""
+    """Return the pipeline arguments `device` and `device_id` for a device; ValueError if the GPU does not exist."""
     if device.type != "cuda":
         return {"device": "cpu", "device_id": None}
     if not torch.cuda.is_available():
-        msg = f"device must be 'cpu' where no CUDA GPU is found, got {str(device)!r}"
+        msg = f"device must be 'cpu' if no CUDA GPU is found, got {str(device)!r}"
         raise ValueError(msg)
     return {"device": "gpu", "device_id": device.index or 0}
 
 
 def process_on(options: DataOptions, processes: Processes) -> str:
-    """Return where DALI works on the images, "cpu" or "gpu"; refuse a GPU in a run on the CPU."""
+    """Return where DALI processes the images, "cpu" or "gpu"; ValueError for dali-gpu in a run on the CPU."""
     if chosen_backend(options) != "dali-gpu":
         return "cpu"
     if processes.device.type != "cuda":
-        msg = f"--data-backend dali-gpu needs a run on a GPU, and this one is on {processes.device}; take dali-cpu"
+        msg = f"--data-backend dali-gpu needs a run on a GPU, but this one is on {processes.device}; use dali-cpu"
         raise ValueError(msg)
     return "gpu"
 
 
 def _without_traceback(text: str) -> str:
-    """Turn what DALI says about an error in a Python operator into one line."""
+    """Reduce DALI's message about an error in a Python operator to one line."""
     raised = re.search(r"\b\w*(?:Error|Exception|Interrupt): ((?:.|\n)*?)\n\s*\nAt:", text)
     return " ".join((raised[1] if raised else text).split())

@@ -1,4 +1,4 @@
-"""From the options of a run to its data set."""
+"""Open the data set that the options of a run name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dali_saliencymix.loaders.options import DataOptions
 
 
 def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
-    """Look at the data set that the options of a run name, once; what it returns makes the loaders of each process.
+    """Open the data set that the options of a run name. The result creates the loaders of each process.
 
     Parameters
     ----------
     options : DataOptions
-        What the batches are like.
+        Options that determine the batches.
     classes : list of str, optional
-        Names of the classes in label order, where nothing is trained: the training images, which the names come from
-        otherwise, are not read and need not exist.
+        Class names in label order, for runs without training. The training images, which define the names otherwise,
+        are then not read and need not exist.
 
     Returns
     -------
@@ -24,9 +24,9 @@ def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
     Raises
     ------
     FileNotFoundError, NotADirectoryError, ValueError
-        If the data set is not there, is damaged, or an option is wrong.
+        If the data set is missing or damaged, or an option is invalid.
     """
-    # Imported here: DALI and torchvision take seconds, which an option that is refused need not wait for.
+    # Imported here: DALI and torchvision take seconds to import, and an invalid option should fail at once.
     if chosen_backend(options) == "synthetic":
         from dali_saliencymix.loaders.synthetic import open_synthetic
 

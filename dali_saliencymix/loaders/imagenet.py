@@ -1,9 +1,9 @@
-"""Folders of images, as of ImageNet: files -> decoded, resized, mixed, normalised batches.
+"""Image folders such as ImageNet: from files to decoded, resized, mixed and normalised batches.
 
-The images of a training batch are mixed as uint8, after the resize and before the normalisation. What is random is
-drawn by DALI, so a pipeline with the same seed gives the same batches, and so does one that resumes from a checkpoint.
+Training images are mixed as uint8, after the resize and before the normalisation. DALI draws all random numbers: a
+pipeline with the same seed produces the same batches, also when it resumes from a checkpoint.
 
-Both pipelines turn images by their EXIF orientation, which torchvision's ``ImageFolder`` does not.
+Both pipelines apply the EXIF orientation of images. torchvision's ``ImageFolder`` does not.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dali_saliencymix.loaders.torch import FolderImages, policy_of, torch_traini
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
-# The largest image of ImageNet's training set: with it the decoder allocates its buffers once.
+# Size of the largest image in ImageNet's training set, so that the decoder allocates its buffers once.
 _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
 
-# The first two bytes of JPEG, PNG and WebP files, as one number.
+# The first two bytes of JPEG, PNG and WebP files, as integers.
 _BEGINNINGS = [int.from_bytes(two, "little") for two in (b"\xff\xd8", b"\x89P", b"RI")]
-_BEYOND = 3  # behind the last entry of a shape: to slice it there is an error
+_BEYOND = 3  # one past the end of a shape: slicing from there is an error
 
-_FILES_LOOKED_AT = 1000  # for their sizes: asking a file server for those of all of ImageNet takes minutes
+_FILES_LOOKED_AT = 1000  # the sizes of all of ImageNet's files would take minutes on a file server
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -68,56 +68,57 @@ def training_pipeline(
     shuffle_seed: int = 0,
     hw_decoder_load: float = 0.65,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Decode a random crop, resize, augment, change colours, mix, mirror at random, normalise, erase.
+    """Decode a random crop, resize, augment, jitter colours, mix, flip at random, normalise, erase.
 
     Parameters
     ----------
     files, labels : sequence
-        Paths and labels of all images; each shard takes its share.
+        Paths and labels of all images; each shard reads its part.
     crop_size : int
         Height and width of the outputs.
     min_crop_area : float
-        Smallest area of the random crop as a share of the image; the largest is 1. Aspect ratios are 3/4 to 4/3.
+        Minimum area of the random crop, as a fraction of the image; the maximum is 1. Aspect ratios are 3/4 to 4/3.
     hflip_prob : float
-        Probability that an image is mirrored.
+        Probability of a horizontal flip.
     auto_augment : {"none", "ra", "ta_wide"}
-        Nothing, RandAugment with two operations, or TrivialAugmentWide, by ``nvidia.dali.auto_aug``, after the resize.
-        The pipeline then needs ``enable_conditionals=True``, a parameter of DALI's, too.
+        No policy, RandAugment with two operations, or TrivialAugmentWide, from ``nvidia.dali.auto_aug``, applied after
+        the resize. A policy also needs DALI's pipeline argument ``enable_conditionals=True``.
     ra_magnitude : int
         Magnitude of RandAugment, in [0, 30].
     color_jitter : float
-        Brightness, contrast and saturation are multiplied by factors drawn from [1 - color_jitter, 1 + color_jitter],
-        before the mixing. In [0, 1].
+        Factors for brightness, contrast and saturation are drawn from [1 - color_jitter, 1 + color_jitter] and applied
+        before mixing. In [0, 1].
     mix : MixOptions, optional
-        How images are mixed. By default they are not: `lam` is 1 and `source_labels` are the labels.
+        The mixing options. By default images are not mixed: `lam` is 1 and `source_labels` equals `labels`.
     mean, std : sequence of 3 floats
-        What images are normalised with, for pixels in 0..1; `std` is positive.
+        Mean and standard deviation for the normalisation, for pixels in [0, 1]; `std` is positive.
     random_erase : float
-        Probability that a rectangle of an image is set to 0, the mean: see `dali_saliencymix.loaders.augmentation`.
+        Probability of random erasing, which sets a rectangle of an image to 0, the mean: see
+        `dali_saliencymix.loaders.augmentation`.
     process_on : {"cpu", "gpu"}, optional
         Where images are decoded, resized and mixed; by default `device`.
     device : {"cpu", "gpu"}
-        Where the outputs are; "gpu" if `process_on` is.
+        Device of the outputs; must be "gpu" if `process_on` is.
     fp16 : bool
-        The output is float16, else float32.
+        Whether the images are float16; otherwise they are float32.
     channels_last : bool
-        The output is HWC, else CHW.
+        Whether the images are HWC; otherwise they are CHW.
     shard_id, num_shards : int
-        Which share of the files is read. All shards together cover the files once an epoch.
+        The shard to read, and the number of shards. All shards together cover the files once per epoch.
     shuffle_seed : int
-        Seed of the order of the files; the same for all shards, which would overlap otherwise.
+        Seed of the file order. It must be the same for all shards, or they overlap.
     hw_decoder_load : float
-        Share of the images for the GPU's JPEG engine, where it has one.
+        Fraction of the images that the GPU's hardware JPEG decoder decodes, if there is one.
 
     Returns
     -------
     images, labels, source_labels, lam : DataNode
-        Normalised images; labels of shape (1,), int32; weights of `labels`, float32 scalars.
+        Normalised images; labels of shape (1,), int32; `lam`, the weight of `labels`, a float32 scalar.
 
     Notes
     -----
-    The horizontal flip comes after the mixing: a patch is flipped with its image. The operator that mixes also flips
-    and normalises where that is faster: on a GPU, and on the CPU for float32 with Numba installed.
+    The horizontal flip follows the mixing, so a patch is flipped with its image. The mixing operator uses fused flip
+    and normalise where that is faster: on a GPU, and on the CPU for float32 if Numba is installed.
     """
     if not 0 < min_crop_area <= 1:
         msg = f"min_crop_area must be in (0, 1], got {min_crop_area}"
@@ -156,7 +157,7 @@ def training_pipeline(
         normalise = Normalise(mean, std, mirror, dtype="float16" if fp16 else "float32", layout=layout)
     images, label, source_label, lam = mixed(images, label, mix, normalise=normalise)
     if normalise is None:
-        # On the way to another device the pixels are still bytes.
+        # Normalise after the copy to the device, since bytes are faster to copy than floats.
         images = _normalised(to_device(device, images), crop_size, (mean, std), fp16, layout, mirror)
     if random_erase:
         images = erased(images, random_erase, crop_size, fp16=fp16)
@@ -185,11 +186,11 @@ def validation_pipeline(
     Parameters
     ----------
     resize_size : int
-        Length of the short side before the crop.
+        Length of the short side before the crop, in pixels.
     crop_size : int
         Height and width of the crop, at most `resize_size`.
     files, labels, mean, std, process_on, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
-        As for `training_pipeline`. The last batch is filled up with its last image, for the iterator to cut off.
+        As for `training_pipeline`. The last batch is padded with its last image; the iterator drops the padding.
 
     Returns
     -------
@@ -203,13 +204,13 @@ def validation_pipeline(
     encoded, label = read_files(files, labels, shard_id, num_shards)
     shape = image_shape(encoded, files)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
-    # Size and centre are torchvision's: the long side is rounded down, half a pixel to the even one. DALI's own are
-    # another pixel in half of the photographs of ImageNet.
+    # Size and centre as in torchvision: the long side is rounded down, half a pixel to even. DALI's own rounding
+    # differs by one pixel for half of the ImageNet images.
     size = shape * resize_size // math.min(shape[0], shape[1])
     spare = size - crop_size
     start = spare // 2 + (spare & (spare // 2) & 1)
     images = fn.resize(images, size=fn.cast(size, dtype=types.FLOAT))
-    # The centre is cut out here, not while normalising, where that would be all on the way to another device.
+    # Crop here and not with the normalisation: only the crop is then copied to another device.
     images = fn.slice(images, start=fn.cast(start, dtype=types.INT32), shape=[crop_size, crop_size], axis_names="HW")
     layout = "HWC" if channels_last else "CHW"
     images = _normalised(to_device(device, images), crop_size, scaling, fp16, layout)
@@ -220,7 +221,7 @@ def validation_pipeline(
 def read_files(
     files: Sequence[str], labels: Sequence[int], shard_id: int, num_shards: int, **shuffling: int
 ) -> tuple[DataNode, DataNode]:
-    """Read encoded images and labels, with the name and the padding that `Loader` counts on."""
+    """Read encoded images and labels, with the reader name and the padding that `Loader` requires."""
     return fn.readers.file(
         files=list(files),
         labels=list(labels),
@@ -234,19 +235,19 @@ def read_files(
 
 @do_not_convert
 def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
-    """Return (rows, columns, channels) of images, from their headers.
+    """Return the shape (rows, columns, channels) of images, from their headers.
 
-    It fails at those of the `files` that are not JPEG, PNG or WebP, unless their names end as one of
-    `dali_saliencymix.datasets.formats.LOOKED_AT`: nobody has looked at the headers of the others.
+    The pipeline fails at contents that are not JPEG, PNG or WebP, unless the file name ends in one of
+    `dali_saliencymix.datasets.formats.LOOKED_AT`: only the headers of these files were checked before.
     """
-    # DALI runs the operators of a CPU one by one. On a batch of numbers each takes as long as decoding some images, so
-    # they should be few, and none should copy the files.
+    # DALI runs CPU operators one after the other. Even on a batch of single numbers, each takes as long as decoding
+    # some images. So there should be few of them, and none should copy the files.
     beginning = fn.reinterpret(encoded[:2], dtype=types.UINT16)
     first = fn.lookup_table(
         beginning, keys=_BEGINNINGS, values=[0] * len(_BEGINNINGS), default_value=_BEYOND, dtype=types.INT32
     )
     if any(file.lower().endswith(LOOKED_AT) for file in files):
-        # .jpg, .jpeg and .png are the endings with a g at the end, .webp that with a b before it; 0xDF is for capitals.
+        # .jpg, .jpeg and .png end in g, .webp has a b before its last letter; 0xDF maps to upper case.
         name = fn.get_property(encoded, key="source_info")
         unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
         first *= unseen
@@ -259,10 +260,11 @@ def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
 def decode_window(
     encoded: DataNode, start: DataNode, shape: DataNode, device: str, hw_decoder_load: float = 0.65
 ) -> DataNode:
-    """Decode the window of each image that begins at `start` and has `shape`, both (rows, columns).
+    """Decode a window of each image, with corner `start` and size `shape`, both (rows, columns).
 
-    The window has to come from the image's header (``fn.peek_image_shape``): a file that is no image then fails
-    there. In DALI 2.4's decoders it ends the batch while other threads still work on it, which can crash the process.
+    Derive the window from the image header (``fn.peek_image_shape``), so that a file that is not an image fails there.
+    In DALI 2.4, such a file makes the decoder end the batch while other threads still work on it, which can crash the
+    process.
     """
     return fn.decoders.image_slice(
         encoded,
@@ -285,7 +287,7 @@ def mixed(
     peaks: DataNode | None = None,
     normalise: Normalise | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
-    """Return images, labels, labels of the sources and weights, mixed or as they are."""
+    """Return images, labels, source labels and `lam`; without `mix` the images are unchanged."""
     if mix is None:
         return images, labels, labels, fn.constant(fdata=[1.0], shape=[], device="cpu")
     images, labels, source_labels, lam = mix_nodes(images, labels, mix, peaks=peaks, normalise=normalise)
@@ -293,15 +295,15 @@ def mixed(
 
 
 def pays_in_the_mix(mixed_on: str, device: str, fp16: bool) -> bool:
-    """Tell whether the operator that mixes should normalise, in place of ``fn.crop_mirror_normalize``."""
-    if mixed_on != device:  # bytes are the fewer to copy
+    """Return whether fused flip and normalise in the mixing operator beats ``fn.crop_mirror_normalize``."""
+    if mixed_on != device:  # bytes are faster to copy than floats
         return False
     return device == "gpu" or (route_of("auto", np) == "numba" and not fp16)
 
 
 @do_not_convert
 def _scaling(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return a valid mean and std in grey levels."""
+    """Validate mean and std, and return them in grey levels."""
     check_scaling(mean, std, "float32", "CHW")
     check_channels(3, mean, std)
     return in_grey_levels(mean), in_grey_levels(std)
@@ -349,32 +351,33 @@ def training_loader(
     folder : ImageFolder
         The training images.
     batch_size : int
-        Images in a batch of this process.
+        Images per batch of this process.
     num_threads : int
-        Threads of the pipeline on the CPU.
+        CPU threads of the pipeline.
     device : torch.device
-        Where the pipeline works and the tensors lie.
+        Device of the pipeline and of the tensors.
     seed : int
-        Seed of the file order, and with `rank` added of all other draws. Give all processes the same one.
+        Seed of the file order; all other random numbers use `seed` + `rank`. It must be the same in all processes.
     rank, world_size : int
-        Which of how many processes this is.
+        Rank of this process, and number of processes.
     prefetch : int
-        Batches that are made in advance.
+        Number of batches to prefetch.
     max_bad_batches : int
-        Number of bad files that are left out before the next one is an error.
+        Maximum number of bad files that are left out; one more is an error.
     state : LoaderState, optional
-        To resume from; `folder`, `batch_size`, `seed`, `world_size` and `options` have to be those of its loader.
+        The state to resume from. `folder`, `batch_size`, `seed`, `world_size` and `options` must be as they were for
+        the loader that returned it.
     **options
-        Of `training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
+        Arguments of `training_pipeline`: `crop_size`, `mix`, `fp16`, `channels_last`, ...
 
     Raises
     ------
     ValueError
-        If there are not enough images for one batch on each process, or `seed` is negative.
+        If there are not enough images for one batch in each process, or `seed` is negative.
     """
     check_share(len(folder), world_size, batch_size, folder.root, "batch_size")
     if seed < 0:
-        msg = f"seed must not be negative, which DALI takes for a random one, got {seed}"
+        msg = f"seed must be at least 0, as DALI replaces a negative seed by a random one, got {seed}"
         raise ValueError(msg)
     options |= {"num_threads": num_threads, "device": device, "prefetch": prefetch}
     build = training_builder(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, **options)
@@ -383,7 +386,7 @@ def training_loader(
 
 
 def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
-    """Return what makes the pipeline of `training_loader`, which explains the options."""
+    """Return the function that builds the pipeline of `training_loader`, which documents the options."""
     options["enable_conditionals"] = options.get("auto_augment", "none") != "none"
     return _builder(training_pipeline, rank=rank, shuffle_seed=seed, seed=seed + rank, **options)
 
@@ -403,7 +406,7 @@ def _builder(
 
 
 def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
-    """Return what `training_loader` takes of a run's options."""
+    """Return the arguments of `training_loader` for the options of a run."""
     return {
         **_common_arguments(options, processes),
         "crop_size": options.train_crop_size,
@@ -429,14 +432,14 @@ def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, A
 
 
 def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batches: int = 0, **options: Any) -> Loader:
-    """Return a loader of ``(images, labels)`` that gives every image exactly once over all processes.
+    """Return a loader of ``(images, labels)`` that yields every image exactly once over all processes.
 
     Parameters
     ----------
     folder, world_size, max_bad_batches
         As for `training_loader`.
     **options
-        `batch_size`, `num_threads`, `device`, `rank` and `prefetch`, as for `training_loader`, and those of
+        `batch_size`, `num_threads`, `device`, `rank` and `prefetch`, as for `training_loader`, and the arguments of
         `validation_pipeline`.
 
     Raises
@@ -453,7 +456,7 @@ def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batch
 
 
 def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:
-    """List the images of `options.train_dir` and `options.val_dir`; with `classes` only those for validation."""
+    """List the images in `options.train_dir` and `options.val_dir`; if `classes` is given, only the latter."""
     if options.train_dir is None or options.val_dir is None:
         msg = (
             f"train_dir and val_dir must be given with dataset 'folder', got {options.train_dir} and {options.val_dir}"
@@ -464,7 +467,7 @@ def open_folder(options: DataOptions, classes: list[str] | None = None) -> Folde
     else:
         train = list_image_folder(options.train_dir)
         if len(train.classes) < 2:
-            msg = f"{options.train_dir}: one class only, {train.classes[0]!r}; there must be at least two"
+            msg = f"{options.train_dir}: only one class, {train.classes[0]!r}; there must be at least two"
             raise ValueError(msg)
         if options.train_list is not None:
             train = _those_of_list(train, options.train_list, "--train-list")
@@ -484,7 +487,7 @@ class FolderData(Data):
     val: ImageFolder
 
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
-        """Return the training batches of this process, from where `state` stands."""
+        """Return the training batches of this process, resumed from `state` if it is given."""
         check_share(len(self.train), processes.world_size, options.batch_size, self.root)
         if chosen_backend(options) == "pytorch":
             sizes = options.train_crop_size, options.min_crop_area
@@ -494,7 +497,7 @@ class FolderData(Data):
         return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process: all together have every image of `validated` exactly once."""
+        """Return the validation batches of this process; over all processes, each image of `validated` appears once."""
         val = self.val.take(validated(len(self.val), options, processes))
         sizes = {"resize_size": options.val_resize_size, "crop_size": options.val_crop_size}
         if chosen_backend(options) == "pytorch":
@@ -505,12 +508,12 @@ class FolderData(Data):
 
 
 def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
-    """Return the images whose paths, relative to the folder, are the lines of a text file; their order stays."""
+    """Select the images whose relative paths are the lines of a text file; the order of the folder is kept."""
     wanted: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        msg = f"{option} {path}: not a text in UTF-8: {error.reason} at byte {error.start}"
+        msg = f"{option} {path}: not UTF-8 text: {error.reason} at byte {error.start}"
         raise ValueError(msg) from error
     for number, line in enumerate(lines, start=1):
         if line and wanted.setdefault(line, number) != number:
@@ -522,7 +525,7 @@ def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
         msg = f"{option} {path}, line {number}: no such image in {folder.root}: {line}"
         raise ValueError(msg)
     if not kept:
-        msg = f"{option} {path}: names no image"
+        msg = f"{option} {path}: lists no images"
         raise ValueError(msg)
     return folder.take(kept)
 
@@ -533,7 +536,7 @@ def _relative_names(folder: ImageFolder) -> list[str]:
 
 
 def _names_and_sizes(folder: ImageFolder) -> tuple[bytes, bytes]:
-    """Return the names of all files and the sizes of some of them, spread evenly."""
+    """Return the names of all files, and the sizes of an evenly spaced subset."""
     step = max(len(folder) // _FILES_LOOKED_AT, 1)
     sizes = [_size(file) for file in folder.files[::step]]
     return "\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode()
@@ -542,5 +545,5 @@ def _names_and_sizes(folder: ImageFolder) -> tuple[bytes, bytes]:
 def _size(file: str) -> str:
     try:
         return str(os.stat(file).st_size)
-    except OSError:  # a link to nothing, or another bad file: the loader says so when it comes to it
+    except OSError:  # a broken link or another bad file: the loader reports it when it reads the file
         return "none"

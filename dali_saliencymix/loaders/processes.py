@@ -1,4 +1,4 @@
-"""Which process of a run this is, and where it computes."""
+"""Rank and device of a process in a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Processes:
-    """The place of this process among those of the run.
+    """Rank and device of this process, and the number of processes.
 
     Attributes
     ----------
     rank, local_rank, world_size : int
-        Number of this process in the run and on its machine, and how many there are.
+        Rank of this process in the run, its rank on its machine, and the number of processes in the run.
     device : torch.device
-        Where this process computes.
+        The device on which this process computes.
     """
 
     rank: int
@@ -26,5 +26,5 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0

@@ -1,4 +1,4 @@
-"""Synthetic data: the same batch over and over, to see how fast a training is when no loader holds it back."""
+"""Synthetic data: one batch that repeats, to measure the training speed without the cost of a loader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dali_saliencymix.loaders.processes import Processes
 
 
 def open_synthetic(options: DataOptions, classes: list[str] | None = None) -> SyntheticData:
-    """Return data of `options.synthetic_classes` classes, or of `classes`."""
+    """Return synthetic data with `options.synthetic_classes` classes, or with the given `classes`."""
     images = options.synthetic_steps * options.batch_size
     names = classes or [f"class {number}" for number in range(options.synthetic_classes)]
     fingerprint, scaling = fingerprint_of(options, images, images), ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -22,14 +22,14 @@ def open_synthetic(options: DataOptions, classes: list[str] | None = None) -> Sy
 
 @dataclass(frozen=True)
 class SyntheticData(Data):
-    """No data: one constant batch."""
+    """A data set of one constant batch."""
 
     steps: int
 
     def train_loader(
         self, options: DataOptions, processes: Processes, *, state: dict[str, int] | None = None
     ) -> Batches:
-        """Return the training batches of this process, from where `state` stands."""
+        """Return the training batches of this process, resumed from `state` if it is given."""
         images, labels = self._batch(options, processes, options.train_crop_size)
         lam = torch.full((options.batch_size,), 1.0 if options.mix is None else 0.5, device=processes.device)
         return _Constant((images, labels, labels.roll(1), lam), self.steps, state)

@@ -1,8 +1,9 @@
-"""Batches without DALI: PyTorch's ``DataLoader``, torchvision's transforms, and this project's array functions.
+"""Loading without DALI: PyTorch's ``DataLoader``, torchvision's transforms, and this project's array functions.
 
-An image goes the way of DALI's pipelines: a random crop, mixed as uint8, flipped horizontally at random, normalised.
-Every draw comes from the seed, the epoch and the place in it, and from nothing that a process keeps: so the number of
-workers changes nothing, and where a loader stands is two numbers and the bad files.
+The steps are those of the DALI pipelines: random crop, mixing as uint8, random horizontal flip, normalisation. All
+random numbers derive from the seed, the epoch and the position in the epoch, and no process keeps a random state. The
+batches therefore do not depend on the number of workers, and the state of a loader is its epoch, its step and its bad
+files.
 """
 
 from __future__ import annotations
@@ -49,20 +50,20 @@ class _Place(TypedDict):
 
 
 class TorchLoaderState(_Place, total=False):
-    """Where a loader stands: whole epochs given, batches of the one after these, and which file stands in for which."""
+    """State of a loader: complete epochs, batches yielded in the current one, and the replacements of bad files."""
 
     replaced: dict[int, int]
 
 
 class BadFileError(LoaderError):
-    """A file of a folder cannot be read; `index` says which one, and `why` the reason."""
+    """A file of a folder cannot be read: `index` identifies it, and `why` is the reason."""
 
     def __init__(self, file: str, index: int, why: str) -> None:
         super().__init__(f"{file}: {why}")
         self.index, self.why = index, why
 
 
-# What is drawn for: NumPy seeds alike what differs in zeros at the end only, so this comes first.
+# Purposes of random generators. They come first in a seed: NumPy treats seeds that differ in trailing zeros as equal.
 _ORDER, _IMAGE, _BATCH, _ERASED = 1, 2, 3, 4
 
 
@@ -70,14 +71,14 @@ def _generator(purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([purpose, *numbers])
 
 
-@functools.lru_cache(maxsize=1)  # one order serves all batches of an epoch
+@functools.lru_cache(maxsize=1)  # all batches of an epoch share one order
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return _generator(_ORDER, seed, epoch).permutation(count)
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Files of a folder, each a random crop, or for validation, with a `resize_size`, the centre."""
+    """Image files of a folder: random crops for training; centre crops for validation, if `resize_size` is given."""
 
     folder: ImageFolder
     crop_size: int
@@ -92,7 +93,7 @@ class FolderImages:
         return self.folder.labels
 
     def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, None]:
-        """Decode, crop and resize; raise `BadFileError` at the first file that cannot be read."""
+        """Decode, crop and resize images; raise `BadFileError` for the first file that cannot be read."""
         steps: list[Any]
         if self.resize_size is not None:
             steps = [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
@@ -105,13 +106,13 @@ class FolderImages:
         cut = v2.Compose(steps)
         images = np.empty((len(indices), self.crop_size, self.crop_size, 3), np.uint8)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of odd metadata and of many pixels
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata and many pixels
             for place, index in enumerate(indices):
                 _seed_torchvision(seed, epoch, index)
                 file = self.folder.files[index]
                 try:
                     image = _decoded(file)
-                except Exception as error:  # Pillow raises errors of many types over damaged files
+                except Exception as error:  # Pillow raises errors of many types for damaged files
                     why = why_unusable(file) or " ".join(str(error).split()) or type(error).__name__
                     raise BadFileError(file, int(index), why) from error
                 images[place] = np.asarray(cut(image))
@@ -119,12 +120,12 @@ class FolderImages:
 
 
 def _seed_torchvision(seed: int, epoch: int, index: int) -> None:
-    """Seed what torchvision draws from, PyTorch's own generator, for an image; who calls this gives it back."""
+    """Seed PyTorch's default generator, which torchvision uses, for an image; the caller restores its state."""
     torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
 
 
 def policy_of(options: DataOptions) -> v2.Transform | None:
-    """Return torchvision's transform for the option `auto_augment`, which interpolates and fills as DALI's does."""
+    """Return torchvision's transform for the option `auto_augment`, with the interpolation and fill value of DALI."""
     common: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": 128}
     if options.auto_augment == "ra":
         return v2.RandAugment(num_ops=2, magnitude=options.ra_magnitude, **common)
@@ -138,10 +139,9 @@ def _decoded(file: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class PaddedImages:
-    """Small images in memory, each a random crop of the image with a border of zeros.
+    """Small images in memory: random crops of the zero-padded images.
 
-    `saliency` is the detector that finds the most salient pixels before there is a border, in the images as `policy`
-    has changed them.
+    The detector `saliency` finds the most salient pixels after `policy` is applied and before the padding.
     """
 
     cifar: CifarImages
@@ -155,7 +155,7 @@ class PaddedImages:
         return self.cifar.labels
 
     def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Change by the policy, pad and crop."""
+        """Apply the policy, pad and crop images; return them and their peaks, which are None without `saliency`."""
         images = self.cifar.images[indices]
         if self.policy is not None:
             with torch.random.fork_rng(devices=[]):
@@ -184,7 +184,7 @@ Source = FolderImages | PaddedImages
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """Batches by epoch and step: every image of the shard once an epoch, without the end that fills no batch."""
+    """Batches by epoch and step: each image of the shard once per epoch, without an incomplete last batch."""
 
     source: Source
     batch_size: int
@@ -199,13 +199,13 @@ class TrainingBatches:
         return len(self.source.labels) // self.world_size // self.batch_size
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """Return which images a batch is made of."""
+        """Return the indices of the images in a batch."""
         order = _order(len(self.source.labels), self.seed, epoch)
         first = step * self.batch_size
         return order[self.rank :: self.world_size][first : first + self.batch_size]
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return images (N, H, W, 3) uint8, labels, labels of the sources, and weights."""
+        """Return images (N, H, W, 3) uint8, labels, source labels, and `lam`, the weights of the labels."""
         epoch, step = place
         images, labels, peaks = _read(self.source, self.indices(epoch, step), epoch, self.seed)
         rng = _generator(_BATCH, self.seed, epoch, step, self.rank)
@@ -220,9 +220,9 @@ class TrainingBatches:
         return tuple(torch.from_numpy(array) for array in (images, labels, source_labels, lam))
 
     def erase(self, images: torch.Tensor, epoch: int, step: int) -> None:
-        """Set a rectangle of some normalised images (N, C, H, W), which are square, to 0, the mean.
+        """Set a random rectangle of some square normalised images (N, C, H, W) to 0, the mean, in place.
 
-        A side of a rectangle that is longer than the image is cut to it.
+        Sides longer than the image are clipped.
         """
         if not self.random_erase:
             return
@@ -242,7 +242,7 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class ValidationBatches:
-    """Batches by epoch and step: every image once over all shards; a shard's last batch may be short, or empty."""
+    """Batches by epoch and step: each image once over all shards; the last batch of a shard may be short or empty."""
 
     source: Source
     batch_size: int
@@ -269,11 +269,11 @@ def _read(
 
 
 class TorchLoader(Batches):
-    """Batches on a device, normalised, made in advance by `workers` processes, or by this one where that is 0.
+    """Normalised batches on a device, prefetched by `workers` processes; with 0, this process loads them.
 
     A file that cannot be read is left out as by `dali_saliencymix.loaders.dali.Loader`.
 
-    To resume from `state`, everything else has to be like it was for the loader that gave it.
+    To resume from `state`, all other arguments must be as they were for the loader that returned it.
     """
 
     def __init__(
@@ -305,8 +305,8 @@ class TorchLoader(Batches):
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_leave_signals_to_parent,
-            # PyTorch seeds the workers from here, not from the generator that dropout draws from: a run that is resumed
-            # makes its loaders once more than one that nothing has stopped.
+            # PyTorch draws the seeds of workers from this generator. With the default one, a resumed run, which creates
+            # its loaders once more, would draw once more too, and its dropout would differ.
             generator=torch.Generator(),
         )
         self._device = device
@@ -315,16 +315,16 @@ class TorchLoader(Batches):
         self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in scaling)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        # An image comes once in an epoch, so what is replaced by its end matters from the next one on.
+        # An image appears once per epoch, so replacements found in this epoch matter from the next one on.
         replaced = dict(self._bad.replaced) if self._bad else {}
         self._places[:] = [_Wanted(self._epoch, step, replaced) for step in range(self._step, self._length)]
         for batch, found in self._loader:
             for index, why in found.items():
                 assert self._bad is not None
-                if index not in self._bad.replaced:  # two batches can meet what stands in for a file
+                if index not in self._bad.replaced:  # two batches can meet the same bad replacement
                     self._bad.leave_out(index, why)
             if isinstance(batch, LoaderError):
-                raise LoaderError(str(batch))  # another one: its traceback leads here, where `batch` is
+                raise LoaderError(str(batch))  # a new one: its traceback refers to this frame, which holds `batch`
             pixels, *others = (tensor.to(self._device, non_blocking=True) for tensor in batch)
             images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
             if isinstance(self._batches, TrainingBatches):
@@ -334,20 +334,20 @@ class TorchLoader(Batches):
         self._epoch, self._step = self._epoch + 1, 0
 
     def state(self) -> TorchLoaderState:
-        """Return where the loader stands."""
+        """Return the state, from which a new loader resumes with the next batch."""
         replaced = dict(self._bad.replaced) if self._bad else {}
         return {"epoch": self._epoch, "step": self._step, "replaced": replaced}
 
     @property
     def bad_files(self) -> list[str]:
-        """Files that were left out, in the order in which they were found."""
+        """The files that were left out, in the order in which they were found."""
         return self._bad.names if self._bad else []
 
 
 def torch_training_loader(
     data_set: Data, source: Source, options: DataOptions, processes: Processes, state: TorchLoaderState | None = None
 ) -> TorchLoader:
-    """Return the training batches of this process, from where `state` stands."""
+    """Return the training batches of this process, resumed from `state` if it is given."""
     shard = options.seed, processes.rank, processes.world_size
     batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, options.random_erase, *shard)
     return TorchLoader(batches, data_set, options, processes.device, workers=options.workers, state=state)
@@ -356,7 +356,7 @@ def torch_training_loader(
 def torch_validation_loader(
     data_set: Data, source: Source, options: DataOptions, processes: Processes, *, workers: int
 ) -> TorchLoader:
-    """Return the validation batches of this process, made by so many worker processes."""
+    """Return the validation batches of this process, loaded by `workers` worker processes."""
     if len(source.labels) < processes.world_size:
         msg = f"{len(source.labels)} validation images are too few for {processes.world_size} processes"
         raise ValueError(msg)
@@ -365,9 +365,10 @@ def torch_validation_loader(
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Have a worker process end by SIGTERM of its parent only, and by no SIGUSR1.
+    """Make a worker process ignore SIGUSR1, and any SIGTERM that its parent has not sent.
 
-    Both go to all processes of a job where it is asked to stop. The parent needs its workers for the step that it ends.
+    A scheduler sends these signals to all processes of a job to stop it. The parent still needs its workers to complete
+    the step.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -382,7 +383,7 @@ def _leave_signals_to_parent(_: int) -> None:
 
 
 class _Wanted(NamedTuple):
-    """Which batch is made, with which files in the place of others."""
+    """A requested batch, and the replacements of bad files."""
 
     epoch: int
     step: int
@@ -390,14 +391,14 @@ class _Wanted(NamedTuple):
 
 
 class _Attempts(data.Dataset[Any]):
-    """Makes each batch without the files that cannot be read, and hands it over with the reasons of those by index.
+    """Loads each batch without unreadable files, and returns it with the reasons for these by index.
 
-    Any other error is handed over as the batch: raised in a worker, it would arrive wrapped in the text of its stack.
+    A `LoaderError` is returned in place of the batch. Raised in a worker, it would arrive wrapped in a stack trace.
     """
 
     def __init__(self, batches: TrainingBatches | ValidationBatches, *, replace_bad: bool, one_thread: bool) -> None:
         self._batches, self._replace_bad = batches, replace_bad
-        self._threads = 1 if one_thread else 0  # beside other workers a worker has one core
+        self._threads = 1 if one_thread else 0  # each worker has about one core
         self._in_place: tuple[dict[int, int], TrainingBatches | ValidationBatches] = ({}, batches)
 
     def __getitem__(self, wanted: _Wanted) -> tuple[tuple[torch.Tensor, ...] | LoaderError, dict[int, str]]:

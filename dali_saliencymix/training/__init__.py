@@ -1,1 +1,1 @@
-"""What a training script needs around its loop: processes, metrics, schedule, checkpoints, logs."""
+"""Components of the training script: processes, metrics, schedule, checkpoints, logs."""

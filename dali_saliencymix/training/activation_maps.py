@@ -1,7 +1,7 @@
-"""Class activation maps (Zhou et al., 2016): which parts of an image speak for a class, as pictures.
+"""Class activation maps (Zhou et al., 2016), which show the image regions that support a class.
 
-A ResNet ends in a mean over positions and one linear layer: logit_c = sum_k W_ck mean_yx f_k(y, x) + b_c. With the sums
-exchanged, the logit is the mean over positions of the map M_c(y, x) = sum_k W_ck f_k(y, x), plus the bias.
+A ResNet ends in global average pooling and a linear layer: logit_c = sum_k W_ck mean_yx f_k(y, x) + b_c. Exchanging the
+sums, the logit is the mean over positions of the map M_c(y, x) = sum_k W_ck f_k(y, x), plus the bias.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dali_saliencymix.training.evaluation import unused_path
 
 
 class ActivationMaps(NamedTuple):
-    """Maps of one class for each image of a batch: the mean of a map and the bias of its class make the logit."""
+    """The map of one class for each image of a batch. The mean of a map plus the bias of its class is the logit."""
 
-    maps: torch.Tensor  # (N, h, w) float32, of the size of the last feature map
-    labels: torch.Tensor  # (N,) int64: which classes the maps are of
-    probabilities: torch.Tensor  # (N,) float32: what the network gives these classes
+    maps: torch.Tensor  # (N, h, w) float32, with the size of the last feature map
+    labels: torch.Tensor  # (N,) int64: the class of each map
+    probabilities: torch.Tensor  # (N,) float32: the predicted probability of that class
 
 
 def last_layers(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """Return ``model.avgpool``, a mean over all positions, and ``model.fc``, a linear layer, which the maps come from.
+    """Return ``model.avgpool``, a global average pooling, and ``model.fc``, a linear layer.
 
     ValueError if the network does not end in these, as torchvision's ResNets do.
     """
@@ -46,15 +46,15 @@ def last_layers(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
 
 @torch.no_grad()
 def class_activation_maps(model: nn.Module, images: torch.Tensor, *, label: int | None = None) -> ActivationMaps:
-    """Return the map of a class, by default of the predicted one, for each of the normalised images (N, C, H, W).
+    """Compute the map of a class, by default the predicted one, for normalised images (N, C, H, W).
 
-    The network is in evaluation mode; ValueError if it is none that `last_layers` takes.
+    The network must be in evaluation mode. ValueError if `last_layers` does not accept it.
     """
     pooling, linear = last_layers(model)
     seen: list[torch.Tensor] = []
     hook = pooling.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     try:
-        # Not through the module's own call, which may be compiled: a compiled network runs past hooks set later.
+        # Bypass `__call__`, which may be compiled: a compiled network ignores hooks that are registered later.
         logits = model.forward(images)
     finally:
         hook.remove()
@@ -76,15 +76,16 @@ def save_activation_maps(
     std: Sequence[float],
     label: int | None = None,
 ) -> list[Path]:
-    """Write a picture for each file, what the network sees of it and over it the map of a class; return the paths.
+    """Draw the input crop of each file, and the map of a class over it; return the paths of the pictures.
 
-    A picture is called as its image, with a number where the name is taken. ImportError if Matplotlib is not installed,
-    ValueError if a file cannot be decoded or the network has no such maps.
+    A picture has the name of its image, with a number appended if the name is taken. ImportError if Matplotlib is not
+    installed; ValueError if a file cannot be decoded, or if `last_layers` does not accept the network.
     """
     require("matplotlib", by="drawing")
     from matplotlib.figure import Figure
 
-    crops = [_centre_crop(file, resize_size, crop_size) for file in files]  # all, before a picture is written
+    # All files are decoded before the first picture is written.
+    crops = [_centre_crop(file, resize_size, crop_size) for file in files]
     parameter = next(model.parameters())
     model.eval()
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,8 +115,8 @@ def save_activation_maps(
 
 
 def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarray:
-    """Return what a validation sees of an image, (crop_size, crop_size, 3) uint8."""
-    from dali_saliencymix.loaders.torch import FolderImages  # here: it imports torchvision, which takes seconds
+    """Return the validation crop of an image, (crop_size, crop_size, 3) uint8."""
+    from dali_saliencymix.loaders.torch import FolderImages  # imports torchvision, which takes seconds
 
     if why := why_unusable(file):
         msg = f"{file}: {why}"

@@ -1,4 +1,4 @@
-"""The options of the training script: from the command line, and from a YAML file that the command line overrides."""
+"""Parse the options of the training script from the command line, and from a YAML file that it overrides."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _TITLES = (
     *("displays and files", "with --evaluate", "short runs"),
 )
 
-# The mixing options that there are, and what they are called here.
+# Mixing options by their names in `MixOptions`, with their names on the command line.
 _MIX_OPTIONS = {"alpha": "mix_alpha", "prob": "mix_prob"}
 _MIX_OPTIONS |= {name: name for name in ("preset", *PRESET_OPTIONS, "label_weight")}
 
@@ -61,16 +61,16 @@ _RANGES: dict[str, Callable[[float], bool]] = {
 
 _EPILOG = """
 A configuration file is YAML with the long names of options as keys, such as "batch-size: 128", and DATA as "data".
-The command line overrides it. The output folder gets the options of the run as args.yaml, which is such a file.
-Several processes: torchrun --nproc_per_node=8 train.py ...; torchrun says which process is which and where the main
-one listens, so there is no --dist-url here.
+The command line overrides it. Each run saves its options to args.yaml in the output folder, which is such a file.
+Several processes: torchrun --nproc_per_node=8 train.py ...; torchrun sets ranks and the address of the main process,
+so there is no --dist-url.
 """
 
 
 def parse_arguments(
     arguments: list[str] | None = None, *, prog: str | None = None, validates: bool = True
 ) -> TrainingOptions:
-    """Read the options of the training script, and end it with a message if they are invalid.
+    """Parse the options of the training script, and exit with a message if they are invalid.
 
     Parameters
     ----------
@@ -79,8 +79,8 @@ def parse_arguments(
     prog : str, optional
         Name of the program in messages; by default that of this process.
     validates : bool
-        Whether validation images are needed. If not, DATA may be left out, and may hold the class folders of the
-        training images itself.
+        Whether validation images are needed. If not, DATA is optional, and may directly hold the class folders of the
+        training images.
     """
     parser = make_parser(prog)
     args = _parse(parser, arguments)
@@ -92,7 +92,7 @@ def parse_arguments(
 
 
 def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line, and before it the file that it names with ``--config``."""
+    """Parse the command line, after the file that it names with ``--config``."""
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)
     config.add_argument("-c", "--config")
     path = config.parse_known_args(arguments)[0].config
@@ -100,7 +100,7 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
     if path is not None:
         parser.reading = Path(path)
         from_file = _read_options(parser, _pairs(parser, parser.reading))
-    # What the command line leaves without a use is taken out of the file: so a recipe is tried without mixing.
+    # If the command line makes options of the file useless, drop these: a recipe with --mix none is then valid.
     args = parser.parse_args(arguments, argparse.Namespace(**vars(from_file)))
     follow = {**_without_use(args), **dict.fromkeys(defaults_of(args.dataset), "dataset")}
     for option, choice in follow.items():
@@ -110,8 +110,8 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argparse.Namespace) -> argparse.Namespace:
-    """Read the command line again, with the options `AS_TRAINED` of the checkpoint to validate as their defaults."""
-    from dali_saliencymix.training import checkpoints, run_log  # here, for they import PyTorch
+    """Parse the command line again, with the `AS_TRAINED` options of the checkpoint to validate as defaults."""
+    from dali_saliencymix.training import checkpoints, run_log  # they import PyTorch
 
     passed_over = functools.partial(run_log.warn, enabled=os.environ.get("RANK", "0") == "0")
     try:
@@ -120,23 +120,23 @@ def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argpar
             parser.error(f"--resume auto: {args.output_dir / checkpoints.LAST}: no such checkpoint")
         saved = checkpoints.load_checkpoint(path, ("model", "config"), verify=False)["config"]
         if not isinstance(saved.get("arch"), str):
-            parser.error(f"--resume: {path}: names no model")
+            parser.error(f"--resume: {path}: does not name its model")
     except (OSError, ValueError) as error:
         parser.error(f"--resume: {line_of(error, expected=True)}")
     parser.reading = path
     trained = _read_options(parser, [(name, saved[name]) for name in AS_TRAINED if name in saved])
     parser.set_defaults(output_dir=path.parent, **{name: getattr(trained, name) for name in AS_TRAINED})
     args = _parse(parser, arguments)
-    args.resume = str(path)  # what "auto" means may change while this runs
+    args.resume = str(path)  # the meaning of "auto" may change while this runs
     return args
 
 
 def save_config(options: TrainingOptions, path: Path) -> None:
-    """Write the options of a run as a file for ``--config``; an OSError names it."""
+    """Write the options of a run to a file for ``--config``; an OSError names the file."""
     values, data = dict(options.config), options.data
     del values["config"]
     for name, folder in (("train", data.train_dir), ("val", data.val_dir)):
-        if data.data is not None and folder == data.data / name:  # another DATA on the command line means its own
+        if data.data is not None and folder == data.data / name:  # a default: another DATA has its own
             del values[f"{name}_dir"]
     replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
@@ -146,34 +146,34 @@ def make_parser(prog: str | None = None) -> _Parser:
     parser = _Parser(
         prog=prog,
         usage="%(prog)s DATA [options]",
-        description="Train a classification model on a folder of images, mixed by SaliencyMix inside DALI.",
+        description="Train a classification model on an image folder, with SaliencyMix in DALI.",
         epilog=_EPILOG,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="file of options, such as configs/*.yaml")
+    parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="configuration file, such as configs/*.yaml")
     add_traceback(parser)
     groups = {title: parser.add_argument_group(title) for title in _TITLES}
     data, mixing = groups["data"], groups["mixing"]
-    data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="holds train/, val/")
-    data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="the same")
-    mixing.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="how to mix")
+    data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="folder with train/, val/")
+    data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="same as DATA")
+    mixing.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="mixing mode")
     add_option(mixing, "alpha", "--mix-alpha", "--beta")
     add_option(mixing, "prob", "--mix-prob", "--salmix_prob")
     for name in list(_MIX_OPTIONS)[2:]:
         add_option(mixing, name)
     for declared in _DECLARED:
         _add_declared(groups[declared.metadata["group"]], declared)
-    parser.set_defaults(**dict.fromkeys(defaults_of(DataOptions.dataset)))  # None: they follow from the data set
+    parser.set_defaults(**dict.fromkeys(defaults_of(DataOptions.dataset)))  # None: the default depends on the data set
     return parser
 
 
 def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
-    """Add the option that a field declares, read as its annotation says."""
+    """Add the option that a field declares, with the type of its annotation."""
     own = ("flags", "group", "least", "within", "only_with")
     about = {key: value for key, value in declared.metadata.items() if key not in own}
     kind = str(declared.type).removesuffix(" | None")
-    if kind == "bool":  # --amp and --no-amp: so that a configuration file can be overridden
+    if kind == "bool":  # --amp and --no-amp, to override a configuration file
         about.setdefault("action", argparse.BooleanOptionalAction)
     else:
         if kind.startswith("tuple"):
@@ -189,9 +189,9 @@ def _add_declared(group: argparse._ArgumentGroup, declared: Field[Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage of all options before it."""
+    """A parser whose error messages are one line, without the usage."""
 
-    reading: Path | None = None  # the file that its arguments come from
+    reading: Path | None = None  # the file from which the arguments come
 
     def error(self, message: str) -> NoReturn:
         where = f"{self.reading}: " if self.reading else ""
@@ -202,13 +202,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return what a message about an unknown name says of the known ones."""
+    """Return the end of a message about an unknown name: the most similar known names, if there are any."""
     names = difflib.get_close_matches(name.replace("_", "-"), known)
     return f"; nearest: {', '.join(prefix + name for name in names)}" if names else ""
 
 
 class _SetIfGiven(argparse.Action):
-    """Stores a value: an argument that is left out does not override what another one has set."""
+    """Stores a value, if there is one: a missing argument does not override the value of another one."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -218,7 +218,7 @@ class _SetIfGiven(argparse.Action):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that say no more than that an option is not given."""
+    """Shows defaults, except those that only mean that an option is not given."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == []:
@@ -227,7 +227,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Namespace:
-    """Return the options of the file that the parser is reading, checked as if they stood on the command line."""
+    """Return the options of the file that the parser is reading, checked like those of the command line."""
     actions = {
         name.lstrip("-").replace("-", "_"): action
         for action in parser._actions
@@ -251,14 +251,14 @@ def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Nam
 
 
 def _pairs(parser: _Parser, path: Path) -> list[tuple[str, Any]]:
-    """Return the entries of a YAML file; a dictionary would hide a key that stands there twice."""
+    """Return the entries of a YAML file, as pairs, since a dictionary would hide duplicate keys."""
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         pairs = loader.construct_pairs(root, deep=True) if isinstance(root, yaml.MappingNode) else None
     except OSError as error:
         parser.error(str(error.strerror))
-    except (RecursionError, TypeError, ValueError, yaml.YAMLError) as error:  # the former two of odd keys and nesting
+    except (RecursionError, TypeError, ValueError, yaml.YAMLError) as error:  # the first two for odd keys and nesting
         parser.error(f"not YAML: {' '.join(str(error).split())}")
     if pairs is None:
         parser.error("must hold options as 'name: value'")
@@ -266,7 +266,7 @@ def _pairs(parser: _Parser, path: Path) -> list[tuple[str, Any]]:
 
 
 def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action) -> list[str]:
-    """Return what would say the same on a command line."""
+    """Return the command-line arguments that are equivalent to an entry of a file."""
     name = action.option_strings[-1]
     if value is None:  # not given
         return []
@@ -289,17 +289,17 @@ def _as_arguments(parser: _Parser, key: str, value: Any, action: argparse.Action
 
 
 def _negates(action: argparse.Action, option: str) -> bool:
-    """Return whether this name of an option takes it back."""
+    """Return whether this is the ``--no-`` form of an option."""
     return isinstance(action, argparse.BooleanOptionalAction) and option.startswith("--no-")
 
 
 def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> None:
-    """Fill in the folders that follow from DATA."""
+    """Set the folders that follow from DATA."""
     if args.dataset == "folder" and not validates:
         if args.train_dir is None and args.data is not None:
             inside = args.data / "train"
             args.train_dir = inside if inside.is_dir() else args.data
-        args.val_dir, args.val_list = args.train_dir, None  # a data set has both; these are not looked at
+        args.val_dir, args.val_list = args.train_dir, None  # required by the data set, but not used
         return
     if args.data_backend == "synthetic":
         return
@@ -316,16 +316,16 @@ def _complete(parser: _Parser, args: argparse.Namespace, *, validates: bool) -> 
             if args.data is None:
                 parser.error(f"DATA is needed, or {_flag(option)}")
             setattr(args, option, args.data / name)
-    if args.evaluate:  # a data set has both; training images are not looked at
+    if args.evaluate:  # the data set requires a training folder, but it is not used
         args.train_dir, args.train_list = args.val_dir, None
 
 
 def _check(parser: _Parser, args: argparse.Namespace) -> None:
-    """End the script where options do not fit each other, or are out of range."""
+    """Exit with a message if options contradict each other or are out of range."""
     for option, choice in _without_use(args).items():
         if getattr(args, option) != parser.get_default(option):
             given = getattr(args, choice)
-            with_it = f"with {_flag(choice)} {given}" if given else f"where {_flag(choice)} is not given"
+            with_it = f"with {_flag(choice)} {given}" if given else f"without {_flag(choice)}"
             parser.error(f"{_flag(option)} does nothing {with_it}: leave it out")
     if args.evaluate and not args.resume and not args.pretrained:
         parser.error("--evaluate needs --resume, the checkpoint to validate, or --pretrained, the weights")
@@ -336,7 +336,7 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
         if value is not None and value is not False:  # 0 is a value
             parser.error(f"{_flag(declared.name)} needs --evaluate")
     if args.report is not None and args.report.exists():
-        parser.error(f"--report: {args.report}: exists already")
+        parser.error(f"--report: {args.report}: already exists")
     for file in args.cam or ():
         if why := why_unusable(file):
             parser.error(f"--cam: {file}: {why}")
@@ -363,9 +363,9 @@ def _check(parser: _Parser, args: argparse.Namespace) -> None:
         parser.error(f"--mix-off-epochs must be at most --epochs {args.epochs}, got {args.mix_off_epochs}")
     starts = [int(change.partition("@")[2]) for change in args.progressive_size]
     if starts != sorted(set(starts)):
-        parser.error(f"--progressive-size must name later and later epochs, got {' '.join(args.progressive_size)}")
+        parser.error(f"--progressive-size must have increasing epochs, got {' '.join(args.progressive_size)}")
 
-    from dali_saliencymix.training.models import unknown_model  # last, for torchvision takes seconds to import
+    from dali_saliencymix.training.models import unknown_model  # last, as torchvision takes seconds to import
 
     if wrong := unknown_model(args.arch):
         parser.error(f"--arch {wrong}")
@@ -376,7 +376,7 @@ def _flag(option: str) -> str:
 
 
 def _without_use(args: argparse.Namespace) -> dict[str, str]:
-    """Return the options that do nothing beside the others, each with the option that decides this."""
+    """Return the options that have no effect given the other ones, each with the option that is the reason."""
     useless = {_MIX_OPTIONS[name]: "mix" for name in unused_options(args.mix) if name in _MIX_OPTIONS}
     for declared in _DECLARED:
         needs = declared.metadata.get("only_with", [])
@@ -391,7 +391,7 @@ def _grouped(parser: _Parser, args: argparse.Namespace) -> TrainingOptions:
     for name, value in defaults_of(args.dataset).items():
         if getattr(args, name) is None:
             setattr(args, name, list(value) if isinstance(value, tuple) else value)
-    del args.traceback  # which is none of the run
+    del args.traceback  # not an option of the run
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     values["mix"] = _mix_options(parser, args)
@@ -407,5 +407,5 @@ def _mix_options(parser: _Parser, args: argparse.Namespace) -> MixOptions | None
     given = {name: getattr(args, option) for name, option in _MIX_OPTIONS.items()}
     try:
         return MixOptions(modes={args.mix: 1.0}, **given)
-    except ValueError as error:  # choices are checked by now: of alpha or prob
+    except ValueError as error:  # about alpha or prob, as choices are already checked
         parser.error(f"--mix-{error}")

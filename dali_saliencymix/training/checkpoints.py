@@ -1,7 +1,7 @@
-"""Checkpoints: dictionaries of tensors and plain values in files that are whole or not there, and resuming from them.
+"""Save checkpoints atomically, and resume from them. A checkpoint is a dictionary of tensors and plain values.
 
-A run writes ``checkpoint_e003_s001200.pt``, which is named after its place: whole epochs, and steps in the next one.
-`LAST` and `BEST` are further names of such a file, hard links where the file system has them.
+A run writes files such as ``checkpoint_e003_s001200.pt``, named after their position: 3 complete epochs and 1200 steps
+in the next one. `LAST` and `BEST` are further names of such files, hard links if the file system supports them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NUMBERED = re.compile(r"checkpoint_e(\d+)_s(\d+)\.pt")
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint so that `path` holds the old one or the new one whole, whatever happens.
+    """Write a checkpoint atomically: whatever happens, `path` holds either the old or the new one completely.
 
-    It holds tensors, numbers, strings, bytes, and lists, tuples and dictionaries of these. An OSError names `path`.
+    It may hold tensors, numbers, strings, bytes, and lists, tuples and dictionaries of these. An OSError names `path`.
     """
-    # First into memory: writing to a full disk, PyTorch would raise an error that says nothing of the disk.
+    # First into memory, because PyTorch's error for a full disk does not mention the disk.
     serialised = io.BytesIO()
     torch.save(checkpoint, serialised)
     with _replacing(Path(path)) as partial, open(partial, "wb") as stream:
@@ -53,20 +53,20 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 def save_progress(
     checkpoint: dict[str, Any], output_dir: str | Path, *, epoch: int, step: int, keep: int = 1, best: bool = False
 ) -> Path:
-    """Write a checkpoint under the name of its place, name it `LAST` too, and remove all but `keep` files; return it.
+    """Write a checkpoint named after its position, link it as `LAST`, remove old files, and return its path.
 
-    `epoch` is the number of whole epochs, `step` that of the steps in the epoch after these. With `best` the file is
-    named `BEST` too, a name under which it stays. An OSError names the file that cannot be written; those that were
-    there stay.
+    `epoch` is the number of complete epochs, `step` the number of steps in the next one. The newest `keep` files are
+    kept. With `best`, the file is also linked as `BEST`, a name under which it stays. An OSError names the file that
+    cannot be written; existing files stay.
     """
     folder = Path(output_dir)
     path = folder / f"checkpoint_e{epoch:03d}_s{step:06d}.pt"
     save_checkpoint(checkpoint, path)
     for name in (LAST, BEST) if best else (LAST,):
         _name_too(path, folder / name)
-    for left in folder.glob("checkpoint_*.partial"):  # by a process that was killed while it wrote
+    for left in folder.glob("checkpoint_*.partial"):  # of a process that was killed while writing
         left.unlink(missing_ok=True)
-    # Files from beyond this place are those of a run that went on from an older checkpoint: they are left alone.
+    # Files of later positions exist if the run resumed from an older checkpoint. They are kept.
     older = sorted(((place, file) for place, file in _numbered(folder) if place <= (epoch, step)), reverse=True)
     for _, file in older[keep:]:
         file.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def _name_too(path: Path, name: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, which then takes the place of `path`, or goes away if something fails."""
+    """Yield a temporary path, which replaces `path` at the end, or is removed after an error."""
     partial = path.with_name(path.name + ".partial")
     try:
         with naming(path):
@@ -94,7 +94,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # the name is on the disk too
+                os.fsync(folder)  # sync the new name, too
             finally:
                 os.close(folder)
     except BaseException:
@@ -104,17 +104,17 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _numbered(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """Return the places and paths of the checkpoints that are named after their place."""
+    """Return the positions and paths of the checkpoints that are named after their position."""
     matches = ((_NUMBERED.fullmatch(path.name), path) for path in folder.glob("checkpoint_e*_s*.pt"))
     return [((int(match[1]), int(match[2])), path) for match, path in matches if match]
 
 
 def read_tensors(path: str | Path, *types: type, verify: bool = True) -> Any:
-    """Read what PyTorch has saved onto the CPU, without running any code from it.
+    """Load a file of ``torch.save`` onto the CPU, without running any code from it.
 
-    Without `verify` no check sum is compared and tensors stay in the file until they are used: this is quick.
-    FileNotFoundError if there is no such file; ValueError if it is not whole, or holds more than tensors, plain values
-    and objects of `types`, whose attributes are these.
+    Without `verify`, no checksums are compared and tensors are memory-mapped, which is fast. FileNotFoundError if the
+    file does not exist; ValueError if it is damaged, or holds anything other than tensors, plain values, and objects of
+    `types` whose attributes are these.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,8 +122,8 @@ def read_tensors(path: str | Path, *types: type, verify: bool = True) -> Any:
         raise FileNotFoundError(msg)
     damaged = None
     try:
-        # PyTorch writes the check sums of a ZIP file and does not look at them: a flipped bit would become a weight.
-        # Files of PyTorch before 1.6 are no ZIP files.
+        # PyTorch writes the checksums of a ZIP file but does not verify them: a flipped bit would end up in a weight.
+        # Files from before PyTorch 1.6 are not ZIP files.
         zipped = zipfile.is_zipfile(path)
         if zipped and verify:
             with zipfile.ZipFile(path) as archive:
@@ -131,20 +131,20 @@ def read_tensors(path: str | Path, *types: type, verify: bool = True) -> Any:
         with torch.serialization.safe_globals([*types]):
             lazily = zipped and not verify
             saved = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except Exception as error:  # there is no telling what unpickling a damaged file raises
-        # Its own message is not passed on: it advises to run the file's code.
+    except Exception as error:  # unpickling a damaged file can raise anything
+        # PyTorch's message is not passed on, since it advises running the code of the file.
         msg = f"{path}: damaged, or not a checkpoint of tensors and plain values"
         raise ValueError(msg) from error
     if damaged:
-        msg = f"{path}: damaged, the check sum of {damaged} is wrong"
+        msg = f"{path}: damaged, the checksum of {damaged} is wrong"
         raise ValueError(msg)
     return saved
 
 
 def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, verify: bool = True) -> dict[str, Any]:
-    """Read a checkpoint, which has to hold `entries`, with `read_tensors`.
+    """Load a checkpoint, which must hold `entries`.
 
-    ValueError, too, if it is no checkpoint of this project.
+    Raises the errors of `read_tensors`, and ValueError if the file is not a checkpoint of this project.
     """
     checkpoint = read_tensors(path, verify=verify)
     missing = [entry for entry in entries if not isinstance(checkpoint, dict) or entry not in checkpoint]
@@ -164,9 +164,9 @@ def load_checkpoint(path: str | Path, entries: Sequence[str] = ("model",), *, ve
 
 @contextlib.contextmanager
 def taken_from(path: str | Path | None) -> Iterator[None]:
-    """Have errors name the checkpoint that they come from, where one is taken apart that holds something else.
+    """Convert errors while a checkpoint is restored to a ValueError that names its `path`.
 
-    What is wrong in it raises errors of many types: in PyTorch, in DALI, and where an entry is looked for.
+    Wrong content raises errors of many types: in PyTorch, in DALI, and for missing entries.
     """
     try:
         yield
@@ -175,17 +175,17 @@ def taken_from(path: str | Path | None) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if str(error).startswith(f"{path}: "):
             raise
-        msg = f"{path}: holds what this run cannot go on from: {one_line(error)}"
+        msg = f"{path}: this run cannot resume from its content: {one_line(error)}"
         raise ValueError(msg) from error
 
 
 def find_checkpoint(
     resume: str, output_dir: str | Path, passed_over: Callable[[str], None] = lambda _: None
 ) -> Path | None:
-    """Return the file that `resume` means: a path, or with ``"auto"`` that furthest in the training in `output_dir`.
+    """Return the checkpoint that `resume` means: a path, or with ``"auto"`` the most advanced one in `output_dir`.
 
-    None if there is none yet. `passed_over` is given one line for each file that is not whole; if none of them is, that
-    is a ValueError.
+    None if there is no checkpoint yet. `passed_over` is called with one line for each damaged file that is skipped;
+    ValueError if all are damaged.
     """
     if resume != "auto":
         return Path(resume)
@@ -199,28 +199,28 @@ def find_checkpoint(
         try:
             checkpoint = load_checkpoint(path, ("model", "epoch"))
         except (ValueError, OSError) as error:
-            passed_over(f"warning: passed over a checkpoint that is not whole: {error}")
+            passed_over(f"warning: skipped a damaged checkpoint: {error}")
             continue
         place = (checkpoint["epoch"], checkpoint.get("step", 0))
         if furthest is None or place > furthest[0]:
             furthest = place, path
     if candidates and furthest is None:
-        msg = f"{folder}: none of its {len(candidates)} checkpoints is whole; name another with --resume PATH"
+        msg = f"{folder}: all of its {len(candidates)} checkpoints are damaged; name another with --resume PATH"
         raise ValueError(msg)
     return furthest[1] if furthest else None
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a phrase for each entry that is not what it was: ``"batch_size was 8, is now 6"``.
+    """Return a phrase for each entry that differs, such as ``"batch_size was 8, is now 6"``.
 
-    Entries that are in one of both only count as None in the other.
+    An entry that is in only one of the mappings counts as None in the other.
     """
     names = [*now, *(name for name in was if name not in now)]
     return [f"{name} was {was.get(name)}, is now {now.get(name)}" for name in names if was.get(name) != now.get(name)]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the random generators that a training step can draw from: PyTorch's and Python's."""
+    """Return the states of PyTorch's and Python's random generators, which training steps may use."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -228,7 +228,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set the random generators to what `random_state` has returned, in this process or another one."""
+    """Restore the random generators from the value of `random_state`, of this process or another one."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -236,7 +236,7 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-# The options that decide which batches a run sees: a run that resumes has to keep them.
+# The options that determine the batches. A resumed run must keep them.
 DATA_OPTIONS = (
     *("dataset", "train_list", "batch_size", "seed", "train_crop_size", "min_crop_area", "hflip_prob", "crop_padding"),
     *("auto_augment", "ra_magnitude", "color_jitter", "random_erase", "mean", "std"),
@@ -246,7 +246,7 @@ DATA_OPTIONS = (
 )
 
 
-# Those that decide nothing of the training, or where the data set's fingerprint says whether it is another one.
+# Options that do not affect the training, and those of the data set, whose changes the fingerprint shows.
 _OTHER_OPTIONS = {
     *("config", "data", "data_backend", "train_dir", "val_dir", "workers", "prefetch"),
     *(each.name for group in (RunOptions, EvaluationOptions) for each in dataclasses.fields(group)),
@@ -256,10 +256,10 @@ _OTHER_OPTIONS = {
 def changed_options(
     before: Mapping[str, Any], config: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[str]:
-    """Return which options differ from those `before`, as a checkpoint holds them, in words: see `differences`.
+    """Describe which options differ from those `before`, which a checkpoint holds; see `differences`.
 
-    Both hold options by the names of their flags, of which `names` are compared; by default all that decide the
-    training beside its batches. A run may resume with other ones, and takes the new ones.
+    Both mappings hold options by the names of their flags. The options `names` are compared; by default, all that
+    affect the training but not its batches. A resumed run may change these, and uses the new values.
     """
     if names is None:
         names = [name for name in config if name not in {*DATA_OPTIONS, *_OTHER_OPTIONS, "world_size"}]
@@ -268,7 +268,7 @@ def changed_options(
 
 
 def find_resume(run: RunOptions) -> Path | None:
-    """Return the checkpoint that --resume means, if there is one, and refuse what would overwrite another run."""
+    """Return the checkpoint that --resume means, if there is one; ValueError if the run would overwrite another one."""
     last = run.output_dir / LAST
     resume = find_checkpoint(run.resume, run.output_dir, warn) if run.resume else None
     if run.evaluate:
@@ -283,19 +283,20 @@ def find_resume(run: RunOptions) -> Path | None:
 
 
 def check_model(path: Path | None, saved: Mapping[str, Any], *, arch: str, classes: Sequence[str], root: Path) -> None:
-    """Require the network and the classes of a checkpoint to be those of the run, whose images are in `root`."""
+    """Require that a checkpoint has the network and the classes of the run, whose images are in `root`."""
     if saved["config"]["arch"] != arch:
-        msg = f"{path}: holds a {saved['config']['arch']}, which --arch has to say, got {arch!r}"
+        was = saved["config"]["arch"]
+        msg = f"{path}: holds a {was}: --arch must be {was}, got {arch!r}"
         raise ValueError(msg)
     if saved["classes"] != classes:
         pairs = itertools.zip_longest(saved["classes"], classes)
         was, now = next(pair for pair in pairs if pair[0] != pair[1])
-        msg = f"{path}: its classes are not those of {root}: there was {was!r}, there is {now!r}"
+        msg = f"{path}: its classes are not those of {root}: it has {was!r} where the data have {now!r}"
         raise ValueError(msg)
 
 
 def _defaults(dataset: str) -> dict[str, Any]:
-    """Return the options of the data that hold where a checkpoint is older than they, as a configuration holds them."""
+    """Return defaults of the data options, for checkpoints from before an option existed."""
     values = {each.name: each.default for each in dataclasses.fields(DataOptions)} | defaults_of(dataset)
     values["label_weight"] = MixOptions.label_weight
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -308,25 +309,25 @@ def changed_data(
     fingerprint: Mapping[str, Any],
     options: TrainingOptions,
 ) -> list[str]:
-    """Return what decides the batches and has changed since a checkpoint, in words; refuse it without --restart-epoch.
+    """Describe what affects the batches and has changed since a checkpoint; ValueError without --restart-epoch.
 
-    `config` holds the options by the names of their flags and ``world_size``, `fingerprint` is that of the data set.
+    `config` holds the options by the names of their flags, and ``world_size``. `fingerprint` is that of the data set.
     """
-    # Where mixing ends depends on where the training ends.
+    # The end of mixing depends on the end of the training.
     names = (*DATA_OPTIONS, "world_size", *(("epochs",) if options.schedule.mix_off_epochs else ()))
     was = {**_defaults(saved["config"]["dataset"]), **saved["config"]}
     before = {name: was[name] for name in names} | saved["data"]
     present = {name: config[name] for name in names} | dict(fingerprint)
     changed = differences(before, present)
     if changed and not options.run.restart_epoch:
-        again = f"--restart-epoch goes on with them from the beginning of epoch {saved['epoch'] + 1}"
-        msg = f"{path}: cannot go on with other data: {'; '.join(changed)}; {again}"
+        again = f"--restart-epoch resumes with them from the beginning of epoch {saved['epoch'] + 1}"
+        msg = f"{path}: cannot resume with changed data: {'; '.join(changed)}; {again}"
         raise ValueError(msg)
     return changed
 
 
 def check_optimizer(path: Path | None, saved: Mapping[str, Any], *, opt: str) -> None:
-    """Require the state of a checkpoint to be that of the run's optimiser; those that name none are of SGD."""
+    """Require that a checkpoint holds the state of the run's optimiser; old checkpoints without a name hold SGD's."""
     if (was := saved["config"].get("opt", "sgd")) != opt:
         msg = f"{path}: holds the state of {was}; give --opt {was}"
         raise ValueError(msg)

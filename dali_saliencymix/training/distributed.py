@@ -1,4 +1,4 @@
-"""One process or many: what ``torchrun`` says about them, and sums over all of them."""
+"""Start and stop the processes of a run with ``torchrun``, report their errors, and sum over them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure import processes
 from dali_saliencymix.measure.processes import is_lost_connection
 
-# What the processes leave for each other to read. It is kept by torchrun, and outlives them.
+# A store through which the processes exchange messages. torchrun holds it, so it outlives them.
 _board: Store | None = None
 
-# Only a last resort: whoever waits that long is stopped by its watchdog first.
+# A last resort: the watchdog stops a waiting process long before.
 _PATIENCE = datetime.timedelta(hours=6)
 
 _ANSWER_SECONDS = 5.0
 
 
 class OtherProcessError(RuntimeError):
-    """Another process of the run has failed, and says why itself: this one cannot go on either."""
+    """Another process of the run has failed and reports the reason itself. This process has to end, too."""
 
 
 def start_processes(device: str = "auto") -> Processes:
-    """Choose the device and join the process group, where ``torchrun`` has started this process.
+    """Choose the device and, under ``torchrun``, join the process group.
 
-    ``"auto"`` takes a GPU if there is one, and otherwise the CPU, which it says on stderr. ValueError if a GPU is asked
-    for and there is none for this process, or if `torchrun` would start the processes again in a way that fails.
+    ``"auto"`` selects a GPU if there is one, and otherwise the CPU, which stderr reports. ValueError if a GPU is
+    requested but there is none for this process, or if ``torchrun`` is set to restart processes in a way that hangs.
     """
     global _board
     given = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
@@ -51,7 +51,7 @@ def start_processes(device: str = "auto") -> Processes:
         if device == "cpu" and rank == 0:
             sys.stderr.write("no CUDA GPU found: everything runs on the CPU\n")
     if device == "cuda" and gpus <= local_rank:
-        msg = f"device must be 'cpu' where no CUDA GPU is left for process {local_rank}, got {asked!r} with {gpus} GPUs"
+        msg = f"device must be 'cpu' if no CUDA GPU is left for process {local_rank}, got {asked!r} with {gpus} GPUs"
         raise ValueError(msg)
     chosen = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
@@ -65,15 +65,14 @@ def start_processes(device: str = "auto") -> Processes:
             dist.init_process_group("nccl", device_id=chosen, store=store, rank=rank, world_size=world_size)
         else:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
-        # Small facts go from process to process on the CPU, in a group of their own: gradients may be under way in the
-        # other.
+        # A separate group for small messages on the CPU, as an all-reduce of gradients may be running in the other.
         processes.use_group(dist.new_group(backend="gloo", timeout=_PATIENCE))
     return Processes(rank, local_rank, world_size, chosen)
 
 
 def _check_restarts() -> None:
-    """Refuse what makes processes that ``torchrun`` starts again look for those that have ended, and wait for them."""
-    # The store keeps the addresses of the first processes: https://github.com/pytorch/pytorch/issues/135712
+    """Refuse settings of ``torchrun`` with which restarted processes would wait for those that have ended."""
+    # The store would keep the addresses of the first processes: https://github.com/pytorch/pytorch/issues/135712
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         msg = f"torchrun --max-restarts {restarts} needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
@@ -81,7 +80,7 @@ def _check_restarts() -> None:
 
 
 def _die_with_parent() -> None:
-    """Have the system send SIGTERM to this process when ``torchrun`` is gone: it would run on without it for ever."""
+    """Ask the system to send SIGTERM to this process when ``torchrun`` dies; otherwise it would run on for ever."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
@@ -104,19 +103,19 @@ def end(line: str, status: int) -> int:
 
 
 def fail(error: Exception, *, prog: str = "train.py", with_traceback: bool = False) -> int:
-    """Write the line of an error of `prog` to stderr and return the status 1; of several processes, end this at once.
+    """Write the message of an error of `prog` to stderr and return status 1; in a process group, exit at once.
 
-    What several processes have to say is written once, and nothing is written by those that only fail because another
-    one has failed.
+    A message that several processes share is written once. Processes that fail only because another one has failed
+    write nothing.
     """
     lost = is_lost_connection(error)
-    told = OtherProcessError("another process of the run has ended without a word; was it killed?") if lost else error
+    told = OtherProcessError("another process of the run exited without an error message (killed?)") if lost else error
     expected = isinstance(told, (*EXPECTED, OtherProcessError, LoaderError)) or _is_of_the_machine(told)
     is_named_elsewhere = isinstance(error, OtherProcessError) and not str(error)
     if not is_named_elsewhere and _claims(line_of(told, expected=expected), needs_to_be_first=lost):
         write_error(told, prog, expected=expected, with_traceback=with_traceback)
     if dist.is_initialized():
-        # Leaving the group in good order would wait for processes that may be gone, and so would unwritten messages.
+        # Leaving the group properly would wait for processes that may be gone. `_exit` does not flush buffers.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -124,15 +123,15 @@ def fail(error: Exception, *, prog: str = "train.py", with_traceback: bool = Fal
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Return whether PyTorch's error is about memory, a driver or a lost worker process, not about a program."""
+    """Return whether an error of PyTorch is about memory, a driver or a lost worker process, not about a bug."""
     words = r"out of memory|allocate memory|CUDA (error|driver)|cuDNN error|DataLoader worker .* exited"
     return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
 
 
 def announce_failure() -> bool:
-    """Tell the other processes that this one ends with an error which it writes; return whether it is the first.
+    """Announce to the other processes that this one fails and reports its error; return whether it is the first.
 
-    Where that cannot be found out in a few seconds it counts as the first.
+    If the store does not answer within a few seconds, this process counts as the first.
     """
     answers: list[bool] = []
     asking = threading.Thread(target=lambda: answers.append(_claims("", needs_to_be_first=True)), daemon=True)
@@ -142,7 +141,7 @@ def announce_failure() -> bool:
 
 
 def end_at_once(line: str) -> NoReturn:
-    """End this process with status 1 and a line on stderr, from any thread, and without another word or file."""
+    """Exit at once with status 1 and a line on stderr, from any thread, without further messages or files."""
     announce_failure()
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
@@ -150,18 +149,18 @@ def end_at_once(line: str) -> NoReturn:
 
 
 def _claims(text: str, *, needs_to_be_first: bool) -> bool:
-    """Return whether this process is the one to write an error, the same one only once or the first of the run only."""
+    """Return whether this is the first process with an error of this text, or the first with any error in the run."""
     if _board is None:
         return True
     try:
         number = _board.add("errors", 1)
         return number == 1 if needs_to_be_first else _board.add(f"error: {text}", 1) == 1
-    except RuntimeError:  # whoever kept the board is gone too
+    except RuntimeError:  # the process that holds the board is gone, too
         return True
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over all processes; of one process, the tensor."""
+    """Return the sum of a tensor over all processes; with one process, the tensor itself."""
     if not dist.is_initialized():
         return tensor
     total = tensor.clone()
@@ -170,7 +169,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def copy_buffers_from_main(model: torch.nn.Module) -> None:
-    """Give all processes the main one's buffers, such as running means: all then evaluate the same model."""
+    """Broadcast the buffers of the main process, such as running means, so that all evaluate the same model."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

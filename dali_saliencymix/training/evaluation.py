@@ -1,4 +1,4 @@
-"""Loss and accuracy of a network over a validation set, as a whole and class by class."""
+"""Compute loss and accuracy of a network on a validation set, overall and per class."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dali_saliencymix.training.run_log import Progress
 
 
 class ValidationLoader(Protocol):
-    """What gives one process's validation batches, ``(images, labels)``: (N, C, H, W) floating and (N,) int64."""
+    """A loader of the validation batches ``(images, labels)`` of one process: (N, C, H, W) float and (N,) int64."""
 
     def __len__(self) -> int:
         """Return the number of batches."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give the batches; some may be empty."""
+        """Yield the batches; some may be empty."""
 
 
 def sums_over_images(
@@ -36,16 +36,16 @@ def sums_over_images(
     *,
     description: str,
 ) -> dict[str, float]:
-    """Return the sums of what `count` finds in each batch, and of ``"images"``; all processes have to call this.
+    """Return the sums of the results of `count` over all batches, and of ``"images"``; call it in all processes.
 
-    The model is put into evaluation mode, in which it stays, and all processes get the main one's buffers.
+    The model is switched to evaluation mode and stays in it. Its buffers are broadcast from the main process.
     """
     distributed.copy_buffers_from_main(model)
     model.eval()
     totals = metrics.Totals(*names, "images", device=processes.device)
     with Progress(description, len(loader), enabled=processes.is_main) as progress:
         for images, labels in loader:
-            if len(images):  # a shard that ends early gives empty batches
+            if len(images):  # a shard that ends early yields empty batches
                 totals.add(*count(images, labels), len(images))
             progress.advance()
     return totals.over_processes()
@@ -60,12 +60,12 @@ def evaluate(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     per_class: PerClass | None = None,
 ) -> dict[str, float]:
-    """Return loss, top-1 and top-5 over all validation images, each counted once; all processes have to call this.
+    """Return loss, top-1 and top-5 accuracy over all validation images; call it in all processes.
 
-    The shares of all processes in `loader` hold each image once; `autocast` makes the context of forward passes, and
-    `per_class` counts the answers class by class. ``"loss"`` is the mean cross-entropy; ``"top1"`` and ``"top5"`` are
-    in percent, where of fewer than five classes all are among the first five; ``"images"`` is their number. The result
-    is the same in all processes.
+    Over all processes, `loader` must yield each image once. `autocast` creates the context of forward passes, and
+    `per_class` also counts the predictions per class. ``"loss"`` is the mean cross-entropy, ``"top1"`` and ``"top5"``
+    are in percent, and ``"images"`` is the number of images. With fewer than five classes, top-5 is 100. The result is
+    the same in all processes.
     """
 
     def count(images: torch.Tensor, labels: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -86,24 +86,24 @@ def evaluate(
 
 
 class PerClass:
-    """Counts, class by class, how often the network was right and what it said instead."""
+    """Counts the predictions per class: a confusion matrix and top-5 hits."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        # Integers, so that sums over batches and processes are exact in any order: 8 MB for the classes of ImageNet.
+        # Integer sums over batches and processes are exact in any order. They take 8 MB for the classes of ImageNet.
         self._answers = torch.zeros(classes * classes, dtype=torch.int64, device=device)
         self._top5 = torch.zeros(classes, dtype=torch.int64, device=device)
         self._classes = classes
 
     def add(self, answers: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: the classes (N, 5) of the largest logits, the largest first, and what is right (N,)."""
+        """Count a batch: the classes (N, 5) of the largest logits, largest first, and the true labels (N,)."""
         self._answers.index_add_(0, labels * self._classes + answers[:, 0], torch.ones_like(labels))
         self._top5.index_add_(0, labels, (answers == labels[:, None]).sum(dim=1))
 
     def over_processes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the counts over all processes, all of which have to call this.
+        """Return the counts over all processes, each of which must call this.
 
-        The first (K, K) is how often an image of a class (row) was taken for a class (column), the second (K,) how many
-        images of a class had it among the first five answers.
+        The first is the confusion matrix (K, K), with true classes as rows and predicted classes as columns. The second
+        (K,) is the number of images per class whose class is among the five best predictions.
         """
         confusion = distributed.sum_over_processes(self._answers).view(self._classes, self._classes)
         return confusion.cpu(), distributed.sum_over_processes(self._top5).cpu()
@@ -113,11 +113,10 @@ COLUMNS = ("class", "images", "top1", "top5", "most_frequent_wrong_answer", "its
 
 
 def write_per_class(path: Path, classes: Sequence[str], confusion: torch.Tensor, top5: torch.Tensor) -> None:
-    """Write a CSV file with a line for each class, from what `PerClass.over_processes` returns.
+    """Write a CSV file with one line per class, from the result of `PerClass.over_processes`.
 
-    ``top1`` and ``top5`` are percent of the class's images. Both are empty for a class without images, and the last two
-    columns for a class without mistakes. Of wrong answers that are equally frequent, the first by label is named. An
-    OSError names the file.
+    ``top1`` and ``top5`` are percentages of the images of the class. Both are empty for a class without images. The
+    last two columns are empty for a class without mistakes; ties go to the lowest label. An OSError names the file.
     """
     with naming(path), open(path, "w", encoding="utf-8", newline="") as stream:
         lines = csv.writer(stream)
@@ -133,7 +132,7 @@ def write_per_class(path: Path, classes: Sequence[str], confusion: torch.Tensor,
 
 
 def unused_path(path: Path) -> Path:
-    """Return `path`, or where that is taken the first of ``name-2``, ``name-3``, ... that is free."""
+    """Return `path`, or if it exists, the first of ``name-2``, ``name-3``, ... that does not."""
     number, unused = 1, path
     while unused.exists():
         number += 1

@@ -1,8 +1,9 @@
-"""One run at a time in an output folder: a lock file that says who writes there, and that tells dead from living.
+"""Lock an output folder for one run, with a lock file that names its owner and shows whether the owner is alive.
 
-It is a plain file that only one process can create, on local and on network file systems, which need not have locks of
-their own. A process of this machine is looked up. One of another machine or container cannot be: it changes the time of
-its file every few seconds, and a process that wants the folder watches that, by its own clock.
+The lock is a plain file that only one process can create, on local and network file systems, which need not support
+locks. A process on the same machine is looked up in the process table. A process on another machine or in another
+container cannot be looked up: it updates the modification time of its lock every few seconds, and a process that wants
+the folder watches that time.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ from dali_saliencymix.training.distributed import end_at_once
 LOCK = "run.lock"
 
 _BEAT_SECONDS = 10.0
-_LOOKS, _LOOK_SECONDS = 60, 1.0  # a lock that stays the same in so many looks is that of a dead process
+_LOOKS, _LOOK_SECONDS = 60, 1.0  # if a lock does not change in so many looks, its process is dead
 
 
 class FolderInUseError(OSError):
-    """Another run writes into the folder. The text names both in one line."""
+    """Another run writes into the folder. The one-line message names the folder and the process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that has created a lock.
+    """The process that created a lock.
 
     Attributes
     ----------
     host : str
         Name of the machine.
     pid : int
-        Number of the process.
+        Process ID.
     since : float
-        When it has created the lock, in seconds since 1970.
+        Creation time of the lock, in seconds since 1970.
     place : str
-        Where `pid` names this process: a boot of a machine, and a namespace of process numbers.
+        Scope in which `pid` is valid: the boot ID of the machine, and the PID namespace.
     started : str
-        When the process was started, in clock ticks since that boot.
+        Start time of the process, in clock ticks since that boot.
     token : str
-        A random number.
+        A random token.
     """
 
     host: str
@@ -71,12 +72,12 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {since}"
 
     def has_ended(self) -> bool | None:
-        """Return whether the process has ended; None if that cannot be looked up from here."""
+        """Return whether the process has ended; None if it cannot be looked up from here."""
         if not self.place or self.place != _place():
             return None
         try:
             os.kill(self.pid, 0)
-            return _start(self.pid) != self.started  # the number may be that of another process by now
+            return _start(self.pid) != self.started  # the PID may have been reused
         except (FileNotFoundError, ProcessLookupError):
             return True
         except PermissionError:  # a process of another user
@@ -84,40 +85,40 @@ class Owner:
 
 
 def _place() -> str:
-    """Return the boot of this machine and the namespace of its process numbers; "" where that is hidden."""
+    """Return the boot ID of this machine and the PID namespace; "" if these are hidden."""
     with contextlib.suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
 def _start(pid: int) -> str:
-    """Return when a process was started; "" if it has ended, and its parent has not asked for its status yet."""
+    """Return the start time of a process; "" if it is a zombie."""
     state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return "" if state in (b"Z", b"X") else fields[18].decode()
 
 
 class FolderLock:
-    """Keeps an output folder for this process, as a context; the folder is made where there is none.
+    """Context manager that locks an output folder for this process, and creates the folder if necessary.
 
-    A folder that was made and is empty at the end, as after a mistake in the options, is removed.
+    A folder that it created is removed if it is empty at the end, for example after an invalid option.
 
-    A lock that a dead process has left is removed, which stderr says. If it is that of another machine, this takes a
-    minute. If another run takes the lock away, which can happen to a process that is suspended, this process ends at
-    once with status 1.
+    The lock of a dead process is removed, and stderr reports it. This takes a minute for a process of another machine.
+    If another run takes over the lock, which can happen while this process is suspended, this process exits at once
+    with status 1.
 
     Parameters
     ----------
     folder : path or None
-        The folder. With None nothing is locked, as in all processes but the one that writes.
+        The folder. With None nothing is locked; only the process that writes needs the lock.
     prog : str
         Name of the program in messages.
 
     Raises
     ------
     FolderInUseError
-        When it is entered, if another process that lives, or may live, has the folder.
+        On entry, if another process that is alive, or may be, holds the folder.
     OSError
-        When it is entered, if the lock cannot be written. It names the file.
+        On entry, if the lock cannot be written. The message names the file.
     """
 
     def __init__(self, folder: Path | None, prog: str = "train.py") -> None:
@@ -140,28 +141,28 @@ class FolderLock:
         if self._path is not None:
             self._closed.set()
             self._thread.join()
-            with contextlib.suppress(OSError):  # the lock of a process that has ended does no harm
+            with contextlib.suppress(OSError):  # a lock of an ended process is harmless
                 if (found := _read(self._path)) and found[0] == self._owner:
                     self._path.unlink()
             if self._has_made_folder:
-                with contextlib.suppress(OSError):  # it is not empty
+                with contextlib.suppress(OSError):  # not empty
                     self._path.parent.rmdir()
 
     def check(self) -> None:
-        """End the process if the folder is no longer its own; make the lock again if someone has removed it."""
+        """End the process if another run has taken over the folder; recreate the lock if someone has removed it."""
         if self._path is None:
             return
         while not (found := _read(self._path)):
             if self._created(self._path):
                 return
-        if found[0] not in (self._owner, None):  # None: it is being written, maybe by another thread of this process
+        if found[0] not in (self._owner, None):  # None: it is being written, maybe by another thread
             taken = f"taken over by another run, {_named(found[0])}"
             end_at_once(f"{self._prog}: error: {self._path.parent}: {taken}")
 
     def _beat(self) -> None:
         assert self._path is not None
         while not self._closed.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # of a file server that is away for a while
+            with contextlib.suppress(OSError):  # a file server may be unavailable for a while
                 self.check()
                 os.utime(self._path)
 
@@ -173,7 +174,7 @@ class FolderLock:
             if not self._is_left(path, found):
                 msg = f"{path.parent}: another run writes there, {_named(found[0])}; give another --output-dir"
                 raise FolderInUseError(msg)
-            # Several processes may find the same lock left behind: one at a time removes it, if it still is that one.
+            # Several processes may find the same stale lock. Only one at a time may remove it, if it is unchanged.
             removal = path.with_name(f"{path.name}.removal")
             self._take(removal)
             try:
@@ -185,7 +186,7 @@ class FolderLock:
                 removal.unlink()
 
     def _created(self, path: Path) -> bool:
-        """Create a lock; return False if there is one."""
+        """Create a lock; return False if it exists already."""
         try:
             number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -199,29 +200,29 @@ class FolderLock:
         return True
 
     def _is_left(self, path: Path, found: tuple[Owner | None, int]) -> bool:
-        """Return whether the process of a lock has ended; also True if the lock has gone, or can be read only now."""
+        """Return whether the process of a lock has ended; also True if the caller should read the lock again."""
         owner, _ = found
         ended = owner.has_ended() if owner else None
         if ended is not None:
             return ended
         sys.stderr.write(f"{path}: watched for {_LOOKS * _LOOK_SECONDS:.0f} s, to see if {_named(owner)} still runs\n")
-        # Looks are counted, and no clock is read: this process, or the file server, may stand still for a while too.
+        # Count looks instead of reading a clock, since this process or the file server may be suspended for a while.
         for _ in range(_LOOKS):
             time.sleep(_LOOK_SECONDS)
             now = _read(path)
             if now != found:
-                return now is None or owner is None  # to be looked at anew
+                return now is None or owner is None  # it is gone, or has become readable: read it again
         return True
 
 
 def _read(path: Path) -> tuple[Owner | None, int] | None:
-    """Return the owner of a lock, None if that is not readable, and the time of its file; None if there is no lock.
+    """Return the owner of a lock (None if unreadable) and its modification time; None if there is no lock.
 
-    An OSError says if something else than a file has that name: opening it might wait for ever.
+    OSError if the path is not a regular file, since opening it might block for ever.
     """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(errno.EEXIST, "not a file, as the lock of a run would be; remove it", str(path))
+            raise OSError(errno.EEXIST, "should be the lock file of a run, but is not a file; remove it", str(path))
         with open(path, "rb") as stream:
             text, changed = stream.read(), os.fstat(stream.fileno()).st_mtime_ns
     except FileNotFoundError:
@@ -232,7 +233,7 @@ def _read(path: Path) -> tuple[Owner | None, int] | None:
 def _owner_in(text: bytes) -> Owner | None:
     try:
         owner = Owner(**json.loads(text))
-    except (TypeError, ValueError, RecursionError):  # it is being written, the disk was full, or it is damaged
+    except (TypeError, ValueError, RecursionError):  # partly written, or damaged
         return None
     names = (owner.host, owner.place, owner.started, owner.token)
     numbers = isinstance(owner.pid, int) and isinstance(owner.since, (int, float))
@@ -242,4 +243,4 @@ def _owner_in(text: bytes) -> Owner | None:
 
 
 def _named(owner: Owner | None) -> str:
-    return str(owner) if owner else "a process that its lock does not name"
+    return str(owner) if owner else "an unknown process"

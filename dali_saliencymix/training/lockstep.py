@@ -1,8 +1,8 @@
-"""Batches for all processes of a run in step: what befalls one of them is known to all before the next step.
+"""Keep the processes of a run in lockstep: before each step, all know about signals and failures in any of them.
 
-Before each step, the processes add up a few small numbers: who has received a signal, whose loader has failed or has
-come to its end, and whether the main process finds it time for a checkpoint. So all of them stop after the same step,
-and none waits in a sum of gradients for another that will never come.
+Before each step, the processes sum up a few numbers: received signals, failed and exhausted loaders, and whether a
+checkpoint is due by the clock of the main process. All processes therefore stop after the same step, and none waits in
+an all-reduce for a process that has ended.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTH
 
 Batch = TypeVar("Batch")
 
-# "Temporary failure, try again" in sysexits.h: nothing is wrong with the run, and it wants to be started again.
+# EX_TEMPFAIL of sysexits.h, "temporary failure, retry later": the run is fine, and should be started again.
 EXIT_PREEMPTED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """The run stops because a signal asked it to: after its step, with a checkpoint. The text names the signal."""
+    """A signal stops the run, after the current step and a checkpoint. The message is the name of the signal."""
 
 
 class Lockstep:
-    """Gives the batches of loaders, and says after which step to write a checkpoint or to stop.
+    """Yields the batches of loaders, and decides after which step to write a checkpoint or to stop.
 
-    As a context it takes signals and watches over the progress; outside of one it only gives batches. Checkpoints are
-    due every `checkpoint_every` steps of an epoch, and every `checkpoint_interval` minutes of the main process's clock.
-    `Watchdog` ends the process after `stall_timeout` seconds without progress; `roots` are folders of the data.
+    As a context manager, it handles signals and runs a watchdog; without the context, it only yields batches.
+    Checkpoints are due every `checkpoint_every` steps of an epoch, and every `checkpoint_interval` minutes by the clock
+    of the main process. `Watchdog` ends the process after `stall_timeout` seconds without progress; `roots` are the
+    folders of the data.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class Lockstep:
         self._processes = processes
         self._checkpoint_every = checkpoint_every
         self._checkpoint_interval = checkpoint_interval
-        self._received = [0] * len(STOP_SIGNALS)  # 1 for each that has come to this process
-        self._handlers: list[Any] = []  # of these signals before
+        self._received = [0] * len(STOP_SIGNALS)  # 1 for each signal that this process has received
+        self._handlers: list[Any] = []  # the previous handlers of these signals
         self._watchdog = Watchdog(stall_timeout, processes.rank, roots)
         self._saved_at = time.monotonic()
         self._saved_step = 0
@@ -77,12 +78,12 @@ class Lockstep:
         self._received[STOP_SIGNALS.index(signal.Signals(number))] = 1
 
     def batches(self, loader: Iterable[Batch], monitor: Monitor | None = None) -> Iterator[Batch]:
-        """Give the batches of a loader, as long as no process has failed; `monitor` times how long each takes to come.
+        """Yield the batches of a loader as long as no process fails; `monitor` measures the wait for each batch.
 
         Raises
         ------
         OtherProcessError
-            If the loader of another process has failed, or has come to its end before this one's, or after it.
+            If the loader of another process has failed, or the loaders do not end at the same step.
         """
         if monitor is not None:
             monitor.start()
@@ -94,7 +95,7 @@ class Lockstep:
                 batch = monitor.next(iterator) if monitor is not None else next(iterator)
             except StopIteration:
                 pass
-            except Exception as raised:  # whatever it is, the others have to know before this process ends
+            except Exception as raised:  # the other processes must know before this one ends
                 error = raised
             self._watchdog.beat(WAITING_FOR_OTHERS)
             failed, ended = self._agree(failed=error is not None, ended=error is None and batch is None)
@@ -105,14 +106,14 @@ class Lockstep:
             if ended == self._processes.world_size:
                 return
             if ended:
-                msg = f"{ended} of {self._processes.world_size} processes have no batch left, the others have"
+                msg = f"{ended} of {self._processes.world_size} processes have no batches left, but the others do"
                 raise OtherProcessError(msg)
             self._watchdog.beat("in a step")
             assert batch is not None
             yield batch
 
     def _agree(self, *, failed: bool, ended: bool) -> tuple[int, int]:
-        """Return how many loaders have failed and have ended, and note signals and the time of all processes."""
+        """Return the numbers of failed and exhausted loaders; record signals, and whether a checkpoint is due."""
         minutes = (time.monotonic() - self._saved_at) / 60
         interval = self._checkpoint_interval
         is_over = self._processes.is_main and interval is not None and minutes >= interval
@@ -125,26 +126,26 @@ class Lockstep:
         return failures, ends
 
     def checkpoint_is_due(self, step: int) -> bool:
-        """Return whether to write a checkpoint after this step of the epoch; it is the same in all processes."""
+        """Return whether to write a checkpoint after this step of the epoch, the same in all processes."""
         if self._stop_signal is not None or self._interval_is_over:
             return True
         every = self._checkpoint_every
         return every is not None and step // every > self._saved_step // every
 
     def writing(self, step: int) -> None:
-        """Note that a checkpoint is written now, after this step of the epoch."""
+        """Record that a checkpoint is being written after this step of the epoch."""
         self._watchdog.beat("writing a checkpoint")
         self._saved_at, self._saved_step = time.monotonic(), step
         self._interval_is_over = False
 
     def stop_if_asked(self) -> None:
-        """Raise `Preempted` if a process had received a signal before the step that is just over."""
+        """Raise `Preempted` if any process received a signal before the step that just ended."""
         if self._stop_signal is not None:
             raise Preempted(self._stop_signal)
 
 
 class Interruptible:
-    """The batches of a validation in step, of which nothing is worth keeping when a signal comes: `Preempted` then."""
+    """Validation batches in lockstep. A signal raises `Preempted` at once, since there is nothing to save."""
 
     def __init__(self, loader: Batches, lockstep: Lockstep) -> None:
         self._loader = loader

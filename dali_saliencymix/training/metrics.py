@@ -1,7 +1,7 @@
 """Loss and accuracy of mixed batches.
 
 `labels` and `source_labels` are (N,) int64, `lam` is (N,) float, the weight of `labels`; logits are (N, K).
-Everything stays on its device: nothing here waits for a GPU, except where a number is asked for.
+All tensors stay on their device. Only functions that return Python numbers synchronise with a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def mixed_cross_entropy(
 ) -> torch.Tensor:
     """Return the mean over the batch of lam * CE(labels) + (1 - lam) * CE(source_labels).
 
-    With `label_smoothing` in [0, 1] both are against smoothed labels, which is the cross-entropy against the mixed
-    labels after smoothing.
+    With `label_smoothing` in [0, 1], both terms use smoothed labels. This equals the cross-entropy against mixed labels
+    that are smoothed afterwards.
     """
     own = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     source = functional.cross_entropy(logits, source_labels, reduction="none", label_smoothing=label_smoothing)
@@ -32,19 +32,19 @@ def mixed_cross_entropy(
 def mixed_correct(
     logits: torch.Tensor, labels: torch.Tensor, source_labels: torch.Tensor, lam: torch.Tensor
 ) -> torch.Tensor:
-    """Return the lam-weighted number of right answers: lam for naming the label, 1 - lam for naming the source's."""
+    """Return the lam-weighted number of correct predictions: lam for the label, 1 - lam for the source label."""
     answer = logits.argmax(dim=1)
     return (lam * (answer == labels) + (1 - lam) * (answer == source_labels)).sum()
 
 
 def correct_in_top(logits: torch.Tensor, labels: torch.Tensor, top: int) -> torch.Tensor:
-    """Return the number of samples whose label is among the `top` largest logits, or all of them if there are fewer."""
+    """Return the number of samples whose label is among the `top` largest logits, or among all if there are fewer."""
     answers = logits.topk(min(top, logits.shape[1]), dim=1).indices
     return (answers == labels[:, None]).any(dim=1).sum()
 
 
 class Totals:
-    """Sums over an epoch of what `names` say, kept on the device in float64 until they are asked for."""
+    """Named sums over an epoch, accumulated on the device in float64."""
 
     def __init__(self, *names: str, device: torch.device) -> None:
         self._names = names
@@ -56,19 +56,19 @@ class Totals:
         self._sums += torch.stack([part.detach().to(self._sums, non_blocking=True) for part in parts])
 
     def over_processes(self) -> dict[str, float]:
-        """Return the sums over all processes, all of which have to call this."""
+        """Return the sums over all processes, each of which must call this."""
         return dict(zip(self._names, sum_over_processes(self._sums).tolist(), strict=True))
 
     def mean(self, name: str, count: str) -> float:
-        """Return the sum of one name over that of another, in this process; this waits for a GPU."""
+        """Return the sum `name` divided by the sum `count` in this process; this synchronises with a GPU."""
         sums = dict(zip(self._names, self._sums.tolist(), strict=True))
         return sums[name] / sums[count]
 
     def state(self) -> list[float]:
-        """Return the sums of this process, one for each name, for `restore`."""
+        """Return the sums of this process, in the order of the names, for `restore`."""
         sums: list[float] = self._sums.tolist()
         return sums
 
     def restore(self, sums: list[float]) -> None:
-        """Go on from the sums that `state` gave."""
+        """Resume from sums that `state` returned."""
         self._sums.copy_(torch.tensor(sums, dtype=torch.float64))

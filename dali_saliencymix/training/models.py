@@ -1,6 +1,6 @@
-"""Classifiers by name, and how they compute: on a device, in 16 bits, compiled, in several processes.
+"""Create classification models by name, and set up devices, mixed precision, compilation and data parallelism.
 
-There are the classification models of torchvision, and those for images of 32x32 pixels that papers on CIFAR compare.
+The models are those of torchvision, and those for 32x32 images that papers on CIFAR compare.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ _CIFAR_RESNETS = {"cifar_resnet18": "resnet18", "cifar_resnet50": "resnet50"}
 
 
 def model_names() -> list[str]:
-    """Return the names that `make_model` knows."""
-    from torchvision import models  # here: it takes seconds to import
+    """Return the names of all models that `make_model` can create."""
+    from torchvision import models  # takes seconds to import
 
     return [*_CIFAR_RESNETS, _WIDE, *models.list_models(models)]
 
 
 def unknown_model(name: str) -> str | None:
-    """Return what is wrong with a name that `make_model` does not know; None for one that it knows."""
+    """Return the end of an error message for an unknown model name; None for a known one."""
     names = model_names()
     if name in names:
         return None
     near = difflib.get_close_matches(name.lower(), names)
     return (
         f"must be {', '.join(_CIFAR_RESNETS)}, {_WIDE} or one of torchvision.models.list_models(torchvision.models), "
-        f"got {name!r}" + (f"; the nearest names are {', '.join(near)}" if near else "")
+        f"got {name!r}" + (f"; nearest: {', '.join(near)}" if near else "")
     )
 
 
 def make_model(name: str, num_classes: int, *, image_size: int = 224, dropout: float | None = None) -> nn.Module:
-    """Make a classifier with initial weights, drawn from PyTorch's generator: images (N, 3, H, W) to logits (N, K).
+    """Create a classifier with randomly initialised weights, which maps images (N, 3, H, W) to logits (N, K).
 
     `name` is a classification model of torchvision, ``"cifar_resnet18"``, ``"cifar_resnet50"`` or ``"wrn_28_10"``.
-    `image_size` is H and W for the models that are made for one size, ViT and MaxViT. `dropout` in [0, 1) is the
-    probability of all dropout layers, in place of the model's own; ``"wrn_28_10"`` has 0.3, as in the paper.
-    GoogLeNet and Inception v3 have no auxiliary classifiers, and change the normalisation of their input, as with
-    torchvision's published weights. ValueError if the name is unknown, the model cannot have this image size, or
-    `dropout` is out of range or given for a model without dropout layers.
+    `image_size` is H and W for the models with a fixed input size, ViT and MaxViT. `dropout` in [0, 1) replaces the
+    probability of all dropout layers; the default of ``"wrn_28_10"`` is 0.3, as in the paper. GoogLeNet and Inception
+    v3 have no auxiliary classifiers, and renormalise their input, as with torchvision's published weights.
+
+    The weights are drawn from PyTorch's default generator. ValueError if the name is unknown, the model does not
+    support the image size, or `dropout` is out of range or given for a model without dropout layers.
     """
     from torchvision import models
 
@@ -73,16 +74,16 @@ def make_model(name: str, num_classes: int, *, image_size: int = 224, dropout: f
         else:
             model = models.get_model(_CIFAR_RESNETS.get(name, name), num_classes=num_classes, **arguments)
     except (AssertionError, ValueError) as error:
-        msg = f"image_size (--train-crop-size) must be one that {name} divides into its patches, got {image_size}"
+        msg = f"image_size (--train-crop-size) must be one that {name} can divide into patches, got {image_size}"
         raise ValueError(msg) from error
-    if name in _CIFAR_RESNETS:  # with a stem that keeps the size of small images: a 3x3 convolution, no pooling
+    if name in _CIFAR_RESNETS:  # replace the stem by a 3x3 convolution without pooling, for small images
         stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         model.conv1, model.maxpool = stem, nn.Identity()
     if dropout is not None:
         layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
         if not layers:
-            msg = f"dropout must be left out for {name}, which has none, got {dropout}"
+            msg = f"dropout must be left out for {name}, which has no dropout layers, got {dropout}"
             raise ValueError(msg)
         for layer in layers:
             layer.p = dropout
@@ -90,9 +91,9 @@ def make_model(name: str, num_classes: int, *, image_size: int = 224, dropout: f
 
 
 def check_image_sizes(model: nn.Module, options: TrainingOptions) -> None:
-    """Require a new model to take images of all sizes of a run; ValueError names the options that do not fit.
+    """Require that a new model accepts images of all sizes of a run; ValueError names the option that does not fit.
 
-    Nothing is computed: weights and images are on PyTorch's meta device.
+    The check runs on PyTorch's meta device, without computing anything.
     """
     data, run = options.data, options.run
     sizes = {}
@@ -107,11 +108,11 @@ def check_image_sizes(model: nn.Module, options: TrainingOptions) -> None:
         try:
             with torch.device("meta"), torch.no_grad():
                 functional_call(model, weights, torch.zeros(1, 3, size, size))
-        except NotImplementedError:  # an operation that PyTorch cannot check in this way
+        except NotImplementedError:  # an operation without support for the meta device
             continue
         except (AssertionError, RuntimeError) as error:
-            made = "" if size == data.train_crop_size else f" of --train-crop-size {data.train_crop_size}"
-            msg = f"{given}: the {options.model.arch}{made} cannot take images of this size: {shortened(str(error))}"
+            made = "" if size == data.train_crop_size else f" made for --train-crop-size {data.train_crop_size}"
+            msg = f"{given}: {options.model.arch}{made} does not accept images of this size: {shortened(str(error))}"
             raise ValueError(msg) from error
     model.train()
 
@@ -119,15 +120,15 @@ def check_image_sizes(model: nn.Module, options: TrainingOptions) -> None:
 class WideResNet(nn.Module):
     """Wide residual network for images of 32x32 pixels (Zagoruyko and Komodakis, BMVC 2016).
 
-    It has `depth` = 6 n + 4 layers with weights, n blocks in each of three groups of 16, 32 and 64 times `width`
-    channels. `dropout` is the probability that a value between the convolutions of a block is dropped.
+    `depth` = 6 n + 4 is the number of layers with weights, for n blocks in each of three groups. The groups have 16, 32
+    and 64 times `width` channels. `dropout` is the dropout probability between the convolutions of a block.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         count, rest = divmod(depth - 4, 6)
         if count < 1 or rest:
-            msg = f"depth must be 6 n + 4 with n of at least 1, got {depth}"
+            msg = f"depth must be 6 n + 4 with n at least 1, got {depth}"
             raise ValueError(msg)
         channels = [16, 16 * width, 32 * width, 64 * width]
         blocks = []
@@ -164,14 +165,14 @@ class _WideBlock(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         active = functional.relu(self.bn1(features))
-        # Where the shape changes, the shortcut starts behind the normalisation, which both ways share.
+        # If the shape changes, the shortcut starts after the normalisation, which both branches share.
         shortcut = features if self.shortcut is None else self.shortcut(active)
         active = functional.relu(self.bn2(self.conv1(active)))
         return self.conv2(self.dropout(active)) + shortcut
 
 
 def choose_kernels(*, deterministic: bool) -> None:
-    """Have PyTorch take the fastest kernels, or those that always give the same bits; before CUDA starts."""
+    """Let PyTorch use the fastest or deterministic kernels; call it before CUDA starts."""
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -179,15 +180,15 @@ def choose_kernels(*, deterministic: bool) -> None:
 
 
 def model_on(device: torch.device, options: ModelOptions, num_classes: int, *, image_size: int) -> nn.Module:
-    """Return the model of a run on a device, with fresh weights, in its memory format; see `make_model`."""
+    """Create the model of a run on a device, with its memory format and new weights; see `make_model`."""
     model: Any = make_model(options.arch, num_classes, image_size=image_size, dropout=options.dropout)
     return model.to(device, memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
 
 
 def as_trained(model: nn.Module, options: ModelOptions, *, distributed: bool) -> nn.Module:
-    """Return the model as it is trained: with an all-reduce of the gradients if `distributed`, and compiled if asked.
+    """Wrap a model for training: with ``DistributedDataParallel`` if `distributed`, and compiled if requested.
 
-    It is compiled in place, so that the names of its weights stay as they are.
+    Compilation is in place, so that the names of the weights do not change.
     """
     network = nn.parallel.DistributedDataParallel(model) if distributed else model
     if options.compile:
@@ -196,12 +197,12 @@ def as_trained(model: nn.Module, options: ModelOptions, *, distributed: bool) ->
 
 
 def autocast(options: ModelOptions, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for forward passes."""
+    """Return the autocast context for forward passes."""
     dtype = torch.float16 if options.amp_dtype == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=options.amp)
 
 
 def all_reduce(network: nn.Module, *, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for the passes of a step, with or without an all-reduce of the gradients at their end."""
+    """Return the context for a forward and backward pass with or without an all-reduce of the gradients."""
     no_sync: Any = getattr(network, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
     return contextlib.nullcontext() if wanted else no_sync()

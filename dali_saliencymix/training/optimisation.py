@@ -1,4 +1,4 @@
-"""The training step: loss and gradients of batches, and with them new weights, as long as these are finite."""
+"""The training step: compute loss and gradients, update the weights, and stop if these are not finite."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def parameter_groups(
     norm_weight_decay: float | None = None,
     bias_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parameters of a model in groups with a weight decay each, for an optimiser of PyTorch.
+    """Return parameter groups with their own weight decays, for an optimiser of PyTorch.
 
-    `norm_weight_decay` is that of weights and biases of normalisation layers, by default `weight_decay`;
-    `bias_weight_decay` that of all biases, by default that of the weights beside them. Which groups there are does not
-    depend on these: the state of an optimiser with other decays fits.
+    `norm_weight_decay` applies to weights and biases of normalisation layers, and is `weight_decay` by default.
+    `bias_weight_decay` applies to all biases; by default they have the decay of the weights in their layer. The groups
+    do not depend on the values, so the state of an optimiser with other decays can be loaded.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for module in model.modules():
@@ -45,11 +45,11 @@ def parameter_groups(
 
 
 class Updater:
-    """Updates a model, which is not wrapped for several processes, from the gradients of one or more batches.
+    """Updates an unwrapped model (without ``DistributedDataParallel``) from the gradients of one or more batches.
 
-    `scale_loss` scales the loss, which float16 needs, and leaves an update out if gradients overflow. ``ema.module`` is
-    the moving average of the model: of its parameters and of its floating-point buffers, the running statistics of
-    batch normalisation, which fit averaged weights better than those of the last step do. Counters are copied.
+    `scale_loss` scales the loss, which float16 needs, and skips updates whose gradients overflow. ``ema.module`` is the
+    EMA of the weights. It also averages floating-point buffers, that is, the running statistics of batch normalisation:
+    their average suits averaged weights better than the statistics of the last step. Integer counters are copied.
     """
 
     def __init__(self, model: nn.Module, options: OptimizerOptions, *, scale_loss: bool = False) -> None:
@@ -62,7 +62,7 @@ class Updater:
             norm_weight_decay=options.norm_weight_decay,
             bias_weight_decay=options.bias_weight_decay,
         )
-        # Fused: one kernel, and the scaler need not ask a GPU whether to leave a step out.
+        # Fused: one kernel, and the scaler skips a step without synchronising with the GPU.
         common: dict[str, Any] = {"lr": options.lr, "fused": True}
         self.optimizer: torch.optim.Optimizer
         if options.opt == "adamw":
@@ -71,11 +71,11 @@ class Updater:
             nesterov = options.nesterov and options.momentum > 0
             self.optimizer = torch.optim.SGD(groups, momentum=options.momentum, nesterov=nesterov, **common)
         if options.opt == "sgd" and options.momentum:
-            # PyTorch 2.10 and 2.11 make these in the first step. If that one is left out they stay uninitialised.
+            # PyTorch 2.10 and 2.11 create these in the first step. If it is skipped, they stay uninitialised.
             for parameter in model.parameters():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = GradScaler(device.type, enabled=scale_loss)
-        self.ema = _moving_average(model, options.model_ema_decay) if options.model_ema else None
+        self.ema = _ema_of(model, options.model_ema_decay) if options.model_ema else None
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of all parameters."""
@@ -83,14 +83,14 @@ class Updater:
             group["lr"] = lr
 
     def backward(self, loss: torch.Tensor, batches: int = 1) -> None:
-        """Add the gradients of a batch's mean loss, one of `batches` batches of one size that make an update.
+        """Accumulate the gradients of the mean loss of one of `batches` batches of equal size.
 
-        They add up to the gradients of the mean over all these images, as if they had come in one batch.
+        The sum is the gradient of the mean loss over the images of all these batches, as if they were one batch.
         """
         self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
-        """Update the weights and forget the gradients."""
+        """Update the weights and clear the gradients."""
         if self._clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
@@ -101,24 +101,24 @@ class Updater:
             self.ema.update_parameters(self._model)
 
     def is_finite(self) -> bool:
-        """Return whether all weights and running statistics are numbers; this waits for the GPU."""
-        # Where float16 overflows in the forward pass, the update is left out. The running mean has the inf by then, and
-        # keeps it, though no step of the training looks at it: only a validation does.
+        """Return whether all weights and running statistics are finite; this synchronises with the GPU."""
+        # If float16 overflows in the forward pass, the update is skipped, but the inf is already in the running
+        # statistics and stays there. Training does not use these, only validation does.
         finite = [part.isfinite().all() for part in self._model.state_dict().values()]
         return bool(torch.stack(finite).all())
 
     def state(self) -> dict[str, Any]:
-        """Return all but the weights of the model, for `restore`."""
+        """Return the state for `restore`, which is everything except the weights of the model."""
         state: dict[str, Any] = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if self.ema is not None:
             state |= {"model_ema": self.ema.module.state_dict(), "ema_updates": int(self.ema.n_averaged)}
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a state; the model's own weights have to be loaded before.
+        """Resume from a state. The weights of the model must be loaded first.
 
-        Options of the optimiser, such as the momentum, stay those that it was made with. Without a moving average in
-        the state, it starts from the present weights.
+        Options of the optimiser, such as the momentum, keep their present values. If the state holds no EMA of the
+        weights, the EMA starts from the present weights.
         """
         options = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -129,7 +129,7 @@ class Updater:
         self.restore_average(state)
 
     def restore_average(self, state: dict[str, Any]) -> None:
-        """Take over the moving average alone, which is all that a validation needs."""
+        """Restore only the EMA of the weights, which is all that validation needs."""
         if self.ema is not None:
             self.ema.module.load_state_dict(state.get("model_ema", self._model.state_dict()))
             self.ema.n_averaged.fill_(state.get("ema_updates", 0))
@@ -145,9 +145,9 @@ def train_on(
     batches: int = 1,
     is_last: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train on ``(images, labels, source_labels, lam)``, one of `batches` that make an update; return loss and logits.
+    """Train on ``(images, labels, source_labels, lam)``, one of `batches` per update; return loss and logits.
 
-    The last of them updates the weights, after an all-reduce of the gradients where there are several processes.
+    With `is_last`, the weights are updated, after an all-reduce of the gradients if there are several processes.
     """
     images, labels, source_labels, lam = batch
     with all_reduce(network, wanted=is_last):
@@ -160,13 +160,13 @@ def train_on(
     return loss.detach(), logits.detach()
 
 
-def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
+def _ema_of(model: nn.Module, decay: float) -> AveragedModel:
     average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(averaged: Any, current: Any, count: Any) -> None:
         if averaged[0].is_floating_point():
             average(averaged, current, count)
-        else:  # counters, whose average would be rounded down at each step
+        else:  # counters, whose averages would be rounded down at each step
             for old, new in zip(averaged, current, strict=True):
                 old.copy_(new)
 
@@ -174,10 +174,10 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class DivergenceWatch:
-    """Ends a run whose losses or weights are not finite, before a good checkpoint is lost.
+    """Stops a run whose losses or weights are not finite, before a good checkpoint is lost.
 
-    Such losses are counted on the device: `max_nan_steps` in a row are too many. An error names `last`, the checkpoint
-    that a run would resume from.
+    `max_nan_steps` losses in a row that are not finite are an error. They are counted on the device. The error names
+    `last`, the checkpoint from which the run would resume.
     """
 
     def __init__(self, max_nan_steps: int, device: torch.device, last: Path) -> None:
@@ -186,13 +186,13 @@ class DivergenceWatch:
         self._in_a_row = torch.zeros((), device=device)
 
     def count(self, loss: torch.Tensor) -> None:
-        """Take note of the loss of a step, without waiting for the GPU."""
+        """Record the loss of a step, without synchronising with the GPU."""
         self._in_a_row = torch.where(loss.detach().isfinite(), 0, self._in_a_row + 1)
 
     def check_loss(self, loss: float, epoch: int, step: int) -> None:
-        """Raise ValueError if too many losses in a row were not finite; this waits for the GPU.
+        """Raise ValueError if too many losses in a row were not finite; this synchronises with the GPU.
 
-        `loss` is that of `step` of `epoch`, both counted from 1.
+        `loss` is the loss of `step` in `epoch`, both counted from 1.
         """
         count = int(self._in_a_row)
         if count >= self._max_nan_steps:
@@ -200,13 +200,13 @@ class DivergenceWatch:
             raise ValueError(msg)
 
     def check_weights(self, updater: Updater, epoch: int, step: int) -> None:
-        """Raise ValueError if a weight or a running statistic is not finite; this waits for the GPU."""
+        """Raise ValueError if a weight or running statistic is not finite; this synchronises with the GPU."""
         if not updater.is_finite():
             place = f"epoch {epoch}, step {step}"
             msg = f"some weights or running statistics are not finite after {place}; {self._advice()}"
             raise ValueError(msg)
 
     def _advice(self) -> str:
-        """Say what may help, and what is left of the training."""
+        """Return what may help, and whether there is an earlier checkpoint."""
         left = f"{self._last} is from before" if self._last.exists() else "there is no checkpoint yet"
-        return f"a smaller --lr may help, more --lr-warmup-epochs, --clip-grad-norm 1, or --amp-dtype bf16; {left}"
+        return f"a smaller --lr may help, or more --lr-warmup-epochs, --clip-grad-norm 1, --amp-dtype bf16; {left}"

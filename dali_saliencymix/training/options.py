@@ -1,6 +1,6 @@
-"""The options of ``train.py`` in groups, each for the functions that need it: an option is declared here alone.
+"""The options of ``train.py``, in groups for the functions that need them. Each option is declared only once.
 
-The name of a field is that of its flag. `dali_saliencymix.training.arguments` makes the command line of them, and
+A field has the name of its flag. `dali_saliencymix.training.arguments` builds the command line from the fields, and
 checks the values.
 """
 
@@ -39,7 +39,7 @@ def read_epsilon(text: str) -> float:
 
 
 def _size_at_epoch(text: str) -> str:
-    """Check a size and the epoch that it begins at. The text stays: it is what files and checkpoints hold."""
+    """Check a size and its first epoch, and return the text, which files and checkpoints hold."""
     if not re.fullmatch(r"[1-9]\d*@\d+", text):
         msg = f"must be SIZE@EPOCH, such as 160@6, got {text}"
         raise argparse.ArgumentTypeError(msg)
@@ -47,7 +47,7 @@ def _size_at_epoch(text: str) -> str:
 
 
 def _amp_dtype(text: str) -> str:
-    """Accept the names of timm and PyTorch too."""
+    """Convert the names that timm and PyTorch use."""
     return {"bfloat16": "bf16", "float16": "fp16"}.get(text, text)
 
 
@@ -62,47 +62,49 @@ _short = functools.partial(option, group="short runs")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The network, and how it computes."""
+    """Options of the network and its computation."""
 
     arch: str = _model(
         "resnet50",
-        "a classification model of torchvision, or cifar_resnet18, cifar_resnet50, wrn_28_10",
+        "classification model of torchvision, or cifar_resnet18, cifar_resnet50, wrn_28_10",
         *("-a", "--arch", "--model"),
         metavar="NAME",
     )
-    dropout: float | None = _model(None, "dropout of a model that has it", metavar="P", within="in [0, 1)")
-    amp: bool = _speed(False, "compute in 16 bits where that is safe")
+    dropout: float | None = _model(
+        None, "dropout probability, for a model with dropout layers", metavar="P", within="in [0, 1)"
+    )
+    amp: bool = _speed(False, "automatic mixed precision (AMP)")
     amp_dtype: str = _speed(
         "bf16",
-        "of --amp; fp16 scales the loss",
+        "data type of --amp; fp16 uses loss scaling",
         type=_amp_dtype,
         choices=("bf16", "fp16"),
         only_with=("amp", True),
     )
-    channels_last: bool = _speed(False, "channels-last memory, straight from DALI")
+    channels_last: bool = _speed(False, "channels-last memory format, in which DALI outputs the images directly")
     compile: bool = _speed(False, "compile the model with torch.compile")
-    deterministic: bool = _speed(False, "deterministic kernels of PyTorch: slower, repeatable")
+    deterministic: bool = _speed(False, "deterministic kernels of PyTorch: slower, but reproducible")
 
     @property
     def precision(self) -> str:
-        """``"fp32"``, or the 16 bits that are in use."""
+        """The precision in use: ``"fp32"``, or the value of `amp_dtype`."""
         return self.amp_dtype if self.amp else "fp32"
 
     @property
     def scales_loss(self) -> bool:
-        """Whether gradients could vanish in these 16 bits, so that the loss has to be scaled."""
+        """Whether the loss is scaled, since gradients can underflow in float16."""
         return self.precision == "fp16"
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """From the gradients to new weights."""
+    """Options of the optimiser and the weight updates."""
 
-    accumulation_steps: int = _model(1, "steps whose gradients make one update of the weights")
+    accumulation_steps: int = _model(1, "steps whose gradients are accumulated for one update of the weights")
     lr: float = _model(
         0.1,
-        "learning rate at the global batch, of all processes and accumulated steps; never scaled by the script: "
-        "0.1 for each 256 images is the usual rule",
+        "learning rate for the global batch, over all processes and accumulated steps; the script never scales it: "
+        "the usual rule is 0.1 for each 256 images",
         within="a positive number",
     )
     opt: str = _model("sgd", "optimiser", "--opt", "--optimizer", choices=("sgd", "adamw"))
@@ -110,7 +112,7 @@ class OptimizerOptions:
     nesterov: bool = _model(True, "Nesterov momentum of SGD", only_with=("opt", "sgd"))
     opt_betas: tuple[float, float] = _model(
         (0.9, 0.999),
-        "decay of AdamW's averages of gradients and of their squares",
+        "betas of AdamW",
         nargs=2,
         type=float,
         metavar=("B1", "B2"),
@@ -124,19 +126,19 @@ class OptimizerOptions:
         1e-4, "weight decay", "--wd", "--weight-decay", metavar="WD", within="a number of at least 0"
     )
     norm_weight_decay: float | None = _model(
-        None, "that of normalisation layers, often 0", metavar="WD", within="a number of at least 0"
+        None, "weight decay of normalisation layers, often 0", metavar="WD", within="a number of at least 0"
     )
     bias_weight_decay: float | None = _model(
-        None, "that of all biases, often 0", metavar="WD", within="a number of at least 0"
+        None, "weight decay of all biases, often 0", metavar="WD", within="a number of at least 0"
     )
-    label_smoothing: float = _model(0.0, "smoothing of the mixed labels", metavar="S", within="in [0, 1)")
+    label_smoothing: float = _model(0.0, "label smoothing of the mixed labels", metavar="S", within="in [0, 1)")
     clip_grad_norm: float | None = _model(
-        None, "largest norm of the gradients", metavar="NORM", within="a positive number"
+        None, "maximum norm of the gradients", metavar="NORM", within="a positive number"
     )
     model_ema: bool = _model(False, "keep an exponential moving average (EMA) of the weights")
     model_ema_decay: float = _model(
         0.9999,
-        "how much of the EMA stays at each update",
+        "decay of the EMA per update",
         metavar="D",
         within="in (0, 1)",
         only_with=("model_ema", True),
@@ -145,13 +147,15 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """What changes in the course of a training."""
+    """Options of the schedules: learning rate, image size and mixing."""
 
-    epochs: int = _model(300, "length of the training")
+    epochs: int = _model(300, "number of epochs")
     lr_scheduler: str = _model(
-        "cosine", "the learning rate falls to 0 along half a cosine, or in steps", choices=("cosine", "step")
+        "cosine", "learning rate schedule: half a cosine down to 0, or steps", choices=("cosine", "step")
     )
-    lr_warmup_epochs: float = _model(0.0, "epochs of linear warm-up", metavar="N", within="a number of at least 0")
+    lr_warmup_epochs: float = _model(
+        0.0, "number of epochs of linear warm-up", metavar="N", within="a number of at least 0"
+    )
     lr_milestones: tuple[float, ...] = _model(
         (75.0, 150.0, 225.0), "epochs of the steps", metavar="EPOCH", only_with=("lr_scheduler", "step")
     )
@@ -160,7 +164,7 @@ class ScheduleOptions:
     )
     progressive_size: tuple[str, ...] = option(
         (),
-        "size of training images from an epoch on, counted from 0: 128@0 160@6 192@12",
+        "sizes of training images, each from an epoch on, counted from 0: 128@0 160@6 192@12",
         type=_size_at_epoch,
         metavar="SIZE@EPOCH",
         only_with=("dataset", "folder"),
@@ -172,55 +176,55 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run does beside the training itself: checkpoints, faults, displays, and where it ends."""
+    """Options of a run besides the training itself: checkpoints, faults, displays, and early ends."""
 
-    output_dir: Path = _run(Path("output"), "folder for checkpoints and log")
+    output_dir: Path = _run(Path("output"), "folder for checkpoints and logs")
     resume: str | None = _run(
-        None, "resume from a checkpoint; auto: from that of the output folder, if there is one", metavar="PATH|auto"
+        None, "resume from a checkpoint; auto: from the one in the output folder, if there is one", metavar="PATH|auto"
     )
     pretrained: Path | None = _run(
         None,
-        "begin with the weights of this file: of torchvision, of its scripts or of a checkpoint; another number of "
-        "classes leaves the last layer fresh",
+        "start from the weights in this file, saved by torchvision, its reference scripts or this script; the last "
+        "layer keeps its initial weights if the number of classes differs",
         metavar="PATH",
     )
     evaluate: bool = _run(
         False,
-        "only validate the checkpoint named by --resume, or the weights of --pretrained; needs no training images",
+        "only validate the checkpoint of --resume, or the weights of --pretrained; needs no training images",
         *("-e", "--evaluate", "--test-only"),
         action="store_true",
     )
     restart_epoch: bool = _faults(
         False,
-        "with --resume: start the epoch again, with other data options, images or processes than before",
+        "with --resume: restart the epoch; data options, images and number of processes may have changed",
         action="store_true",
     )
-    checkpoint_every: int | None = _faults(None, "write checkpoints within an epoch too", metavar="STEPS")
+    checkpoint_every: int | None = _faults(None, "also write a checkpoint every N steps", metavar="N")
     checkpoint_interval: float = _faults(
-        30.0, "the same by the clock; 0: never", metavar="MINUTES", within="a number of at least 0"
+        30.0, "also write a checkpoint every N minutes; 0: never", metavar="N", within="a number of at least 0"
     )
-    keep_checkpoints: int = _faults(2, "keep the last K of them", metavar="K")
+    keep_checkpoints: int = _faults(2, "keep the last K checkpoints", metavar="K")
     stall_timeout: float = _faults(
         600.0,
-        "end with an error after so long a time without progress; 0: wait for ever",
+        "end with an error after SECONDS without progress; 0: wait for ever",
         metavar="SECONDS",
         within="in [0, 1e6]",
     )
     max_nan_steps: int = _faults(3, "end with an error after N steps in a row whose loss is not finite")
-    tensorboard: bool = _output(False, "write for TensorBoard as well")
-    log_wandb: bool = _output(False, "log to Weights & Biases as well")
+    tensorboard: bool = _output(False, "also log to TensorBoard")
+    log_wandb: bool = _output(False, "also log to Weights & Biases")
     wandb_project: str = _output(
-        "dali-saliencymix", "project to log to there", metavar="NAME", only_with=("log_wandb", True)
+        "dali-saliencymix", "project of Weights & Biases", metavar="NAME", only_with=("log_wandb", True)
     )
-    save_images: int = _output(0, "draw N images of the first batch, as mixed", least=0)
-    print_freq: int = _output(10, "steps between two displays", "-p", "--print-freq")
+    save_images: int = _output(0, "save a picture of N mixed images of the first batch", least=0)
+    print_freq: int = _output(10, "steps between updates of the display", "-p", "--print-freq")
     profile_loader: bool = _short(False, "only measure whether the loader is the bottleneck", action="store_true")
     max_steps: int | None = _short(None, "end after N steps of this run, and validate", "--max-steps", "--prof")
     training_only: bool = _short(False, "do not validate")
-    no_checkpoints: bool = _short(False, "save no checkpoints", action="store_true")
+    no_checkpoints: bool = _short(False, "do not save checkpoints", action="store_true")
 
 
-# What --evaluate takes from the checkpoint, unless it is given.
+# Options that --evaluate takes from the checkpoint unless they are given.
 AS_TRAINED = (
     *("arch", "dropout", "model_ema", "dataset", "train_crop_size", "mean", "std", "val_resize_size", "val_crop_size"),
 )
@@ -228,20 +232,20 @@ AS_TRAINED = (
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What ``--evaluate`` reports beyond top-1 and top-5."""
+    """Options of what ``--evaluate`` reports besides top-1 and top-5."""
 
-    report: Path | None = _evaluation(None, "file for the result, not evaluation.json", metavar="JSON")
-    per_class_csv: bool = _evaluation(False, "write the accuracy of each class", action="store_true")
+    report: Path | None = _evaluation(None, "file for the result, instead of evaluation.json", metavar="JSON")
+    per_class_csv: bool = _evaluation(False, "write the accuracy of each class to a CSV file", action="store_true")
     fgsm: float | None = _evaluation(
         None,
-        f"accuracy under attack, by at most EPSILON of 1 in each pixel value; {_EPSILON} if left out",
+        f"accuracy under an FGSM attack of size EPSILON, for pixels in [0, 1]; {_EPSILON} if left out",
         nargs="?",
         type=read_epsilon,
         const=read_epsilon(_EPSILON),
         metavar="EPSILON",
     )
     cam: tuple[str, ...] | None = _evaluation(None, "draw class activation maps of these images", metavar="IMAGE")
-    cam_class: str | None = _evaluation(None, "of this class, not of the one that is predicted", metavar="CLASS")
+    cam_class: str | None = _evaluation(None, "class of the maps, instead of the predicted one", metavar="CLASS")
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,6 @@ class TrainingOptions:
     schedule: ScheduleOptions
     run: RunOptions
     evaluation: EvaluationOptions
-    # What was given, by the names of the flags, as files and checkpoints hold it: paths are text, and what was left out
-    # for a preset to decide is None.
+    # The given options by the names of the flags, as files and checkpoints hold them: paths are strings, and options
+    # that a preset decides are None.
     config: dict[str, Any] = field(repr=False)

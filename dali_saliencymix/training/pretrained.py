@@ -1,4 +1,4 @@
-"""Weights to begin with, from a file of torchvision, of its reference scripts or of this project."""
+"""Load pretrained weights from a file of torchvision, of its reference scripts or of this project."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from dali_saliencymix.training.checkpoints import read_tensors, taken_from
 
-# As torchvision's files name the layers of DenseNet: "denselayer1.norm.1" is "denselayer1.norm1".
+# Names of DenseNet layers in torchvision's files: "denselayer1.norm.1" is "denselayer1.norm1".
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers of GoogLeNet and Inception v3, which are made without them
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet and Inception v3 are created without these
 
 
 def load_pretrained(
     model: nn.Module, path: str | Path, num_classes: int, *, with_head: bool = False
 ) -> tuple[str, dict[str, Any]]:
-    """Load the weights of a file into a model of `num_classes` classes.
+    """Load the weights of a file into a model with `num_classes` classes.
 
-    Returns what was loaded, in words, and the options of the training that the file comes from; {} if it does not say.
+    Returns a description of what was loaded, and the options of the training that wrote the file; {} if the file does
+    not hold them.
 
-    The file holds a state dict, or a dictionary with one as "model_ema" or else "model"; names may begin with
-    ``module.``. If it is of another number of classes, the parameters whose first dimension is that number keep the
-    weights that they have; with `with_head` this is an error. FileNotFoundError, or ValueError, too, if the file holds
-    no weights, or others than the model has: a name is missing or unknown, or a shape is another one.
+    The file holds a state dict, or a dictionary with a state dict as "model_ema" or otherwise "model". Names may begin
+    with ``module.``. If the number of classes differs, the parameters whose first dimension is that number keep their
+    present weights; with `with_head`, this is an error. FileNotFoundError if the file is missing; ValueError if it
+    holds no weights, or a name is missing or unknown, or a shape or type does not match.
     """
     with taken_from(path):
         weights, entry, config = _read_weights(path)
@@ -57,34 +58,34 @@ def _load(
     ]
     wrong += [f"{name} is not finite" for name in own if name in weights and not weights[name].isfinite().all()]
     for name in shapes:
-        del weights[name]  # not rebuilt: PyTorch keeps the versions of its layers as an attribute of the dictionary
+        del weights[name]  # in place: PyTorch stores the versions of layers as an attribute of the dictionary
     if not wrong:
         found = model.load_state_dict(weights, strict=False)
         wrong += [f"{name} is missing" for name in found.missing_keys if name not in shapes]
         wrong += [f"{name} is unknown" for name in found.unexpected_keys]
     if wrong:
-        msg = f"{path}: holds other weights than the model has: {wrong[0]}"
+        msg = f"{path}: its weights do not match the model: {wrong[0]}"
         raise ValueError(msg + (f", and {len(wrong) - 1} more" if wrong[1:] else ""))
     if not shapes:
         return ""
     if with_head:
-        msg = f"{path}: holds weights for {classes.pop()} classes, here are {num_classes}"
+        msg = f"{path}: holds weights for {classes.pop()} classes, but there are {num_classes} classes"
         raise ValueError(msg)
-    return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep fresh weights"
+    return f", which are for {classes.pop()} classes, not {num_classes}: {', '.join(shapes)} keep initial weights"
 
 
 def _read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], str | None, dict[str, Any]]:
-    """Return the weights of a file, the entry that holds them, if there is one, and the options of the training."""
-    saved = read_tensors(path, argparse.Namespace)  # torchvision's scripts save their options so
+    """Return the weights of a file, the name of the entry that holds them or None, and the options of the training."""
+    saved = read_tensors(path, argparse.Namespace)  # the type in which torchvision's scripts save their options
     entry = next((entry for entry in ("model_ema", "model") if isinstance(saved, dict) and entry in saved), None)
     weights = saved if entry is None else saved[entry]
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
-        msg = f"{path}: must hold weights by their names, alone or as 'model_ema' or 'model'"
+        msg = f"{path}: must hold a state dict, directly or as 'model_ema' or 'model'"
         raise ValueError(msg)
     consume_prefix_in_state_dict_if_present(weights, "module.")
-    weights.pop("n_averaged", None)  # of an average that PyTorch has taken
+    weights.pop("n_averaged", None)  # of PyTorch's `AveragedModel`
     for name in [name for name in weights if _OLD_DENSENET.search(name)]:
         weights[_OLD_DENSENET.sub(r"\1", name)] = weights.pop(name)
     config = saved.get("config") if entry else None

@@ -1,4 +1,4 @@
-"""What a run says of itself in words and figures: before it begins, after each epoch, and of a checkpoint."""
+"""Report on a run: facts and banner at its start, a line after each epoch, and the evaluation of a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from dali_saliencymix.training.run_log import duration, say
 
 Figures = dict[str, float]
 
-_ROOM = 2**18  # bytes: more than a result takes
+_ROOM = 2**18  # bytes, more than a result needs
 
 
 def run_facts(
     options: TrainingOptions, processes: Processes, *, data: dict[str, Any], steps_per_epoch: int, backend: str
 ) -> dict[str, Any]:
-    """Return what decides the result and the speed of a run; ``log.jsonl`` and ``report.json`` begin with it.
+    """Return the facts that affect the result and speed of a run, with which ``log.jsonl`` and ``report.json`` begin.
 
-    `data` says how many ``classes``, ``train_images`` and ``val_images`` there are, `backend` who makes the batches.
+    `data` holds the numbers of ``classes``, ``train_images`` and ``val_images``; `backend` is the data backend.
     """
     return {
         "environment": environment(str(processes.device), "tensorboard", "wandb"),
@@ -47,13 +47,13 @@ def run_facts(
 
 
 def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
-    """Return five lines for the user: device, network and batch, optimiser, augmentation, data."""
+    """Return five lines for the user: device, network and batch, optimiser, augmentation, and data."""
     here, data = facts["environment"], facts["data"]
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     driver = f", driver {here['driver']}" if here["driver"] and here["cuda"] else ""
     schedule, mix, accumulated = options.schedule, options.data.mix, options.optimizer.accumulation_steps
-    sizes = [f"{options.data.batch_size} a process", counted(facts["processes"], "processes")]
-    sizes += [f"{accumulated} steps an update"] if accumulated > 1 else []
+    sizes = [f"{options.data.batch_size} per process", counted(facts["processes"], "processes")]
+    sizes += [f"{accumulated} steps per update"] if accumulated > 1 else []
     mixing = "none" if mix is None else f"{mix.mode}, alpha {mix.alpha:g}, prob {mix.prob:g}"
     if schedule.mix_off_epochs:
         mixing += f", not in the last {schedule.mix_off_epochs} epochs"
@@ -82,7 +82,7 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
 
 
 def oversubscribed(options: TrainingOptions, processes: Processes) -> str | None:
-    """Say that the processes of this machine have more threads than cores; all of them have to call this."""
+    """Return a warning if the processes of this machine have more threads than cores; call it in all processes."""
     backend, threads = chosen_backend(options.data), options.data.workers
     called = "worker processes" if backend == "pytorch" else "DALI threads"
     return oversubscription(
@@ -100,12 +100,12 @@ def epoch_line(
     memory: Figures,
     seconds_left: float | None,
 ) -> str:
-    """Say in one line how an epoch went, and when all will be done, at the pace of this one.
+    """Return one line with the results of an epoch, and the remaining time of the run at the speed of this epoch.
 
-    `epoch` is the number of whole epochs done; `step` is 0, or where a run has stopped in the next one.
+    `epoch` is the number of complete epochs. `step` is 0, or the step in the next epoch at which the run stopped.
     """
     line = f"epoch {epoch + 1}/{epochs}, stopped after step {step}  " if step else f"epoch {epoch}/{epochs}  "
-    for name, figures in (("val", val), ("moving average", ema)):
+    for name, figures in (("val", val), ("EMA", ema)):
         if figures:
             top1, top5, loss = (figures[key] for key in ("top1", "top5", "loss"))
             line += f"{name} top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}  |  "
@@ -119,10 +119,10 @@ def epoch_line(
 
 
 def gpu_memory(device: torch.device) -> Figures:
-    """Return memory of a GPU in MiB; {} on a CPU.
+    """Return the memory use of a GPU in MiB; {} on a CPU.
 
-    ``gpu_peak_mib`` is the most that PyTorch's tensors took since the last call, without what DALI takes;
-    ``gpu_used_mib`` what all programs take there now.
+    ``gpu_peak_mib`` is the peak memory of PyTorch's tensors since the last call, without DALI's memory.
+    ``gpu_used_mib`` is the memory that all programs use now.
     """
     if device.type != "cuda":
         return {}
@@ -133,18 +133,18 @@ def gpu_memory(device: torch.device) -> Figures:
 
 
 def resources_in_use() -> dict[str, float]:
-    """Return what shows a leak: resident memory in MiB and number of open files; {} where Linux's /proc is not."""
+    """Return figures that show leaks: resident memory in MiB and the number of open files; {} without Linux's /proc."""
     resident = resident_mib()
     if resident is None:
         return {}
-    open_files = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+    open_files = len(os.listdir("/proc/self/fd")) - 1  # without the one of `listdir`
     return {"resident_mb": round(resident), "open_files": open_files}
 
 
 def has_hardware_decoder(device: torch.device) -> bool | None:
-    """Return whether a GPU has an engine for JPEG that DALI can use: tried by decoding a small image with it alone.
+    """Return whether a GPU has a hardware JPEG decoder that DALI can use, by decoding a small image with it.
 
-    None on a CPU, and if it could not be found out.
+    None on a CPU, or if that cannot be determined.
     """
     if device.type != "cuda":
         return None
@@ -157,7 +157,7 @@ def has_hardware_decoder(device: torch.device) -> bool | None:
         engine = nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)
         decoder = nvimgcodec.Decoder(device_id=device.index or 0, backends=[engine])
         return decoder.decode(jpeg.getvalue()) is not None
-    except Exception:  # whatever another version of the library says: the training does not depend on it
+    except Exception:  # another version of the library may raise anything, and training does not depend on it
         return None
 
 
@@ -167,7 +167,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         try_writing(folder, _ROOM)
     except OSError as error:
-        msg = f"{folder}: {error.strerror}; --output-dir names another folder"
+        msg = f"{folder}: {error.strerror}; choose another --output-dir"
         raise OSError(msg) from error
 
 
@@ -180,33 +180,33 @@ def report_on_checkpoint(
     processes: Processes,
     validate: Callable[[Batches, nn.Module, evaluation.PerClass | None], Figures],
 ) -> None:
-    """Validate the networks of a checkpoint, say and write what comes out; all processes have to call this.
+    """Validate the networks of a checkpoint, and print and write the results; call it in all processes.
 
-    `place` is where the checkpoint stands: whole ``"epoch"``s, and the ``"step"`` in the next one; empty for weights
-    that are none.
-    `models` holds the network as ``"val"``, and the moving average of its weights, if there is one, as ``"val_ema"``.
-    What is asked for beyond top-1 and top-5 is of the last of them. `validate` validates one network, and counts its
-    answers class by class with a third argument.
+    `place` is the position of the checkpoint: the number of complete epochs as ``"epoch"``, and the ``"step"`` in the
+    next one. It is empty for the weights of --pretrained. `models` holds the network as ``"val"`` and, if there is an
+    EMA of the weights, the network with the EMA as ``"val_ema"``. Results besides top-1 and top-5 are those of the last
+    network.
+    `validate` validates one network; its third argument counts the predictions per class.
     """
     classes, asked, output_dir = data.classes, options.evaluation, options.run.output_dir
     if asked.cam_class is not None and asked.cam_class not in classes:
         msg = f"--cam-class must be one of the {len(classes)} classes of {path}, got {asked.cam_class!r}"
         raise ValueError(msg)
     target = asked.report or evaluation.unused_path(output_dir / "evaluation.json")
-    if processes.is_main:  # now, not after a validation of minutes
+    if processes.is_main:  # now, not after minutes of validation
         for folder in (target.parent, *([output_dir] if asked.per_class_csv or asked.cam else [])):
             check_writable(folder)
     loader, backend = data.val_loader(options.data, processes), chosen_backend(options.data)
     *_, (judged, model) = models.items()
     if asked.cam:
-        last_layers(model)  # before anything is computed
+        last_layers(model)  # fail before anything is computed
     counts = evaluation.PerClass(len(classes), processes.device) if asked.per_class_csv else None
     images = str(options.data.val_dir or options.data.data or backend)
     resize_size, crop_size = options.data.val_resize_size, options.data.val_crop_size
     sizes = f"resized to {resize_size} and cropped to {crop_size} pixels"
     if options.data.dataset != "folder":
         resize_size = crop_size = options.data.train_crop_size
-        sizes = f"{crop_size} pixels, as they are"
+        sizes = f"{crop_size} pixels, not resized"
 
     report: dict[str, Any] = {
         "checkpoint": str(path),
@@ -230,7 +230,7 @@ def report_on_checkpoint(
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
         result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} %, loss {val['loss']:.3f}"
         result += f" on {val['images']} validation images"
-        say(("moving average: " if name == "val_ema" else "") + result, enabled=processes.is_main)
+        say(("EMA: " if name == "val_ema" else "") + result, enabled=processes.is_main)
     if asked.fgsm is not None:
         found = report["fgsm"] = attacked_accuracy(
             model, loader, processes, epsilon=asked.fgsm, mean=data.mean, std=data.std

@@ -1,7 +1,7 @@
-"""Accuracy under the fast gradient sign method (FGSM) of Goodfellow et al., 2015: one white-box step.
+"""Accuracy under the fast gradient sign method (FGSM; Goodfellow et al., 2015), a single-step white-box attack.
 
-Each image becomes x' = clip(x + epsilon * sign(dL/dx), 0, 1), with L the cross-entropy against the true label. The step
-is taken and bounded where pixels are in [0, 1]; the network takes them normalised, (x - mean) / std.
+Each image becomes x' = clip(x + epsilon * sign(dL/dx), 0, 1), where L is the cross-entropy against the true label. The
+step is computed for pixels x in [0, 1]. The network receives normalised images, (x - mean) / std.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from dali_saliencymix.training.evaluation import ValidationLoader, sums_over_ima
 
 
 def gradient_signs(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the signs of the gradient of the loss by normalised images, and the logits, both float32.
+    """Return the signs of the gradients of the loss with respect to normalised images, and the logits, both float32.
 
-    The model is in evaluation mode, in which no image has an influence on another one.
+    The model must be in evaluation mode, in which images do not affect each other.
 
-    All of it is computed in float32, whatever autocast says. Only signs of gradients count: in float16 those of well
-    classified images underflow to 0 and such an image would not be attacked at all, and bfloat16 has signs wrong where
+    The computation is in float32, regardless of autocast, because the signs of gradients matter. In float16, gradients
+    of well classified images underflow to 0, and these images would not be attacked. In bfloat16, signs are wrong where
     terms cancel.
     """
     with torch.autocast(images.device.type, enabled=False), torch.enable_grad():
         leaf = images.detach().float().requires_grad_()
         logits = model(leaf)
-        # The sum, not the mean: what happens to an image does not depend on the size of its batch.
+        # The sum, not the mean, so that the result for an image does not depend on the batch size.
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, leaf)
-    # The gradient by the pixels is that by the normalised ones divided by `std`, which changes no sign.
+    # The gradient with respect to the pixels is this gradient divided by `std`, which does not change signs.
     return gradient.sign(), logits.detach()
 
 
 def moved_along(
     signs: torch.Tensor, images: torch.Tensor, *, epsilon: float, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """Return normalised images after a step along `signs`, float32.
+    """Return images after a step of size `epsilon` along `signs`, float32.
 
-    Images are normalised before and after; the pixels behind them are in [0, 1] and not rounded to 8 bits.
+    The input and output images are normalised. Their pixels are clipped to [0, 1] and not rounded to 8 bits.
     """
     offset, scale = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (mean, std))
     pixels = images.detach().float() * scale + offset
@@ -56,7 +56,7 @@ def fgsm(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a batch after one step along the sign of the gradient, and the logits before it, both float32."""
+    """Return a batch after one step along the signs of the gradient, and its logits before the step, both float32."""
     signs, logits = gradient_signs(model, images, labels)
     return moved_along(signs, images, epsilon=epsilon, mean=mean, std=std), logits
 
@@ -70,7 +70,7 @@ def attacked_accuracy(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, float]:
-    """Return the top-1 accuracy before and after the attack on the same images; all processes have to call this.
+    """Return the top-1 accuracy before and after the attack on the same images; call it in all processes.
 
     The result holds ``"epsilon"``, ``"clean_top1"`` and ``"attacked_top1"`` in percent, and the number of ``"images"``.
     """

@@ -1,4 +1,4 @@
-"""What a run tells its user and leaves behind: lines, a progress bar, log, table, optional loggers, and a report."""
+"""The output of a run: messages, progress bar, log, table, optional loggers, and report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from dali_saliencymix.training.lockstep import Preempted
 LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
     *("log.jsonl", "summary.csv", "tensorboard", "wandb_run_id.txt", "report.json"),
 )
-_QUIET_SECONDS = 10.0  # a line at least so often, where there is no progress bar
-_LONG_START_SECONDS = 5.0  # from here on a run says what it has waited for
+_QUIET_SECONDS = 10.0  # longest time between lines if there is no progress bar
+_LONG_START_SECONDS = 5.0  # if the start takes longer, the run reports its parts
 
 SCHEMA, VERSION = "dali-saliencymix/training", 1
 
-# The columns of the table, each a figure of `RunLog.write_epoch`.
+# The columns of the table, which are figures of `RunLog.write_epoch`.
 COLUMNS = (
     "epoch",
     *(f"train_{name}" for name in ("loss", "mixed_top1", "images", "seconds", "images_per_second")),
@@ -59,37 +59,37 @@ def warn(line: str, *, enabled: bool = True) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as h:mm:ss."""
+    """Format a time in seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class StartUp:
-    """Measures what the time before the first batch goes to; `begun` is its start by ``time.monotonic()``."""
+    """Measures the parts of the time before the first batch; `begun` is its start by ``time.monotonic()``."""
 
     def __init__(self, begun: float | None = None) -> None:
         self._begun = self._last = time.monotonic() if begun is None else begun
         self._parts: dict[str, float] = {}
 
     def end_of(self, part: str) -> None:
-        """Count the time since the last call, or since the start, for a part."""
+        """Assign the time since the last call, or since the start, to a part."""
         now = time.monotonic()
         self._parts[part], self._last = now - self._last, now
 
     def summary(self) -> str | None:
-        """Return a line with the parts of at least a second, the longest first; None if it was quick."""
+        """Return a line with the parts of at least one second, the longest first; None if the start was fast."""
         seconds = self._last - self._begun
         if seconds < _LONG_START_SECONDS:
             return None
         parts = sorted(self._parts.items(), key=lambda part: -part[1])
         line = ", ".join(f"{name} {spent:.0f} s" for name, spent in parts if spent >= 1)
         compiled = compile_seconds()
-        in_there = f", and in there Numba's first compilation {compiled:.0f} s" if compiled >= 1 else ""
-        return f"first batch after {seconds:.0f} s: {line}{in_there}"
+        of_this = f"; Numba's first compilation took {compiled:.0f} s of this" if compiled >= 1 else ""
+        return f"first batch after {seconds:.0f} s: {line}{of_this}"
 
 
 class Progress:
-    """A progress bar over `total` steps on a terminal; elsewhere lines, when something is shown or nothing was."""
+    """A progress bar over `total` steps on a terminal; otherwise lines, at each `show` and at regular intervals."""
 
     def __init__(self, description: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
         self._description, self._total, self._step = description, total, done
@@ -99,7 +99,7 @@ class Progress:
             total=total,
             initial=done,
             desc=description,
-            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|",  # a narrow terminal cuts off the bar first
+            bar_format="{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|",  # a narrow terminal cuts off the bar
             disable=not enabled or self._lines,
             leave=False,
             dynamic_ncols=True,
@@ -109,17 +109,17 @@ class Progress:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self.close()  # before anything is said of an error
+        self.close()  # before the message of an error
 
     def advance(self) -> None:
-        """Count one step; where there is no bar, write a line if the last one is `_QUIET_SECONDS` old."""
+        """Count one step; without a bar, write a line if the last one is `_QUIET_SECONDS` old."""
         self._step += 1
         self._bar.update()
         if self._lines and time.monotonic() - self._shown_at >= _QUIET_SECONDS:
             self.show()
 
     def show(self, **values: str) -> None:
-        """Show figures beside the bar."""
+        """Show figures next to the bar, or in a line."""
         if self._lines:
             shown = "".join(f"  {name} {value}" for name, value in values.items())
             sys.stderr.write(f"{self._description} [{self._step}/{self._total}]{shown}\n")
@@ -128,12 +128,12 @@ class Progress:
             self._bar.set_postfix(values, refresh=False)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
 
 def write_event(log: Path, event: str, **values: Any) -> None:
-    """Append a JSON object as a line to a log. Numbers that are not finite are null: NaN is no JSON.
+    """Append a JSON object as a line to a log, with null for NaN and infinity, which JSON does not have.
 
     An OSError names the log.
     """
@@ -147,7 +147,7 @@ def write_event(log: Path, event: str, **values: Any) -> None:
 
 
 def read_table(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """Return the rows of a table up to an epoch as numbers, without what is empty: later ones will be done again."""
+    """Return the rows of a table up to an epoch, as numbers without empty cells; later epochs will be repeated."""
     if not epoch or not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as stream:
@@ -161,7 +161,7 @@ def read_table(path: Path, epoch: int) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a CSV file with a row for each whole epoch, replacing it as a whole. What is not finite stays empty."""
+    """Write a CSV file with a row for each complete epoch, atomically. Cells of NaN and infinity are empty."""
 
     def cell(value: Any) -> str:
         return "" if finite(value) is None else str(value)
@@ -171,7 +171,7 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class _TensorBoard:
-    """Scalars for TensorBoard. Those after `step`, of a run that this one resumes, are not shown any more."""
+    """Scalars for TensorBoard. Scalars of the resumed run after `step` are purged."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         require("tensorboard", by="--tensorboard")
@@ -189,7 +189,7 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases, whose identity a file in the folder keeps: a resumed training continues it."""
+    """A run of Weights & Biases. A file in the folder holds its ID, so that a resumed training continues it."""
 
     def __init__(self, folder: Path, project: str, config: Mapping[str, Any], *, resumed: bool) -> None:
         require("wandb", by="--log-wandb")
@@ -214,25 +214,25 @@ class _WeightsAndBiases:
 
 
 class RunLog:
-    """Writes down what a run does; used in a ``with`` statement, whose end writes ``report.json``.
+    """Writes the log files of a run. It is a context manager, and writes ``report.json`` at the end.
 
-    A file that cannot be written during the run does not end it: stderr says so each time, and the report counts the
-    records that are lost.
+    A file that cannot be written does not end the run: stderr shows a warning each time, and the report counts the lost
+    records.
 
     Parameters
     ----------
     folder : path or None
-        Output folder of the run. With None nothing is written, as in all processes but the main one.
+        Output folder of the run. With None nothing is written; only the main process writes.
     facts : mapping
-        What log and report say of the run from its beginning: ``config`` and those of `report.run_facts`.
+        Facts of the run for log and report: ``config``, and the result of `report.run_facts`.
     epoch, step : int
-        Epochs and, counted over all of them, steps done so far, by the checkpoint that is resumed.
+        Completed epochs, and steps over all epochs, according to the checkpoint to resume from.
     resumed : bool
         Whether this resumes a run of this folder.
     tensorboard : bool
-        Whether to write for TensorBoard.
+        Whether to log to TensorBoard.
     wandb_project : str, optional
-        Project of Weights & Biases to write to.
+        Project of Weights & Biases to log to.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class RunLog:
         self._images = 0.0
         self._last: dict[str, Any] | None = None
         self.lost: Counter[str] = Counter()
-        self.status = "done"  # a run that ends before its last epoch has to set this to "stopped"
+        self.status = "done"  # a run that ends before its last epoch must set this to "stopped"
         if folder is None:
             return
         if not resumed:
@@ -265,7 +265,7 @@ class RunLog:
             self._loggers["tensorboard"] = _TensorBoard(folder, step=step)
         if wandb_project is not None:
             self._loggers["wandb"] = _WeightsAndBiases(folder, wandb_project, facts.get("config", {}), resumed=resumed)
-        beginning = {**facts, **facts.get("environment", {})}  # what is looked up most stands at the top
+        beginning = {**facts, **facts.get("environment", {})}  # flattened, for easy access
         beginning.pop("environment", None)
         self.write_event("resume" if resumed else "start", epoch=epoch, total_steps=step, **beginning)
 
@@ -275,7 +275,7 @@ class RunLog:
             self._try(LOG, functools.partial(write_event, self._folder / LOG, event, **values))
 
     def write_step(self, total_steps: int, **figures: float) -> None:
-        """Write figures of the training at a step, counted over all epochs, to TensorBoard and Weights & Biases."""
+        """Log training figures of a step, counted over all epochs, to TensorBoard and Weights & Biases."""
         if self._folder is not None:
             self._to_loggers(total_steps, {f"train/step_{name}": value for name, value in figures.items()})
 
@@ -290,17 +290,17 @@ class RunLog:
         val_ema: Mapping[str, float] | None = None,
         **values: Any,
     ) -> None:
-        """Write the figures of an epoch everywhere.
+        """Write the figures of an epoch to the log, the table and the loggers.
 
         Parameters
         ----------
         epoch, step, total_steps : int
-            Whole epochs done; steps done of the next one, which is 0 unless the run ends within it, and then the table
-            gets no row; steps done over all epochs.
+            Completed epochs; completed steps of the next epoch; completed steps over all epochs. `step` is 0 unless the
+            run ends within an epoch; the table then gets no row.
         train, val, val_ema : mapping from str to float
-            Figures of the training, of the validation of the model, and of that of its moving average.
+            Figures of the training, of the validation of the model, and of the validation with the EMA of the weights.
         **values
-            Further figures: for the log, and for the table where it has a column of that name.
+            Further figures for the log, and for the table if it has a column of that name.
         """
         groups = {"train": train, "val": val, "val_ema": val_ema}
         flat = {(group, name): value for group, given in groups.items() for name, value in (given or {}).items()}
@@ -339,7 +339,7 @@ class RunLog:
         self._try(REPORT, lambda: write_json(path, self.report(words)))
 
     def report(self, error: str | None = None) -> dict[str, Any]:
-        """Return what ``report.json`` holds; docs/outputs.md explains every entry."""
+        """Return the content of ``report.json``; docs/outputs.md documents its entries."""
         rows = [{name: row[name] for name in COLUMNS if finite(row.get(name)) is not None} for row in self._rows]
         done = self._last["epoch"] if self._last else self._epochs_before
         seconds, training = self._seconds, self._seconds["training"]
@@ -372,15 +372,15 @@ class RunLog:
         for name, logger in list(self._loggers.items()):
             if not self._try(name, functools.partial(logger.write, step, numbers)):
                 del self._loggers[name]
-                warn(f"warning: {name} gets nothing more from this run")
+                warn(f"warning: {name} is disabled for the rest of this run")
 
     def _try(self, name: str, write: Callable[[], object]) -> bool:
-        """Write, and say so if that fails: a full disk or a lost connection is no reason to end a training."""
+        """Write, and warn if that fails: a full disk or a lost connection should not end a training."""
         try:
             write()
         except Exception as error:
             self.lost[name] += 1
-            warn(f"warning: {name}: cannot be written, the training goes on without it: {_words_of(error)}")
+            warn(f"warning: {name}: cannot be written, training continues without it: {_words_of(error)}")
             return False
         return True
 
@@ -390,14 +390,14 @@ def _words_of(error: BaseException) -> str:
 
 
 def _judged(row: Mapping[str, float]) -> float:
-    """Return the top-1 that decides on the best checkpoint: that of the moving average where there is one."""
+    """Return the top-1 that selects the best checkpoint: with the EMA of the weights if there is one."""
     return row.get("val_ema_top1", row["val_top1"])
 
 
 def _hint(data_wait_share: float | None) -> str | None:
     if data_wait_share is None:
         return None
-    waited = f"the training waited for its data for {data_wait_share:.0%} of its time"
+    waited = f"training waited for data for {data_wait_share:.0%} of its time"
     if data_wait_share < STARVING_SHARE:
-        return f"{waited}: nothing to gain there"
-    return f"{waited}, as the host sees it; python -m dali_saliencymix bottleneck says what to do about it"
+        return f"{waited}: a faster loader would not help"
+    return f"{waited}, measured on the host; python -m dali_saliencymix bottleneck finds the cause"

@@ -1,4 +1,4 @@
-"""Pictures of batches as the network gets them, with what each sample is mixed of."""
+"""Draw training batches as the network receives them, with the classes and weights of each sample."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def save_samples(
     std: Sequence[float],
     count: int = 16,
 ) -> None:
-    """Draw the first `count` normalised images of a training batch in a grid, each above its classes and weights."""
+    """Save a picture of the first `count` normalised images of a training batch, with their classes and weights."""
     pixels = images[:count].float().cpu()
     shift, scale = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (mean, std))
     pixels = (255 * (pixels * scale + shift)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     height, width = pixels.shape[1:3]
     columns = math.ceil(len(pixels) ** 0.5)
     rows = -(-len(pixels) // columns)
-    # Small images are enlarged by an integer, so that each of their pixels stays visible.
+    # Small images are enlarged by an integer factor, so that their pixels stay visible.
     zoom = max(_SMALLEST_WIDTH // width, 1)
     cell_width, cell_height = width * zoom + _MARGIN, height * zoom + _MARGIN + 2 * _LINE
     sheet = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), "white")
@@ -48,7 +48,7 @@ def save_samples(
 
 
 def caption(label: str, source_label: str, lam: float) -> list[str]:
-    """Return the classes of a sample with their weights, one or two lines; the receiver's comes first.
+    """Return one or two lines with the classes of a sample and their weights, that of the receiver first.
 
     Examples
     --------

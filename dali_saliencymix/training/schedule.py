@@ -1,4 +1,4 @@
-"""What changes in the course of a training, as pure functions of progress: learning rate, image size, mixing."""
+"""Schedules as pure functions of the training progress: learning rate, image size, mixing, accumulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dali_saliencymix.training.options import ScheduleOptions
 
 
 def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> float:
-    """Return the learning rate after `epoch` epochs, with fraction; `base` is that after the warm-up.
+    """Return the learning rate after `epoch` epochs, which may be fractional; `base` is the rate after the warm-up.
 
     Examples
     --------
@@ -30,19 +30,19 @@ def learning_rate(epoch: float, schedule: ScheduleOptions, *, base: float) -> fl
 
 
 class Phase(NamedTuple):
-    """Epochs whose training images are made in the same way."""
+    """Consecutive epochs with the same image size and mixing."""
 
     begin: int  # the first of these epochs, counted from 0
     crop_size: int  # height and width of the images
     mixing: bool
 
     def applied_to(self, options: DataOptions) -> DataOptions:
-        """Return the options with the size and the mixing of this phase."""
+        """Return the options with the image size and mixing of this phase."""
         return replace(options, train_crop_size=self.crop_size, mix=options.mix if self.mixing else None)
 
 
 def phase_at(epoch: int, schedule: ScheduleOptions, *, crop_size: int) -> Phase:
-    """Return the phase of an epoch; `crop_size` is that until `schedule.progressive_size` names another one.
+    """Return the phase of an epoch; `crop_size` is the image size until `schedule.progressive_size` changes it.
 
     Examples
     --------
@@ -64,10 +64,10 @@ def phase_at(epoch: int, schedule: ScheduleOptions, *, crop_size: int) -> Phase:
 
 
 def accumulation_group(step: int, steps: int, size: int) -> range:
-    """Return the steps whose gradients make the update that a step is a part of.
+    """Return the steps whose gradients are accumulated in the same update as those of `step`.
 
-    The last group of an epoch is smaller where `size` does not divide its `steps`: no gradient goes from one epoch to
-    the next.
+    The last group of an epoch is smaller if `size` does not divide `steps`, since gradients are not accumulated across
+    epochs.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""Pascal VOC for object detection: images with their objects, the order of a training, and average precision.
+"""Pascal VOC for object detection: images with their objects, the order of training images, and average precision.
 
-Average precision is as VOC defines it, in both of its forms. A detection is right if it overlaps (intersection over
-union of at least 0.5) with an object of its class that no detection of a higher score has taken; every further
-detection of the same object is wrong. Objects marked as difficult count for nothing: neither is one missed, nor is a
-detection of one right or wrong. COCO's measure, which libraries offer under the same name, differs in all of this: 101
-points of recall, another matching, no difficult objects.
+Average precision (AP) follows both of VOC's definitions. A detection is a true positive if it overlaps (intersection
+over union of at least 0.5) with an object of its class that no detection with a higher score has matched. Further
+detections of the same object are false positives. Objects marked as difficult are ignored: they are not counted as
+missed, and their detections are neither true nor false positives. COCO's AP, which libraries offer under the same name,
+differs: it uses 101 recall points, another matching, and no difficult objects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torchvision
 from torchvision.datasets import VOCDetection
 from torchvision.ops import box_iou
 
-# A detector's label of the first class is 1; 0 is the background.
+# Detectors use label 1 for the first class; 0 is the background.
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -29,26 +29,27 @@ MIN_OVERLAP = 0.5
 
 
 class Objects(NamedTuple):
-    """What is in an image. Boxes are half-open: the pixels numbered from 1 to 3 in a VOC file are from 0 to 3 here."""
+    """The objects in an image. Boxes are half-open: pixels 1 to 3 in a VOC file are the interval from 0 to 3 here."""
 
     boxes: torch.Tensor  # (M, 4) float32: x0, y0, x1, y1 in pixels
-    labels: torch.Tensor  # (M,) int64: 1 to 20, as CLASSES
-    difficult: torch.Tensor  # (M,) bool: objects that VOC leaves out of the score
+    labels: torch.Tensor  # (M,) int64: 1 to 20, in the order of CLASSES
+    difficult: torch.Tensor  # (M,) bool: objects that VOC does not score
 
 
 class Detections(NamedTuple):
-    """What a detector found in an image."""
+    """The detections in an image."""
 
-    boxes: torch.Tensor  # (D, 4) float32, as those of Objects
+    boxes: torch.Tensor  # (D, 4) float32, as in Objects
     labels: torch.Tensor  # (D,) int64
-    scores: torch.Tensor  # (D,) float32, of which only the order counts
+    scores: torch.Tensor  # (D,) float32; only their order matters
 
 
 class VocImages(torch.utils.data.Dataset[tuple[torch.Tensor, Objects]]):
-    """Images of one or more sets of VOC; an index is (number of the image, whether to mirror it).
+    """Images of one or more VOC image sets. An index is (number of the image, whether to flip it).
 
-    `root` holds ``VOCdevkit/VOC2007`` and so on, as VOC's archives unpack; a set is named as ``"2007:trainval"``. All
-    annotations are read here. ValueError if a set is missing or empty, or one of its files is missing or invalid.
+    `root` holds ``VOCdevkit/VOC2007`` and so on, as unpacked from VOC's archives. An image set is named as in
+    ``"2007:trainval"``. The constructor reads all annotations. ValueError if a set is missing or empty, or one of its
+    files is missing or invalid.
     """
 
     def __init__(self, root: Path, sets: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ class VocImages(torch.utils.data.Dataset[tuple[torch.Tensor, Objects]]):
             try:
                 listed = VOCDetection(root, year=year, image_set=image_set)
             except (OSError, RuntimeError, ValueError) as error:
-                msg = f"{root}: no set {name!r} of VOC there, such as 2007:trainval in VOCdevkit/VOC2007: {error}"
+                msg = f"{root}: no VOC image set {name!r} there, such as 2007:trainval in VOCdevkit/VOC2007: {error}"
                 raise ValueError(msg) from error
             self.files += listed.images
             self.objects += [read_annotation(file) for file in listed.annotations]
@@ -88,7 +89,7 @@ class VocImages(torch.utils.data.Dataset[tuple[torch.Tensor, Objects]]):
 
 
 def read_annotation(file: str) -> Objects:
-    """Read the objects of one image; ValueError if there is no such XML, or an unknown class or an empty box in it."""
+    """Read the objects of one image; ValueError for missing or invalid XML, an unknown class or an empty box."""
     try:
         parsed = VOCDetection.parse_voc_xml(ET.parse(file).getroot())["annotation"]
         entries = [
@@ -104,7 +105,7 @@ def read_annotation(file: str) -> Objects:
         raise ValueError(msg) from error
     for name, (xmin, ymin, xmax, ymax), _ in entries:
         if name not in CLASSES:
-            msg = f"{file}: class {name!r} is not one of VOC's"
+            msg = f"{file}: class {name!r} is not a class of VOC"
             raise ValueError(msg)
         if not (1 <= xmin <= xmax and 1 <= ymin <= ymax):
             edges = f"x {xmin:g} to {xmax:g}, y {ymin:g} to {ymax:g}"
@@ -121,8 +122,8 @@ def training_order(
 ) -> Iterator[list[tuple[int, bool]]]:
     """Yield indices of `VocImages` for the batches from `start` to `stop`.
 
-    Each image comes once in each pass, mirrored with a probability of 1/2. Everything is drawn here and from the seed
-    alone: batch i is the same wherever the training starts.
+    Each image appears once per epoch, flipped with probability 1/2. All random numbers depend on the seed alone, so
+    batch i is the same wherever the training starts.
     """
     drawn_for, order, mirrored = -1, [0], [0]
     for batch in range(start, stop):
@@ -139,12 +140,12 @@ def training_order(
 
 
 def as_lists(batch: list[tuple[torch.Tensor, Objects]]) -> tuple[list[torch.Tensor], list[Objects]]:
-    """Put a batch together without stacking it, as the images have different sizes."""
+    """Collate a batch without stacking, as the images have different sizes."""
     return [image for image, _ in batch], [objects for _, objects in batch]
 
 
 def training_target(objects: Objects, device: torch.device) -> dict[str, Any]:
-    """Return what a detector of torchvision is trained on: the objects that are not difficult."""
+    """Return the training target of a torchvision detector: the objects that are not difficult."""
     kept = ~objects.difficult
     return {"boxes": objects.boxes[kept].to(device), "labels": objects.labels[kept].to(device)}
 
@@ -152,22 +153,22 @@ def training_target(objects: Objects, device: torch.device) -> dict[str, Any]:
 class AveragePrecision(NamedTuple):
     """Average precision of one class, in percent; NaN for a class without objects."""
 
-    eleven_point: float  # mean over the recalls 0, 0.1, ..., 1 of the best precision at that recall or a higher one
-    area: float  # area under the best precision at each recall or a higher one: VOC's since 2010
-    objects: int  # objects of the class that are not difficult
+    eleven_point: float  # mean, over recalls 0, 0.1, ..., 1, of the best precision at that recall or higher
+    area: float  # area under the curve of the best precision at each recall or higher, VOC's definition since 2010
+    objects: int  # number of objects of the class that are not difficult
 
 
 def average_precision(detections: Sequence[Detections], objects: Sequence[Objects], label: int) -> AveragePrecision:
-    """Return the average precision of a class, from what was found and what there is in each image, on the CPU."""
+    """Compute the average precision of a class from the detections and objects of each image, on the CPU."""
     count = sum(int(((each.labels == label) & ~each.difficult).sum()) for each in objects)
     if not count:
         return AveragePrecision(math.nan, math.nan, 0)
     outcomes: list[tuple[float, bool]] = []
     for found, there in zip(detections, objects, strict=True):
         outcomes += _outcomes(found, there, label)
-    outcomes.sort(key=lambda outcome: -outcome[0])  # stable: equal scores stay in the order of the images
+    outcomes.sort(key=lambda outcome: -outcome[0])  # stable: ties stay in the order of the images
 
-    # Precision after each detection that adds to the recall, that is for recalls of 1, 2, ... of `count` objects.
+    # Precision after each true positive, that is, at a recall of 1, 2, ... of `count` objects.
     precisions: list[float] = []
     for rank, (_, right) in enumerate(outcomes, start=1):
         if right:
@@ -175,14 +176,14 @@ def average_precision(detections: Sequence[Detections], objects: Sequence[Object
     best = precisions[:]
     for place in reversed(range(len(best) - 1)):
         best[place] = max(best[place], best[place + 1])
-    # The first place whose recall, (place + 1) / count, reaches tenth / 10; in integers, which do not round.
+    # The first place whose recall, (place + 1) / count, reaches tenth / 10, in exact integer arithmetic.
     places = [max(-(-tenth * count // 10) - 1, 0) for tenth in range(11)]
     eleven_point = sum(best[place] for place in places if place < len(best)) / 11
     return AveragePrecision(100 * eleven_point, 100 * sum(best) / count, count)
 
 
 def _outcomes(found: Detections, there: Objects, label: int) -> list[tuple[float, bool]]:
-    """Return score and rightness of the detections of a class in an image that count."""
+    """Return (score, is true positive) for each scored detection of a class in an image."""
     mine = found.labels == label
     scores, order = found.scores[mine].sort(descending=True, stable=True)
     present = there.labels == label

@@ -1,4 +1,4 @@
-"""A thread that ends a process which has stood still for too long, and says what it was waiting for."""
+"""A watchdog thread that ends a process without progress, and reports what the process was waiting for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from dali_saliencymix.training.distributed import announce_failure
 
-# How much longer than for data to wait in what may take its time: a process that waits for another one which waits
-# for a file has to leave the word to it, and a first step compiles.
+# Factors of the time limit. If one process waits for data and others wait for that process, it must be the first to
+# report. At the start, the first steps may compile.
 WAITING_FOR_DATA, WAITING_FOR_OTHERS = "waiting for data", "waiting for the other processes"
 _PATIENCE = {WAITING_FOR_DATA: 1.0}
 _PATIENCE_ELSEWHERE = 1.5
@@ -27,7 +27,7 @@ _PROBE_SECONDS = 5.0
 
 _GUARD = Path(__file__).with_name("watchdog_guard.py")
 
-# System calls that may hang on a file, with the number of the argument that points to its name.
+# System calls that may hang on a file, with the index of the argument that points to its name.
 _NAMES_A_FILE = {
     "x86_64": {2: 0, 4: 0, 6: 0, 257: 1, 262: 1, 332: 1},  # open, stat, lstat, openat, newfstatat, statx
     "aarch64": {56: 1, 79: 1, 291: 1},  # openat, newfstatat, statx
@@ -35,17 +35,20 @@ _NAMES_A_FILE = {
 
 
 class Watchdog:
-    """Ends the process with status 1 if no `beat` comes for `seconds`, or half as long again if it waits for no data.
+    """Ends the process with status 1 if no `beat` comes for `seconds`.
 
-    It writes what the process was doing, the files below `roots` that it was waiting for where that can be found out,
-    and the Python stack of every thread. Where C code hangs and keeps the GIL, `watchdog_guard` ends the process by
-    SIGABRT, after six times as long. Time in which the process is suspended does not count. With 0 it waits for ever.
+    The limit is 1.5 times as long if the process is not waiting for data, and three times as long for the first beats.
+
+    The watchdog reports what the process was doing, the files below `roots` for which it was waiting, if these can be
+    determined, and the Python stacks of all threads. If C code hangs and holds the GIL, `watchdog_guard` ends the
+    process with SIGABRT after six times `seconds`. Time in which the process is suspended does not count. With 0, there
+    is no limit.
     """
 
     def __init__(self, seconds: float, rank: int = 0, roots: Sequence[str | Path] = ()) -> None:
         self._seconds = seconds
         self._rank = rank
-        # As they are given to a reader, and as the system knows them.
+        # Both as given to a reader and with links resolved, as the system reports them.
         self._roots = [way(root) for root in roots for way in (os.path.abspath, os.path.realpath)]
         self._beats = 0
         self._doing = "starting"
@@ -57,9 +60,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._seconds > 0:
             if not faulthandler.is_enabled():
-                faulthandler.enable()  # with it SIGABRT writes the stacks, whoever holds the GIL
+                faulthandler.enable()  # SIGABRT then writes the stacks, even if the GIL is held
             patience = 2 * _PATIENCE_AT_THE_START * self._seconds
-            line = self._line(patience, "C code keeps the GIL")
+            line = self._line(patience, "C code holds the GIL")
             command = [sys.executable, "-I", "-S", str(_GUARD), str(self._pause), str(patience), line]
             self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
             self._thread.start()
@@ -70,11 +73,11 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join()
         if self._guard is not None:
-            self._guard.kill()  # closing its stdin is not enough: worker processes have it too
+            self._guard.kill()  # closing its stdin is not enough, as worker processes have it open, too
             self._guard.communicate()
 
     def beat(self, doing: str) -> None:
-        """Note that the process goes on, and what it does next: "waiting for data", "in a step", ..."""
+        """Record progress, and what the process does next: "waiting for data", "in a step", ..."""
         self._doing = doing
         self._beats += 1
 
@@ -82,9 +85,9 @@ class Watchdog:
         assert self._guard is not None
         assert self._guard.stdin is not None
         seen, stalled = 0, 0.0
-        # Pauses are counted, and no clock is read: in the time in which the process is suspended there are none.
+        # Count pauses instead of reading a clock: there are none while the process is suspended.
         while not self._closed.wait(self._pause):
-            with contextlib.suppress(BrokenPipeError):  # someone has killed the guard
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed
                 self._guard.stdin.write(b".")
             beats, doing = self._beats, self._doing
             stalled = stalled + self._pause if beats == seen else 0.0
@@ -101,9 +104,9 @@ class Watchdog:
 
     def _give_up(self, doing: str, seconds: float) -> None:
         if not announce_failure() and doing == WAITING_FOR_OTHERS:
-            return  # the one that is waited for is about to say why, and ends
+            return  # the process for which this one waits reports the reason
         stalled, open_files = stalled_files(self._roots)
-        said = ("no answer from", stalled) if stalled else ("open at this moment:", open_files)
+        said = ("no answer from", stalled) if stalled else ("open files:", open_files)
         why = f"; {said[0]} {', '.join(said[1][:5])}" if said[1] else ""
         sys.stderr.write(f"{self._line(seconds, doing)}{why}\n")
         sys.stderr.flush()
@@ -112,10 +115,10 @@ class Watchdog:
 
 
 def stalled_files(roots: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files below `roots` that do not answer, and those that this process has open.
+    """Return the files below `roots` that do not respond, and all files below `roots` that this process uses.
 
-    A thread that hangs in a system call with a file's name is taken at its word; an open or mapped file is opened and
-    read once more, which has to succeed within a few seconds.
+    The files are those named in pending system calls of a thread, and those that are open or memory-mapped. Each is
+    opened and read again; a file responds if this succeeds or fails within a few seconds.
     """
     waited_for = [path for path in _files_in_system_calls() if _is_below(path, roots)]
     open_files = [path for path in _open_files() if _is_below(path, roots) and path not in waited_for]
@@ -139,7 +142,7 @@ def _is_below(path: str, roots: Sequence[str]) -> bool:
 
 
 def _files_in_system_calls() -> list[str]:
-    """Return the names of files that threads of this process are waiting for in the system."""
+    """Return the names of files in the pending system calls of this process's threads."""
     arguments = _NAMES_A_FILE.get(platform.machine(), {})
     paths = []
     for task in _listed("/proc/self/task"):
@@ -152,8 +155,8 @@ def _files_in_system_calls() -> list[str]:
 
 
 def _text_at(address: int) -> bytes:
-    """Return the text in the memory of this process that begins at an address and ends with a zero."""
-    # Through the file system, where an address that is no longer valid is an error and not the end of the process.
+    """Return the null-terminated string at an address in the memory of this process."""
+    # Through /proc, where an address that is no longer valid is an error, not a crash.
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     try:
         return os.pread(memory, 4096, address).split(b"\0")[0]
@@ -162,7 +165,7 @@ def _text_at(address: int) -> bytes:
 
 
 def _open_files() -> list[str]:
-    """Return the files that this process has open, and those that it has mapped into memory."""
+    """Return the files that this process has opened or memory-mapped."""
     paths = []
     for number in _listed("/proc/self/fd"):
         with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
-"""A program that aborts its parent where that gives no sign of life for too long.
+"""A program that aborts its parent process if that does not write to it for too long.
 
     python watchdog_guard.py PAUSE PATIENCE LINE
 
-The parent writes to the program's stdin every PAUSE seconds. After PATIENCE seconds without a byte, LINE goes to stderr
-and the parent gets SIGABRT. The seconds are counted in waits of PAUSE; those in which the parent is suspended do not
-count. The program ends with its parent.
+The parent writes to the program's stdin every PAUSE seconds. After PATIENCE seconds without a byte, the program writes
+LINE to stderr and sends SIGABRT to the parent. Time is counted in waits of PAUSE seconds, and does not count while the
+parent is suspended. The program ends with its parent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_suspended(pid: int) -> bool:
 def main() -> None:
     """Watch the parent until it ends or closes stdin."""
     pause, patience, line = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    # A signal to the whole group is for the parent, which may go on.
+    # Ignore signals to the whole process group: they are for the parent, which may continue to run.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent, silent = os.getppid(), 0.0
