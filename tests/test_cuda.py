@@ -738,13 +738,13 @@ def calls(xp, images):
 def test_kernels_give_what_the_array_functions_give_on_a_gpu(cupy, shape):
     images = pictures(*shape)
     on_gpu, on_host = calls(cupy, cupy.asarray(images)), calls(np, images)
-    for label, (name, twin, arguments, options) in on_gpu.items():
+    for label, (name, of_arrays, arguments, options) in on_gpu.items():
         ours = kernel_named(name)(*arguments, **options)
         if label == "spectral":
-            np.testing.assert_allclose(ours.get(), twin(images), atol=1e-3)
-        elif twin is not None:
+            np.testing.assert_allclose(ours.get(), of_arrays(images), atol=1e-3)
+        elif of_arrays is not None:
             _, _, host_arguments, host_options = on_host[label]
-            assert_same(ours.get(), twin(*host_arguments, **host_options))
+            assert_same(ours.get(), of_arrays(*host_arguments, **host_options))
     _, _, arguments, options = on_host["boxes"]
     ours = cuda.boxes_at_peaks(*on_gpu["boxes"][2], **options)
     for our_array, their_array in zip(ours, boxes_of_arrays(*arguments, **options), strict=True):

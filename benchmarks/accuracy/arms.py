@@ -1,4 +1,4 @@
-"""The arms of the study: ways to mix a batch that share all random numbers."""
+"""The arms of the study: mixing methods that share all random numbers."""
 
 from __future__ import annotations
 
