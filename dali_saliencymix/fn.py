@@ -481,19 +481,16 @@ def soft_labels(
             raise TypeError(msg)
     nodes = [labels, source_labels, lam]
     device = "gpu" if any(node.device == "gpu" for node in nodes) else "cpu"
-    operator = functools.partial(python_operator, name="soft_labels", stage=Stage("soft labels"))
-    if num_classes is None:
-        if smoothing:
-            msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
-            raise ValueError(msg)
-        rules = [f"all {name} of a batch must have one shape, got {{}}" for name in ("labels", "source_labels", "lam")]
-        return operator(_mixed_vectors, *(to_device(device, node) for node in nodes), rules=rules)
-    check_at_least(num_classes, "num_classes", 1)
-    make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
-    # Pass Python one input instead of three. float64 represents all class ids up to 2**53 exactly.
-    flat = [to_device(device, fn.reshape(fn.cast(node, dtype=types.FLOAT64), shape=[-1])) for node in nodes]
-    rule = "all labels of a batch must have one shape, got {}, with source_labels and lam appended"
-    return operator(make, fn.cat(*flat), rules=[rule])
+    make: Callable[..., tuple[Array]] = _mixed_vectors
+    if num_classes is not None:
+        check_at_least(num_classes, "num_classes", 1)
+        make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
+    elif smoothing:
+        msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
+        raise ValueError(msg)
+    rules = [f"all {name} of a batch must have one shape, got {{}}" for name in ("labels", "source_labels", "lam")]
+    inputs = [to_device(device, node) for node in nodes]
+    return python_operator(make, *inputs, name="soft_labels", stage=Stage("soft labels"), rules=rules)
 
 
 def _mixed(
@@ -536,23 +533,26 @@ def _mixed_vectors(labels: Array, source_labels: Array, lam: Array) -> tuple[Arr
     return (array_labels.soft_labels(own, other, weight),)
 
 
-def _soft_labels(packed: Array, *, num_classes: int, smoothing: float) -> tuple[Array]:
-    """Return the targets for float64 rows (label, source label, lam)."""
-    if packed.shape[1] != 3:
-        msg = (
-            f"labels and source_labels must be one class id per sample if num_classes={num_classes} is given, and lam "
-            f"one number, got {packed.shape[1]} numbers in all. Omit num_classes if labels are vectors"
-        )
-        raise ValueError(msg)
-    labels, source_labels = (_class_ids(packed[:, i], name) for i, name in enumerate(("labels", "source_labels")))
-    return (
-        array_labels.soft_labels(labels, source_labels, packed[:, 2], num_classes=num_classes, smoothing=smoothing),
-    )
+def _soft_labels(
+    labels: Array, source_labels: Array, lam: Array, *, num_classes: int, smoothing: float
+) -> tuple[Array]:
+    """Return the targets for class ids."""
+    for name, values in (("labels", labels), ("source_labels", source_labels), ("lam", lam)):
+        if values.size != len(values):
+            msg = (
+                f"{name} must be one number per sample if num_classes={num_classes} is given, got shape "
+                f"{values.shape[1:]}. Omit num_classes if labels are vectors"
+            )
+            raise ValueError(msg)
+    own, other = _class_ids(labels.reshape(-1), "labels"), _class_ids(source_labels.reshape(-1), "source_labels")
+    return (array_labels.soft_labels(own, other, lam.reshape(-1), num_classes=num_classes, smoothing=smoothing),)
 
 
 def _class_ids(values: Array, name: str) -> Array:
-    """Return float64 labels as integers; a label that is not an integer is an error, or becomes -1 on a GPU."""
+    """Return labels as int64; a label that is not an integer is an error, or becomes -1 on a GPU."""
     xp = array_namespace(values)
+    if values.dtype.kind != "f":
+        return values.astype(xp.int64)
     whole = (abs(values) <= 2.0**53) & (xp.floor(values) == values)
     if is_host(xp) and not whole.all():
         msg = f"{name} must be integer class ids, got {values[~whole][0]}"

@@ -49,7 +49,7 @@ def test_a_single_sample_is_a_batch_of_one():
 
 def test_samples_of_several_shapes_are_refused_with_the_remedy():
     samples = [np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)]
-    with pytest.raises(ValueError, match=r"one shape, got 2: \(4, 5, 3\), \(5, 4, 3\); put fn\.resize in front"):
+    with pytest.raises(ValueError, match=r"one shape, got 2 shapes: \(4, 5, 3\), \(5, 4, 3\); resize or crop"):
         as_batch(samples)
 
 

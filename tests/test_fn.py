@@ -418,7 +418,7 @@ def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files
     ("mirror", "got"),
     [
         (lambda labels: fn.random.coin_flip(shape=[2]), r"shape \(2,\)"),
-        (lambda labels: ragged(labels), r"shapes 3: \(2,\), \(3,\), \(4,\)"),
+        (lambda labels: ragged(labels), r"3 shapes: \(2,\), \(3,\), \(4,\)"),
     ],
     ids=["two", "ragged"],
 )
@@ -679,7 +679,7 @@ def test_vectors_with_num_classes_are_an_error_that_says_so(files):
         one_hot = fn.one_hot(labels, num_classes=FILES)
         return dsfn.soft_labels(*dsfn.saliencymix(images, one_hot)[1:], num_classes=FILES)
 
-    message = rf"must be one class id per sample if num_classes={FILES} is given, .* Omit num_classes if labels are"
+    message = rf"labels must be one number per sample if num_classes={FILES} is given, got shape \({FILES},\)"
     with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
@@ -696,7 +696,7 @@ def wrong_images(kind, files):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("ragged", r"ValueError: all images of a batch must have one shape, got \d: \(.*; put fn\.resize in front"),
+        ("ragged", r"ValueError: all images of a batch must have one shape, got \d shapes: \(.*; resize or crop"),
         ("float", r"images must be uint8 with pixel values 0\.\.255, got float32: .* Mix before normalising"),
         ("channels first", rf"\(N, H, W, C\) .* got \(8, 3, {HEIGHT}, {WIDTH}\): that looks like channels first"),
     ],
@@ -748,20 +748,16 @@ def ragged(labels):
     return fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
 
 
-@pytest.mark.parametrize("form", ["ids", "vectors"])
-def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, form):
+@pytest.mark.parametrize("options", [{"num_classes": FILES}, {}], ids=["ids", "vectors"])
+def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, options):
     @pipeline_def
     def softened():
         _, labels = read(files)
         labels = ragged(labels)
-        options = {"num_classes": FILES} if form == "ids" else {}
         return dsfn.soft_labels(labels, labels, 1.0, **options)
 
-    shown = {
-        "ids": r", got 3: \(5,\), \(7,\), .*, with source_labels and lam appended",
-        "vectors": r", got 3: \(2,\), ",
-    }
-    with pytest.raises(RuntimeError, match=f"ValueError: all labels of a batch must have one shape{shown[form]}"):
+    message = r"ValueError: all labels of a batch must have one shape, got 3 shapes: \(2,\), "
+    with pytest.raises(RuntimeError, match=message):
         run(build(softened))
 
 
@@ -772,7 +768,7 @@ def test_labels_of_sources_are_refused_in_words_of_their_own(files):
         return dsfn.soft_labels(fn.one_hot(labels, num_classes=3), ragged(labels), 1.0)
 
     with pytest.raises(
-        RuntimeError, match=r"ValueError: all source_labels of a batch must have one shape, got 3: \(2,"
+        RuntimeError, match=r"ValueError: all source_labels of a batch must have one shape, got 3 shapes: \(2,"
     ):
         run(build(softened))
 
@@ -784,7 +780,8 @@ def test_peaks_of_different_lengths_are_refused(files):
         return dsfn.saliencymix(images, labels, peaks=ragged(labels))
 
     with pytest.raises(
-        RuntimeError, match=r"ValueError: all peaks of a batch must have shape \(2,\), got 3: \(2,\), \(3,\), \(4,\)"
+        RuntimeError,
+        match=r"ValueError: all peaks of a batch must have shape \(2,\), got 3 shapes: \(2,\), \(3,\), ",
     ):
         run(build(mixed))
 

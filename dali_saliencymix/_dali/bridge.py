@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 # Message for samples of different shapes: `{}` stands for the shapes.
-OF_IMAGES = "all images of a batch must have one shape, got {}; put fn.resize in front"
+OF_IMAGES = "all images of a batch must have one shape, got {}; resize or crop all images to one size first"
 
 
 def check_one_shape(shapes: Iterable[tuple[int, ...]], rule: str = OF_IMAGES) -> None:
     """Require the samples of a batch to have one shape; `rule` is the error message."""
     different = sorted(set(shapes))
     if len(different) > 1:
-        raise ValueError(rule.format(f"{len(different)}: {', '.join(map(str, different[:4]))}"))
+        raise ValueError(rule.format(f"{len(different)} shapes: {', '.join(map(str, different[:4]))}"))
 
 
 def as_batch(samples: Sequence[Array], rule: str = OF_IMAGES) -> Array:

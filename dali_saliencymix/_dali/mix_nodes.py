@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Messages for user inputs of different shapes.
 _RULES = {
-    "mirror": "mirror must be one number for each image, got shapes {}",
+    "mirror": "mirror must be one number for each image, got {}",
     "peaks": "all peaks of a batch must have shape (2,), got {}",
 }
 
