@@ -7,9 +7,9 @@ DATA is a folder with one folder of images for each class. Dynamic mode is exper
 was written for DALI 2.4.
 
 The example calls the array function on the batch between two operators. One seed determines everything random: the
-order of the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI, so they
-would have to be copied out, and with ``capture=True`` they would be drawn some batches ahead. The state of the NumPy
-generator always matches the batch that is trained on.
+order of the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI,
+so they would have to be copied out, and with ``capture=True`` they would be drawn some batches ahead. The state of the
+NumPy generator always matches the batch that is trained on.
 """
 
 import argparse
