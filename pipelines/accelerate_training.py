@@ -9,8 +9,8 @@ was killed, in the middle of the epoch, and neither repeats nor skips images.
 
 ``accelerator.prepare`` wraps the model and the optimizer, but not the loader. DALI already gives each process its own
 shard of the files, and returns tensors on its device; a prepared loader would shard and move each batch again. So this
-job does itself what Accelerate does for a prepared loader: it saves the position in the epoch next to the state of the
-Accelerator, and updates the weights at the end of an epoch, even if fewer batches are accumulated by then.
+example does itself what Accelerate does for a prepared loader: it saves the position in the epoch next to the state of
+the Accelerator, and updates the weights at the end of an epoch, even if fewer batches are accumulated by then.
 """
 
 import argparse

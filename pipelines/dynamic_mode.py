@@ -3,13 +3,13 @@
     python pipelines/dynamic_mode.py DATA
     python pipelines/dynamic_mode.py DATA --device gpu --capture
 
-DATA is a folder with one folder of images for each class. Dynamic mode is experimental and may change; this job was
-written for DALI 2.4.
+DATA is a folder with one folder of images for each class. Dynamic mode is experimental and may change; this example
+was written for DALI 2.4.
 
-The job calls the array function on the batch between two operators. One seed determines everything random: the order of
-the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI, so they
-would have to be copied out, and with ``capture=True`` they would be drawn some batches ahead. The state of the NumPy
-generator always matches the batch that is trained on.
+The example calls the array function on the batch between two operators. One seed determines everything random: the
+order of the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI,
+so they would have to be copied out, and with ``capture=True`` they would be drawn some batches ahead. The state of the
+NumPy generator always matches the batch that is trained on.
 """
 
 import argparse

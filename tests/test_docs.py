@@ -235,7 +235,7 @@ def real_errors(monkeypatch):
 
 def test_the_errors_of_the_guide_are_those_that_are_raised(monkeypatch):
     page = (DOCS / "guides" / "dali.md").read_text()
-    table = page[page.index("## What the errors mean") : page.index("## Complete jobs")]
+    table = page[page.index("## What the errors mean") : page.index("## Complete examples")]
     shown = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
     errors = list(real_errors(monkeypatch))
     assert len(shown) == len(errors)
