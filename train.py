@@ -50,6 +50,7 @@ from dali_saliencymix.bottleneck.command import profile_training
 from dali_saliencymix.loaders.base import Batches, chosen_backend, validated
 from dali_saliencymix.loaders.data import open_data
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.environment import counted
 from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.folder_lock import FolderLock
@@ -447,7 +448,7 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
     took = f"in {duration(time.monotonic() - started)}"
     best = trainer.best_top1
     result = "no whole epoch validated after" if best == -math.inf else f"best validation top-1 {best:.2f} % of"
-    say(f"{result} {trainer.epoch} epochs, {took}: {options.run.output_dir}", enabled=processes.is_main)
+    say(f"{result} {counted(trainer.epoch, 'epochs')}, {took}: {options.run.output_dir}", enabled=processes.is_main)
 
 
 def train(trainer: Trainer, val_loader: Batches | None) -> None:

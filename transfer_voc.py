@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_saliencymix._errors import add_traceback, flush_stdout, prepare_stdout, wants_traceback
-from dali_saliencymix.options import whole_number
+from dali_saliencymix.options import HelpFormatter, whole_number
 from dali_saliencymix.packages import require_or_exit
 
 
@@ -26,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and exit with a message if an option is invalid."""
     parser = argparse.ArgumentParser(
         description="Fine-tune torchvision's Faster R-CNN on Pascal VOC, with the backbone of a trained classifier.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("data", type=Path, metavar="VOC", help="folder that holds VOCdevkit/")
     parser.add_argument(

@@ -13,7 +13,7 @@ from typing import Any
 
 from dali_saliencymix import __version__
 from dali_saliencymix._errors import EXPECTED, add_traceback, flush_stdout, prepare_stdout, write_error
-from dali_saliencymix.options import MODES, PRESET_OPTIONS, add_option, whole_number
+from dali_saliencymix.options import MODES, PRESET_OPTIONS, HelpFormatter, add_option, whole_number
 from dali_saliencymix.packages import require
 
 
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=called)
     parser.add_argument("--version", action="version", version=f"{script} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_command = functools.partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_command = functools.partial(commands.add_parser, formatter_class=HelpFormatter)
 
     sample = add_command("sample-data", help="write a small data set of real JPEG files")
     sample.add_argument("root", type=Path, metavar="DATA", help="folder to write train/ and val/ into")
@@ -57,15 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--min-size", type=whole_number(1), default=8, help="exclude images whose shorter side is below this, in pixels"
     )
     scan.add_argument("--strict", action="store_true", help="also exclude files with decoder warnings")
-    scan.add_argument("-j", "--workers", type=whole_number(1, 1024), help="decoding processes; by default one per core")
+    scan.add_argument("-j", "--workers", type=whole_number(1, 1024), help="decoding processes (default: one per core)")
     scan.add_argument("--timeout", type=float, default=60.0, help="time limit per file in seconds")
 
     # Its options include those of train.py, and the parser of train.py imports PyTorch.
     add_command("bottleneck", help="report whether training is input-bound", add_help=False)
 
-    comparison = add_command("compare", help="report the changes between two bottleneck reports")
-    comparison.add_argument("before", type=Path, metavar="A.json")
-    comparison.add_argument("after", type=Path, metavar="B.json")
+    comparison = add_command("compare", help="report what changed between two bottleneck reports")
+    comparison.add_argument("before", type=Path, metavar="A.json", help="first report, written by bottleneck -o")
+    comparison.add_argument("after", type=Path, metavar="B.json", help="second report")
 
     compiling = add_command(
         "compile",

@@ -128,7 +128,7 @@ class MixOptions:
             "move or cut boxes that cross the border; the default for cutmix is clip", choices=BOXES, modes=MODES[:2]
         ),
     )
-    per_batch: bool | Any = field(default=None, metadata=_about("use one box for the whole batch"))
+    per_batch: bool | Any = field(default=None, metadata=_about("use one lam and one box for the whole batch"))
     label_weight: str = field(
         default="area",
         metadata=_about(
@@ -228,6 +228,15 @@ def add_option(parser: argparse._ActionsContainer, name: str, *flags: str) -> No
         add(choices=declared.metadata["choices"])
     else:
         add(type=float, metavar=declared.metadata["metavar"])
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that only mean that an option is not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:

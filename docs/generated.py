@@ -33,7 +33,7 @@ def parts() -> dict[str, str]:
         "help_package": help_of("python -m dali_saliencymix", package_main),
         **{
             f"help_{command.replace('-', '_')}": help_of("python -m dali_saliencymix", package_main, command)
-            for command in ("sample-data", "scan", "bottleneck", "preview", "compile")
+            for command in ("sample-data", "scan", "bottleneck", "compare", "preview", "compile")
         },
         "help_train": help_of("train.py", parse_arguments),
         "help_transfer_voc": help_of("transfer_voc.py", transfer_voc.parse_arguments),

@@ -477,7 +477,7 @@ def test_synthetic_data_needs_no_folder(tmp_path, train_here):
     ended = train_here(*TINY, *options, "--output-dir", tmp_path / "run")
     assert ended.status == 0, ended.err
     assert "global batch 8 (8 per process, 1 process), 2 steps per epoch" in ended.out
-    assert "4 classes, 16 images, 16 for validation  |  batches by synthetic" in ended.out
+    assert "4 classes, 16 images, 16 for validation  |  data backend synthetic" in ended.out
 
 
 # Counts the all-reduces in an epoch of accumulated steps, and compares the weights afterwards.

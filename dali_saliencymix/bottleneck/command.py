@@ -75,10 +75,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     option("--no-step", action="store_true", help="measure only the loader")
     option("--files", nargs="+", type=Path, help="files or folders that the loader of --pipeline or --loader reads")
     option("--images", type=whole_number(1), default=2048, help="images of DATA to read in each process (%(default)s)")
-    option("--cache", choices=CACHES, default="auto", help="does the training find its files in memory? auto: by size")
+    option("--cache", choices=CACHES, default="auto", help="whether training finds its files in memory; auto: by size")
     option("--seconds", type=float, default=100.0, help="approximate duration of the measurement (%(default)g)")
     option(
-        "--rounds", type=whole_number(LEAST_ROUNDS, 10_000), default=ROUNDS, help="windows of each figure (%(default)s)"
+        "--rounds",
+        type=whole_number(LEAST_ROUNDS, 10_000),
+        default=ROUNDS,
+        help="windows for each figure (%(default)s)",
     )
     option("--no-storage", action="store_true", help="do not measure storage, which drops files from the page cache")
     option("--no-what-ifs", action="store_true", help="do not measure other settings of the loader")

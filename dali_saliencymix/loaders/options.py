@@ -145,8 +145,8 @@ class DataOptions:
     seed: int = option(0, "seed of weights, file order and augmentation", group="run", least=0)
     max_bad_batches: int = option(
         10,
-        "leave out up to N bad files, then end with an error at the next one",
-        group="checkpoints and faults",
+        "skip up to N bad files in each process; one more ends the run with an error",
+        group="checkpoints and fault tolerance",
         least=0,
     )
 

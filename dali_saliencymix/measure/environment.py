@@ -113,7 +113,7 @@ def counted(count: int, plural: str) -> str:
     >>> counted(1, "processes"), counted(2, "cores")
     ('1 process', '2 cores')
     """
-    return f"{count} {plural if count > 1 else re.sub('(?<=ss)es$|s$', '', plural)}"
+    return f"{count} {plural if count != 1 else re.sub('(?<=ss)es$|s$', '', plural)}"
 
 
 def resident_mib(pid: int | str = "self") -> float | None:

@@ -19,7 +19,15 @@ from dali_saliencymix._errors import add_traceback, line_of, printable
 from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.loaders.options import DataOptions, defaults_of, flags_of
 from dali_saliencymix.measure.results import replace_file
-from dali_saliencymix.options import MODES, PRESET_OPTIONS, MixOptions, add_option, unused_options, whole_number
+from dali_saliencymix.options import (
+    MODES,
+    PRESET_OPTIONS,
+    HelpFormatter,
+    MixOptions,
+    add_option,
+    unused_options,
+    whole_number,
+)
 from dali_saliencymix.training.options import (
     AS_TRAINED,
     EvaluationOptions,
@@ -40,8 +48,8 @@ _GROUPS: dict[str, Any] = {  # the fields of TrainingOptions
 }
 _DECLARED: list[Field[Any]] = [each for group in _GROUPS.values() for each in fields(group) if each.metadata]
 _TITLES = (
-    *("data", "mixing", "model and optimiser", "speed and precision", "run", "checkpoints and faults"),
-    *("displays and files", "with --evaluate", "short runs"),
+    *("data", "mixing", "model and optimiser", "speed and precision", "run", "checkpoints and fault tolerance"),
+    *("logs and outputs", "with --evaluate", "short runs"),
 )
 
 # Mixing options by their names in `MixOptions`, with their names on the command line.
@@ -148,15 +156,17 @@ def make_parser(prog: str | None = None) -> _Parser:
         usage="%(prog)s DATA [options]",
         description="Train a classification model on an image folder, with SaliencyMix in DALI.",
         epilog=_EPILOG,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", type=Path, metavar="YAML", help="configuration file, such as configs/*.yaml")
     add_traceback(parser)
     groups = {title: parser.add_argument_group(title) for title in _TITLES}
     data, mixing = groups["data"], groups["mixing"]
-    data.add_argument("data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="folder with train/, val/")
-    data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="same as DATA")
+    data.add_argument(
+        "data", nargs="?", type=Path, metavar="DATA", action=_SetIfGiven, help="folder with train/ and val/"
+    )
+    data.add_argument("--data-dir", "--data-path", type=Path, dest="data", metavar="DATA", help="another name for DATA")
     mixing.add_argument("--mix", choices=(*MODES, "none"), default="saliencymix", help="mixing mode")
     add_option(mixing, "alpha", "--mix-alpha", "--beta")
     add_option(mixing, "prob", "--mix-prob", "--salmix_prob")
@@ -215,15 +225,6 @@ class _SetIfGiven(argparse.Action):
     ) -> None:
         if values is not None:
             setattr(namespace, self.dest, values)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except those that only mean that an option is not given."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
 
 
 def _read_options(parser: _Parser, pairs: list[tuple[str, Any]]) -> argparse.Namespace:

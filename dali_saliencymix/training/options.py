@@ -54,8 +54,8 @@ def _amp_dtype(text: str) -> str:
 _model = functools.partial(option, group="model and optimiser")
 _speed = functools.partial(option, group="speed and precision")
 _run = functools.partial(option, group="run")
-_faults = functools.partial(option, group="checkpoints and faults")
-_output = functools.partial(option, group="displays and files")
+_faults = functools.partial(option, group="checkpoints and fault tolerance")
+_output = functools.partial(option, group="logs and outputs")
 _evaluation = functools.partial(option, group="with --evaluate")
 _short = functools.partial(option, group="short runs")
 
@@ -100,7 +100,7 @@ class ModelOptions:
 class OptimizerOptions:
     """Options of the optimiser and the weight updates."""
 
-    accumulation_steps: int = _model(1, "steps whose gradients are accumulated for one update of the weights")
+    accumulation_steps: int = _model(1, "steps over which gradients are accumulated for one update of the weights")
     lr: float = _model(
         0.1,
         "learning rate for the global batch, over all processes and accumulated steps; the script never scales it: "
@@ -151,20 +151,23 @@ class ScheduleOptions:
 
     epochs: int = _model(300, "number of epochs")
     lr_scheduler: str = _model(
-        "cosine", "learning rate schedule: half a cosine down to 0, or steps", choices=("cosine", "step")
+        "cosine",
+        "learning rate schedule: half a cosine down to 0, or a drop at each milestone",
+        choices=("cosine", "step"),
     )
-    lr_warmup_epochs: float = _model(
-        0.0, "number of epochs of linear warm-up", metavar="N", within="a number of at least 0"
-    )
+    lr_warmup_epochs: float = _model(0.0, "epochs of linear warm-up", metavar="N", within="a number of at least 0")
     lr_milestones: tuple[float, ...] = _model(
-        (75.0, 150.0, 225.0), "epochs of the steps", metavar="EPOCH", only_with=("lr_scheduler", "step")
+        (75.0, 150.0, 225.0),
+        "epochs at which the learning rate is multiplied by --lr-gamma",
+        metavar="EPOCH",
+        only_with=("lr_scheduler", "step"),
     )
     lr_gamma: float = _model(
-        0.1, "factor of each step", metavar="F", within="a positive number", only_with=("lr_scheduler", "step")
+        0.1, "factor at each milestone", metavar="F", within="a positive number", only_with=("lr_scheduler", "step")
     )
     progressive_size: tuple[str, ...] = option(
         (),
-        "sizes of training images, each from an epoch on, counted from 0: 128@0 160@6 192@12",
+        "sizes of training images and the epochs, counted from 0, from which they apply: 128@0 160@6 192@12",
         type=_size_at_epoch,
         metavar="SIZE@EPOCH",
         only_with=("dataset", "folder"),
@@ -210,7 +213,7 @@ class RunOptions:
         metavar="SECONDS",
         within="in [0, 1e6]",
     )
-    max_nan_steps: int = _faults(3, "end with an error after N steps in a row whose loss is not finite")
+    max_nan_steps: int = _faults(3, "end with an error after N consecutive steps with a non-finite loss")
     tensorboard: bool = _output(False, "also log to TensorBoard")
     log_wandb: bool = _output(False, "also log to Weights & Biases")
     wandb_project: str = _output(
@@ -219,7 +222,7 @@ class RunOptions:
     save_images: int = _output(0, "save a picture of N mixed images of the first batch", least=0)
     print_freq: int = _output(10, "steps between updates of the display", "-p", "--print-freq")
     profile_loader: bool = _short(False, "only measure whether the loader is the bottleneck", action="store_true")
-    max_steps: int | None = _short(None, "end after N steps of this run, and validate", "--max-steps", "--prof")
+    max_steps: int | None = _short(None, "end this run after N steps, then validate", "--max-steps", "--prof")
     training_only: bool = _short(False, "do not validate")
     no_checkpoints: bool = _short(False, "do not save checkpoints", action="store_true")
 
@@ -238,7 +241,7 @@ class EvaluationOptions:
     per_class_csv: bool = _evaluation(False, "write the accuracy of each class to a CSV file", action="store_true")
     fgsm: float | None = _evaluation(
         None,
-        f"accuracy under an FGSM attack of size EPSILON, for pixels in [0, 1]; {_EPSILON} if left out",
+        f"accuracy under an FGSM attack of size EPSILON, for pixels in [0, 1]; {_EPSILON} if no EPSILON is given",
         nargs="?",
         type=read_epsilon,
         const=read_epsilon(_EPSILON),

@@ -71,11 +71,11 @@ def banner(options: TrainingOptions, facts: dict[str, Any]) -> str:
             f"{here['device']} x {facts['processes']}{driver}  |  {versions}",
             f"{options.model.arch}, {facts['precision']}, {facts['memory_format']}  |  "
             f"global batch {facts['global_batch']} ({', '.join(sizes)}), "
-            f"{facts['steps_per_epoch']} steps per epoch, {schedule.epochs} epochs",
+            f"{counted(facts['steps_per_epoch'], 'steps')} per epoch, {counted(schedule.epochs, 'epochs')}",
             ", ".join(updates),
             f"mix {mixing}{growing}",
             f"{data['classes']} classes, {data['train_images']} images, {data['val_images']} for validation  |  "
-            f"batches by {data['backend']}, {data['threads']} threads, hardware decoder: "
+            f"data backend {data['backend']}, {counted(data['threads'], 'threads')}, hardware decoder: "
             f"{engine[facts['hardware_decoder']]}",
         ]
     )
