@@ -63,7 +63,9 @@ def run_console(block, folder):
     outputs = []
     for command in block.replace("\\\n", "").splitlines():
         program, *arguments = re.sub("'", "", command).split()
-        if program == "pip":
+        if program == "export":
+            assert arguments == ["OMP_NUM_THREADS=1"]  # as all tests have it
+        elif program == "pip":
             check_extras(arguments)
         elif program == "python":
             script = [REPOSITORY / word if word.endswith(".py") else word for word in arguments]
