@@ -41,13 +41,15 @@ class Normalise(NamedTuple):
     """Options of fused flip and normalise, in the same operator as the mixing instead of after it.
 
     On a CPU with Numba installed, saliencymix and cutmix mix, flip and normalise in one pass over the pixels, which
-    takes less time than ``fn.crop_mirror_normalize`` alone. mixup and mix need a second pass. On a GPU, fused and
-    separate operators are equally fast.
+    takes less time than ``fn.crop_mirror_normalize`` alone. mixup and mix need a second pass. On an H100, fused and
+    separate operators were equally fast within the noise.
 
     Attributes
     ----------
-    mean, std : sequence of float
-        Mean and standard deviation of each channel, in grey levels 0..255.
+    mean : sequence of float
+        Mean of each channel, in grey levels 0..255.
+    std : sequence of float
+        Standard deviation of each channel, in grey levels.
     mirror : DataNode, optional
         1 to flip a mixed image horizontally, with its patch, or 0; scalars or of shape (1,). On a GPU the values are
         not checked, and any nonzero value flips.

@@ -54,8 +54,10 @@ class Examined:
         Maps kinds of findings, from `EXCLUDED` and `NOTED`, to descriptions. At most one kind is from `EXCLUDED`.
     size : tuple of int, optional
         Width and height in pixels, as stored; None if the header could not be read.
-    format, mode : str
-        Format and mode as Pillow names them, such as JPEG and RGB; empty if the header could not be read.
+    format : str
+        Format as Pillow names it, such as JPEG; empty if the header could not be read.
+    mode : str
+        Mode as Pillow names it, such as RGB; empty if the header could not be read.
     file_bytes : int
         Size of the file in bytes.
     """

@@ -61,15 +61,19 @@ class Data(ABC):
     ----------
     classes : list of str
         Names of the classes; a label is an index into this list.
-    train_images, val_images : int
-        Number of images.
+    train_images : int
+        Number of training images.
+    val_images : int
+        Number of validation images.
     root : Path
         Folder of the training images.
     fingerprint : dict from str to str or int
         Properties of the data which, besides the options, determine the training batches. They must not change when a
         run resumes.
-    mean, std : tuple of float
-        Mean and standard deviation for the normalisation, for pixels in [0, 1].
+    mean : tuple of float
+        Mean of each channel for the normalisation, for pixels in [0, 1].
+    std : tuple of float
+        Standard deviation of each channel.
     """
 
     classes: list[str]
@@ -105,7 +109,7 @@ class Data(ABC):
 
 
 def validated(images: int, options: DataOptions, processes: Processes) -> range | list[int]:
-    """Return the indices of the images to validate on: all, or with --val-steps an evenly spaced subset."""
+    """Return the indices of the images to validate on: all, or with ``--val-steps`` an evenly spaced subset."""
     if options.val_steps is None:
         return range(images)
     count = min(images, options.val_steps * options.batch_size * processes.world_size)

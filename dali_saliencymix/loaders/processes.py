@@ -13,8 +13,12 @@ class Processes:
 
     Attributes
     ----------
-    rank, local_rank, world_size : int
-        Rank of this process in the run, its rank on its machine, and the number of processes in the run.
+    rank : int
+        Rank of this process in the run.
+    local_rank : int
+        Its rank on its machine.
+    world_size : int
+        Number of processes in the run.
     device : torch.device
         The device on which this process computes.
     """

@@ -18,8 +18,12 @@ class Interval:
 
     Attributes
     ----------
-    median, low, high : float
-        With ``low <= median <= high``, in the unit of the values.
+    median : float
+        Median, in the unit of the values.
+    low : float
+        Lower end of the confidence interval.
+    high : float
+        Upper end of the confidence interval.
     count : int
         Number of values.
     """
