@@ -43,7 +43,7 @@ def saliency_peaks(
     height, width : int
         Size of the images that the maps belong to.
     least : bool
-        If true, return the minimum instead of the maximum.
+        If true, return the least salient pixel instead.
     algorithm : {"auto", "array", "kernel"}
         Array operations or a kernel. There are kernels for float32 maps: in CUDA on a GPU, and, for the maximum only,
         compiled by Numba on a CPU. Both algorithms return the same pixels. ``"auto"`` selects the kernel on a GPU, and

@@ -41,8 +41,8 @@ def lightning_callback(**options: Any) -> Any:
     Returns
     -------
     Callback
-        A callback of the package that is already imported, or of both if both are. Its attribute `monitor` is the
-        `Monitor` of the last training, None before the first.
+        A callback for the package that is already imported, or for both if both are; if neither is, for an installed
+        one. Its attribute `monitor` is the `Monitor` of the last training, None before the first.
 
     Raises
     ------

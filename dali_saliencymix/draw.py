@@ -95,7 +95,7 @@ def draw_mix_params(
     batch_size : int
         N, the number of images.
     modes : mapping from str to float
-        Mixing modes, from `MODES`, with their relative probabilities, which need not sum to 1.
+        Mixing modes, among `MODES`, with their relative probabilities, which need not sum to 1.
     alpha : float or mapping from str to float
         Parameter of Beta(alpha, alpha), the distribution of `lam`: one number for all modes, or one per mode.
     prob : float

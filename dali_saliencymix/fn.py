@@ -140,7 +140,7 @@ def saliencymix(
         ratio of the saliency kept to the saliency kept and pasted, see `dali_saliencymix.saliencymix`; it cannot be
         combined with `peaks`.
     algorithm : {"auto", "array", "kernel"}
-        Array operations, or kernels for the steps that have one; see `dali_saliencymix.saliencymix`.
+        Array operations, or kernels for the steps that have one; see `dali_saliencymix.fine_grained`.
     normalise : Normalise, optional
         If given, fused flip and normalise: it replaces ``fn.crop_mirror_normalize``.
     return_boxes : bool

@@ -59,7 +59,7 @@ class MixOptions:
     Attributes
     ----------
     modes : mapping from str to float
-        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
+        Mixing modes, among ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
         need not sum to 1. By default saliencymix only.
     alpha : float or mapping from str to float
         Parameter of Beta(alpha, alpha), the distribution of `lam`: one number for all modes, or one per mode.

@@ -192,7 +192,7 @@ def save_preview(
     compare : bool
         If true, plot the maps of all detectors for the same images instead of mixed samples.
     modes : sequence of str
-        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
+        Mixing modes, among ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``; each sample gets one of them.
     alpha, prob
         As for `dali_saliencymix.draw_mix_params`.
     label_weight : {"area", "saliency"}

@@ -55,7 +55,7 @@ class SaliencyMix:
     prob : float
         Probability in [0, 1] that an image is mixed.
     modes : mapping from str to float
-        Mixing modes, from ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
+        Mixing modes, among ``"saliencymix"``, ``"cutmix"`` and ``"mixup"``, with their relative probabilities, which
         need not sum to 1. By default saliencymix only.
     choose : {"sample", "batch"}
         Whether to draw a mode for each image or one for the whole batch.
