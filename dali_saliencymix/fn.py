@@ -545,7 +545,8 @@ def _soft_labels(
             )
             raise ValueError(msg)
     own, other = _class_ids(labels.reshape(-1), "labels"), _class_ids(source_labels.reshape(-1), "source_labels")
-    return (array_labels.soft_labels(own, other, lam.reshape(-1), num_classes=num_classes, smoothing=smoothing),)
+    weight = lam.reshape(-1).astype("float64")
+    return (array_labels.soft_labels(own, other, weight, num_classes=num_classes, smoothing=smoothing),)
 
 
 def _class_ids(values: Array, name: str) -> Array:

@@ -672,6 +672,19 @@ def test_an_invalid_class_id_is_an_error_and_not_truncated(name, wrong):
         run(build(softened))
 
 
+def test_labels_and_weights_of_soft_labels_may_be_integers_of_any_kind(files):
+    @pipeline_def
+    def softened():
+        _, labels = read(files)
+        small = fn.cast(labels, dtype=types.UINT8)
+        lam = fn.random.coin_flip()
+        return labels, lam, dsfn.soft_labels(small, small, lam, num_classes=FILES)
+
+    labels, lam, targets = run(build(softened))
+    assert set(lam.ravel()) == {0, 1}
+    np.testing.assert_array_equal(targets, np.eye(FILES, dtype=np.float32)[labels.ravel()])
+
+
 def test_vectors_with_num_classes_are_an_error_that_says_so(files):
     @pipeline_def
     def softened():
