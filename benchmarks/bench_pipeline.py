@@ -24,8 +24,7 @@ def main() -> None:
     parser = program.parser(__doc__, *program.ROUNDS, *loaders.OPTIONS, batch_size=128, crop_size=224)
     least = "minimum number of batches of a variant in each round (default: %(default)s)"
     parser.add_argument("--batches", type=program.positive, default=4, help=least)
-    named = "measure these as one group, with none (default: all, in groups)"
-    parser.add_argument("--variants", nargs="+", choices=list(makers), metavar="NAME", help=named)
+    loaders.add_variants(parser, makers)
     options = parser.parse_args()
     groups = [options.variants] if options.variants else default_groups(gpu=machine.wants_gpu(options))
 

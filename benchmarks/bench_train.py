@@ -36,8 +36,7 @@ def main() -> None:
     )
     parser.add_argument("-a", "--arch", help="network of torchvision (default: resnet50, without a GPU resnet18)")
     parser.add_argument("--steps", type=program.positive, help="training steps of a variant in each round")
-    named = f"measure these loaders as one group, with {_UNMIXED} (default: all, in groups)"
-    parser.add_argument("--variants", nargs="+", choices=list(loaders.makers()), metavar="NAME", help=named)
+    loaders.add_variants(parser, loaders.makers())
     parser.epilog = "defaults: -b 256, --crop-size 224, --steps 20; without a GPU 32, 64 and 8"
     options = parser.parse_args()
     gpu = machine.wants_gpu(options)
@@ -90,9 +89,9 @@ def measure_group(
         name: functools.partial(loaders.images_per_second, stream, setting, steps) for name, stream in streams.items()
     }
     record.measure(alone, lambda rates: {"loader_images_per_second": figures_of(rates)})
-    probed = {name: stream for name, stream in streams.items() if name not in loaders.decoder_settings()}
+    probed = [name for name in streams if name not in loaders.decoder_settings()]
     if len(probed) > 1:
-        held = {name: functools.partial(milliseconds_held, stream, setting, steps) for name, stream in probed.items()}
+        held = {name: functools.partial(milliseconds_held, streams[name], setting, steps) for name in probed}
         record.measure(held, lock_held)
 
 

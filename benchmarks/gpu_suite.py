@@ -250,7 +250,8 @@ def summary(out: Path, runs: list[Run]) -> str:
         result = read_json(path)
         if path.stem in _REPORTS:
             lines += ["", f"## {path.name}: {result['verdict']['name']}"]
-        if "conditions" not in result or path.stem in _REPORTS:
+            continue
+        if "conditions" not in result:
             continue
         lines += ["", f"## {path.name}: {result['conditions']['device']}"]
         if result["benchmark"] == "sanitize":

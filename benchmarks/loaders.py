@@ -63,6 +63,8 @@ from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from dali_saliencymix.pytorch import SaliencyMix
 
+# The function that has to return False for a loader with this suffix.
+_RETURNS_FALSE = {"apart": (imagenet, "pays_in_the_mix"), "samples": (python_operator, "whole_batches_work")}
 _OTHER_WAYS = ("apart", "samples", "array")  # suffixes of the variants that differ from the default
 _COMPARED = ("spectral_residual", "fine_grained")  # the detectors of this package's default and of the paper
 _THREADS, _DECODER_LOADS = (16, 8, 4), (0, 0.3, 0.65, 0.9)
@@ -84,6 +86,12 @@ class Setting:
 
 
 OPTIONS = ("data", "batch_size", "workers", "crop_size", "hw_decoder_load")  # options of scripts that measure loaders
+
+
+def add_variants(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add the option that selects loaders by name."""
+    named = "measure these loaders as one group, with none (default: all, in groups)"
+    parser.add_argument("--variants", nargs="+", choices=list(names), metavar="NAME", help=named)
 
 
 def setting_of(options: argparse.Namespace, folder: ImageFolder, **changes: Any) -> Setting:
@@ -213,13 +221,10 @@ def in_graph(
     `options` are further options of the loader and override the setting.
     """
     options = {"num_threads": setting.workers, "hw_decoder_load": setting.hw_decoder_load, **options}
-    as_asked = contextlib.ExitStack()
     if way == "array":
         mix = replace(mix, algorithm="array")
-    elif way:
-        target, name = {"apart": (imagenet, "pays_in_the_mix"), "samples": (python_operator, "whole_batches_work")}[way]
-        as_asked.enter_context(mock.patch.object(target, name, return_value=False))
-    with as_asked:
+    replaced = mock.patch.object(*_RETURNS_FALSE[way], return_value=False) if way in _RETURNS_FALSE else None
+    with replaced or contextlib.nullcontext():
         loader = training_loader(
             setting.folder,
             batch_size=setting.batch_size,

@@ -158,12 +158,17 @@ def cannot_decode(error: Exception, instead: str | None = None) -> Unusable:
     return Unusable("truncated" if "truncated" in words.lower() else "corrupt", words)
 
 
+def is_looked_at(file: str) -> bool:
+    """Tell whether a file name has an extension in `LOOKED_AT`."""
+    return file.lower().endswith(LOOKED_AT)
+
+
 def find_refused(files: Sequence[str]) -> dict[int, str]:
     """Check the headers of files with an extension in `LOOKED_AT`; return index and reason of each refused file.
 
     Missing files are not refused here.
     """
-    looked_at = [index for index, file in enumerate(files) if file.lower().endswith(LOOKED_AT)]
+    looked_at = [index for index, file in enumerate(files) if is_looked_at(file)]
     if not looked_at:
         return {}
     # Threads, since the files may be on a network. Warning filters are global to all of them.

@@ -23,7 +23,7 @@ from dali_saliencymix._checks import check_choice
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import Stage, marked, to_device
 from dali_saliencymix._routes import route_of
-from dali_saliencymix.datasets.formats import LOOKED_AT
+from dali_saliencymix.datasets.formats import is_looked_at
 from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
 from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of, validated
@@ -246,7 +246,7 @@ def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
     first = fn.lookup_table(
         beginning, keys=_BEGINNINGS, values=[0] * len(_BEGINNINGS), default_value=_BEYOND, dtype=types.INT32
     )
-    if any(file.lower().endswith(LOOKED_AT) for file in files):
+    if any(map(is_looked_at, files)):
         # .jpg, .jpeg and .png end in g, .webp has a b before its last letter; 0xDF maps to upper case.
         name = fn.get_property(encoded, key="source_info")
         unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
