@@ -2,6 +2,7 @@
 # make test       lint, type check and all tests
 # make check      the same without the slow tests, in about a minute
 # make docs       build the documentation, docs/_build/html/index.html
+# make dist       build and check the sdist and the wheel, in dist/
 # make bench      run all measurements of this machine, into benchmarks/results/*-$(NAME).json
 # make accuracy   run the accuracy study, or continue it: OUT=file.jsonl DATA=cifar MINUTES=9
 # make gpu-suite  run GPU tests and measurements in 9 minutes: OUT=folder
@@ -37,7 +38,7 @@ data := $(if $(DATA),"$(DATA)")
 # Without bytecode files, each test process spends ten seconds compiling its imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help environment demo test check lint kernels lint-and-kernels docs bench accuracy gpu-suite clean
+.PHONY: help environment demo test check lint kernels lint-and-kernels docs dist bench accuracy gpu-suite clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -82,6 +83,14 @@ check: lint-and-kernels
 docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
+# In an environment of its own, without the 8 GB of the other.
+dist:
+	$(PYTHON) -m venv --clear .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+
 bench: $(installed)
 	@test -z "$(DATA)" -o -d "$(DATA)" || { echo "error: DATA: $(DATA): no such folder" >&2; exit 1; }
 	$(python) -m benchmarks.bench_ops -o benchmarks/results/ops-$(NAME).json
@@ -108,4 +117,4 @@ gpu-suite:
 	  $(if $(CONTINUE),--continue "$(CONTINUE)") $(if $(STAGES),--stages $(STAGES))
 
 clean:
-	rm -rf $(VENV) $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png
+	rm -rf $(VENV) .venv-dist dist $(DEMO)/data $(DEMO)/run $(DEMO)/preview.png

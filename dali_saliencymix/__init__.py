@@ -7,7 +7,7 @@ only NumPy; ``fn`` imports DALI and ``pytorch`` imports PyTorch.
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 from typing import Any
 
 from dali_saliencymix.boxes import boxes_at, boxes_moved_to, kept_fraction, points_at, saliency_peaks
@@ -26,7 +26,10 @@ from dali_saliencymix.saliency import (
     spectral_residual,
 )
 
-__version__ = "0.1.0"
+try:
+    __version__ = importlib.metadata.version("dali-saliencymix")
+except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path but not installed
+    __version__ = "unknown"
 
 Placement = MixOptions  # the former name, from when the class held only the placement options
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,18 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import dali_saliencymix
-
 REPOSITORY = Path(__file__).parents[1]
-NOT_IN_THE_SDIST = {".ci/run", ".gitignore", ".readthedocs.yaml"}
-GENERATED = {"PKG-INFO", "setup.cfg"}  # in an sdist, beside *.egg-info
-BUILD = """
-import sys
-from setuptools import build_meta
-out = sys.argv[1]  # building changes sys.argv
-build_meta.build_wheel(out)
-build_meta.build_sdist(out)
-"""
+VERSION = "1.2.3"
 FOUND = """
 import importlib.util, dali_saliencymix
 print(dali_saliencymix.__file__)
@@ -56,29 +46,23 @@ print(tuple(mixed.shape), tuple(targets.shape), targets.sum().item())
 
 
 def source_files() -> set[str]:
-    """Return the files of the repository: those that git tracks, or all files if there is no git, as in an sdist."""
-    if (REPOSITORY / ".git").exists():
-        command = ["git", "ls-files", "-z"]
-        listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        return set(listed.stdout.split("\0")) - {""}
-    found = set()
-    for folder, folders, names in os.walk(REPOSITORY):
-        folders[:] = [name for name in folders if name[0] != "." and not name.endswith(("__pycache__", ".egg-info"))]
-        found |= {os.path.relpath(os.path.join(folder, name), REPOSITORY) for name in names}
-    return found - GENERATED
+    """Return the files that git tracks, or would track after ``git add``."""
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("compares with the files of git, and this is not a git repository")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return {name for name in listed.stdout.split("\0") if name and (REPOSITORY / name).exists()}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the wheel and the sdist, built from a copy of the source files."""
-    version = importlib.metadata.version("setuptools")
-    if int(version.partition(".")[0]) < 77:
-        pytest.skip(f"building needs setuptools>=77, which reads the licence as pyproject.toml names it; got {version}")
-    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
-    for name in source_files():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(REPOSITORY / name, copy / name)
-    ended = subprocess.run([sys.executable, "-c", BUILD, out], cwd=copy, capture_output=True, text=True, timeout=120)
+    """A folder with the wheel and the sdist."""
+    for name in ("hatchling", "hatch_vcs", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name, reason=f"building needs {name}, which is not installed")
+    out = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    environment = os.environ | {"SETUPTOOLS_SCM_PRETEND_VERSION": VERSION}
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     return out
 
@@ -138,8 +122,19 @@ def test_the_sdist_holds_all_source_files_and_nothing_else(built):
     (file,) = built.glob("*.tar.gz")
     with tarfile.open(file) as archive:
         held = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    held = {name for name in held if ".egg-info/" not in name}
-    assert held - GENERATED == source_files() - NOT_IN_THE_SDIST
+    assert held - {"PKG-INFO"} == source_files()
+
+
+def test_links_and_images_of_the_description_lead_to_the_files_of_the_version(wheel):
+    (metadata,) = wheel.glob("*.dist-info/METADATA")
+    description = metadata.read_text().partition("\n\n")[2]
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", description)
+    pattern = re.compile(rf"https://\S+?/dali-saliencymix/dali-saliencymix/(?:blob/)?v{re.escape(VERSION)}/([^#]+)")
+    files = [found[1] for _, link in links if (found := pattern.match(link))]
+    assert {"docs/preview.jpg", "docs/tutorial.md", "CONTRIBUTING.md"} <= set(files)
+    assert [name for name in files if not (REPOSITORY / name).is_file()] == []
+    assert [link for _, link in links if not link.startswith("https://")] == []
+    assert all(("/blob/" in link) != bool(image) for image, link in links if pattern.match(link))
 
 
 def test_the_package_that_runs_is_that_of_the_wheel_and_the_rest_of_the_repository_is_not_there(run, wheel):
@@ -170,7 +165,7 @@ def test_the_console_script_is_the_command_line(run, wheel, tmp_path):
     assert (script.group, script.name) == ("console_scripts", "dali-saliencymix")
     program = tmp_path / script.name
     program.write_text(f"import sys\nfrom {script.module} import {script.attr}\nsys.exit({script.attr}())\n")
-    assert run(str(program), "--version") == f"dali-saliencymix {dali_saliencymix.__version__}\n"
+    assert run(str(program), "--version") == f"dali-saliencymix {VERSION}\n"
     for command in ([], ["scan"], ["bottleneck"]):
         assert run(str(program), *command, "--help").startswith(f"usage: {' '.join([script.name, *command])} [")
 
