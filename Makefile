@@ -31,6 +31,10 @@ NETWORK ?= resnet9
 PROCESSES ?= 2
 MINUTES ?= 9
 
+# The newest PyTorch for each CUDA version, which pip would otherwise search for.
+torch-cuda12 := torch<2.11
+torch-cuda13 := torch>=2.11
+
 python := $(VENV)/bin/python
 installed := $(VENV)/.installed
 data := $(if $(DATA),"$(DATA)")
@@ -48,7 +52,8 @@ environment: $(installed)
 $(installed): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@# --no-compile: compiling all 8 GB takes longer than unpacking them, and Python compiles on first import anyway.
-	$(python) -m pip install --quiet --no-compile --disable-pip-version-check -e '.[$(CUDA),compiled,train,preview,docs,test]'
+	$(python) -m pip install --quiet --no-compile --disable-pip-version-check \
+	  -e '.[$(CUDA),compiled,train,preview,docs,test]' '$(torch-$(CUDA))'
 	touch $@
 
 demo: $(installed)

@@ -9,9 +9,17 @@ from pathlib import Path
 # The modules that each extra of pyproject.toml installs, and the package names for messages. cuda13 has the modules of
 # cuda12.
 EXTRAS = {
-    "cuda12": {"nvidia.dali": "NVIDIA DALI", "cupy": "CuPy", "torch": "PyTorch", "torchvision": "torchvision"},
+    "cuda12": {"nvidia.dali": "NVIDIA DALI", "cupy": "CuPy"},
     "compiled": {"numba": "Numba"},
-    "train": {"pebble": "pebble", "PIL": "Pillow", "simplejpeg": "simplejpeg", "tqdm": "tqdm", "yaml": "PyYAML"},
+    "train": {
+        "pebble": "pebble",
+        "PIL": "Pillow",
+        "simplejpeg": "simplejpeg",
+        "torch": "PyTorch",
+        "torchvision": "torchvision",
+        "tqdm": "tqdm",
+        "yaml": "PyYAML",
+    },
     "tensorboard": {"tensorboard": "TensorBoard"},
     "wandb": {"wandb": "Weights & Biases"},
     "preview": {"matplotlib": "Matplotlib", "PIL": "Pillow", "simplejpeg": "simplejpeg"},

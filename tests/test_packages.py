@@ -80,7 +80,7 @@ def test_a_program_does_without_what_it_does_not_ask_for(command, needed, tmp_pa
 
 @pytest.mark.parametrize(
     ("module", "needed", "extra"),
-    [("dali_saliencymix.fn", "NVIDIA DALI", "cuda12"), ("dali_saliencymix.pytorch", "PyTorch", "cuda12")],
+    [("dali_saliencymix.fn", "NVIDIA DALI", "cuda12"), ("dali_saliencymix.pytorch", "PyTorch", "train")],
 )
 def test_importing_a_module_without_its_package_says_what_to_install(module, needed, extra, tmp_path):
     ended = run_without(OF_EXTRAS, ("-c", f"import {module}"), tmp_path)
@@ -112,7 +112,8 @@ def test_another_missing_module_is_a_fault(tmp_path):
         (["PIL"], "train"),
         (["PIL", "matplotlib"], "preview"),
         (["PIL", "tqdm"], "train"),
-        (["matplotlib", "torch", "tqdm"], "cuda12,train,preview"),
+        (["matplotlib", "torch", "tqdm"], "train,preview"),
+        (["nvidia.dali", "torch"], "cuda12,train"),
     ],
     ids=str,
 )
