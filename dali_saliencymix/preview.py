@@ -267,7 +267,7 @@ def _show_image(axis: Axes, pixels: NDArray[np.uint8]) -> None:
     axis.imshow(pixels.squeeze(axis=2) if pixels.shape[2] == 1 else pixels, cmap="grey", vmin=0, vmax=255)
 
 
-def _show_map(axis: Axes, saliency_map: NDArray[Any], size: tuple[int, int], *, least: bool) -> None:
+def _show_map(axis: Axes, saliency_map: NDArray[Any], size: tuple[int, ...], *, least: bool) -> None:
     """Show a map, scaled to the size of the image, and its peak."""
     height, width = size
     axis.imshow(saliency_map, cmap="magma", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
