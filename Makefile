@@ -51,7 +51,7 @@ environment: $(installed)
 
 $(installed): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	@# --no-compile: compiling all 8 GB takes longer than unpacking them, and Python compiles on first import anyway.
+	@# --no-compile: compiling all 9 GB takes longer than unpacking them, and Python compiles on first import anyway.
 	$(python) -m pip install --quiet --no-compile --disable-pip-version-check \
 	  -e '.[$(CUDA),compiled,train,preview,docs,test]' '$(torch-$(CUDA))'
 	touch $@
@@ -88,7 +88,7 @@ check: lint-and-kernels
 docs: $(installed)
 	$(python) -m sphinx -W --keep-going -b html docs docs/_build/html
 
-# In an environment of its own, without the 8 GB of the other.
+# In an environment of its own, without the 9 GB of the other.
 dist:
 	$(PYTHON) -m venv --clear .venv-dist
 	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check build twine

@@ -19,9 +19,14 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def project():
+def settings():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def project(settings):
+    return settings["project"]
 
 
 def test_the_workflow_tests_the_pythons_that_the_package_supports(project):
@@ -40,6 +45,10 @@ def test_the_citation_describes_the_latest_release_of_the_package(project):
     assert citation["keywords"] == project["keywords"]
     assert citation["repository-code"] == ADDRESS
     assert ADDRESS in project["urls"].values()
+
+
+def test_a_copy_without_tags_has_the_version_of_the_latest_release(settings):
+    assert settings["tool"]["hatch"]["version"]["fallback-version"] == RELEASES[0][0]
 
 
 def test_releases_are_in_order_and_have_a_link():
