@@ -4,7 +4,7 @@
     python pipelines/dynamic_mode.py DATA --device gpu --capture
 
 DATA is a folder with one folder of images for each class. Dynamic mode is experimental and may change; this example
-was written for DALI 2.4.
+needs DALI 2.3 or later.
 
 The example calls the array function on the batch between two operators. One seed determines everything random: the
 order of the files, and the NumPy generator that draws partners and weights. ``ndd.random`` would draw them inside DALI,

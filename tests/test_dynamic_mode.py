@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nvidia.dali.experimental.dynamic import _capture
 from shared.batches import assert_equal_batches
 from shared.programs import run_program
 
@@ -17,6 +16,8 @@ from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pipelines import dynamic_mode
 from pipelines.dynamic_mode import training_batches
+
+pytest.importorskip("nvidia.dali", minversion="2.3")  # the example uses capture
 
 COUNT, BATCH, SIZE = 24, 5, 32  # four full batches in the first epoch, and images that wrap into the second
 EPOCHS = 2
@@ -77,6 +78,8 @@ def test_captured_batches_equal_eager_ones(folder, options):
 
 def test_capture_takes_the_operators_in_front_of_the_mixing(folder, monkeypatch):
     # DALI silently runs operators that it does not capture as before. There is no public way to query this.
+    from nvidia.dali.experimental.dynamic import _capture
+
     captured = []
     build = _capture.CaptureContext.build_pipeline
 
