@@ -202,15 +202,19 @@ def test_a_training_that_was_stopped_in_an_epoch_ends_with_the_same_weights(root
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])
-def test_behind_the_last_batch_nothing_is_left_of_the_epoch(root, kind):
+def test_after_the_last_batch_the_next_iteration_yields_the_next_epoch(root, kind):
     args = options(root, kind, "-b", "10", "--synthetic-steps", "3")
     data = open_data(args)
-    loader = train(args, data=data)
-    for _ in loader:
-        state = loader.state()
-    restored = train(args, data=data, state=state)
-    assert epoch(restored) == []
-    assert_equal_batches(epoch(restored), epoch(loader))
+    loader, counted = train(args, data=data), train(args, data=data)
+    epoch(loader)
+    expected = epoch(loader)
+    iterator = iter(counted)
+    for _ in range(len(counted)):  # and does not ask whether there is one more
+        next(iterator)
+    restored = train(args, data=data, state=counted.state())
+    assert len(expected) == 3
+    assert_equal_batches(epoch(counted), expected)
+    assert_equal_batches(epoch(restored), expected)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "folder synthetic"])

@@ -27,6 +27,8 @@ class Batches(ABC):
     """The batches of one process.
 
     Each iteration yields one epoch. After a resume, the first iteration yields the rest of the interrupted epoch.
+    If an iteration is left before its last batch, the next one yields the rest; if it is left after the last batch, the
+    next one yields the next epoch.
     """
 
     _length: int  # batches per epoch
@@ -37,7 +39,15 @@ class Batches(ABC):
         return self._length
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Yield the remaining batches of the epoch."""
+        """Yield the remaining batches of the epoch; if there are none, those of the next epoch."""
+        if self._step >= self._length:
+            # A consumer that counts batches, such as Lightning's Trainer, leaves the iterator after the last one.
+            for _ in self._remaining():
+                pass
+        yield from self._remaining()
+
+    def _remaining(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield the remaining batches of the epoch, and begin the next epoch."""
         while self._step < self._length:
             batch = self._next_batch()
             self._step += 1
@@ -45,7 +55,7 @@ class Batches(ABC):
         self._step = 0
 
     def _next_batch(self) -> tuple[torch.Tensor, ...]:
-        """Return the batch at `_step`; not needed by loaders that override `__iter__`."""
+        """Return the batch at `_step`; not needed by loaders that override `_remaining`."""
         raise NotImplementedError
 
     @abstractmethod

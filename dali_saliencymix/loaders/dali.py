@@ -41,7 +41,8 @@ class LoaderState(_Place, total=False):
 class Loader(Batches):
     """Batches of a pipeline as tuples of PyTorch tensors.
 
-    Each iteration yields one epoch. After a resume, the first iteration yields the rest of the interrupted epoch.
+    Each iteration yields one epoch. After a resume, the first iteration yields the rest of the interrupted epoch. So
+    does the next iteration if one is left before its last batch.
 
     The first tensor of a batch holds images (N, C, H, W), channels-last in memory if the pipeline outputs HWC. The
     others have shape (N,): int64 labels, and float32 weights. All tensors are on the device of the pipeline's outputs.
@@ -93,7 +94,7 @@ class Loader(Batches):
         self._started_from: bytes | None = checkpoint
         self._gave_none = True
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _remaining(self) -> Iterator[tuple[torch.Tensor, ...]]:
         while True:
             try:
                 batch = self._next()

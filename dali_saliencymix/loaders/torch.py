@@ -314,7 +314,7 @@ class TorchLoader(Batches):
         scaling = data_set.mean, data_set.std
         self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in scaling)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _remaining(self) -> Iterator[tuple[torch.Tensor, ...]]:
         # An image appears once per epoch, so replacements found in this epoch matter from the next one on.
         replaced = dict(self._bad.replaced) if self._bad else {}
         self._places[:] = [_Wanted(self._epoch, step, replaced) for step in range(self._step, self._length)]
