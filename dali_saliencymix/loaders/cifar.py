@@ -178,19 +178,19 @@ class _CifarLoader(Batches):
             **device_arguments(processes.device),
         )
         # The source is endless, so epochs are counted here.
-        self._iterator = DALIGenericIterator([pipeline], list(OUTPUTS), prepare_first_batch=False)
+        self._dali = DALIGenericIterator([pipeline], list(OUTPUTS), prepare_first_batch=False)
         self._channels_last = options.channels_last
         self._step = state["step"] if state else 0
 
     def _next_batch(self) -> tuple[torch.Tensor, ...]:
         try:
-            (batch,) = next(self._iterator)
+            (batch,) = next(self._dali)
         except RuntimeError as error:
             raise LoaderError(" ".join(str(error).split())) from error
         return as_documented(batch, self._channels_last)
 
     def state(self) -> LoaderState:
-        (pipeline,) = self._iterator.checkpoints()
+        (pipeline,) = self._dali.checkpoints()
         return {"pipeline": pipeline, "step": self._step}
 
 

@@ -87,10 +87,11 @@ class Loader(Batches):
     def _start(self, checkpoint: bytes | None) -> None:
         files, labels = self._bad.in_place()
         pipeline = self._build(files, labels, checkpoint)
-        self._iterator = _iterate(pipeline, self._drop_last)
+        # Not `_iterator`: Lightning sets an attribute of this name to None at the end of a training.
+        self._dali = _iterate(pipeline, self._drop_last)
         meta = pipeline.reader_meta("reader")
         smallest_shard = meta["epoch_size"] // meta["number_of_shards"]
-        self._length = smallest_shard // pipeline.max_batch_size if self._drop_last else len(self._iterator)
+        self._length = smallest_shard // pipeline.max_batch_size if self._drop_last else len(self._dali)
         self._started_from: bytes | None = checkpoint
         self._gave_none = True
 
@@ -107,7 +108,7 @@ class Loader(Batches):
 
     def state(self) -> LoaderState:
         """Return the state, from which a new loader resumes with the next batch."""
-        (pipeline,) = self._iterator.checkpoints()
+        (pipeline,) = self._dali.checkpoints()
         return {"pipeline": pipeline, "step": self._step, "replaced": dict(self._bad.replaced)}
 
     @property
@@ -118,7 +119,7 @@ class Loader(Batches):
     def _next(self) -> dict[str, torch.Tensor]:
         while True:
             try:
-                (batch,) = next(self._iterator)
+                (batch,) = next(self._dali)
             except RuntimeError as error:
                 self._leave_out_bad_files(str(error))
             else:
@@ -130,9 +131,9 @@ class Loader(Batches):
         if not re.search(r"operator `nvidia\.dali\.fn\.(readers|reinterpret|slice|peek_image_shape|decoders)\b", text):
             raise LoaderError(_without_traceback(text))
         # After a failure, DALI's checkpoint is still that of the previous batch.
-        checkpoint = self._started_from if self._gave_none else self._iterator.checkpoints()[0]
+        checkpoint = self._started_from if self._gave_none else self._dali.checkpoints()[0]
         # Destroy the pipeline here, in the main thread, not whenever Python's collector runs in a thread of DALI.
-        del self._iterator
+        del self._dali
         gc.collect()
         found = self._find_bad_files(text, checkpoint)
         # If a replacement is bad itself, leave out and report the replacement.
