@@ -180,17 +180,21 @@ def test_code_is_formatted(page, tmp_path):
     assert process.returncode == 0, process.stdout
 
 
+PACKAGES = ("lightning", "timm", "transformers")  # trainers and loaders of others
+
+
 def place_of(code):
-    if "transformers" in code:
-        return "with Transformers"
+    for package in PACKAGES:
+        if re.search(rf"^(import|from) {package}\b", code, re.MULTILINE):
+            return package
     return "with workers" if "num_workers" in code else "one process"
 
 
 # In separate processes: workers are forked, and may hang if PyTorch has computed in this process before.
-@pytest.mark.parametrize("place", ["one process", "with workers", "with Transformers"])
+@pytest.mark.parametrize("place", ["one process", "with workers", *PACKAGES])
 def test_code_runs(place, data):
-    if place == "with Transformers":
-        pytest.importorskip("transformers", reason="Transformers is not installed")
+    if place in PACKAGES:
+        pytest.importorskip(place, reason=f"{place} is not installed")
     pages = {}
     for page in pages_with("run"):
         code = "\n".join(source for kind, source in blocks(page) if kind == "run")
@@ -208,7 +212,7 @@ def test_code_runs(place, data):
 
 
 def test_all_guides_have_code_that_runs():
-    guides = {f"guides/{name}.md" for name in ("dali", "mixupwrapper", "timm", "hugging_face", "padding")}
+    guides = {f"guides/{path.name}" for path in (DOCS / "guides").glob("*.md")}
     assert guides <= {page_id(page) for page in pages_with("run")}
 
 
