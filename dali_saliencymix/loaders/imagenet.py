@@ -335,7 +335,7 @@ def training_loader(
     *,
     batch_size: int,
     num_threads: int,
-    device: torch.device,
+    device: torch.device | str,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -354,7 +354,7 @@ def training_loader(
         Images per batch of this process.
     num_threads : int
         CPU threads of the pipeline.
-    device : torch.device
+    device : torch.device or str
         Device of the pipeline and of the tensors.
     seed : int
         Seed of the file order; all other random numbers use `seed` + `rank`. It must be the same in all processes.
@@ -394,14 +394,14 @@ def training_builder(*, seed: int = 0, rank: int = 0, **options: Any) -> Build:
 def _builder(
     pipeline: Callable[..., Pipeline],
     *,
-    device: torch.device,
+    device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
     prefetch: int = 2,
     **options: Any,
 ) -> Build:
     options |= {"shard_id": rank, "num_shards": world_size, "prefetch_queue_depth": prefetch}
-    options |= device_arguments(device)
+    options |= device_arguments(torch.device(device))
     return lambda files, labels, checkpoint: define(pipeline, files, labels, checkpoint=checkpoint, **options)
 
 
