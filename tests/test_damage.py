@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dali_saliencymix.datasets.damage import EXCLUDED, NOTED, examine, find_unusable, why_unusable
@@ -106,7 +105,7 @@ def dali_decodes(file: Path) -> bool:
     folder = ImageFolder(file.parent, ["one", "two"], [str(file)], [0])
     sizes = {"resize_size": 32, "crop_size": 32}
     try:
-        loader = validation_loader(folder, batch_size=1, num_threads=1, device=torch.device("cpu"), **sizes)
+        loader = validation_loader(folder, batch_size=1, num_threads=1, device="cpu", **sizes)
         ((images, _),) = loader
     except LoaderError:
         return False
