@@ -35,7 +35,7 @@ from dali_saliencymix.bottleneck.verdict import Figures, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
 from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
-from dali_saliencymix.measure.windows import Batches, Subject, Windows, images_in, measure_in_turns
+from dali_saliencymix.measure.windows import Batches, Meter, Subject, Windows, images_in
 
 pytest_plugins = ["shared.training_fixtures"]
 
@@ -242,8 +242,7 @@ def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
             raise RuntimeError(msg)
         return [np.zeros((changed.get("batch_size", 4), 2))] * 5
 
-    quiet = {"synchronise": lambda: None, "notify": lambda line: None}
-    rows = measured_rows(Source("loader", {"batch_size": 4}, opened), seconds=0.1, **quiet)
+    rows = measured_rows(Source("loader", {"batch_size": 4}, opened), seconds=0.1, meter=Meter())
     found = {row["then"]: row for row in rows if row["what"] == "batch size"}
     assert found[2]["change"] is not None
     assert (found[8]["change"], found[8]["not_measured"]) == (None, "RuntimeError: no memory left")
@@ -252,13 +251,13 @@ def test_a_setting_that_cannot_be_tried_is_a_row_with_the_reason():
 def test_what_ifs_of_several_processes_are_those_of_the_slowest(monkeypatch):
     """Two processes, of which this one takes half the time of the other."""
     monkeypatch.setattr(whatifs, "gather", lambda ms: [ms, {key: [1.5 * each for each in ms[key]] for key in ms}])
-    monkeypatch.setattr(
-        whatifs,
-        "measure_in_turns",
-        lambda subjects, **_: Windows({k: [4.0 if k == "0" else 2.0] * 5 for k in subjects}, {}),
-    )
-    quiet = {"synchronise": lambda: None, "notify": lambda line: None}
-    rows = measured_rows(Source("loader", {"num_threads": 1}, lambda _: [np.zeros((6, 2))] * 5), seconds=0.1, **quiet)
+
+    def in_turns(self, subjects, *, seconds):
+        return Windows({key: [4.0 if key == "0" else 2.0] * 5 for key in subjects}, {})
+
+    monkeypatch.setattr(Meter, "in_turns", in_turns)
+    source = Source("loader", {"num_threads": 1}, lambda _: [np.zeros((6, 2))] * 5)
+    rows = measured_rows(source, seconds=0.1, meter=Meter())
     (row,) = (row for row in rows if row["what"] == "DALI threads")
     assert row["now_images_per_second"].median == pytest.approx(1000)
     assert row["loader_images_per_second"].median == pytest.approx(2000)
@@ -283,11 +282,19 @@ def test_a_report_tells_of_more_threads_than_cores(monkeypatch, clock, threads, 
     assert report_text(found).count("Note: ") == len(note)
 
 
-def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
-    rates = {"step": 400, "loader": 500, "end": 380, "threads": 2, "world": 1, "images": 10_000}
+def figures_of(**rates):
+    """Return the figures of these rates, in images per second with batches of 100."""
+    times = {f"{name}_ms": None if rate is None else (100_000 / rate,) * 5 for name, rate in rates.items()}
+    return Figures(**times)
 
-    def rows_of(**storage):
-        return {row["what"]: row for row in predicted_rows(**rates, **storage)}
+
+def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
+    rates = {"step": 400, "loader": 500, "end": 380}
+
+    def rows_of(cold, reads_cold):
+        figures = dataclasses.replace(figures_of(**rates, cold=cold), reads_cold=reads_cold)
+        rows = predicted_rows(figures, images=100, epoch_images=10_000, threads=2)
+        return {row["what"]: row for row in rows}
 
     rows = rows_of(cold=100, reads_cold=True)
     assert "a step twice as fast" not in rows  # it would change nothing
@@ -320,12 +327,12 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
 
 @pytest.mark.parametrize(("step", "stalls"), [(350, True), (400, False)])
 def test_a_loader_that_cost_nothing_is_never_said_to_make_an_epoch_longer(step, stalls):
-    rates = {"step": step, "loader": 500, "end": 380, "cold": None, "reads_cold": False, "threads": 2, "world": 1}
-    rows = {row["what"]: row for row in predicted_rows(**rates, images=3_800_000, stalls=stalls)}
+    figures, options = figures_of(step=step, loader=500, end=380), {"images": 100, "threads": 2, "stalls": stalls}
+    rows = {row["what"]: row for row in predicted_rows(figures, epoch_images=3_800_000, **options)}
     assert rows["epoch as it is"]["text"] == "an epoch of 3,800,000 images: 2 h 47 min at the present rate"
     assert rows["epoch without a stall"]["value"] is None
     assert "equally long, within the noise, if the loader cost nothing" in rows["epoch without a stall"]["text"]
-    unknown = predicted_rows(**rates, images=None)
+    unknown = predicted_rows(figures, epoch_images=None, **options)
     assert not [row for row in unknown if "epoch" in row["what"]]
 
 
@@ -334,7 +341,7 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
     stored = StorageRates(cold_ms=[40.0, 41.0, 42.0, 43.0, 44.0], warm_ms=[20.0] * 5)
     cold = dataclasses.replace(warm, cold_ms=tuple(stored.cold_ms), storage_measured=True, reads_cold=True)
     unknown = dataclasses.replace(warm, reads_cold=True)
-    rest = {"images": 84, "until": {}, "stages_note": None, "what_ifs": [], "timeline": None}
+    rest = {"images": 84, "stages_note": None, "what_ifs": [], "timeline": None}
     conditions = report["conditions"]
     why = StorageRates(not_measured="not requested")
 
@@ -360,7 +367,7 @@ def test_a_prediction_for_a_training_that_reads_from_storage_is_bounded_by_the_l
 
 def text_of(figures: Figures, report: dict) -> str:
     """Return the text of a report with these figures and the conditions of another report."""
-    rest = {"images": 32, "until": {}, "stages_note": "x", "what_ifs": [], "timeline": None}
+    rest = {"images": 32, "stages_note": "x", "what_ifs": [], "timeline": None}
     stored, conditions = StorageRates(not_measured="not requested"), report["conditions"]
     return report_text(build_report(figures, decide(figures), stored=stored, conditions=conditions, **rest))
 
@@ -436,7 +443,6 @@ def test_what_json_has_no_word_for_is_put_into_its_words():
         figures,
         decide(figures),
         images=8,
-        until={},
         stages_note=None,
         stored=StorageRates(not_measured="not requested"),
         what_ifs=[{"change": change}],
@@ -738,16 +744,14 @@ def test_unknown_files_are_a_reason():
 
 def test_a_loader_that_is_cut_is_only_timed_on_dropped_files_which_end_up_in_memory(files):
     define = functools.partial(faults.pipeline, files[:8])
-    stored = measure_storage(
-        pipeline_source(define, {}, files=files),  # the loader does not read half of the dropped files
-        images=faults.BATCH,
-        loader_ms=10.0,
-        read_cut=stages.cut_pipeline(define)[0].make,
-        seconds=0.5,
-        synchronise=lambda: None,
-    )
-    if stored.not_measured:
-        pytest.skip(stored.not_measured)
+    source = pipeline_source(define, {}, files=files)  # the loader does not read half of the dropped files
+    read_cut = stages.cut_pipeline(define)[0].make
+    try:
+        stored = measure_storage(
+            source, images=faults.BATCH, loader_ms=10.0, read_cut=read_cut, seconds=0.5, meter=Meter()
+        )
+    except BottleneckError as error:
+        pytest.skip(str(error))
     assert (len(stored.cold_ms), len(stored.read_cold_ms), len(stored.warm_ms)) == (PASSES, PASSES, 0)
     assert page_cache.resident_share(files) == 1.0
 
@@ -771,7 +775,7 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
                 yield np.zeros((8, 2))
 
     source = loader_source(Loader(), files=files)
-    common = {"images": 8, "read_cut": None, "seconds": 1.0, "synchronise": lambda: None}
+    common = {"images": 8, "read_cut": None, "seconds": 1.0, "meter": Meter()}
     stored = measure_storage(source, loader_ms=10.0, **common)
     assert stored.batches == 9
     assert stored.from_storage(10.0) == pytest.approx([30.0] * PASSES)
@@ -797,7 +801,7 @@ def test_windows_do_not_count_prefetched_batches(monkeypatch):
 
     gather = windows.gather
     monkeypatch.setattr(windows, "gather", lambda value: (value is None and log.append("all wait"), gather(value))[1])
-    found = measure_in_turns({"a": Logged(name="a"), "b": Logged(name="b")}, seconds=0.01, rounds=5)
+    found = Meter().in_turns({"a": Logged(name="a"), "b": Logged(name="b")}, seconds=0.01, rounds=5)
     assert {name: len(ms) for name, ms in found.ms.items()} == {"a": 5, "b": 5}
     counted = [log[-30:][start : start + 3] for start in range(0, 30, 3)]
     assert sorted(name for _, (name, _), _ in counted) == ["a"] * 5 + ["b"] * 5
@@ -810,11 +814,11 @@ def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length(clock)
     """Otherwise noise that slows down single steps would look like a difference between the two."""
     batches = Batches(Slow(0.0001))
     subjects = {
-        "step": Subject(step=lambda batch: None, constant=batches.first),
+        "step": Subject(step=lambda batch: None, constant=batches.next()),
         "loader": Subject(batches),
         "end to end": Subject(batches, lambda batch: time.sleep(0.001)),
     }
-    steps = measure_in_turns(subjects, seconds=0.5, rounds=5).steps
+    steps = Meter().in_turns(subjects, seconds=0.5, rounds=5).steps
     assert steps["step"] == steps["end to end"] < steps["loader"]
 
 
@@ -830,13 +834,13 @@ def test_windows_have_their_share_of_updates(clock):
     assert windows["step"] == windows["end to end"] >= 3
     assert windows["step"] % 3 == 0
     slow = {"step": Subject(step=lambda batch: time.sleep(0.002), update=64)}
-    assert measure_in_turns(slow, seconds=0.01, rounds=5).steps["step"] == 64  # the limit, whatever is asked for
+    assert Meter().in_turns(slow, seconds=0.01, rounds=5).steps["step"] == 64  # the limit, whatever is asked for
 
 
 def test_times_are_per_full_batch(clock):
     """Half a batch at the end of an epoch counts as half."""
     loader = Slow(1.0, batches=3, sizes=(8, 8, 4))
-    found = measure_in_turns({"loader": Subject(Batches(loader, ahead=0))}, seconds=1000, rounds=5)
+    found = Meter().in_turns({"loader": Subject(Batches(loader, ahead=0))}, seconds=1000, rounds=5)
     assert found.ms["loader"] == pytest.approx([1000.0] * 5)
 
 

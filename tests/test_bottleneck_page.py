@@ -65,7 +65,6 @@ def report_of(figures: Figures, *, source: str = "pipeline", timeline=None, **co
         figures,
         decide(figures),
         images=64,
-        until={},
         stages_note=None if figures.stages else "it <cannot> be cut",
         stored=StorageRates(not_measured="not requested"),
         what_ifs=[{"kind": "predicted", "what": "rest", "text": "Two <more> threads"}],

@@ -84,7 +84,7 @@ def test_what_if_there_were_more_threads_or_processes(root, monkeypatch, more, s
         monkeypatch.setattr(kind, "train_loader", noted)
     monkeypatch.setattr(whatifs, "Batches", Batches)
     source = training_source(args, ALONE, images=2048)
-    rows = whatifs.measured_rows(source, seconds=0.1, synchronise=lambda: None, notify=lambda line: None)
+    rows = whatifs.measured_rows(source, seconds=0.1, meter=windows.Meter())
     found = [row for row in rows if row["what"] in ("DALI threads", "worker processes")]
     assert [row["what"] for row in found] == [label]
     assert source.settings.get(setting) == (1 if setting else None)

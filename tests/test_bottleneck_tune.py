@@ -22,9 +22,8 @@ from dali_saliencymix.bottleneck.diagnose import measure_source
 from dali_saliencymix.bottleneck.sources import Source, pipeline_source
 from dali_saliencymix.bottleneck.training import training_source
 from dali_saliencymix.loaders.processes import Processes
+from dali_saliencymix.measure.windows import Meter
 from dali_saliencymix.training.arguments import parse_arguments
-
-QUIET = {"synchronise": lambda: None, "notify": lambda line: None}
 
 
 @pytest.fixture
@@ -73,8 +72,8 @@ def source_of(seconds, **settings):
     return Source("loader", settings, open_with), opened
 
 
-def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=1000.0, **others):
-    return tune.tune(source, step=step, loader=loader, seconds=seconds, **{**QUIET, **others})
+def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=1000.0):
+    return tune.tune(source, step=step, loader=loader, seconds=seconds, meter=Meter())
 
 
 def by_threads_and_depth(num_threads, prefetch_queue_depth):
@@ -326,7 +325,7 @@ def test_settings_of_a_training_become_its_options(data_folder, device, more, be
     of_kinds = {"prefetch": 4, "workers": 8, "hw_decoder_load": 0.9}
     settings = {name: of_kinds[source.options[name]] for name in tune.tunable(source)}
     assert source.in_words(settings) == best
-    file = tune.as_file(source, settings)
+    file = source.as_file(settings)
     args = parse_arguments([*line, *best.split()], validates=False).config
     (data_folder / "best.yaml").write_text(yaml.safe_dump(file))
     taken = parse_arguments([*line[:3], *line[5:], "--config", str(data_folder / "best.yaml")], validates=False).config
@@ -393,6 +392,7 @@ import numpy as np
 from dali_saliencymix.bottleneck import tune
 from dali_saliencymix.bottleneck.sources import Source
 from dali_saliencymix.measure.processes import gather
+from dali_saliencymix.measure.windows import Meter
 from dali_saliencymix.training.distributed import start_processes, stop_processes
 
 start_processes("cpu")
@@ -412,8 +412,7 @@ class Loader:
             yield np.zeros((4, 2))
 
 source = Source("loader", {"num_threads": 1}, lambda changed: Loader(changed.get("num_threads", 1)))
-quiet = {"synchronise": lambda: None, "notify": lambda line: None}
-found = tune.tune(source, step=None, loader=(1.0,) * 5, seconds=100.0, **quiet)
+found = tune.tune(source, step=None, loader=(1.0,) * 5, seconds=100.0, meter=Meter())
 seen = gather([found["best"], [(row["now"], row["then"]) for row in found["trials"]]])
 if rank == 0:
     open(sys.argv[1], "w").write(json.dumps(seen))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from dali_saliencymix.bottleneck.report import Report, build_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.bottleneck.stages import Cut, cut_pipeline
 from dali_saliencymix.bottleneck.storage import StorageRates, measure_storage
-from dali_saliencymix.bottleneck.tune import as_file, tunable, tune
+from dali_saliencymix.bottleneck.tune import tunable, tune
 from dali_saliencymix.bottleneck.verdict import OF_THE_LOADER, Figures, RankFigures, Series, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import best_change, measured_rows, predicted_rows
 from dali_saliencymix.measure.environment import oversubscription
 from dali_saliencymix.measure.page_cache import memory_bytes
-from dali_saliencymix.measure.processes import agree, by_round, first_reason, gather
-from dali_saliencymix.measure.windows import Batches, MeasurementError, Step, Subject, copied, measure_in_turns
+from dali_saliencymix.measure.processes import gather, slowest_by_round
+from dali_saliencymix.measure.windows import Batches, MeasurementError, Meter, Step, Subject, copied, on_all
 
 ROUNDS = 9
 CACHES = ("auto", "warm", "cold")
@@ -70,77 +72,69 @@ def measure_source(
     if with_tuning:
         tunable(source)
     start = time.perf_counter()
-    synchronise: Callable[[], None] = lambda: None  # noqa: E731
     if device == "cuda":
-        from torch.cuda import synchronize as synchronise
-    notify("loader, step and stages, interleaved")
-    cuts, stages_note = _cuts(source)
-    opened = source.open({})
-    epoch_images = getattr(opened, "epoch_images", None)
-    batches = Batches(opened, nominal=source.conditions.get("batch_size"), ahead=source.ahead)
-    images = batches.nominal
-    subjects = _subjects(batches, step, cuts)
-    if cuts and "cut 0" not in subjects:
-        cuts, stages_note = [], "a part of the pipeline could not be built or run"
-    main = seconds * (0.35 if with_tuning else 0.65 if with_storage or with_what_ifs else 1.0)
-    found = measure_in_turns(subjects, seconds=main, rounds=rounds, synchronise=synchronise, notify=notify)
-    end = subjects.get("end to end")
-    timeline = {"waits_ms": end.waits, "steps_ms": end.totals} if end else None
-    epochs, epoch_images = batches.epochs, source.conditions.get("images_in_data_set", epoch_images)
-    epoch_length = batches.epoch_length
-    # The loaders' threads and mapped files would disturb the following measurements.
-    del subjects, batches, opened, end
-    gc.collect()
+        import torch
 
-    shares = [sum(waits) / sum(steps) for waits, steps in zip(*timeline.values(), strict=True)] if timeline else None
-    gathered = gather({**found.ms, **({"waits": shares} if shares else {})})
+        meter = Meter(torch.cuda.synchronize, notify)
+    else:
+        meter = Meter(notify=notify)
+    notify("loader, step and stages, interleaved")
+    share = 0.35 if with_tuning else 0.65 if with_storage or with_what_ifs else 1.0
+    main = _main_windows(source, step, meter, seconds=share * seconds, rounds=rounds)
+    gc.collect()  # the loaders' threads and mapped files would disturb the following measurements
+    figures, images = main.figures, main.images
+    loader = figures.loader_ms
+    assert loader is not None
+
     stored = StorageRates(not_measured="not requested")
     if with_storage:
         notify("storage: dropping files from memory and reading them again")
-        stored = measure_storage(
-            source,
-            images=images,
-            loader_ms=median(found.ms["loader"]),
-            read_cut=cuts[0].make if cuts and cuts[0].category == "read" else None,
-            seconds=(0.1 if with_tuning else 0.15) * seconds,
-            synchronise=synchronise,
-        )
+        try:
+            stored = measure_storage(
+                source,
+                images=images,
+                loader_ms=median(loader),
+                read_cut=main.cuts[0].make if main.cuts and main.cuts[0].category == "read" else None,
+                seconds=(0.1 if with_tuning else 0.15) * seconds,
+                meter=meter,
+            )
+        except MeasurementError as error:
+            stored = StorageRates(not_measured=str(error))
+    memory = memory_bytes()
+    too_large = source.dataset_bytes is not None and memory is not None and source.dataset_bytes > 0.9 * memory
+    figures = dataclasses.replace(
+        figures,
+        device=device,
+        cold_ms=stored.from_storage(median(loader)),
+        reading_ms=stored.reading(median(figures.stages[0].ms)) if figures.stages else None,
+        storage_measured=stored.not_measured is None,
+        reads_cold=cache == "cold" or (cache == "auto" and too_large),
+    )
+    verdict = decide(figures)
+
     what_ifs: list[dict[str, Any]] = []
     tuned = None
     if with_tuning:
         notify("tune: other settings of the loader, interleaved with the best so far")
         tuned = tune(
             source,
-            step=_of_an_image(gathered, "step", images),
-            loader=_of_an_image(gathered, "loader", images) or (),
+            step=figures.step_ms and _of_an_image(figures.step_ms, images),
+            loader=_of_an_image(loader, images),
             seconds=0.55 * seconds,
-            synchronise=synchronise,
-            notify=notify,
+            meter=meter,
         )
+        tuned["settings"] = source.as_file(tuned["best"])
     elif with_what_ifs:
         notify("what-ifs: other settings of the loader")
-        what_ifs = measured_rows(source, seconds=0.2 * seconds, synchronise=synchronise, notify=notify)
-
-    memory = memory_bytes()
-    too_large = source.dataset_bytes is not None and memory is not None and source.dataset_bytes > 0.9 * memory
-    reads_cold = cache == "cold" or (cache == "auto" and too_large)
-    until = {cut.name: by_round(gathered, f"cut {number}") or () for number, cut in enumerate(cuts)}
-    figures = _figures(gathered, cuts, until, stored, reads_cold=reads_cold, device=device)
-    threads, called = _threads(source)
-    times = {name: getattr(figures, f"{name}_ms") for name in ("step", "loader", "end", "cold")}
-    rates = {name: 1000 * images / median(ms) if ms else None for name, ms in times.items()}
-    world = len(gathered)
-    if epoch_images is None and epoch_length:
-        epoch_images = epoch_length * images * world
-    verdict = decide(figures)
+        what_ifs = measured_rows(source, seconds=0.2 * seconds, meter=meter)
     change = best_change(source, what_ifs, tuned)
+    threads, called = source.threads
     what_ifs += predicted_rows(
-        **rates,
-        reads_cold=reads_cold,
+        figures,
+        images=images,
+        epoch_images=main.epoch_images,
         threads=threads,
-        world=world,
         threads_are=called,
-        images=epoch_images,
         stalls=verdict.stall is not None and verdict.stall.low > 0,
     )
     crowded = oversubscription(threads, called, computes=step is not None and device == "cpu")
@@ -149,113 +143,121 @@ def measure_source(
         figures,
         verdict,
         images=images,
-        until=until,
-        stages_note=stages_note,
+        stages_note=main.stages_note,
         stored=stored,
         what_ifs=what_ifs,
         change=change if verdict.name in OF_THE_LOADER else None,
-        tuned=tuned and {**tuned, "settings": as_file(source, tuned["best"])},
-        timeline=timeline,
+        tuned=tuned,
+        timeline=main.timeline,
         conditions={
             "source": source.name,
             **source.conditions,
             **({"notes": notes} if notes else {}),
             "settings": source.settings,
             "images_per_batch": images,
-            "processes": world,
+            "processes": max(len(figures.ranks), 1),
             "device": device,
             "cache": cache,
             "data_set_bytes": source.dataset_bytes,
             "memory_bytes": memory,
             "seconds_asked": seconds,
             "seconds_taken": round(time.perf_counter() - start, 1),
-            "steps_in_a_window": found.steps,
-            "epochs_begun": epochs,
+            "steps_in_a_window": main.steps,
+            "epochs_begun": main.epochs,
             "command": " ".join(sys.argv),
         },
     )
 
 
-def _of_an_image(gathered: list[dict[str, list[float]]], name: str, images: int) -> Series | None:
-    """Return milliseconds per image; with several processes, those of the slowest."""
-    series = by_round(gathered, name)
-    return series and tuple(ms / images for ms in series)
+class _Main(NamedTuple):
+    """The figures of the main windows, those with files in memory, and what they are figures of."""
+
+    figures: Figures
+    images: int  # in a batch
+    cuts: list[Cut]
+    stages_note: str | None  # why there are no cuts
+    timeline: dict[str, list[list[float]]] | None
+    steps: dict[str, int]  # in a window of each subject
+    epochs: int  # that the loader has begun
+    epoch_images: float | None  # in an epoch of all processes
 
 
-def _cuts(source: Source) -> tuple[list[Cut], str | None]:
-    """Return the cuts of a source, the same number on all processes, or the reason why there are none."""
-    define, cuts, why = source.define, [], None
-    try:
-        cuts = cut_pipeline(lambda: define({})) if define else []
-    except MeasurementError as error:
-        why = f"{error}: the pipeline is measured as a whole"
-    why = first_reason(why if define else "an iterable cannot be split into stages: it is measured as a whole")
-    return ([], why) if why else (cuts, None)
-
-
-def _subjects(batches: Batches, step: Step | None, cuts: list[Cut]) -> dict[str, Subject]:
-    """Return what is measured in interleaved windows; without the cuts if one of them fails."""
-    subjects: dict[str, Subject] = {}
+def _main_windows(source: Source, step: Step | None, meter: Meter, *, seconds: float, rounds: int) -> _Main:
+    """Measure the step, the stages, the loader, and loader and step together, in interleaved windows."""
+    opened = source.open({})
+    batches = Batches(opened, nominal=source.conditions.get("batch_size"), ahead=source.ahead)
     update = getattr(step, "batches_per_update", 1)
+    subjects: dict[str, Subject] = {}
     if step is not None:
-        constant = copied(batches.first, tensors=True)
+        constant = copied(batches.next(), tensors=True)
         subjects["step"] = Subject(step=step, constant=constant, update=update)
         alone = getattr(step, "alone", None)
         if alone and len(gather(None)) > 1:
             subjects["own step"] = Subject(step=alone, constant=constant, update=update)
-    batches.first = None
-    shorter: list[Batches] = []
-    with contextlib.suppress(MeasurementError):
-        for cut in cuts:
-            made = PipelineBatches(cut.make(), raw=True)
-            shorter.append(Batches(made, nominal=batches.nominal, ahead=batches.ahead))
-            shorter[-1].first = None
-    if agree(len(shorter) == len(cuts), all):
-        subjects |= {f"cut {number}": Subject(cut_batches) for number, cut_batches in enumerate(shorter)}
+    cuts: list[Cut] = []
+    stages_note = "an iterable cannot be split into stages: it is measured as a whole"
+    if source.define is not None:
+        try:
+            cuts, shorter = on_all(partial(_cut, source, batches))
+            subjects |= shorter
+        except MeasurementError as error:
+            stages_note = f"{error}: the pipeline is measured as a whole"
     subjects["loader"] = Subject(batches)
+    end = Subject(batches, step, update=update)
     if step is not None:
-        subjects["end to end"] = Subject(batches, step, update=update)
-    return subjects
+        subjects["end to end"] = end
+    ms, steps = meter.in_turns(subjects, seconds=seconds, rounds=rounds)
+    if step is not None:
+        ms["waits"] = [sum(waits) / sum(totals) for waits, totals in zip(end.waits, end.totals, strict=True)]
+    gathered = gather(ms)
+    epoch_images = source.conditions.get("images_in_data_set", getattr(opened, "epoch_images", None))
+    if epoch_images is None and batches.epoch_length:
+        epoch_images = batches.epoch_length * batches.nominal * len(gathered)
+    return _Main(
+        figures=_figures(gathered, cuts),
+        images=batches.nominal,
+        cuts=cuts,
+        stages_note=None if cuts else stages_note,
+        timeline=None if step is None else {"waits_ms": end.waits, "steps_ms": end.totals},
+        steps=steps,
+        epochs=batches.epochs,
+        epoch_images=epoch_images,
+    )
 
 
-def _figures(
-    gathered: list[dict[str, list[float]]],
-    cuts: list[Cut],
-    until: dict[str, Series],
-    stored: StorageRates,
-    *,
-    reads_cold: bool,
-    device: str,
-) -> Figures:
-    """Return what a verdict depends on; with several processes, the slowest in each round."""
-    loader = by_round(gathered, "loader")
-    assert loader is not None
+def _cut(source: Source, batches: Batches) -> tuple[list[Cut], dict[str, Subject]]:
+    """Return the cuts of a source, and what is measured of them."""
+    define = source.define
+    assert define is not None
+    cuts = cut_pipeline(lambda: define({}))
+    subjects = {}
+    for number, cut in enumerate(cuts):
+        shorter = PipelineBatches(cut.make(), raw=True)
+        subjects[f"cut {number}"] = Subject(Batches(shorter, nominal=batches.nominal, ahead=batches.ahead))
+    return cuts, subjects
+
+
+def _figures(gathered: list[dict[str, list[float]]], cuts: list[Cut]) -> Figures:
+    """Return the figures of all processes: those of the slowest in each round, and each one's own."""
+    slowest = {name: slowest_by_round(gathered, name) for name in gathered[0]}
+    loader = slowest["loader"]
+    wholes = [(cut.name, cut.category, slowest[f"cut {number}"]) for number, cut in enumerate(cuts)]
     stages = []
     before: Series = (0.0,) * len(loader)
-    for name, category in (*((cut.name, cut.category) for cut in cuts), ("iterator", "iterator")):
-        whole = until.get(name, loader)
+    for name, category, whole in (*wholes, ("iterator", "iterator", loader)):
         stages.append(Stage(name, category, tuple(b - a for a, b in zip(before, whole, strict=True))))
         before = whole
-    own = "own step" if "own step" in gathered[0] else "step"
+    own = "own step" if "own step" in slowest else "step"
     ranks = tuple(RankFigures(tuple(each[own]) if own in each else None, tuple(each["loader"])) for each in gathered)
     return Figures(
-        step_ms=by_round(gathered, "step"),
+        step_ms=slowest.get("step"),
         loader_ms=loader,
-        end_ms=by_round(gathered, "end to end"),
-        waits=by_round(gathered, "waits"),
+        end_ms=slowest.get("end to end"),
+        waits=slowest.get("waits"),
         stages=tuple(stages) if cuts else None,
-        cold_ms=stored.from_storage(median(loader)),
-        reading_ms=stored.reading(median(stages[0].ms)),
-        storage_measured=stored.not_measured is None,
-        reads_cold=reads_cold,
-        device=device,
         ranks=ranks if len(ranks) > 1 else (),
     )
 
 
-def _threads(source: Source) -> tuple[int | None, str]:
-    """Return the number of threads or worker processes of a loader, and what they are called."""
-    workers = source.settings.get("workers", source.conditions.get("num_workers"))
-    if workers is not None:
-        return workers, "worker processes"
-    return source.settings.get("num_threads", source.conditions.get("num_threads")), "DALI threads"
+def _of_an_image(ms: Series, images: int) -> Series:
+    return tuple(each / images for each in ms)

@@ -21,7 +21,7 @@ from dali_saliencymix.measure.results import read_json, write_json
 from dali_saliencymix.measure.windows import MeasurementError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from dali_saliencymix.bottleneck.storage import StorageRates
 
@@ -39,7 +39,6 @@ def build_report(
     verdict: Verdict,
     *,
     images: int,
-    until: Mapping[str, Series],
     stages_note: str | None,
     stored: StorageRates,
     what_ifs: Sequence[dict[str, Any]],
@@ -56,8 +55,6 @@ def build_report(
         The measured times and the verdict on them.
     images : int
         Images in a batch.
-    until : mapping from str to tuple of float
-        Times of the shortened pipelines, by the name of their last stage.
     stages_note : str or None
         Why there are no stages.
     stored : StorageRates
@@ -94,7 +91,7 @@ def build_report(
             "storage": _storage_rate(figures, stored, images),
         },
         "prediction": _prediction(figures, images),
-        "stages": _stages(figures, until, images),
+        "stages": _stages(figures, images),
         "stages_sum": _stages_sum(figures),
         "stages_note": stages_note,
         "storage": {
@@ -178,14 +175,16 @@ def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
     }
 
 
-def _stages(figures: Figures, until: Mapping[str, Series], images: int) -> list[dict[str, Any]] | None:
+def _stages(figures: Figures, images: int) -> list[dict[str, Any]] | None:
     if figures.stages is None or figures.loader_ms is None:
         return None
     step = median(figures.step_ms) if figures.step_ms else None
     rows = []
+    so_far = [0.0] * len(figures.loader_ms)
     for stage in figures.stages:
         added = interval(stage.ms)
-        whole = interval(until.get(stage.name, figures.loader_ms))
+        so_far = [before + ms for before, ms in zip(so_far, stage.ms, strict=True)]
+        whole = interval(so_far)
         share = interval([part / total for part, total in zip(stage.ms, figures.loader_ms, strict=True)])
         rows.append(
             {

@@ -10,7 +10,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from dali_saliencymix.loaders.options import DataOptions, flags_of
@@ -49,6 +49,21 @@ class Source:
             return " ".join(f"{data_flags(self.options[name])[0]} {value}" for name, value in settings.items())
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
+    def as_file(self, settings: Settings) -> dict[str, Any]:
+        """Return settings as they are written to a file: options for ``train.py --config``, or arguments by name."""
+        if self.is_training:
+            return {data_flags(self.options[name])[-1].removeprefix("--"): value for name, value in settings.items()}
+        return dict(settings)
+
+    @property
+    def threads(self) -> tuple[int | None, str]:
+        """Number of threads or worker processes of the loader, None if unknown; and what they are called."""
+        known = {**self.conditions, **self.settings}
+        workers = known.get("workers", known.get("num_workers"))
+        if workers is not None:
+            return workers, "worker processes"
+        return known.get("num_threads"), "DALI threads"
+
 
 def data_flags(option: str) -> tuple[str, ...]:
     """Return the flags of a field of `DataOptions`.
@@ -58,8 +73,7 @@ def data_flags(option: str) -> tuple[str, ...]:
     >>> data_flags("workers")
     ('-j', '--workers')
     """
-    (declared,) = (each for each in fields(DataOptions) if each.name == option)
-    return flags_of(declared)
+    return flags_of(DataOptions.__dataclass_fields__[option])
 
 
 def load_function(name: str, option: str) -> Callable[..., Any]:

@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source
 from dali_saliencymix.measure import page_cache
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
-from dali_saliencymix.measure.processes import agree, first_reason, gather
-from dali_saliencymix.measure.windows import Batches, MeasurementError
-
-T = TypeVar("T")
+from dali_saliencymix.measure.processes import agree, gather
+from dali_saliencymix.measure.windows import Batches, MeasurementError, Meter, on_all
 
 PASSES = LEAST_ROUNDS
 MOST_BYTES = 4 << 30
@@ -52,13 +50,7 @@ class StorageRates:
 
 
 def measure_storage(
-    source: Source,
-    *,
-    images: int,
-    loader_ms: float,
-    read_cut: Callable[[], Any] | None,
-    seconds: float,
-    synchronise: Callable[[], None],
+    source: Source, *, images: int, loader_ms: float, read_cut: Callable[[], Any] | None, seconds: float, meter: Meter
 ) -> StorageRates:
     """Measure the cost of reading a source's files from storage, in interleaved passes of two kinds.
 
@@ -76,21 +68,15 @@ def measure_storage(
         Returns the pipeline that only reads, if the source can be split.
     seconds : float
         Approximate duration.
-    synchronise : callable
+    meter : Meter
         Waits for the device.
-    """
-    files = source.files
-    why = None
-    if not files:
-        why = "the files of the loader are not known; name them with --files"
-    elif len(files) > MOST_FILES or source.dataset_bytes is None:
-        why = f"{len(files)} files are too many, or their size is unknown; name some of them with --files"
-    elif sum(os.stat(file).st_size for file in files) > MOST_BYTES:
-        why = f"more than {MOST_BYTES >> 30} GiB of files; name some of them with --files"
-    why = first_reason(why)
-    if why or not files:
-        return StorageRates(not_measured=why)
 
+    Raises
+    ------
+    MeasurementError
+        If storage cannot be measured on one of the processes; it is then raised on all of them.
+    """
+    files = on_all(lambda: _measurable_files(source))
     world = len(gather(None))
     fits = int(1000 * seconds / (2 * PASSES + 1) / loader_ms)
     count = agree(min(max(fits, 2), max(len(files) // images // world, 1), 100), min)
@@ -104,14 +90,9 @@ def measure_storage(
         kinds.append((found.warm_ms, whole, False))
     try:
         for times, open_it, cold in kinds * PASSES:
-            loader, why = _on_all(open_it)  # the pass does not include the creation of the loader
-            _, why = (None, why) if why else _on_all(partial(_prepare, files, cold=cold))
-            if why or loader is None:
-                return StorageRates(not_measured=why)
-            passed, why = _on_all(partial(_pass, loader, count, images, synchronise))
-            if why or passed is None:
-                return StorageRates(not_measured=why)
-            taken, given = passed
+            loader = on_all(open_it)  # the pass does not include the creation of the loader
+            on_all(partial(_prepare, files, cold=cold))
+            taken, given = on_all(partial(_pass, loader, count, images, meter))
             if cold:
                 read = max(given, (page_cache.resident_share(files) or 0) * len(files) / images / world)
             times.append(agree(taken / read, max))  # also for the following warm pass, which reads ahead as far
@@ -121,14 +102,18 @@ def measure_storage(
     return found
 
 
-def _on_all(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """Return the result of an action, and why it failed on any process, so that all processes stop together."""
-    result = why = None
-    try:
-        result = action()
-    except MeasurementError as error:
-        why = str(error)
-    return result, first_reason(why)
+def _measurable_files(source: Source) -> list[str]:
+    """Return the files of a source, if they are known and not too large."""
+    files = source.files
+    if not files:
+        msg = "the files of the loader are not known; name them with --files"
+    elif len(files) > MOST_FILES or source.dataset_bytes is None:
+        msg = f"{len(files)} files are too many, or their size is unknown; name some of them with --files"
+    elif sum(os.stat(file).st_size for file in files) > MOST_BYTES:
+        msg = f"more than {MOST_BYTES >> 30} GiB of files; name some of them with --files"
+    else:
+        return files
+    raise MeasurementError(msg)
 
 
 def _prepare(files: list[str], *, cold: bool) -> None:
@@ -145,13 +130,12 @@ def _prepare(files: list[str], *, cold: bool) -> None:
         raise MeasurementError(msg) from error
 
 
-def _pass(loader: Iterable[Any], count: int, images: int, synchronise: Callable[[], None]) -> tuple[float, float]:
+def _pass(loader: Iterable[Any], count: int, images: int, meter: Meter) -> tuple[float, float]:
     """Return the milliseconds for the next batches of a loader, and their number as full batches."""
     start = time.perf_counter()
     batches = Batches(loader, nominal=images)
-    batches.first = None
     done = 1.0
     for _ in range(count - 1):
         done += batches.size(batches.next())
-    synchronise()
+    meter.synchronise()
     return 1000 * (time.perf_counter() - start), done

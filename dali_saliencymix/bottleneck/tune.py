@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
-from dali_saliencymix.bottleneck.sources import Source, data_flags
+from dali_saliencymix.bottleneck.sources import Source
 from dali_saliencymix.bottleneck.verdict import Series
 from dali_saliencymix.bottleneck.whatifs import LABELS, compared, measure_settings
 from dali_saliencymix.measure.environment import cores, local_processes
 from dali_saliencymix.measure.figures import interval
 from dali_saliencymix.measure.processes import agree
-from dali_saliencymix.measure.windows import MeasurementError, longest
+from dali_saliencymix.measure.windows import MeasurementError, Meter, longest
 
 _MARGIN = 1.1  # a loader that exceeds the step's rate by this factor is fast enough
 _AS_FAST = 0.95  # a smaller setting counts as equally fast if the lower end of its change is at least this
@@ -35,15 +35,7 @@ def tunable(source: Source) -> dict[str, Any]:
     return found
 
 
-def tune(
-    source: Source,
-    *,
-    step: Series | None,
-    loader: Series,
-    seconds: float,
-    synchronise: Callable[[], None],
-    notify: Callable[[str], None],
-) -> dict[str, Any]:
+def tune(source: Source, *, step: Series | None, loader: Series, seconds: float, meter: Meter) -> dict[str, Any]:
     """Search for a faster setting, starting from the present one; trials are interleaved with the best so far.
 
     The search halves and doubles one setting at a time, as long as the result is faster beyond the noise, or smaller
@@ -59,6 +51,8 @@ def tune(
         search ends when the loader's rate is more than 10 % above the step's.
     seconds : float
         Approximate duration of the search.
+    meter : Meter
+        Measures the loader.
 
     Returns
     -------
@@ -75,19 +69,15 @@ def tune(
     present = tunable(source)
     start, takes = time.perf_counter(), seconds / _TRIALS
     most = max(agree(cores() // local_processes(), min), 1)  # threads
-    best, trials = dict(present), list[dict[str, Any]]()
-    tried = {_key(best)}
+    best = present
+    trials: list[dict[str, Any]] = []
+    tried = [best]
 
     def measured(*others: dict[str, Any]) -> list[Series | str]:
         nonlocal takes
         begun = time.perf_counter()
-        found = measure_settings(
-            source,
-            [_changed(present, settings) for settings in (best, *others)],
-            seconds=seconds / _TRIALS,
-            synchronise=synchronise,
-            notify=notify,
-        )
+        variants = [_changed(present, settings) for settings in (best, *others)]
+        found = measure_settings(source, variants, seconds / _TRIALS, meter)
         gc.collect()  # destroys pipelines: Python's automatic collection is off
         takes = max(takes, longest(time.perf_counter() - begun))
         return found
@@ -97,45 +87,47 @@ def tune(
         nonlocal best
         if _is_fast_enough(loader, step):
             return "the loader exceeds the rate of the step by more than 10 % with the present setting"
-        again = True
-        while again:
-            again = False
-            for name in present:
-                while True:
-                    others = [{**best, name: value} for value in _neighbours(name, best[name], most)]
-                    others = [settings for settings in others if _key(settings) not in tried]
-                    if not others:
-                        break
-                    if longest(time.perf_counter() - start) + 2 * takes > seconds:  # keep time for the final comparison
-                        return "the time is over; a larger --seconds continues the search"
-                    now, *then = measured(*others)
-                    chosen = _chosen(name, best, others, now, then)
-                    for settings, series in zip(others, then, strict=True):
-                        tried.add(_key(settings))
-                        row = {"what": LABELS[name], "setting": name, "now": best[name], "then": settings[name]}
-                        trials.append({**row, "kept": settings is chosen, **compared(now, series)})
-                        notify(f"tune: {row['what']} {row['now']} -> {row['then']}: {_said(trials[-1])}")
-                    if chosen is None:
-                        break
-                    best, again = chosen, True
-                    if _is_fast_enough(then[others.index(chosen)], step):
-                        return "the loader exceeds the rate of the step by more than 10 %"
+        settled = 0  # settings in succession of which no neighbour was chosen
+        for name in itertools.cycle(present):
+            while others := [
+                settings
+                for value in _neighbours(name, best[name], most)
+                if (settings := {**best, name: value}) not in tried
+            ]:
+                if longest(time.perf_counter() - start) + 2 * takes > seconds:  # keep time for the final comparison
+                    return "the time is over; a larger --seconds continues the search"
+                now, *then = measured(*others)
+                tried.extend(others)
+                found = [compared(now, series) for series in then]
+                chosen = _chosen(name, best, others, found)
+                for settings, figures in zip(others, found, strict=True):
+                    row = {"what": LABELS[name], "setting": name, "now": best[name], "then": settings[name]}
+                    trials.append({**row, "kept": settings is chosen, **figures})
+                    meter.notify(f"tune: {row['what']} {row['now']} -> {row['then']}: {_said(trials[-1])}")
+                if chosen is None:
+                    break
+                best, settled = chosen, 0
+                if _is_fast_enough(then[others.index(chosen)], step):
+                    return "the loader exceeds the rate of the step by more than 10 %"
+            settled += 1
+            if settled == len(present):
+                break
         return "no neighbour of the best setting is faster beyond the noise"
 
     stopped, confirmed = searched(), None
     if best != present:
         found, best = best, present
+        changed = _changed(present, found)
         now, then = measured(found)
         confirmed = compared(now, then)
         said = _said({**confirmed, "kept": False})
-        notify(f"tune: {source.in_words(found)} against {source.in_words(present)}: {said}")
-        smaller = all(_is_smaller(name, value, present[name]) for name, value in _changed(present, found).items())
+        meter.notify(f"tune: {source.in_words(found)} against {source.in_words(present)}: {said}")
+        smaller = all(_is_smaller(name, value, present[name]) for name, value in changed.items())
         if confirmed["change"] is not None and confirmed["change"].low > (_AS_FAST if smaller else 1):
             best = found
         else:
             lacks = "as fast" if smaller else "faster beyond the noise"
-            changed = source.in_words(_changed(present, found))
-            stopped += f"; in the final comparison with the present setting, {changed} was not {lacks}"
+            stopped += f"; in the final comparison with the present setting, {source.in_words(changed)} was not {lacks}"
     return {
         "present": present,
         "best": best,
@@ -145,17 +137,6 @@ def tune(
         "confirmed": confirmed,
         "stopped": stopped,
     }
-
-
-def as_file(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as they are written to a file: options for ``train.py --config``, or arguments by name."""
-    if not source.is_training:
-        return settings
-    return {data_flags(source.options[name])[-1].removeprefix("--"): value for name, value in settings.items()}
-
-
-def _key(settings: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(settings.values())
 
 
 def _changed(present: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -173,19 +154,14 @@ def _neighbours(name: str, value: Any, most: int) -> list[Any]:
 
 
 def _chosen(
-    name: str,
-    best: dict[str, Any],
-    others: list[dict[str, Any]],
-    now: Series | str,
-    then: list[Series | str],
+    name: str, best: dict[str, Any], others: list[dict[str, Any]], found: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Return the fastest setting that is faster beyond the noise, else a smaller one that is as fast, else None."""
-    changes = [compared(now, series)["change"] for series in then]
-    found = [(change, settings) for change, settings in zip(changes, others, strict=True) if change is not None]
-    faster = [(change.median, settings) for change, settings in found if change.low > 1]
+    changes = [(each["change"], settings) for each, settings in zip(found, others, strict=True) if each["change"]]
+    faster = [(change.median, settings) for change, settings in changes if change.low > 1]
     if faster:
         return max(faster, key=lambda pair: pair[0])[1]
-    smaller = (each for change, each in found if change.low >= _AS_FAST and _is_smaller(name, each[name], best[name]))
+    smaller = (each for change, each in changes if change.low >= _AS_FAST and _is_smaller(name, each[name], best[name]))
     return next(smaller, None)
 
 

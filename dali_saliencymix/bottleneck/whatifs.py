@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
 from typing import Any
 
 from dali_saliencymix.bottleneck.sources import Settings, Source, explained
-from dali_saliencymix.bottleneck.verdict import PASS_STALL, Series
+from dali_saliencymix.bottleneck.verdict import PASS_STALL, Figures, Series
 from dali_saliencymix.measure.environment import cores, counted
-from dali_saliencymix.measure.figures import LEAST_ROUNDS, interval
-from dali_saliencymix.measure.processes import by_round, first_reason, gather
-from dali_saliencymix.measure.windows import Batches, Subject, measure_in_turns
+from dali_saliencymix.measure.figures import interval
+from dali_saliencymix.measure.processes import gather, slowest_by_round
+from dali_saliencymix.measure.windows import Batches, MeasurementError, Meter, Subject, on_all
 
 
 def _half_and_double(value: int) -> tuple[int, ...]:
@@ -28,9 +30,7 @@ _TRIED: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
 LABELS = {setting: label for setting, (label, _) in _TRIED.items()}
 
 
-def measured_rows(
-    source: Source, *, seconds: float, synchronise: Callable[[], None], notify: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measured_rows(source: Source, *, seconds: float, meter: Meter) -> list[dict[str, Any]]:
     """Measure the loader alone with other settings, interleaved with the present ones.
 
     Return one row for each setting and value. A setting that this loader does not have gets one row in which `then` and
@@ -40,60 +40,50 @@ def measured_rows(
     variants: list[tuple[str, Any]] = []
     of_workers = "workers" in source.settings
     others = ("num_threads", "prefetch_queue_depth") if of_workers else ("workers", "prefetch_factor")
-    for setting, (label, values) in _TRIED.items():
+    for setting, (_, values) in _TRIED.items():
         if setting in others:
             continue
         present = source.settings.get(setting)
         tried = [value for value in values(present) if value != present] if present is not None else []
         if not tried:
             why = f"this loader has no {setting} that can be changed"
-            rows.append(_row(label, setting, present, None, compared(why, why)))
+            rows.append(_row(setting, present, None, compared(why, why)))
         variants += [(setting, value) for value in tried]
     if not variants:
         return rows
-    found = measure_settings(
-        source,
-        [{}, *({setting: value} for setting, value in variants)],
-        seconds=seconds,
-        synchronise=synchronise,
-        notify=notify,
-    )
-    for (setting, value), then in zip(variants, found[1:], strict=True):
-        rows.append(_row(_TRIED[setting][0], setting, source.settings[setting], value, compared(found[0], then)))
+    settings = [{setting: value} for setting, value in variants]
+    now, *found = measure_settings(source, [{}, *settings], seconds, meter)
+    for (setting, value), then in zip(variants, found, strict=True):
+        rows.append(_row(setting, source.settings[setting], value, compared(now, then)))
     return rows
 
 
-def measure_settings(
-    source: Source,
-    variants: Sequence[Settings],
-    *,
-    seconds: float,
-    synchronise: Callable[[], None],
-    notify: Callable[[str], None],
-) -> list[Series | str]:
+def measure_settings(source: Source, variants: Sequence[Settings], seconds: float, meter: Meter) -> list[Series | str]:
     """Measure the loader alone with each of these settings, interleaved.
 
     Return for each setting the milliseconds per image in each round (with several processes, of the slowest), or the
     reason why the loader could not be opened.
     """
-    subjects: dict[str, Subject] = {}
-    images: dict[str, int] = {}
-    refused: dict[str, str] = {}
-    for number, changed in enumerate(variants):
-        key, batches, why = str(number), None, None
+    opened: list[Batches | str] = []
+    for changed in variants:
         try:
-            batches = Batches(source.open(changed), ahead=_ahead(source, changed))
-            batches.first = None
-        except (RuntimeError, ValueError) as error:  # errors of DALI, or a MeasurementError
-            why = explained(error) if isinstance(error, RuntimeError) else str(error)
-        why = first_reason(why)
-        if why or batches is None:
-            refused[key] = why or "could not be opened"
-        else:
-            subjects[key], images[key] = Subject(batches), batches.nominal
-    found = measure_in_turns(subjects, seconds=seconds, rounds=LEAST_ROUNDS, synchronise=synchronise, notify=notify)
-    gathered = gather({key: [ms / images[key] for ms in found.ms[key]] for key in subjects})
-    return [by_round(gathered, key) or refused[key] for key in map(str, range(len(variants)))]
+            opened.append(on_all(partial(_opened, source, changed)))
+        except MeasurementError as error:
+            opened.append(str(error))
+    batches = {str(number): each for number, each in enumerate(opened) if not isinstance(each, str)}
+    found = meter.in_turns({key: Subject(each) for key, each in batches.items()}, seconds=seconds)
+    gathered = gather({key: [ms / each.nominal for ms in found.ms[key]] for key, each in batches.items()})
+    return [
+        each if isinstance(each, str) else slowest_by_round(gathered, str(number)) for number, each in enumerate(opened)
+    ]
+
+
+def _opened(source: Source, changed: Settings) -> Batches:
+    try:
+        return Batches(source.open(changed), ahead=_ahead(source, changed))
+    except (RuntimeError, ValueError) as error:  # errors of DALI, or a MeasurementError
+        why = explained(error) if isinstance(error, RuntimeError) else str(error)
+        raise MeasurementError(why) from error
 
 
 def best_change(source: Source, rows: Sequence[dict[str, Any]], tuned: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -146,52 +136,49 @@ def compared(now: Series | str, then: Series | str) -> dict[str, Any]:
     }
 
 
-def _row(label: str, setting: str, now: Any, then: Any, found: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": "measured", "what": label, "setting": setting, "now": now, "then": then, **found}
+def _row(setting: str, now: Any, then: Any, found: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "measured", "what": LABELS[setting], "setting": setting, "now": now, "then": then, **found}
 
 
 def predicted_rows(
+    figures: Figures,
     *,
-    step: float | None,
-    loader: float | None,
-    end: float | None,
-    cold: float | None,
-    reads_cold: bool,
+    images: int,
+    epoch_images: float | None = None,
     threads: int | None,
-    world: int,
     threads_are: str = "DALI threads",
-    images: float | None = None,
     stalls: bool = True,
 ) -> list[dict[str, Any]]:
     """Return predictions from the measured rates. Predictions that would change nothing are left out.
 
+    If the training reads from storage and that was not measured, there are no predictions for the training.
+
     Parameters
     ----------
-    step, loader, end : float or None
-        Images per second of one process: step alone, loader alone, both together. None if not measured.
-    cold : float or None
-        Images per second of the loader from storage.
-    reads_cold : bool
-        Whether the training reads from storage. Then `cold` limits its rate; if that is None, the training has no
-        predictions.
+    figures : Figures
+        The measured times.
+    images : int
+        Images in a batch.
+    epoch_images : float, optional
+        Images in an epoch of all processes.
     threads : int or None
         Threads or worker processes of the loader.
-    world : int
-        Number of processes.
     threads_are : str
         What `threads` counts, in the plural.
-    images : float, optional
-        Images in an epoch of all processes.
     stalls : bool
         Whether the training is slower than its step alone beyond the noise.
 
     Examples
     --------
-    >>> rates = {"step": 1000.0, "loader": 2000.0, "end": 800.0}
-    >>> rows = predicted_rows(**rates, cold=None, reads_cold=False, threads=4, world=1)
-    >>> rows[0]["text"]
+    >>> figures = Figures(step_ms=(100.0,) * 5, loader_ms=(50.0,) * 5, end_ms=(125.0,) * 5)
+    >>> predicted_rows(figures, images=100, threads=4)[0]["text"]
     'a step twice as fast: 1600 images/s, 2.00 times the present rate'
     """
+    step, loader, end, cold = (  # images per second of one process
+        1000 * images / median(ms) if ms else None
+        for ms in (figures.step_ms, figures.loader_ms, figures.end_ms, figures.cold_ms)
+    )
+    reads_cold, world = figures.reads_cold, max(len(figures.ranks), 1)
     bound = cold if reads_cold else None
     rows: list[dict[str, Any]] = []
 
@@ -217,9 +204,9 @@ def predicted_rows(
                 value,
                 f"a step twice as fast: {value:.0f} images/s, {value / today:.2f} times the present rate",
             )
-    if not images:
+    if not epoch_images:
         return rows
-    epoch = f"an epoch of {images:,.0f} images"
+    epoch = f"an epoch of {epoch_images:,.0f} images"
     if not known:
         why = "not measured: the training reads from storage, which was not measured"
         add("epoch as it is", None, f"{epoch}: {why}", "-")
@@ -229,11 +216,11 @@ def predicted_rows(
     found = (("epoch as it is", today, limit), ("epoch of the loader alone", alone, "for the loader alone"))
     for name, rate, text in found:
         if rate:
-            seconds = images / (rate * world)
+            seconds = epoch_images / (rate * world)
             add(name, seconds, f"{epoch}: {_duration(seconds)} {text}", "extrapolated")
     if step and today:
         if step > today and (stalls or today != end):
-            seconds = images / (step * world)
+            seconds = epoch_images / (step * world)
             add("epoch without a stall", seconds, f"{epoch}: {_duration(seconds)} if the loader cost nothing")
         else:
             add("epoch without a stall", None, f"{epoch}: equally long, within the noise, if the loader cost nothing")

@@ -55,15 +55,8 @@ def agree(value: T, choose: Callable[[list[T]], T]) -> T:
     return choose(gather(value))
 
 
-def first_reason(why: str | None) -> str | None:
-    """Return the reason of the first process that has one, else None; all processes must call this."""
-    return agree(why, lambda reasons: next((reason for reason in reasons if reason), None))
-
-
-def by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...] | None:
+def slowest_by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...]:
     """Return the times of the slowest process in each round."""
-    if name not in gathered[0]:
-        return None
     return tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.processes import agree, are_several, gather, is_lost_connection
@@ -21,6 +21,7 @@ from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.rounds import in_turns
 
 Step = Callable[[Any], Any]
+T = TypeVar("T")
 
 MOST_STEPS = 500  # in one window
 LEAST_SECONDS = 0.08  # of one window: the time of a single short batch is too noisy
@@ -52,7 +53,7 @@ class in_one_line:
 
 
 class Batches:
-    """An endless stream of the batches of a loader, epoch after epoch.
+    """An endless stream of the batches of a loader, epoch after epoch, without the very first one.
 
     Parameters
     ----------
@@ -71,10 +72,10 @@ class Batches:
         self.ahead = ahead
         self.epochs = 0
         self.epoch_length = _length(loader)
-        self.first = self.next()
-        found = nominal or images_in(self.first)
+        first = self.next()
+        found = nominal or images_in(first)
         if found is None:
-            msg = f"the number of images in a batch of type {type(self.first).__name__} is unknown; give the batch size"
+            msg = f"the number of images in a batch of type {type(first).__name__} is unknown; give the batch size"
             raise MeasurementError(msg)
         self.nominal = found
 
@@ -216,88 +217,84 @@ class Windows(NamedTuple):
     steps: dict[str, int]
 
 
-def measure_in_turns(
-    subjects: Mapping[str, Subject],
-    *,
-    seconds: float,
-    rounds: int = 9,
-    synchronise: Callable[[], None] = lambda: None,
-    notify: Callable[[str], None] = lambda line: None,
-) -> Windows:
-    """Measure subjects in rounds, with one window of each subject in each round.
+@dataclass(frozen=True)
+class Meter:
+    """Measures subjects in windows; `synchronise` waits for the device, `notify` is called with lines of text."""
 
-    Parameters
-    ----------
-    subjects : mapping from str to Subject
-        What is measured, by name.
-    seconds : float
-        Approximate total duration, which determines the length of the windows. There are always at least
-        `LEAST_ROUNDS` rounds and one batch in a window, regardless of `seconds`.
-    rounds : int
-        Maximum number of windows for each subject, at least `LEAST_ROUNDS`.
-    synchronise : callable
-        Waits for the device.
-    notify : callable
-        Called with a sentence if the measurement will take much longer than `seconds`.
+    synchronise: Callable[[], None] = lambda: None
+    notify: Callable[[str], None] = lambda line: None
 
-    Returns
-    -------
-    Windows
+    def in_turns(self, subjects: Mapping[str, Subject], *, seconds: float, rounds: int = LEAST_ROUNDS) -> Windows:
+        """Measure subjects, by name, in at most `rounds` rounds, with one window of each subject in each round.
 
-    Raises
-    ------
-    MeasurementError
-        If a loader or a step fails.
-    ValueError
-        If `rounds` is too small.
-    """
-    if rounds < LEAST_ROUNDS:
-        msg = f"rounds must be at least {LEAST_ROUNDS}, got {rounds}"
-        raise ValueError(msg)
-    start = time.perf_counter()
-    share = seconds / (rounds + 2) / max(len(subjects), 1)  # of a subject in a round; two more rounds for the warm-up
-    batch, around = {}, {}  # seconds of a batch, and around a window
-    for name, subject in subjects.items():
-        batch[name], around[name] = _tried(subject, share, synchronise)
-    # Medians of window means are comparable only if the windows have equally many steps: same count with and without
-    # the loader.
-    stepping = [name for name, subject in subjects.items() if subject.step]
-    steps: dict[str, int] = {}
-    for names in (stepping, *([name] for name in subjects if name not in stepping)):
-        lasts = {name: max(share - around[name], LEAST_SECONDS) for name in names}
-        count = min((int(lasts[name] / batch[name]) for name in names), default=1)
-        update = math.lcm(*(subjects[name].update for name in names))
-        count = max(min(count, MOST_STEPS) // update, 1) * update
-        epoch = math.lcm(update, *(agree(subjects[name].epoch, max) for name in names))
-        if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs include the cost of starting one
-            count = max(round(count / epoch), 1) * epoch
-        steps |= dict.fromkeys(names, count)
-    needed = LEAST_ROUNDS * sum(around[name] + steps[name] * batch[name] for name in subjects)
-    if needed > 1.5 * seconds:
-        notify(f"batches are slow here: this part will take about {needed:.0f} s")
-    for subject in subjects.values():
-        subject.waits.clear()
-        subject.totals.clear()
-    variants = {name: partial(_window, subject, steps[name], synchronise) for name, subject in subjects.items()}
-    left = seconds - (time.perf_counter() - start)
-    *_, ms = in_turns(variants, rounds, seconds=left, least=LEAST_ROUNDS, warm_up=False, longest=longest)
-    return Windows(ms, steps)
+        `seconds` is the approximate total duration, which determines the length of the windows. There are always at
+        least `LEAST_ROUNDS` rounds and one batch in a window, regardless of `seconds`.
 
-
-def _tried(subject: Subject, share: float, synchronise: Callable[[], None]) -> tuple[float, float]:
-    """Return the seconds of a batch, and those before and after a window; this also serves as warm-up."""
-    count = 1
-    while True:
+        Raises
+        ------
+        MeasurementError
+            If a loader or a step fails.
+        ValueError
+            If `rounds` is less than `LEAST_ROUNDS`.
+        """
+        if rounds < LEAST_ROUNDS:
+            msg = f"rounds must be at least {LEAST_ROUNDS}, got {rounds}"
+            raise ValueError(msg)
         start = time.perf_counter()
-        batch = longest(_window(subject, count, synchronise) / 1000)
-        around = longest(time.perf_counter() - start - batch * count)
-        if batch * count > share and count == 1:  # repeat once, in case it was an outlier
-            batch = min(batch, longest(_window(subject, 1, synchronise) / 1000))
-        epoch = agree(subject.epoch, max)
-        least = epoch if epoch * batch <= 4 * share else 1  # whole epochs if they are short
-        if count >= least and (batch * count >= share / 8 or count >= MOST_STEPS):
-            return batch, around
-        count = max(min(4 * count, MOST_STEPS), least)
+        share = seconds / (rounds + 2) / max(len(subjects), 1)  # of a subject in a round; two more for the warm-up
+        batch, around = {}, {}  # seconds of a batch, and around a window
+        for name, subject in subjects.items():
+            batch[name], around[name] = self._tried(subject, share)
+        # Medians of window means are comparable only if the windows have equally many steps: same count with and
+        # without the loader.
+        stepping = [name for name, subject in subjects.items() if subject.step]
+        steps: dict[str, int] = {}
+        for names in (stepping, *([name] for name in subjects if name not in stepping)):
+            lasts = {name: max(share - around[name], LEAST_SECONDS) for name in names}
+            count = min((int(lasts[name] / batch[name]) for name in names), default=1)
+            update = math.lcm(*(subjects[name].update for name in names))
+            count = max(min(count, MOST_STEPS) // update, 1) * update
+            epoch = math.lcm(update, *(agree(subjects[name].epoch, max) for name in names))
+            if all(epoch * batch[name] <= 2 * share for name in names):  # whole epochs include the cost of starting one
+                count = max(round(count / epoch), 1) * epoch
+            steps |= dict.fromkeys(names, count)
+        needed = LEAST_ROUNDS * sum(around[name] + steps[name] * batch[name] for name in subjects)
+        if needed > 1.5 * seconds:
+            self.notify(f"batches are slow here: this part will take about {needed:.0f} s")
+        for subject in subjects.values():
+            subject.waits.clear()
+            subject.totals.clear()
+        variants = {name: partial(self._window, subject, steps[name]) for name, subject in subjects.items()}
+        left = seconds - (time.perf_counter() - start)
+        *_, ms = in_turns(variants, rounds, seconds=left, least=LEAST_ROUNDS, warm_up=False, longest=longest)
+        return Windows(ms, steps)
+
+    def _tried(self, subject: Subject, share: float) -> tuple[float, float]:
+        """Return the seconds of a batch, and those before and after a window; this also serves as warm-up."""
+        count = 1
+        while True:
+            start = time.perf_counter()
+            batch = longest(self._window(subject, count) / 1000)
+            around = longest(time.perf_counter() - start - batch * count)
+            if batch * count > share and count == 1:  # repeat once, in case it was an outlier
+                batch = min(batch, longest(self._window(subject, 1) / 1000))
+            epoch = agree(subject.epoch, max)
+            least = epoch if epoch * batch <= 4 * share else 1  # whole epochs if they are short
+            if count >= least and (batch * count >= share / 8 or count >= MOST_STEPS):
+                return batch, around
+            count = max(min(4 * count, MOST_STEPS), least)
+
+    def _window(self, subject: Subject, count: int) -> float:
+        """Return milliseconds per batch of one window."""
+        gather(None)  # before settling: a process that waits after it would refill its queue
+        subject.settle()
+        self.synchronise()
+        start = time.perf_counter()
+        done = subject.run(count)
+        self.synchronise()
+        ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # positive even if the clock has not advanced
+        time.sleep(min(subject.ahead * ms / 1000, MOST_REST))
+        return ms
 
 
 def longest(seconds: float) -> float:
@@ -305,14 +302,12 @@ def longest(seconds: float) -> float:
     return agree(max(seconds, 1e-6), max)
 
 
-def _window(subject: Subject, count: int, synchronise: Callable[[], None]) -> float:
-    """Return milliseconds per batch of one window."""
-    gather(None)  # before settling: a process that waits after it would refill its queue
-    subject.settle()
-    synchronise()
-    start = time.perf_counter()
-    done = subject.run(count)
-    synchronise()
-    ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # positive even if the clock has not advanced
-    time.sleep(min(subject.ahead * ms / 1000, MOST_REST))
-    return ms
+def on_all(action: Callable[[], T]) -> T:
+    """Return the result of an action; if it raises a `MeasurementError` on one process, raise it on all of them."""
+    try:
+        result, why = action(), None
+    except MeasurementError as error:
+        result, why = None, str(error)
+    for reason in filter(None, gather(why)):
+        raise MeasurementError(reason)
+    return cast("T", result)
