@@ -101,7 +101,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def run_bottleneck(arguments: list[str], prog: str) -> int:
     """Run ``bottleneck``; return the exit status."""
-    own, rest = _parser(prog).parse_known_args(arguments)
+    parser = _parser(prog)
+    own, rest = parser.parse_known_args(arguments)
     try:
         require("torch", "torchvision", "nvidia.dali", "PIL", "tqdm", "yaml")
     except MissingPackageError as error:
@@ -110,7 +111,7 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     from dali_saliencymix.training import distributed
 
     try:
-        status = _run(own, rest, prog, arguments)
+        status = _run(parser, own, rest, arguments)
         flush_stdout()
     except KeyboardInterrupt:
         sys.stderr.write(f"{prog}: interrupted\n")
@@ -122,13 +123,12 @@ def run_bottleneck(arguments: list[str], prog: str) -> int:
     return status
 
 
-def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[str]) -> int:
+def _run(parser: argparse.ArgumentParser, own: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     """Check the options, measure and show; return the exit status."""
     from dali_saliencymix.training import distributed
     from dali_saliencymix.training.arguments import parse_arguments
 
-    parser = _parser(prog)
-    training = parse_arguments(rest, prog=prog, validates=False)  # DATA is an option of train.py
+    training = parse_arguments(rest, prog=parser.prog, validates=False)  # DATA is an option of train.py
     has_data = training.data.data is not None or training.data.train_dir is not None
     if sum((has_data, own.pipeline is not None, own.loader is not None)) != 1:
         parser.error("give one of DATA, --pipeline and --loader")
@@ -151,7 +151,7 @@ def _run(own: argparse.Namespace, rest: list[str], prog: str, arguments: list[st
     processes = distributed.start_processes(training.data.device)
     report = _measured_by_all(own, training, rest, processes)
     if (change := report["change"]) and change["options"]:
-        change["command"] = changed_command(prog, arguments, change["options"])
+        change["command"] = changed_command(parser.prog, arguments, change["options"])
     return _show(report, own) if processes.is_main else 0
 
 
@@ -201,23 +201,25 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str
 
     given = {name: getattr(training.data, option) for name, option in OF_PIPELINES.items() if _is_given(rest, option)}
     files = _listed(own.files)
-    source: Source
-    if not own.pipeline and not own.loader:
-        source = of_train_py.training_source(training, processes, images=own.images)
-    elif own.pipeline:
+    if own.pipeline:
         source = pipeline_source(load_function(own.pipeline, "--pipeline"), given, files=files)
-    else:
-        assert own.loader
+    elif own.loader:
         source = loader_source(load_function(own.loader, "--loader"), batch_size=given.get("batch_size"), files=files)
+    else:
+        source = of_train_py.training_source(training, processes, images=own.images)
     if own.tune:
         tunable(source)  # checked here, so that its error is not attributed to a damaged file
     step = None
     if own.step:
         step = step_of(load_function(own.step, "--step"))
     elif not own.no_step:
-        classes = max(int(source.conditions.get("classes", 1000)), 2)
-        made_for: dict[str, int] = {"num_classes": classes, "image_size": training.data.train_crop_size}
-        step = of_train_py.TrainingStep(training.model, training.optimizer, processes, **made_for)
+        step = of_train_py.TrainingStep(
+            training.model,
+            training.optimizer,
+            processes,
+            num_classes=max(source.conditions.get("classes", 1000), 2),
+            image_size=training.data.train_crop_size,
+        )
     for line in source.conditions.get("notes", ()):
         notify(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch

@@ -239,7 +239,7 @@ def _cut(source: Source, batches: Batches) -> tuple[list[Cut], dict[str, Subject
 
 def _figures(gathered: list[dict[str, list[float]]], cuts: list[Cut]) -> Figures:
     """Return the figures of all processes: those of the slowest in each round, and each one's own."""
-    slowest = {name: slowest_by_round(gathered, name) for name in gathered[0]}
+    slowest = slowest_by_round(gathered)
     loader = slowest["loader"]
     wholes = [(cut.name, cut.category, slowest[f"cut {number}"]) for number, cut in enumerate(cuts)]
     stages = []

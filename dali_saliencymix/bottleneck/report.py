@@ -47,28 +47,10 @@ def build_report(
     timeline: dict[str, list[list[float]]] | None,
     conditions: dict[str, Any],
 ) -> Report:
-    """Return a report with figures, verdict and conditions.
+    """Return a report.
 
-    Parameters
-    ----------
-    figures, verdict : Figures, Verdict
-        The measured times and the verdict on them.
-    images : int
-        Images in a batch.
-    stages_note : str or None
-        Why there are no stages.
-    stored : StorageRates
-        The measurement of storage.
-    what_ifs : sequence of dict
-        Rows of `whatifs`.
-    change : dict, optional
-        The change of settings that makes the loader faster, if the loader is the bottleneck.
-    tuned : dict, optional
-        Result of the search for a faster setting.
-    timeline : dict or None
-        ``waits_ms`` and ``steps_ms`` of each window, end to end.
-    conditions : dict
-        Settings and other conditions of the measurement.
+    `stages_note` says why there are no stages. `what_ifs` are rows of the module `whatifs`, `change` and `tuned` the
+    results of `best_change` and `tune`. `timeline` holds ``waits_ms`` and ``steps_ms`` of each window, end to end.
     """
     stall, no_step = verdict.stall, "no training step was given"
     report = {

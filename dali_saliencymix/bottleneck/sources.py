@@ -37,11 +37,15 @@ class Source:
     open: Callable[[Settings], Iterable[Any]]  # returns batches
     define: Callable[[Settings], Any] | None = None  # returns a new DALI pipeline, not built
     files: list[str] | None = None  # the files that are read, if known
-    dataset_bytes: float | None = None  # size of the whole data set of the training
+    dataset_bytes: float | None = None  # size of the whole data set of the training; by default that of the files
     ahead: int = 2  # batches that may be prefetched
     conditions: dict[str, Any] = field(default_factory=dict)  # for the report
     options: dict[str, str] = field(default_factory=dict)  # fields of `DataOptions` by setting
     is_training: bool = False  # whether this is the loader of ``train.py``
+
+    def __post_init__(self) -> None:
+        if self.dataset_bytes is None:
+            self.dataset_bytes = bytes_of(self.files)
 
     def in_words(self, settings: Settings) -> str:
         """Return settings as a user writes them: options of ``train.py``, or arguments of the pipeline function."""
@@ -108,8 +112,7 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
         conditions["num_workers"] = workers
     if batch_size:
         conditions["batch_size"] = batch_size
-    about: dict[str, Any] = {"files": files, "dataset_bytes": bytes_of(files), "conditions": conditions}
-    return Source(f"loader {name}", {}, lambda settings: made, ahead=ahead, **about)
+    return Source(f"loader {name}", {}, lambda settings: made, files=files, ahead=ahead, conditions=conditions)
 
 
 def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: list[str] | None = None) -> Source:
@@ -155,14 +158,13 @@ def pipeline_source(define: Callable[..., Any], settings: Settings, *, files: li
             files = reader_files(lambda: defined({}))
     return Source(
         f"DALI pipeline {getattr(define, '__qualname__', '')}".strip(),
-        {**changeable, **{name: value for name, value in given.items() if name not in found}},
-        lambda changed: PipelineBatches(defined(changed)),
-        defined,
-        files,
-        bytes_of(files),
-        ahead,
-        {**found, **given},
-        OF_PIPELINES,
+        settings={**changeable, **{name: value for name, value in given.items() if name not in found}},
+        open=lambda changed: PipelineBatches(defined(changed)),
+        define=defined,
+        files=files,
+        ahead=ahead,
+        conditions={**found, **given},
+        options=OF_PIPELINES,
     )
 
 

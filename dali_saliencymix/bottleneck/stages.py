@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from dali_saliencymix.datasets.image_folder import list_files
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
@@ -46,14 +48,7 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
     The cuts are in the order of the graph; the last one is the whole pipeline. A mixing operator of this package has
     two cuts: one with a saliency detector that costs nothing, and one with the real detector.
 
-    Parameters
-    ----------
-    define : callable
-        Returns the same DALI pipeline at each call, new and not built.
-
-    Returns
-    -------
-    list of Cut
+    `define` returns the same DALI pipeline at each call, new and not built.
 
     Raises
     ------
@@ -61,28 +56,36 @@ def cut_pipeline(define: Callable[[], Any]) -> list[Cut]:
         If the pipeline cannot be split.
     """
     operators = _operators(_graph_outputs(define))
-    ends: list[tuple[str, str, int]] = []  # name, category, number of operators up to its end
-    for number, operator in enumerate(operators, start=1):
+    ends: list[_End] = []
+    for count, operator in enumerate(operators, start=1):
         schema = _schema(operator)
         if schema.lstrip("_").startswith(_SMALL) or getattr(getattr(operator, "stage", None), "small", False):
             continue
-        ends.append((*_described(operator, schema), number))
-        if len(ends) > 1 and ends[-1][:2] == ends[-2][:2] == ("read", "read"):
-            del ends[-2]
+        end = _End(*_described(operator, schema), count)
+        if ends and ends[-1].category == end.category == "read":
+            ends.pop()
+        ends.append(end)
     if not ends:
         msg = "the pipeline has no operator that processes images"
         raise MeasurementError(msg)
-    ends[-1] = (*ends[-1][:2], len(operators))
-    ends = _with_unique_names(_fewer(ends))
+    ends[-1] = ends[-1]._replace(operators=len(operators))
     cuts = []
-    for name, category, count in ends:
+    for name, category, count in _with_unique_names(_fewer(ends)):
         if name == "saliency":  # a mixing operator of this package
             pasting = _searching(operators)[0].name
             cuts.append(Cut(pasting, "mix", functools.partial(_shortened, define, count, with_saliency=False)))
         cuts.append(Cut(name, category, functools.partial(_shortened, define, count)))
     # The last cut is the original pipeline, including operators that do not lead to the images.
-    cuts[-1] = Cut(cuts[-1].name, cuts[-1].category, define)
+    cuts[-1] = replace(cuts[-1], make=define)
     return cuts
+
+
+class _End(NamedTuple):
+    """The end of a stage."""
+
+    name: str
+    category: str
+    operators: int  # up to here
 
 
 def reader_files(define: Callable[[], Any]) -> list[str] | None:
@@ -187,23 +190,29 @@ def _described_python(operator: Any) -> str:
     return f"python function {name}" if name else "python function"
 
 
-def _fewer(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Join neighbours of the same category until there are at most `MOST_STAGES`."""
+def _fewer(ends: list[_End]) -> list[_End]:
+    """Join neighbours of the same category, the last ones first, until there are at most `MOST_STAGES`."""
     while len(ends) > MOST_STAGES:
-        for i in reversed(range(len(ends) - 1)):
-            if ends[i][1] == ends[i + 1][1] and "saliency" not in (ends[i][0], ends[i + 1][0]):
-                ends[i : i + 2] = [(f"{ends[i][0].partition(' to ')[0]} to {ends[i + 1][0].rpartition(' to ')[2]}",
-                                    *ends[i + 1][1:])]  # fmt: skip
-                break
-        else:
-            return ends
+        alike = [
+            (number, first, second)
+            for number, (first, second) in enumerate(itertools.pairwise(ends))
+            if first.category == second.category and "saliency" not in (first.name, second.name)
+        ]
+        if not alike:
+            break
+        number, first, second = alike[-1]
+        name = f"{first.name.partition(' to ')[0]} to {second.name.rpartition(' to ')[2]}"
+        ends[number : number + 2] = [second._replace(name=name)]
     return ends
 
 
-def _with_unique_names(ends: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    names = [name for name, _, _ in ends]
-    same = [names[: number + 1].count(name) for number, name in enumerate(names)]
-    return [(f"{end[0]} {n}" if n > 1 else end[0], *end[1:]) for n, end in zip(same, ends, strict=True)]
+def _with_unique_names(ends: list[_End]) -> list[_End]:
+    counts: Counter[str] = Counter()
+    unique = []
+    for end in ends:
+        counts[end.name] += 1
+        unique.append(end._replace(name=f"{end.name} {counts[end.name]}") if counts[end.name] > 1 else end)
+    return unique
 
 
 def _shortened(define: Callable[[], Any], count: int, *, with_saliency: bool = True) -> Any:

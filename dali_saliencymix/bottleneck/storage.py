@@ -54,22 +54,9 @@ def measure_storage(
 ) -> StorageRates:
     """Measure the cost of reading a source's files from storage, in interleaved passes of two kinds.
 
-    Before each pass, the files are dropped from memory or read into it. At the end, all files are in memory again.
-
-    Parameters
-    ----------
-    source : Source
-        The loader and its files.
-    images : int
-        Images in a batch.
-    loader_ms : float
-        Milliseconds per batch with files in memory. It determines the length of a pass.
-    read_cut : callable, optional
-        Returns the pipeline that only reads, if the source can be split.
-    seconds : float
-        Approximate duration.
-    meter : Meter
-        Waits for the device.
+    Before each pass, the files are dropped from memory or read into it. At the end, all files are in memory again. The
+    length of a pass follows from `seconds` for all passes, and from `loader_ms`, the milliseconds per batch with files
+    in memory. `read_cut` returns the pipeline that only reads, if the source can be split.
 
     Raises
     ------

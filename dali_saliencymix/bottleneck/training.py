@@ -21,10 +21,8 @@ from dali_saliencymix.training.optimisation import Updater, train_on
 from dali_saliencymix.training.options import ModelOptions, OptimizerOptions, ScheduleOptions, TrainingOptions
 from dali_saliencymix.training.schedule import Phase, phase_at
 
-# Settings of the loaders by data backend, each with the field of `DataOptions` that sets it.
+# Settings of the loaders without DALI by data backend, each with the field of `DataOptions` that sets it.
 _SETTINGS = {
-    "dali-cpu": {name: option for name, option in OF_PIPELINES.items() if name != "hw_decoder_load"},
-    "dali-gpu": OF_PIPELINES,
     "pytorch": {"batch_size": "batch_size", "workers": "workers", "prefetch_factor": "prefetch"},
     "synthetic": {"batch_size": "batch_size"},
 }
@@ -45,7 +43,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         "classes": len(data.classes),
         "options": dict(sorted(training.config.items())),
     }
-    files = size = None
+    files = dataset_bytes = None
     if isinstance(data, FolderData):
         whole = options.batch_size * processes.world_size
         if data.train_images < whole:
@@ -56,19 +54,14 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
         data = replace(data, train=data.train.take(chosen))
         files = sorted(set(data.train.files))
         conditions["images_read"] = len(files)
-        size = bytes_of(files)
-        size = size and size / len(files) * data.train_images
+        read = bytes_of(files)
+        dataset_bytes = read and read / len(files) * data.train_images
     if instead:
         conditions["notes"] = instead
-    about: dict[str, Any] = {"files": files, "dataset_bytes": size, "conditions": conditions}
-    mix = f"mix {'none' if options.mix is None else options.mix.mode}"
     process_on(options, processes)  # raises if the backend needs a GPU and the run has none
-    names = _SETTINGS[backend]
-    if not isinstance(data, FolderData):
+    names = _SETTINGS.get(backend, OF_PIPELINES)
+    if backend != "dali-gpu" or not isinstance(data, FolderData):  # no JPEG files are decoded on a GPU
         names = {name: option for name, option in names.items() if option != "hw_decoder_load"}
-    settings = {name: getattr(options, option) for name, option in names.items()}
-    ahead = options.prefetch * (options.workers if backend == "pytorch" else 1)
-    about |= {"ahead": ahead, "options": names, "is_training": True}
 
     def with_changes(changed: Settings) -> DataOptions:
         return replace(options, **{names[name]: value for name, value in changed.items()})
@@ -76,15 +69,25 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
     def opened(changed: Settings) -> Iterable[Any]:
         return data.train_loader(with_changes(changed), processes)
 
-    if isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu"):
-        folder = data.train
+    def defined(changed: Settings) -> Any:
+        assert isinstance(data, FolderData)
+        arguments = training_arguments(with_changes(changed), processes)
+        return training_builder(**arguments)(data.train.files, data.train.labels, None)
 
-        def defined(changed: Settings) -> Any:
-            arguments = training_arguments(with_changes(changed), processes)
-            return training_builder(**arguments)(folder.files, folder.labels, None)
-
-        return Source(f"training pipeline, {mix}", settings, opened, defined, **about)
-    return Source(f"training loader, {options.dataset} by {backend}, {mix}", settings, opened, **about)
+    is_split = isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu")
+    what = "pipeline" if is_split else f"loader, {options.dataset} by {backend}"
+    return Source(
+        f"training {what}, mix {'none' if options.mix is None else options.mix.mode}",
+        settings={name: getattr(options, option) for name, option in names.items()},
+        open=opened,
+        define=defined if is_split else None,
+        files=files,
+        dataset_bytes=dataset_bytes,
+        ahead=options.prefetch * (options.workers if backend == "pytorch" else 1),
+        conditions=conditions,
+        options=names,
+        is_training=True,
+    )
 
 
 def measured_phase(schedule: ScheduleOptions, crop_size: int) -> tuple[Phase, list[str]]:

@@ -42,17 +42,8 @@ def tune(source: Source, *, step: Series | None, loader: Series, seconds: float,
     and as fast. Finally, the best setting is interleaved with the present one, and replaces it only if it is then
     faster beyond the noise, or smaller and as fast.
 
-    Parameters
-    ----------
-    source : Source
-        The loader; its `settings` are the present ones.
-    step, loader : tuple of float
-        Milliseconds per image of the step alone (if there is a step) and of the loader with the present setting. The
-        search ends when the loader's rate is more than 10 % above the step's.
-    seconds : float
-        Approximate duration of the search.
-    meter : Meter
-        Measures the loader.
+    `step` (if there is one) and `loader` are the milliseconds per image of the step alone and of the loader with the
+    present setting. The search ends when the loader's rate is more than 10 % above the step's.
 
     Returns
     -------

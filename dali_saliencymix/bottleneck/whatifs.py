@@ -72,10 +72,9 @@ def measure_settings(source: Source, variants: Sequence[Settings], seconds: floa
             opened.append(str(error))
     batches = {str(number): each for number, each in enumerate(opened) if not isinstance(each, str)}
     found = meter.in_turns({key: Subject(each) for key, each in batches.items()}, seconds=seconds)
-    gathered = gather({key: [ms / each.nominal for ms in found.ms[key]] for key, each in batches.items()})
-    return [
-        each if isinstance(each, str) else slowest_by_round(gathered, str(number)) for number, each in enumerate(opened)
-    ]
+    ms = {key: [ms / each.nominal for ms in found.ms[key]] for key, each in batches.items()}
+    slowest = slowest_by_round(gather(ms))
+    return [each if isinstance(each, str) else slowest[str(number)] for number, each in enumerate(opened)]
 
 
 def _opened(source: Source, changed: Settings) -> Batches:
@@ -151,22 +150,8 @@ def predicted_rows(
 ) -> list[dict[str, Any]]:
     """Return predictions from the measured rates. Predictions that would change nothing are left out.
 
-    If the training reads from storage and that was not measured, there are no predictions for the training.
-
-    Parameters
-    ----------
-    figures : Figures
-        The measured times.
-    images : int
-        Images in a batch.
-    epoch_images : float, optional
-        Images in an epoch of all processes.
-    threads : int or None
-        Threads or worker processes of the loader.
-    threads_are : str
-        What `threads` counts, in the plural.
-    stalls : bool
-        Whether the training is slower than its step alone beyond the noise.
+    If the training reads from storage and that was not measured, there are no predictions for the training. `stalls`
+    says whether the training is slower than its step alone beyond the noise.
 
     Examples
     --------

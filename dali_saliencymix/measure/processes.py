@@ -55,9 +55,12 @@ def agree(value: T, choose: Callable[[list[T]], T]) -> T:
     return choose(gather(value))
 
 
-def slowest_by_round(gathered: list[dict[str, list[float]]], name: str) -> tuple[float, ...]:
-    """Return the times of the slowest process in each round."""
-    return tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
+def slowest_by_round(gathered: list[dict[str, list[float]]]) -> dict[str, tuple[float, ...]]:
+    """Return the times of the slowest process in each round, by name."""
+    return {
+        name: tuple(max(times) for times in zip(*(each[name] for each in gathered), strict=True))
+        for name in gathered[0]
+    }
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ window, there is a pause in which the loader fills its queue again, so that it d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
@@ -32,21 +33,18 @@ class MeasurementError(ValueError):
     """Raised if something cannot be measured. The message says what and why in one line."""
 
 
-class in_one_line:
-    """Context manager that turns an error into a `MeasurementError` of one line that starts with `what`."""
-
-    def __init__(self, what: str, explain: Callable[[Exception], str] = one_line) -> None:
-        self._what, self._explain = what, explain
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, (MeasurementError, StopIteration)):
-            return
-        if not (are_several() and is_lost_connection(error)):  # otherwise the other process failed and reports why
-            msg = f"{self._what}: {self._explain(error)}"
-            raise MeasurementError(msg) from error
+@contextlib.contextmanager
+def in_one_line(what: str, explain: Callable[[Exception], str] = one_line) -> Iterator[None]:
+    """Turn an error of the block into a `MeasurementError` of one line that starts with `what`."""
+    try:
+        yield
+    except (MeasurementError, StopIteration):
+        raise
+    except Exception as error:
+        if are_several() and is_lost_connection(error):  # the other process failed and reports why
+            raise
+        msg = f"{what}: {explain(error)}"
+        raise MeasurementError(msg) from error
 
 
 # What is measured.
