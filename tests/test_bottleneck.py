@@ -37,23 +37,16 @@ from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
 from dali_saliencymix.measure.windows import Batches, Meter, Subject, Windows, images_in
 
-pytest_plugins = ["shared.training_fixtures"]
+pytest_plugins = ["shared.training_fixtures", "shared.measuring"]
+pytestmark = pytest.mark.usefixtures("short_windows")
 
-QUICK = {"seconds": 1.5, "rounds": 5, "what_ifs": False, "storage": False}
+QUICK = {"seconds": 1.0, "rounds": 5, "what_ifs": False, "storage": False}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[str]:
     """JPEG files that are cheap to decode."""
     return faults.make_files(tmp_path_factory.mktemp("small"), count=16, size=96)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only `sleep` advances, so that measurements are exact whatever the load of the machine."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
 
 
 class Slow:
@@ -81,10 +74,10 @@ def decided(loader, step, **options) -> dict:
 
 
 @pytest.fixture(scope="module")
-def report(files) -> dict:
+def report(files, short_windows) -> dict:
     """The report of a pipeline, with everything measured. Tests must not change it."""
     define = functools.partial(faults.pipeline, files, detect=0.02)
-    return decided(define, faults.step_of(0.002), seconds=2, rounds=5)
+    return decided(define, faults.step_of(0.002), seconds=1, rounds=5)
 
 
 # Faults.
@@ -719,13 +712,9 @@ def test_dropped_files_are_gone_and_read_files_are_back(files):
 
 def test_files_that_stay_in_memory_are_not_measured(files, monkeypatch):
     monkeypatch.setattr(page_cache, "resident_share", lambda files: 0.8)
-    define = functools.partial(faults.pipeline, files, read=0.02, mixed=False)
-    found = decided(define, faults.step_of(0.001), **{**QUICK, "storage": True, "files": files})
-    assert found["rates"]["storage"]["images_per_second"] is None
-    assert (
-        found["rates"]["storage"]["not_measured"] == "80% of the files' bytes stayed in memory after they were dropped"
-    )
-    assert found["verdict"]["name"] == "LOADER-BOUND"  # though reading is the most expensive stage
+    source = loader_source([np.zeros((2, 4))] * 5, files=files)
+    with pytest.raises(BottleneckError, match="80% of the files' bytes stayed in memory after they were dropped"):
+        measure_storage(source, images=2, loader_ms=1.0, read_cut=None, seconds=0.1, meter=Meter())
 
 
 def test_residency_that_cannot_be_seen_is_not_taken_for_absence(files, monkeypatch):
@@ -738,7 +727,7 @@ def test_a_file_that_is_missing_is_a_reason(tmp_path):
 
 
 def test_unknown_files_are_a_reason():
-    found = bottleneck.diagnose([np.zeros((2, 4))] * 5, faults.step_of(0.01), **{**QUICK, "storage": True})
+    found = bottleneck.diagnose([np.zeros((2, 4))] * 5, None, **{**QUICK, "storage": True})
     assert "the files of the loader are not known" in found["rates"]["storage"]["not_measured"]
 
 
@@ -901,7 +890,7 @@ def test_bad_input_is_one_clear_line(loader, step, text):
 
 
 def test_the_batch_size_can_be_given_where_it_cannot_be_seen():
-    found = bottleneck.diagnose([1.5] * 5, faults.step_of(0.01), batch_size=16, **QUICK)
+    found = bottleneck.diagnose([1.5] * 5, None, batch_size=16, **QUICK)
     assert found["conditions"]["images_per_batch"] == 16
 
 

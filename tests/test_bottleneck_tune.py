@@ -25,13 +25,7 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.windows import Meter
 from dali_saliencymix.training.arguments import parse_arguments
 
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that only `sleep` advances, so that measurements are exact whatever the load of the machine."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+pytest_plugins = ["shared.measuring"]
 
 
 @pytest.fixture
@@ -289,6 +283,7 @@ def test_the_new_command_is_the_old_one_with_the_options_changed(line, words, mo
     assert command.changed_command("python -m x", line, changed) == f"torchrun ... -m x {words}"
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_train_py_takes_the_file_and_its_command_line_comes_first(data_folder, tmp_path, capfd, monkeypatch):
     best = {"num_threads": 3, "prefetch_queue_depth": 5}
     found = {"present": {}, "best": best, "words": "", "is_better": False, "trials": [], "confirmed": None}
@@ -332,6 +327,7 @@ def test_settings_of_a_training_become_its_options(data_folder, device, more, be
     assert taken == {**args, "config": taken["config"]}
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_a_pipeline_is_tuned(tmp_path, capfd, monkeypatch):
     """A real pipeline, which pauses with one thread and not with two; the result is arguments by name."""
     files = faults.make_files(tmp_path, count=16, size=64)
@@ -354,6 +350,7 @@ def test_a_pipeline_is_tuned(tmp_path, capfd, monkeypatch):
     assert "tune: DALI threads 1 -> 2: " in err
 
 
+@pytest.mark.usefixtures("short_windows")
 def test_options_set_the_arguments_of_a_pipeline_and_one_without_settings_is_not_tuned(tmp_path, capfd, monkeypatch):
     files = faults.make_files(tmp_path, count=8, size=48)
     made = {}
