@@ -66,7 +66,7 @@ def source_of(seconds, **settings):
     return Source("loader", settings, open_with), opened
 
 
-def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=1000.0):
+def tuned(source, *, step=None, loader=(1e6,) * 5, seconds=300.0):
     return tune.tune(source, step=step, loader=loader, seconds=seconds, meter=Meter())
 
 

@@ -147,15 +147,16 @@ def _what_if_lines(report: Report) -> list[str]:
     for row in rows:
         if "text" in row:
             lines.append(f"  {row['kind']:<12} {row['text']}")
-        elif row["change"] is None:
-            lines.append(f"  {'-':<12} {row['what']} {row['then']}: not measured: {row['not_measured']}")
         else:
-            lines.append(f"  {row['kind']:<12} {_setting_line(row)}")
+            lines.append(_setting_line(row, row["kind"]))
     return lines
 
 
-def _setting_line(row: dict[str, Any]) -> str:
-    return f"{row['what']} {row['now']} -> {row['then']}: {_change(row)}"
+def _setting_line(row: dict[str, Any], kind: str) -> str:
+    tried = f"{row['what']} {row['now']} -> {row['then']}"
+    if row["change"] is None:
+        return f"  {'-':<12} {tried}: not measured: {row['not_measured']}"
+    return f"  {kind:<12} {tried}: {_change(row)}"
 
 
 def _tune_lines(report: Report) -> list[str]:
@@ -164,12 +165,7 @@ def _tune_lines(report: Report) -> list[str]:
     if tune is None:
         return []
     lines = ["", "tune (the loader alone, each setting interleaved with the best before it)"]
-    for row in tune["trials"]:
-        if row["change"] is None:
-            tried = f"{row['what']} {row['now']} -> {row['then']}"
-            lines.append(f"  {'-':<12} {tried}: not measured: {row['not_measured']}")
-        else:
-            lines.append(f"  {'kept' if row['kept'] else 'not kept':<12} {_setting_line(row)}")
+    lines += [_setting_line(row, "kept" if row["kept"] else "not kept") for row in tune["trials"]]
     confirmed = tune["confirmed"]
     if tune["is_better"]:
         lines.append(f"  {'best':<12} {tune['words']}, against the present setting: {_change(confirmed)}")

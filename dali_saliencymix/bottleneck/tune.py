@@ -12,8 +12,8 @@ from dali_saliencymix.bottleneck.verdict import Series
 from dali_saliencymix.bottleneck.whatifs import LABELS, compared, measure_settings
 from dali_saliencymix.measure.environment import cores, local_processes
 from dali_saliencymix.measure.figures import interval
-from dali_saliencymix.measure.processes import agree
-from dali_saliencymix.measure.windows import MeasurementError, Meter, longest
+from dali_saliencymix.measure.processes import agree, longest
+from dali_saliencymix.measure.windows import MeasurementError, Meter
 
 _MARGIN = 1.1  # a loader that exceeds the step's rate by this factor is fast enough
 _AS_FAST = 0.95  # a smaller setting counts as equally fast if the lower end of its change is at least this

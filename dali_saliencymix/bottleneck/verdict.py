@@ -194,15 +194,12 @@ def decide(figures: Figures) -> Verdict:
     if verdict.stall is None or loader is None or step is None or end is None:
         return verdict
     clash = interval([1 - max(p, g) / e for e, p, g in zip(end, loader, step, strict=True)])
-    contention = "yes" if verdict.name == "CONTENTION" else _contention(clash, loader, step, end)
+    contention = "open"
+    if verdict.name == "CONTENTION" or (clash.low > PASS_STALL and _slower_than_apart(loader, step, end)):
+        contention = "yes"
+    elif clash.high < PASS_STALL:
+        contention = "no"
     return dataclasses.replace(verdict, clash=clash, contention=contention)
-
-
-def _contention(clash: Interval, loader: Series, step: Series, end: Series) -> str:
-    """Return whether loader and step slow each other down: ``"yes"``, ``"no"`` or ``"open"``."""
-    if clash.high < PASS_STALL:
-        return "no"
-    return "yes" if clash.low > PASS_STALL and _slower_than_apart(loader, step, end) else "open"
 
 
 def _slower_than_apart(loader: Series, step: Series, end: Series) -> bool:

@@ -55,6 +55,14 @@ def agree(value: T, choose: Callable[[list[T]], T]) -> T:
     return choose(gather(value))
 
 
+def longest(seconds: float) -> float:
+    """Return the longest time of all processes, so that all do the same; positive even if the clock has not advanced.
+
+    All processes must call this.
+    """
+    return agree(max(seconds, 1e-6), max)
+
+
 def slowest_by_round(gathered: list[dict[str, list[float]]]) -> dict[str, tuple[float, ...]]:
     """Return the times of the slowest process in each round, by name."""
     return {

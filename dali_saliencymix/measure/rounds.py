@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from dali_saliencymix.measure.processes import longest
+
 
 def in_turns(
     variants: Mapping[str, Callable[[], float]],
@@ -15,9 +17,10 @@ def in_turns(
     least: int = 1,
     warm_up: bool = True,
     failed: Callable[[str, Exception], None] | None = None,
-    longest: Callable[[float], float] = lambda seconds: seconds,
 ) -> Iterator[dict[str, list[float]]]:
     """Call each variant once per round, and yield all values so far after each round that counts.
+
+    All processes do the same rounds, and each of them must call this.
 
     The order rotates by one in each round and is reversed in every second one, because a fixed order would favour a
     variant that follows a light one.
@@ -37,8 +40,6 @@ def in_turns(
     failed : callable, optional
         Called with the name and the exception of a variant that raises; the variant is then left out. By default, the
         exception ends the measurement.
-    longest : callable
-        Returns the longest time of all processes that measure together, because they must do the same rounds.
 
     Yields
     ------

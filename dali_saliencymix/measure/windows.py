@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
-from dali_saliencymix.measure.processes import agree, are_several, gather, is_lost_connection
+from dali_saliencymix.measure.processes import agree, are_several, gather, is_lost_connection, longest
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.rounds import in_turns
 
@@ -264,7 +264,7 @@ class Meter:
             subject.totals.clear()
         variants = {name: partial(self._window, subject, steps[name]) for name, subject in subjects.items()}
         left = seconds - (time.perf_counter() - start)
-        *_, ms = in_turns(variants, rounds, seconds=left, least=LEAST_ROUNDS, warm_up=False, longest=longest)
+        *_, ms = in_turns(variants, rounds, seconds=left, least=LEAST_ROUNDS, warm_up=False)
         return Windows(ms, steps)
 
     def _tried(self, subject: Subject, share: float) -> tuple[float, float]:
@@ -293,11 +293,6 @@ class Meter:
         ms = max(1000 * (time.perf_counter() - start), 1e-6) / done  # positive even if the clock has not advanced
         time.sleep(min(subject.ahead * ms / 1000, MOST_REST))
         return ms
-
-
-def longest(seconds: float) -> float:
-    """Return the longest time of all processes, so that all take the same number of steps."""
-    return agree(max(seconds, 1e-6), max)
 
 
 def on_all(action: Callable[[], T]) -> T:
