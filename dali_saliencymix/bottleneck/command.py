@@ -18,6 +18,7 @@ from dali_saliencymix.bottleneck.page import save_page
 from dali_saliencymix.bottleneck.report import Report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import (
     OF_PIPELINES,
+    Settings,
     Source,
     data_flags,
     load_function,
@@ -139,9 +140,10 @@ def _run(parser: argparse.ArgumentParser, own: argparse.Namespace, rest: list[st
         parser.error(f"--seconds must be a positive number, got {own.seconds}")
     if own.tune and own.loader:
         parser.error("--tune needs DATA or --pipeline: the settings of --loader are not known")
-    for option in OF_PIPELINES.values():
-        if own.loader and option != "batch_size" and _is_given(rest, option):
-            parser.error(f"{data_flags(option)[-1]} does nothing with --loader: leave it out")
+    given = {name: getattr(training.data, option) for name, option in OF_PIPELINES.items() if _is_given(rest, option)}
+    for name in given:
+        if own.loader and name != "batch_size":
+            parser.error(f"{data_flags(OF_PIPELINES[name])[-1]} does nothing with --loader: leave it out")
     if own.files and has_data:
         parser.error("--files needs --pipeline or --loader: the files of DATA are known")
     if not own.step and not own.no_step:
@@ -149,7 +151,7 @@ def _run(parser: argparse.ArgumentParser, own: argparse.Namespace, rest: list[st
 
         choose_kernels(deterministic=training.model.deterministic)
     processes = distributed.start_processes(training.data.device)
-    report = _measured_by_all(own, training, rest, processes)
+    report = _measured_by_all(own, training, given, processes)
     if (change := report["change"]) and change["options"]:
         change["command"] = changed_command(parser.prog, arguments, change["options"])
     return _show(report, own) if processes.is_main else 0
@@ -160,23 +162,26 @@ def profile_training(training: TrainingOptions, processes: Processes) -> None:
 
     The main process writes the report to stdout and to ``loader_report.json`` in the output folder.
     """
-    report = _measured_by_all(_parser("train.py").parse_args([]), training, [], processes)
+    report = _measured_by_all(_parser("train.py").parse_args([]), training, {}, processes)
     if processes.is_main:
         sys.stdout.write(report_text(report) + "\n")
         save_report(report, training.run.output_dir / "loader_report.json")
 
 
 def _measured_by_all(
-    own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes
+    own: argparse.Namespace, training: TrainingOptions, given: Settings, processes: Processes
 ) -> Report:
-    """Measure; the first process that fails raises an error with its rank and the reason."""
+    """Measure; the first process that fails raises an error with its rank and the reason.
+
+    `given` holds the arguments of the --pipeline function that the command line sets.
+    """
     from dali_saliencymix.training import distributed
 
     try:
         if processes.is_main:
             for path in filter(None, (own.tune, own.output, own.html)):
                 check_replaceable(path)  # fails before minutes of measuring
-        return _measured(own, training, rest, processes)
+        return _measured(own, training, given, processes)
     except EXPECTED as error:
         text = line_of(error, expected=True)
         if processes.world_size > 1:
@@ -192,14 +197,13 @@ def run_compare(before: Path, after: Path) -> int:
     return 0
 
 
-def _measured(own: argparse.Namespace, training: TrainingOptions, rest: list[str], processes: Processes) -> Report:
+def _measured(own: argparse.Namespace, training: TrainingOptions, given: Settings, processes: Processes) -> Report:
     def notify(line: str) -> None:
         if processes.is_main:
             sys.stderr.write(f"{line}\n")
 
     from dali_saliencymix.bottleneck import training as of_train_py
 
-    given = {name: getattr(training.data, option) for name, option in OF_PIPELINES.items() if _is_given(rest, option)}
     files = _listed(own.files)
     if own.pipeline:
         source = pipeline_source(load_function(own.pipeline, "--pipeline"), given, files=files)

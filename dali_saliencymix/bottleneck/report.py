@@ -59,7 +59,7 @@ def build_report(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "verdict": {"name": verdict.name, "why": verdict.why, "next": verdict.next_step},
         "stall": None if stall is None else {**_spread(stall), "band": _band(stall)},
-        "waits": figures.waits and {**_spread(interval(figures.waits)), "windows_share": list(figures.waits)},
+        "waits": figures.waits and {**_spread(interval(figures.waits)), "windows_share": figures.waits},
         # How much slower loader and step are together than the slower one alone, and whether that is above 10 %.
         "contention": verdict.clash and {**_spread(verdict.clash), "answer": verdict.contention},
         "utilisation": None if stall is None else 1 - stall.median,
@@ -87,12 +87,13 @@ def build_report(
             for number, each in enumerate(figures.ranks)
         ],
         "change": change,
-        "what_ifs": list(what_ifs),
+        "what_ifs": what_ifs,
         "tune": tuned,
         "timeline": timeline,
         "conditions": {**conditions, "host": environment(str(conditions.get("device", "cpu")))},
     }
-    # The same as after saving and loading: lists instead of tuples, None for numbers that are not finite.
+    # The same as after saving and loading: lists instead of tuples, dictionaries instead of intervals, None for numbers
+    # that are not finite.
     return finite(json.loads(json.dumps(report, default=_without_type)))
 
 
@@ -116,9 +117,9 @@ def _spread(values: Interval) -> dict[str, float | int]:
 def _figure(ms: Series | None, images: int, why: str | None = None) -> dict[str, Any]:
     spread = interval(ms) if ms else None
     return {
-        "images_per_second": spread and _spread(rate(spread, images)),
-        "ms_per_batch": spread and _spread(spread),
-        "windows_ms": list(ms) if ms else None,
+        "images_per_second": spread and rate(spread, images),
+        "ms_per_batch": spread,
+        "windows_ms": ms or None,
         "not_measured": None if ms else why or "not measured",
     }
 
@@ -149,10 +150,10 @@ def _prediction(figures: Figures, images: int) -> dict[str, Any] | None:
     if figures.reads_cold and figures.cold_ms:  # measured in other rounds than the step
         step, cold = interval(figures.step_ms), interval(figures.cold_ms)
         ends = (max(step.median, cold.median), max(step.low, cold.low), max(step.high, cold.high))
-        from_storage = _spread(rate(Interval(*ends, min(step.count, cold.count)), images))
+        from_storage = rate(Interval(*ends, min(step.count, cold.count)), images)
     return {
-        "images_per_second": _spread(rate(interval(slower), images)),
-        "end_to_end_takes_longer_by": _spread(longer),
+        "images_per_second": rate(interval(slower), images),
+        "end_to_end_takes_longer_by": longer,
         "from_storage_images_per_second": from_storage,
     }
 
@@ -172,12 +173,12 @@ def _stages(figures: Figures, images: int) -> list[dict[str, Any]] | None:
             {
                 "name": stage.name,
                 "category": stage.category,
-                "added_ms": _spread(added),
+                "added_ms": added,
                 "below_noise": added.low <= 0,
-                "share": _spread(share),
-                "until_here_images_per_second": _spread(rate(whole, images)),
+                "share": share,
+                "until_here_images_per_second": rate(whole, images),
                 "against_step": step / whole.median if step else None,
-                "windows_ms": list(stage.ms),
+                "windows_ms": stage.ms,
             }
         )
     return rows

@@ -184,8 +184,9 @@ class Subject:
         """Discard prefetched batches and do one step, or two with a loader, to fill its queue as in a training."""
         if self.batches:
             self.batches.discard_prefetched()
-        for _ in range((self.step is not None) + (self.step is not None and self.batches is not None)):
-            self._one()
+        if self.step:
+            for _ in range(2 if self.batches else 1):
+                self._one()
 
     def run(self, count: int) -> float:
         """Process `count` batches; return their number as full batches."""
