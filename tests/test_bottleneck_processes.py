@@ -49,34 +49,52 @@ if __name__ == "__main__":
     sys.exit(train.main())
 """
 
-STORAGE_WORKER = """
-import json, os, sys
+TOGETHER = """
+import json, os, sys, time
 import numpy as np
-from dali_saliencymix.bottleneck import storage
-from dali_saliencymix.bottleneck.sources import loader_source
+from dali_saliencymix.bottleneck import storage, tune
+from dali_saliencymix.bottleneck.sources import Source, loader_source
 from dali_saliencymix.measure import page_cache
 from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.measure.windows import MeasurementError, Meter
 from dali_saliencymix.training.distributed import start_processes, stop_processes
 
 start_processes("cpu")
+rank = int(os.environ["RANK"])
+now = [0.0]  # a clock that only sleeping moves, in each process its own
+time.perf_counter = lambda: now[0]
+time.sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)
 page_cache.why_not_dropped = page_cache.resident_share = lambda files: None  # whatever this file system does
 opened = [0]
 
-class Loader:
+class Failing:
     def __iter__(self):
         opened[0] += 1
-        if os.environ["RANK"] == "1" and opened[0] == 3:
+        if rank == 1 and opened[0] == 3:
             raise OSError("the disk is gone")
         yield from [np.zeros((4, 2))] * 20
 
+class Paced:
+    def __init__(self, threads):
+        # More than two threads help process 0 alone.
+        self.seconds = 0.01 / (threads if rank == 0 else min(threads, 2))
+    def __iter__(self):
+        for _ in range(50):
+            time.sleep(self.seconds)
+            yield np.zeros((4, 2))
+
 try:
-    storage.measure_storage(loader_source(Loader(), files=[__file__]), images=4, loader_ms=1.0, read_cut=None,
+    storage.measure_storage(loader_source(Failing(), files=[__file__]), images=4, loader_ms=1.0, read_cut=None,
                             seconds=0.1, meter=Meter())
 except MeasurementError as error:
-    seen = gather([str(error), opened[0]])
-if os.environ["RANK"] == "0":
-    open(sys.argv[1], "w").write(json.dumps(seen))
+    seen = [str(error), opened[0]]
+tune.cores = lambda: 16
+source = Source("loader", {"num_threads": 1}, lambda changed: Paced(changed.get("num_threads", 1)))
+found = tune.tune(source, step=None, loader=(1.0,) * 5, seconds=100.0, meter=Meter())
+tuned = [found["best"], [(row["now"], row["then"]) for row in found["trials"]]]
+results = gather({"storage": seen, "tune": tuned})
+if rank == 0:
+    open(sys.argv[1], "w").write(json.dumps(results))
 stop_processes()
 """
 
@@ -111,9 +129,21 @@ def test_a_step_that_fails_on_one_process_ends_profile_loader_everywhere(worker,
     assert "gloo/transport" not in ended.stderr
 
 
-def test_storage_that_fails_on_one_process_is_not_measured_on_any(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    """What each of two processes measured: storage, which fails on one of them, and then other settings."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "worker.py").write_text(TOGETHER)
+    torchrun(folder / "worker.py", folder / "results.json")
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_storage_that_fails_on_one_process_is_not_measured_on_any(results):
     """They continue together with the next measurement, and their messages are not mixed up."""
-    (tmp_path / "worker.py").write_text(STORAGE_WORKER)
-    torchrun(tmp_path / "worker.py", tmp_path / "seen.json")
-    seen = ["the loader failed: OSError: the disk is gone", 3]
-    assert json.loads((tmp_path / "seen.json").read_text()) == [seen, seen]
+    assert [each["storage"] for each in results] == [["the loader failed: OSError: the disk is gone", 3]] * 2
+
+
+def test_processes_try_the_same_settings_and_the_slowest_counts(results):
+    first, second = (each["tune"] for each in results)
+    assert first == second
+    assert first[0] == {"num_threads": 2}

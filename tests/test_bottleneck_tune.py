@@ -6,14 +6,12 @@ import itertools
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from shared.cifar_files import write_cifar
-from shared.training_fixtures import torchrun
 
 from benchmarks import bottleneck_faults as faults
 from dali_saliencymix.__main__ import main
@@ -381,48 +379,6 @@ def test_options_set_the_arguments_of_a_pipeline_and_one_without_settings_is_not
     assert main([*line, "--tune", str(tmp_path / "x.yaml")]) == 1
     assert "tune needs a loader that takes at least one of num_threads, " in capfd.readouterr().err
     assert not (tmp_path / "x.yaml").exists()
-
-
-RANKS = """
-import json, os, sys, time
-import numpy as np
-from dali_saliencymix.bottleneck import tune
-from dali_saliencymix.bottleneck.sources import Source
-from dali_saliencymix.measure.processes import gather
-from dali_saliencymix.measure.windows import Meter
-from dali_saliencymix.training.distributed import start_processes, stop_processes
-
-start_processes("cpu")
-tune.cores = lambda: 16
-now = [0.0]  # a clock that only sleeping moves, in each process its own
-time.perf_counter = lambda: now[0]
-time.sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)
-rank = int(os.environ["RANK"])
-
-class Loader:
-    def __init__(self, threads):
-        # More than two threads help process 0 alone.
-        self.seconds = 0.01 / (threads if rank == 0 else min(threads, 2))
-    def __iter__(self):
-        for _ in range(50):
-            time.sleep(self.seconds)
-            yield np.zeros((4, 2))
-
-source = Source("loader", {"num_threads": 1}, lambda changed: Loader(changed.get("num_threads", 1)))
-found = tune.tune(source, step=None, loader=(1.0,) * 5, seconds=100.0, meter=Meter())
-seen = gather([found["best"], [(row["now"], row["then"]) for row in found["trials"]]])
-if rank == 0:
-    open(sys.argv[1], "w").write(json.dumps(seen))
-stop_processes()
-"""
-
-
-def test_processes_try_the_same_and_the_slowest_counts(tmp_path):
-    (tmp_path / "worker.py").write_text(RANKS)
-    torchrun(tmp_path / "worker.py", tmp_path / "seen.json")
-    first, second = json.loads(Path(tmp_path / "seen.json").read_text())
-    assert first == second
-    assert first[0] == {"num_threads": 2}
 
 
 def test_only_numbers_are_searched():
