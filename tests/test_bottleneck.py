@@ -1104,7 +1104,7 @@ def lines_of(capfd) -> tuple[str, str]:
 def test_the_command_measures_our_pipeline(data_folder, tmp_path, capfd, one_thread):
     output, page = tmp_path / "r.json", tmp_path / "r.html"
     command = ["bottleneck", "-a", "tiny_resnet", "-b", "8", "-j", "1", "--train-crop-size", "32", "--device", "cpu"]
-    command += ["--mix", "saliencymix", "--saliency", "fine_grained", str(data_folder), "--seconds", "3"]
+    command += ["--mix", "saliencymix", "--saliency", "fine_grained", str(data_folder), "--seconds", "1"]
     command += ["--rounds", "5", "-o", str(output), "--html", str(page), "--fail-above-stall", "100"]
     assert main(command) == 0
     out, _ = lines_of(capfd)

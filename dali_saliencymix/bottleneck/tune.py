@@ -64,14 +64,18 @@ def tune(source: Source, *, step: Series | None, loader: Series, seconds: float,
     trials: list[dict[str, Any]] = []
     tried = [best]
 
-    def measured(*others: dict[str, Any]) -> list[Series | str]:
+    def measured(*variants: dict[str, Any]) -> list[Series | str]:
         nonlocal takes
         begun = time.perf_counter()
-        variants = [_changed(present, settings) for settings in (best, *others)]
-        found = measure_settings(source, variants, seconds / _TRIALS, meter)
+        changes = [_changed(present, settings) for settings in variants]
+        found = measure_settings(source, changes, seconds / _TRIALS, meter)
         gc.collect()  # destroys pipelines: Python's automatic collection is off
         takes = max(takes, longest(time.perf_counter() - begun))
         return found
+
+    def untried(name: str) -> list[dict[str, Any]]:
+        others = [{**best, name: value} for value in _neighbours(name, best[name], most)]
+        return [settings for settings in others if settings not in tried]
 
     def searched() -> str:
         """Run the search; return why it ended."""
@@ -80,14 +84,10 @@ def tune(source: Source, *, step: Series | None, loader: Series, seconds: float,
             return "the loader exceeds the rate of the step by more than 10 % with the present setting"
         settled = 0  # settings in succession of which no neighbour was chosen
         for name in itertools.cycle(present):
-            while others := [
-                settings
-                for value in _neighbours(name, best[name], most)
-                if (settings := {**best, name: value}) not in tried
-            ]:
+            while others := untried(name):
                 if longest(time.perf_counter() - start) + 2 * takes > seconds:  # keep time for the final comparison
                     return "the time is over; a larger --seconds continues the search"
-                now, *then = measured(*others)
+                now, *then = measured(best, *others)
                 tried.extend(others)
                 found = [compared(now, series) for series in then]
                 chosen = _chosen(name, best, others, found)
@@ -107,18 +107,15 @@ def tune(source: Source, *, step: Series | None, loader: Series, seconds: float,
 
     stopped, confirmed = searched(), None
     if best != present:
-        found, best = best, present
-        changed = _changed(present, found)
-        now, then = measured(found)
+        changed = _changed(present, best)
+        now, then = measured(present, best)
         confirmed = compared(now, then)
-        said = _said({**confirmed, "kept": False})
-        meter.notify(f"tune: {source.in_words(found)} against {source.in_words(present)}: {said}")
+        meter.notify(f"tune: {source.in_words(best)} against {source.in_words(present)}: {_said(confirmed)}")
         smaller = all(_is_smaller(name, value, present[name]) for name, value in changed.items())
-        if confirmed["change"] is not None and confirmed["change"].low > (_AS_FAST if smaller else 1):
-            best = found
-        else:
+        if confirmed["change"] is None or confirmed["change"].low <= (_AS_FAST if smaller else 1):
             lacks = "as fast" if smaller else "faster beyond the noise"
             stopped += f"; in the final comparison with the present setting, {source.in_words(changed)} was not {lacks}"
+            best = present
     return {
         "present": present,
         "best": best,
@@ -168,4 +165,4 @@ def _is_fast_enough(loader: Series | str, step: Series | None) -> bool:
 def _said(found: dict[str, Any]) -> str:
     if found["change"] is None:
         return f"not measured: {found['not_measured']}"
-    return f"{found['change'].median:.2f}x{', kept' if found['kept'] else ''}"
+    return f"{found['change'].median:.2f}x{', kept' if found.get('kept') else ''}"

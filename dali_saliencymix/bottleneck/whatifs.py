@@ -165,6 +165,7 @@ def predicted_rows(
     )
     reads_cold, world = figures.reads_cold, max(len(figures.ranks), 1)
     bound = cold if reads_cold else None
+    fed = min(loader, bound or loader) if loader else None  # of the loader in the training
     rows: list[dict[str, Any]] = []
 
     def add(what: str, value: float | None, text: str, kind: str = "predicted") -> None:
@@ -179,10 +180,10 @@ def predicted_rows(
         add("threads to reach the step's rate", needed, f"{threads_are} to keep up with the step: {text}")
     known = cold is not None or not reads_cold
     today = min(end, bound or end) if end and known else None
-    if step and loader and today:
+    if step and fed and today:
         # Assume that loader and step slow each other down as much as today.
-        kept = min(today / min(step, loader, bound or loader), 1.0)
-        value = min(2 * step, loader, bound or loader) * kept
+        kept = min(today / min(step, fed), 1.0)
+        value = min(2 * step, fed) * kept
         if value > 1.02 * today:
             add(
                 "a step twice as fast",
@@ -196,13 +197,14 @@ def predicted_rows(
         why = "not measured: the training reads from storage, which was not measured"
         add("epoch as it is", None, f"{epoch}: {why}", "-")
         return rows
-    limit = "at the rate of the loader from storage" if end and today != end else "at the present rate"
-    alone = min(loader, bound or loader) if loader and not step else None
-    found = (("epoch as it is", today, limit), ("epoch of the loader alone", alone, "for the loader alone"))
-    for name, rate, text in found:
-        if rate:
-            seconds = epoch_images / (rate * world)
-            add(name, seconds, f"{epoch}: {_duration(seconds)} {text}", "extrapolated")
+    if fed and not step:
+        seconds = epoch_images / (fed * world)
+        text = f"{epoch}: {_duration(seconds)} for the loader alone"
+        add("epoch of the loader alone", seconds, text, "extrapolated")
+    if today:
+        seconds = epoch_images / (today * world)
+        limit = "at the present rate" if today == end else "at the rate of the loader from storage"
+        add("epoch as it is", seconds, f"{epoch}: {_duration(seconds)} {limit}", "extrapolated")
     if step and today:
         if step > today and (stalls or today != end):
             seconds = epoch_images / (step * world)
