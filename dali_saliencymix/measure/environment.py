@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import platform
@@ -129,14 +128,17 @@ def git_commit() -> str | None:
     """
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
-    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command, folder = ["git", *words], Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        git = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-        tracked = git(["git", "ls-files", "--error-unmatch", __file__])
-        commit, changed = (git(["git", *words]) for words in (("rev-parse", "HEAD"), ("diff", "--stat", "HEAD")))
+        git("ls-files", "--error-unmatch", __file__)  # fails if this code is not in the repository around it
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout else "") if tracked.stdout else None
 
 
 def _gpu(device: str) -> dict[str, Any]:
