@@ -103,7 +103,7 @@ def test_a_slow_read_is_found_where_storage_can_be_measured(files):
 
 def test_two_that_wait_for_one_lock_are_in_contention(files):
     define = functools.partial(faults.pipeline, files, prep=0.02, held=True, mixed=False)
-    found = decided(define, faults.step_of(0.02, held=True), **QUICK)
+    found = decided(define, faults.step_of(0.03, held=True), **QUICK)
     assert found["verdict"]["name"] == "CONTENTION"
 
 
