@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks import machine, program
 from benchmarks.accuracy.arms import ARMS
 from benchmarks.accuracy.data import read_images
-from benchmarks.accuracy.networks import NETWORKS, WIDTH, operations_of
-from benchmarks.accuracy.run import Trainer
+from benchmarks.accuracy.run import NETWORKS, WIDTH, Trainer, operations_of
 from benchmarks.accuracy.study import Settings, Study, read_runs
 from benchmarks.accuracy.summary import TABLES
 
@@ -34,60 +33,44 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _arguments() -> argparse.Namespace:
+    """Return the options; those that are fields of `Settings` have the same names."""
     parser = program.parser(__doc__, "output", "device", "batch_size", batch_size=128)
-    positive, share = program.positive, program.share
-    parser.add_argument(
+    option, positive, number = parser.add_argument, program.positive, program.positive_number
+    option(
         "data",
         nargs="?",
         type=Path,
         metavar="DATA",
         help="CIFAR-10, its files or mosaics; without it, only print the tables of -o",
     )
-    parser.add_argument("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
-    parser.add_argument("--width", type=positive, help=f"width of resnet9 (default: {WIDTH})")
-    parser.add_argument("--epochs", type=positive, default=24, help="default: %(default)s")
-    parser.add_argument(
-        "--images",
-        type=positive,
-        default=_TRAINING_IMAGES,
-        help="training images, equally many of each class (default: all)",
-    )
-    parser.add_argument("--lr", type=program.positive_number, help="default: 0.1 per 128 images of a batch")
-    parser.add_argument("--weight-decay", type=program.positive_number, default=5e-4, help="default: %(default)s")
-    parser.add_argument("--prob", type=share, default=0.5, help="probability of mixing (default: %(default)s)")
-    parser.add_argument("--no-augment", action="store_true", help="neither crop nor flip")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
-    parser.add_argument("--evaluate-every", type=positive, default=1, metavar="EPOCHS", help="default: %(default)s")
-    parser.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS)
-    )
-    parser.add_argument("--seeds", type=positive, default=5, help="runs of each arm (default: %(default)s)")
-    parser.add_argument(
-        "--minutes", type=program.positive_number, default=math.inf, help="start no run that would probably end later"
-    )
-    parser.add_argument(
-        "--part",
-        type=_part,
-        default=(1, 1),
-        metavar="I/N",
-        help="run as the I-th of N processes that write to one file",
-    )
-    parser.add_argument(
-        "--plan",
-        type=program.positive_number,
-        metavar="TFLOPS",
-        help="do not train; print how long it would take at TFLOPS",
-    )
-    parser.add_argument(
-        "--dry", action="store_true", help="test that everything runs, with two steps and 100 test images"
-    )
+    option("--network", choices=NETWORKS, default="resnet9", help="default: %(default)s")
+    option("--width", type=positive, help=f"width of resnet9 (default: {WIDTH})")
+    option("--epochs", type=positive, default=24, help="default: %(default)s")
+    each_class = "training images, equally many of each class (default: all)"
+    option("--images", type=positive, default=_TRAINING_IMAGES, help=each_class)
+    option("--lr", type=number, help="default: 0.1 per 128 images of a batch")
+    option("--weight-decay", type=number, default=5e-4, help="default: %(default)s")
+    option("--prob", type=program.share, default=0.5, help="probability of mixing (default: %(default)s)")
+    option("--no-augment", dest="augment", action="store_false", help="neither crop nor flip")
+    option("--precision", choices=("bf16", "fp32"), default="bf16", help="default: %(default)s")
+    option("--evaluate-every", type=positive, default=1, metavar="EPOCHS", help="default: %(default)s")
+    option("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    option("--seeds", type=positive, default=5, help="runs of each arm (default: %(default)s)")
+    option("--minutes", type=number, default=math.inf, help="start no run that would probably end later")
+    option("--part", type=_part, default=(1, 1), metavar="I/N", help="run as the I-th of N processes that write to -o")
+    option("--plan", type=number, metavar="TFLOPS", help="do not train; print how long it would take at TFLOPS")
+    option("--dry", action="store_true", help="test that everything runs, with two steps and 100 test images")
+    parser.set_defaults(max_steps=None, test_images=None)
     options = parser.parse_args()
     if options.output is None and options.plan is None:
         parser.error("-o must be given: the file of the study")
     if options.width is not None and options.network != "resnet9":
         parser.error(f"--width must be left out with --network {options.network}, got {options.width}")
+    if options.network == "resnet9":
+        options.width = options.width or WIDTH
+    options.lr = options.lr or 0.1 * options.batch_size / 128
     if options.dry:
-        options.epochs = 1
+        options.epochs, options.max_steps, options.test_images = 1, 2, 100
     if options.images // options.batch_size * options.epochs < _LEAST_STEPS:
         parser.error(
             f"--images must fill at least {_LEAST_STEPS} batches of {options.batch_size} in {options.epochs} epochs, "
@@ -96,27 +79,9 @@ def _arguments() -> argparse.Namespace:
     return options
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
-        network=options.network,
-        width=(options.width or WIDTH) if options.network == "resnet9" else None,
-        epochs=options.epochs,
-        images=options.images,
-        batch_size=options.batch_size,
-        lr=options.lr or 0.1 * options.batch_size / 128,
-        weight_decay=options.weight_decay,
-        prob=options.prob,
-        augment=not options.no_augment,
-        precision=options.precision,
-        evaluate_every=options.evaluate_every,
-        max_steps=2 if options.dry else None,
-        test_images=100 if options.dry else None,
-    )
-
-
-def operations_of_run(settings: Settings) -> float:
+def _operations_of_run(settings: Settings) -> float:
     """Return the floating-point operations of a run: training, evaluations, and FGSM with one backward pass."""
-    forward = operations_of(settings.network, settings.width or 0)
+    forward = operations_of(settings.network, settings.width)
     steps = settings.images // settings.batch_size
     trained = settings.epochs * min(steps, settings.max_steps or steps) * settings.batch_size
     evaluations = math.ceil(settings.epochs / settings.evaluate_every)
@@ -127,7 +92,7 @@ def _plan(options: argparse.Namespace, settings: Settings) -> None:
     runs = len(options.arms) * options.seeds
     if options.output is not None:
         runs = len(Study(options.output, settings).missing(options.arms, options.seeds, options.part))
-    operations = operations_of_run(settings)
+    operations = _operations_of_run(settings)
     seconds = operations / (options.plan * 1e12)
     sys.stdout.write(
         f"A run takes {operations / 1e12:,.1f} TFLOP. At {options.plan:g} TFLOP/s, an assumption, that is "
@@ -145,7 +110,7 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
     torch.backends.cudnn.allow_tf32 = False  # FGSM needs the signs of small gradients, which TF32 rounds to 0
     trainer = Trainer(*read_images(options.data), settings, device)
     surroundings = machine.surroundings(gpu=device.type == "cuda")
-    conditions: dict[str, Any] = {
+    conditions = {
         **machine.identity(surroundings),
         **{name: surroundings[name] for name in ("cpu", "cores", "torch_threads", "versions")},
         "command": machine.command(options),
@@ -165,7 +130,7 @@ def _run_missing(options: argparse.Namespace, study: Study, settings: Settings) 
 def main() -> None:
     """Run what is missing, and print the tables of the file."""
     options = _arguments()
-    settings = _settings(options)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     if options.plan is not None:
         _plan(options, settings)
         return

@@ -8,7 +8,6 @@ Each file of the archive becomes a lossless WebP image, NAME.webp: 100 rows of 1
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def _tiles(path: Path) -> NDArray[np.uint8]:
 
 def main() -> None:
     """Write the mosaics."""
-    parser: argparse.ArgumentParser = program.parser(__doc__)
+    parser = program.parser(__doc__)
     parser.add_argument("cifar", type=Path, metavar="CIFAR", help="the unpacked archive, or the folder around it")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the mosaics")
     options = parser.parse_args()

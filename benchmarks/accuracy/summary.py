@@ -32,10 +32,7 @@ MAIN = "top-1, last epoch"
 CONTRASTS = {
     "CutMix instead of no mixing": ("cutmix", "none"),
     "Boxes around random points moved inside the image instead of clipped, so larger": ("random peak", "cutmix"),
-    "Peaks of `fine_grained` in another image instead of random points": (
-        "shuffled peaks",
-        "random peak",
-    ),
+    "Peaks of `fine_grained` in another image instead of random points": ("shuffled peaks", "random peak"),
     "Peaks of `fine_grained` instead of random points": ("saliencymix paper", "random peak"),
     "Peaks of `fine_grained` in the source itself instead of another image": ("saliencymix paper", "shuffled peaks"),
     "Peaks of `spectral_residual` instead of random points": ("saliencymix default", "random peak"),
@@ -63,8 +60,8 @@ class Mean(NamedTuple):
         return "+" if self.low > 0 else "-" if self.high < 0 else "0"
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    """Return the mean of at least one value and its confidence interval from Student's t distribution.
+def mean_of(values: Sequence[float]) -> Mean | None:
+    """Return the mean of values and its confidence interval from Student's t distribution; None without values.
 
     Examples
     --------
@@ -72,6 +69,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     >>> found.mean, round(found.low, 2), round(found.high, 2), found.sign
     (2.0, -0.48, 4.48, '0')
     """
+    if not values:
+        return None
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return Mean(mean, -math.inf, math.inf, count)
@@ -90,8 +89,7 @@ def by_seed(runs: Runs, arm: str, metric: str) -> dict[int, float]:
 
 def level(runs: Runs, arm: str, metric: str = MAIN) -> Mean | None:
     """Return the mean of an arm, or None if it was not run."""
-    found = by_seed(runs, arm, metric)
-    return mean_of(list(found.values())) if found else None
+    return mean_of(list(by_seed(runs, arm, metric).values()))
 
 
 def differences(runs: Runs, arm: str, other: str, metric: str = MAIN) -> list[float]:
@@ -102,8 +100,7 @@ def differences(runs: Runs, arm: str, other: str, metric: str = MAIN) -> list[fl
 
 def difference(runs: Runs, arm: str, other: str, metric: str = MAIN) -> Mean | None:
     """Return the mean of `differences`, or None if there are none."""
-    found = differences(runs, arm, other, metric)
-    return mean_of(found) if found else None
+    return mean_of(differences(runs, arm, other, metric))
 
 
 # ---- tables and a plot -----------------------------------------------------------------------------------------------
