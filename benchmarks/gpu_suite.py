@@ -18,6 +18,7 @@ jobs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -26,96 +27,104 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import pytest
 
 from benchmarks import machine, outcomes, program, sanitize
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.results import read_json, write_json
 
 _GRACE = 12  # extra seconds for a stage to finish its round and to write
+_PATIENCE = 4  # seconds after each signal that ends a stage
 
 # First the tests that everything else depends on, last the tests that train.
 _FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders_dali")
 _LAST_TESTS = ("accelerate", "gpu_training")
 
 _OUTCOMES = "tests.jsonl"
-_STAGES = ("smoke", "tests", "sanitize", "ops", "images", "pipeline", "starved", "balanced", "heavy", "train", "scale")
-_USE_IMAGES = set(_STAGES[_STAGES.index("images") + 1 :])
 
-Run = dict[str, Any]  # date, device, commit, and how each stage ended
+_JOB = "bottleneck --train-dir DATA -b 256 --amp --channels-last"
+_SMALL_JOB = "bottleneck --train-dir DATA -b 8 -a resnet18 -j 1 --train-crop-size 32"
+_SMALL_JOB += " --no-what-ifs --no-storage --seconds 5"
 
-
-class Stage(NamedTuple):
-    """A program, its time limit in seconds, the file of its result if it is a benchmark, and statuses that pass."""
-
-    name: str
-    seconds: float
-    command: list[str]
-    result: Path | None = None
-    fine: tuple[int, ...] = (0,)
-
-
-# For each benchmark: time limit in seconds, options of the full run, options of the dry run.
-_BENCHMARKS = {
-    "ops": (80, "--rounds 7", "--rounds 1 --sizes 32 -b 4 --detectors fine_grained"),
+# For each stage: time limit in seconds, module, options, options of the dry run. The stage "tests" has the options of
+# `test_command`. The three jobs of the bottleneck tool have a loader that is too slow for its step, one about as fast,
+# and one that is much faster.
+_STAGES = {
+    "smoke": (90, "benchmarks.smoke", "", "--dry"),
+    "tests": (240, "pytest", "", ""),
+    "sanitize": (60, "benchmarks.sanitize", "", ""),
+    "ops": (80, "benchmarks.bench_ops", "--rounds 7", "--rounds 1 --sizes 32 -b 4 --detectors fine_grained"),
+    "images": (40, "benchmarks.data", "DATA --images 4000", "DATA --images 40"),
     "pipeline": (
         150,
+        "benchmarks.bench_pipeline",
         "DATA -j CORES -b 128 --rounds 7 --batches 16",
         "DATA -j 1 -b 8 --rounds 1 --crop-size 32 --batches 1"
         " --variants none 'none, again' torch 'saliencymix fine_grained' 'after: cutmix'",
     ),
+    "starved": (150, "dali_saliencymix", f"{_JOB} -a resnet50 -j 2 --hw-decoder-load 0 --seconds 60", _SMALL_JOB),
+    "balanced": (110, "dali_saliencymix", f"{_JOB} -a resnet18 -j HALF --seconds 45", _SMALL_JOB),
+    "heavy": (
+        75,
+        "dali_saliencymix",
+        f"{_JOB} -a resnet101 -j HALF --no-what-ifs --no-storage --seconds 30",
+        _SMALL_JOB,
+    ),
     "train": (
         150,
+        "benchmarks.bench_train",
         "DATA -j HALF -b 256 --rounds 5 --steps 10",
         "DATA -j 1 -b 8 --rounds 1 --crop-size 32 -a resnet18 --steps 1 --detectors fine_grained",
     ),
     "scale": (
         60,
+        "benchmarks.bench_scale",
         "DATA -j CORES --rounds 5 --axes hw_decoder_load threads batch size detector_size",
         "DATA -j 1 -b 8 --rounds 1 --crop-size 32 --axes threads batch --batch 1 2",
     ),
 }
+_USE_IMAGES = set(list(_STAGES)[list(_STAGES).index("images") + 1 :])
 
-# For each job of the bottleneck tool: time limit in seconds, --seconds of the tool, and the options of the job. The
-# loader is too slow for its step, about as fast, and much faster.
-_JOBS = {
-    "starved": (150, 60, "-a resnet50 -j 2 --hw-decoder-load 0"),
-    "balanced": (110, 45, "-a resnet18 -j HALF"),
-    "heavy": (75, 30, "-a resnet101 -j HALF --no-what-ifs --no-storage"),
-}
-_REPORTS = {f"bottleneck-{name}" for name in _JOBS}
+Run = dict[str, Any]  # date, device, commit, and how each stage ended
+
+
+class Stage(NamedTuple):
+    """A program, its time limit in seconds, and the file of its result if it is a benchmark."""
+
+    name: str
+    seconds: float
+    command: list[str]
+    result: Path | None = None
 
 
 def stages(out: Path, data: Path, source: Path | None, *, device: str, dry: bool) -> list[Stage]:
     """Return the stages in order; with `dry` all are small, for a machine without a GPU."""
     # A virtual core may be half a core, and training needs some: loaders for training get half of the virtual cores.
     words = {"DATA": str(data), "CORES": str(cores()), "HALF": str(max(cores() // 2, 1))}
-    benchmarks = {}
-    for name, (seconds, full, small) in _BENCHMARKS.items():
-        options = [words.get(word, word) for word in shlex.split(small if dry else full)]
-        file = out / f"{name}-{_slug(device)}.json"
-        line = ["-m", f"benchmarks.bench_{name}", *options, "--continue", "-o", str(file)]
-        benchmarks[name] = Stage(name, 120 if dry else seconds, line, file)
-    jobs = {}
-    for name, (seconds, told, job) in _JOBS.items():
-        line = ["-m", "dali_saliencymix", "bottleneck", "--train-dir", str(data)]
-        small = "-a resnet18 -b 8 -j 1 --train-crop-size 32 --no-what-ifs --no-storage --seconds 5"
-        full = f"{job} -b 256 --amp --channels-last --seconds {told}"
-        line += [words.get(word, word) for word in shlex.split(small if dry else full)]
-        jobs[name] = Stage(name, 120 if dry else seconds, [*line, "-o", str(out / f"bottleneck-{name}.json")])
-    images = ["-m", "benchmarks.data", str(data), "--images", "40" if dry else "4000"]
-    made = {
-        "smoke": Stage("smoke", 120 if dry else 90, ["-m", "benchmarks.smoke", *(["--dry"] if dry else [])]),
-        "tests": Stage("tests", 240, test_command(out), fine=(0, 5)),  # 5: no test to run
-        "sanitize": Stage("sanitize", 60, ["-m", "benchmarks.sanitize", "-o", str(out / "sanitize.json")]),
-        "images": Stage("images", 40, [*images, *(["--from", str(source)] if source else [])]),
-        **benchmarks,
-        **jobs,
-    }
-    return [made[name] for name in _STAGES if not (dry and name == "sanitize")]  # needs a GPU
+    made = []
+    for name, (seconds, module, full, small) in _STAGES.items():
+        if dry and name == "sanitize":  # needs a GPU
+            continue
+        command = ["-m", module, *(words.get(word, word) for word in shlex.split(small if dry else full))]
+        stage = Stage(name, max(seconds, 120) if dry else seconds, command)
+        if name == "tests":
+            stage = stage._replace(command=test_command(out))
+        elif name == "sanitize":
+            command += ["-o", str(out / "sanitize.json")]
+        elif module == "dali_saliencymix":
+            command += ["-o", str(out / f"bottleneck-{name}.json")]
+        elif name == "images" and source:
+            command += ["--from", str(source)]
+        elif module.startswith("benchmarks.bench_"):
+            stage = stage._replace(result=out / f"{name}-{_slug(device)}.json")
+            command += ["--continue", "-o", str(stage.result)]
+        made.append(stage)
+    return made
 
 
 def _slug(text: str) -> str:
@@ -123,16 +132,9 @@ def _slug(text: str) -> str:
 
 
 def test_command(out: Path) -> list[str]:
-    """Return the command that runs the GPU tests that have not passed yet.
-
-    Automatic loading of plugins is off, since the host may have other plugins than those that the tests know; the
-    options of pyproject.toml that need a plugin are overridden. Warnings are shown and do not fail a test, since the
-    versions of the host are not ours.
-    """
-    from benchmarks import smoke  # imports PyTorch and DALI, which takes seconds
-
-    line = [*smoke.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
-    line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *smoke.timeout(90)]
+    """Return the command that runs the GPU tests that have not passed yet."""
+    line = [*outcomes.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
+    line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *outcomes.timeout(90)]
     if machine.installed("xdist"):  # many small tests, which wait for compilers more than for the GPU
         line += ["-p", "xdist", "-n", str(min(12, cores()))]
     return [*line, *test_files()]
@@ -149,61 +151,46 @@ def test_files() -> list[str]:
 
 
 def run_stage(stage: Stage, seconds: float, log: IO[str]) -> dict[str, Any]:
-    """Run a stage for at most `seconds`, with its output on stdout and in the log; return how it ended."""
+    """Run a stage for at most `seconds`, with its output in the log, which is line-buffered; return how it ended."""
     command = [*stage.command, "--seconds", f"{max(1, seconds - _GRACE):.0f}"] if stage.result else stage.command
     environment = os.environ | {
         "PYTHONUNBUFFERED": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(program.ROOT), os.environ.get("PYTHONPATH")])),
     }
-    tee(log, f"\n==== {stage.name}: {' '.join(command)}\n")
+    log.write(f"\n==== {stage.name}: {' '.join(command)}\n")
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=program.ROOT,
         env=environment,
-        stdout=subprocess.PIPE,
+        stdout=log,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         start_new_session=True,  # so that its workers can be ended with it
     )
-    # A thread copies the output, so that a stage without output can be ended too.
-    copying = threading.Thread(target=lambda: [tee(log, line) for line in process.stdout], daemon=True)
-    copying.start()
+    well = False
     try:
         status = process.wait(seconds)
-        ended = "ended" if status in stage.fine else f"failed with status {status}"
+        well = status == 0 or (stage.name == "tests" and status == pytest.ExitCode.NO_TESTS_COLLECTED)
+        ended = "ended" if well else f"failed with status {status}"
     except subprocess.TimeoutExpired:
-        status, ended = None, "was ended at its time limit"
+        ended = "was ended at its time limit"
     finally:
         end_group(process)
-    copying.join(5)
-    if not copying.is_alive():
-        process.stdout.close()
     spent = time.monotonic() - start
-    tee(log, f"{stage.name}: {ended} after {spent:.0f} s of {seconds:.0f} s\n")
-    return {"ended": ended, "well": status in stage.fine, "seconds": round(spent)}
+    log.write(f"{stage.name}: {ended} after {spent:.0f} s of {seconds:.0f} s\n")
+    return {"ended": ended, "well": well, "seconds": round(spent)}
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process and its children, first with SIGINT, after which pytest still reports failures."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             return
-        try:
-            process.wait(4)
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def tee(log: IO[str], text: str) -> None:
-    """Write to stdout and to the log."""
-    for stream in (sys.stdout, log):
-        stream.write(text)
-        stream.flush()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
 
 
 def only_packages_are_missing(out: Path) -> bool:
@@ -248,7 +235,7 @@ def summary(out: Path, runs: list[Run]) -> str:
     lines += ["", tests_summary(out)]
     for path in sorted(out.glob("*.json")):
         result = read_json(path)
-        if path.stem in _REPORTS:
+        if "verdict" in result:
             lines += ["", f"## {path.name}: {result['verdict']['name']}"]
             continue
         if "conditions" not in result:
@@ -267,14 +254,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, metavar="DATA", help="photographs in class folders to make images from")
     parser.add_argument("--minutes", type=float, default=9, help="time limit of the suite (default: %(default)s)")
     only = f"some of {', '.join(_STAGES)} (default: all); images is added if another stage needs it"
-    parser.add_argument("--stages", nargs="+", choices=_STAGES, default=_STAGES, metavar="NAME", help=only)
+    parser.add_argument("--stages", nargs="+", choices=list(_STAGES), default=_STAGES, metavar="NAME", help=only)
     earlier = "run only what is missing in the results of an earlier run in EARLIER (default: OUT)"
     parser.add_argument("--continue", nargs="?", const="", dest="earlier", metavar="EARLIER", help=earlier)
     parser.add_argument("--dry", action="store_true", help="run small stages, on the CPU if there is no GPU")
     options = parser.parse_args()
-    if not options.dry and not machine.has_gpu():
-        msg = "there must be a GPU that CuPy sees, or --dry"
-        raise ValueError(msg)
+    machine.check_gpu(or_dry=options.dry)
     if options.data and not options.data.is_dir():
         msg = f"{options.data}: no such folder"
         raise ValueError(msg)
@@ -283,33 +268,49 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes - _GRACE
     out = options.out.absolute()
     runs, run = earlier_runs(out, options.earlier), this_run()
-    with tempfile.TemporaryDirectory() as folder, open(out / "suite.log", "a", encoding="utf-8") as log:
-        source = options.data.absolute() if options.data else None
-        every = stages(out, Path(folder, "images"), source, device=run["device"], dry=options.dry)
-        left_to_do = {stage.name for stage in every if stage.name in options.stages and not is_done(stage, runs, run)}
-        left_to_do = left_to_do | {"images"} if left_to_do & _USE_IMAGES else left_to_do - {"images"}
-        wanted = [stage for stage in every if stage.name in left_to_do]
-        if wanted:
-            runs.append(run)
-            write_json(out / "suite.json", {"runs": runs})
-        for stage in wanted:
-            left = end - time.monotonic()
-            if left < 2 * _GRACE:
-                run["stages"][stage.name] = {"ended": "not run, no time was left", "well": False, "seconds": 0}
-                continue
-            ended = run_stage(stage, min(stage.seconds + _GRACE, left), log)
-            if stage.name == "tests" and not ended["well"] and only_packages_are_missing(out):
-                ended |= {"ended": "ended, except tests that lack a package", "well": True}
-            run["stages"][stage.name] = ended
-            write_json(out / "suite.json", {"runs": runs})
-            if stage.name == "tests":
-                write_json(out / f"tests-{_slug(run['device'])}.json", tests_result(out, runs))
-            (out / "summary.md").write_text(summary(out, runs))
-            if stage.name == "smoke" and not ended["well"]:
-                break
-        tee(log, "\n" + summary(out, runs))
+    # Ctrl-C does not end tee before the stage has written its last lines.
+    tee = subprocess.Popen(["tee", "-ia", str(out / "suite.log")], stdin=subprocess.PIPE, text=True, bufsize=1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = options.data.absolute() if options.data else None
+            every = stages(out, Path(folder, "images"), source, device=run["device"], dry=options.dry)
+            run_stages(what_is_missing(every, options.stages, runs, run), out, runs, run, end, tee.stdin)
+        tee.stdin.write("\n" + summary(out, runs))
+    finally:
+        tee.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that a stage has left behind holds the pipe
+            tee.wait(5)
     if failed := [f"{name}: {found['ended']}" for name, found in run["stages"].items() if not found["well"]]:
         raise RuntimeError("; ".join(failed))
+
+
+def what_is_missing(every: list[Stage], names: Container[str], runs: list[Run], run: Run) -> list[Stage]:
+    """Return the stages of these names that have something left to do, with `images` if one of them uses it."""
+    missing = {stage.name for stage in every if stage.name in names and not is_done(stage, runs, run)}
+    missing = missing | {"images"} if missing & _USE_IMAGES else missing - {"images"}
+    return [stage for stage in every if stage.name in missing]
+
+
+def run_stages(wanted: list[Stage], out: Path, runs: list[Run], run: Run, end: float, log: IO[str]) -> None:
+    """Run stages until the time `end`, and write the state and the summary after each of them."""
+    if wanted:
+        runs.append(run)
+        write_json(out / "suite.json", {"runs": runs})
+    for stage in wanted:
+        left = end - time.monotonic()
+        if left < 2 * _GRACE:
+            run["stages"][stage.name] = {"ended": "not run, no time was left", "well": False, "seconds": 0}
+            continue
+        ended = run_stage(stage, min(stage.seconds + _GRACE, left), log)
+        if stage.name == "tests" and not ended["well"] and only_packages_are_missing(out):
+            ended |= {"ended": "ended, except tests that lack a package", "well": True}
+        run["stages"][stage.name] = ended
+        write_json(out / "suite.json", {"runs": runs})
+        if stage.name == "tests":
+            write_json(out / f"tests-{_slug(run['device'])}.json", tests_result(out, runs))
+        (out / "summary.md").write_text(summary(out, runs))
+        if stage.name == "smoke" and not ended["well"]:
+            break
 
 
 def earlier_runs(out: Path, earlier: str | None) -> list[Run]:

@@ -50,6 +50,13 @@ def has_gpu() -> bool:
         return False
 
 
+def check_gpu(*, or_dry: bool | None = None) -> None:
+    """Raise ValueError if there is no GPU; `or_dry` is the option --dry of a script that has it."""
+    if not (or_dry or has_gpu()):
+        msg = "there must be a GPU that CuPy sees" + ("" if or_dry is None else ", or --dry")
+        raise ValueError(msg)
+
+
 def wants_gpu(options: argparse.Namespace) -> bool:
     """Return whether to measure on a GPU; raise ValueError if one is asked for and CuPy sees none."""
     device = getattr(options, "device", "cpu")

@@ -17,7 +17,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import installed
+from benchmarks import machine
+
+# A host may have other plugins than those that the tests know, so none is loaded automatically, and the options of
+# pyproject.toml that need one are overridden. Its versions are not ours: warnings are shown and do not fail a test.
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "-v", "-ra")
 
 _LEFT_TO_RUN = ("failed", "not run")
 
@@ -83,6 +87,11 @@ class _Recorder:
             file.write(json.dumps(line) + "\n")
 
 
+def timeout(seconds: int) -> list[str]:
+    """Return the pytest options that end a test that hangs, if the plugin is installed."""
+    return ["-p", "pytest_timeout", f"--timeout={seconds}"] if machine.installed("pytest_timeout") else []
+
+
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """Return the last line of each test: outcome ("passed", "failed", "skipped", "not run"), seconds, why it failed."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -96,7 +105,7 @@ def counted(path: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
     """
     bad = {test: found["why"] for test, found in read(path).items() if found["outcome"] == "failed"}
     missing = {test: re.search(r"No module named '(\w+)", why) for test, why in bad.items()}
-    lacking = {test: found[1] for test, found in missing.items() if found and not installed(found[1])}
+    lacking = {test: found[1] for test, found in missing.items() if found and not machine.installed(found[1])}
     counts = collections.Counter(found["outcome"] for found in read(path).values())
     numbers = {"passed": counts["passed"], "failed": len(bad) - len(lacking), "skipped": counts["skipped"]}
     if counts["not run"]:

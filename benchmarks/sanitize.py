@@ -94,9 +94,7 @@ def main() -> None:
     parser = program.parser(__doc__, "output", "device")
     parser.add_argument("--kernels", action="store_true", help="only launch the kernels, on a GPU")
     options = parser.parse_args()
-    if not machine.has_gpu():
-        msg = "there must be a GPU that CuPy sees"
-        raise ValueError(msg)
+    machine.check_gpu()
     if options.kernels:
         import cupy
 

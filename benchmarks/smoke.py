@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import loaders, machine, program
+from benchmarks import loaders, machine, outcomes, program
 from dali_saliencymix._versions import versions
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.datasets.sample_data import make_sample_data
@@ -31,8 +31,6 @@ TESTS = (
     "tests/test_dali_python_operator.py::test_a_held_batch_of_a_gpu_does_not_change",
     "tests/test_cuda.py::test_kernels_are_captured_by_the_current_stream_alone",
 )
-PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "default", "--tb=short", "-v", "-ra")
-
 _BATCHES, _BATCH_SIZE, _CROP_SIZE = 20, 16, 64
 
 
@@ -41,10 +39,8 @@ def main() -> None:
     parser = program.parser(__doc__)
     parser.add_argument("--dry", action="store_true", help="run on the CPU if there is no GPU")
     options = parser.parse_args()
+    machine.check_gpu(or_dry=options.dry)
     gpu = machine.has_gpu()
-    if not gpu and not options.dry:
-        msg = "there must be a GPU that CuPy sees, or --dry"
-        raise ValueError(msg)
     show_machine()
     compute_together(gpu=gpu)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,14 +108,10 @@ def run_tests() -> None:
     """Run the tests on which everything else depends; without a GPU they are skipped."""
     step("tests")
     alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # else the named plugin would be loaded twice
-    if status := program.python(*PYTEST, *timeout(60), "-x", *TESTS, capture_output=False, env=alone).returncode:
+    line = (*outcomes.PYTEST, *outcomes.timeout(60), "-x", *TESTS)
+    if status := program.python(*line, capture_output=False, env=alone).returncode:
         msg = f"the tests ended with status {status}"
         raise RuntimeError(msg)
-
-
-def timeout(seconds: int) -> list[str]:
-    """Return the pytest options that end a test that hangs, if the plugin is installed."""
-    return ["-p", "pytest_timeout", f"--timeout={seconds}"] if machine.installed("pytest_timeout") else []
 
 
 def require(holds: bool, otherwise: str) -> None:

@@ -121,17 +121,19 @@ def test_tests_that_only_lack_a_package_are_no_failure(tmp_path, text, lacking):
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path):
-    with open(tmp_path / "log", "w") as log:
-        hang = gpu_suite.Stage("hang", 1, ["-c", "import time; print('begun'); time.sleep(60)"])
-        fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(3)"])
-        fine = fail._replace(fine=(0, 3))
-        assert gpu_suite.run_stage(hang, 1, log)["ended"] == "was ended at its time limit"
-        assert gpu_suite.run_stage(fail, 9, log) == {"ended": "failed with status 3", "well": False, "seconds": 0}
-        assert gpu_suite.run_stage(fine, 9, log)["well"]
+def test_a_stage_that_hangs_is_ended_and_one_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "_PATIENCE", 0.5)
+    with open(tmp_path / "log", "w", buffering=1) as log:
+        code = "import os, signal, time; signal.signal(2, signal.SIG_IGN); print('begun'); time.sleep(60)"
+        hang = gpu_suite.Stage("hang", 1, ["-c", code])
+        fail = gpu_suite.Stage("fail", 9, ["-c", "raise SystemExit(5)"])
+        assert gpu_suite.run_stage(hang, 0.5, log)["ended"] == "was ended at its time limit"
+        assert gpu_suite.run_stage(fail, 9, log) == {"ended": "failed with status 5", "well": False, "seconds": 0}
+        no_test_left = fail._replace(name="tests")
+        assert gpu_suite.run_stage(no_test_left, 9, log)["well"]
     text = (tmp_path / "log").read_text()
     assert "begun" in text
-    assert "fail: failed with status 3" in text
+    assert "fail: failed with status 5" in text
 
 
 def test_every_stage_names_a_module_and_writes_into_the_folder(tmp_path):
