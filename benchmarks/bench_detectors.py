@@ -19,7 +19,7 @@ from nvidia.dali import fn, pipeline_def
 
 from benchmarks import data, machine, opencv, program
 from benchmarks.record import Record, figures_of
-from benchmarks.timing import Timed
+from benchmarks.timing import Timed, array_library
 from dali_saliencymix import DETECTORS, saliency_peaks
 from dali_saliencymix.datasets.damage import find_unusable
 from dali_saliencymix.measure.figures import significant
@@ -43,12 +43,9 @@ def main() -> None:
     record = Record("detectors", options)
     record.add(peaks(images))
     record.add({"against_opencv": against_opencv(images, record.not_measured)})
-    batch: Any = images[np.arange(options.batch_size) % len(images)]
-    measure_times(record, batch, "numpy")
-    if machine.wants_gpu(options):
-        import cupy
-
-        measure_times(record, cupy.asarray(batch), "cupy")
+    batch = images[np.arange(options.batch_size) % len(images)]
+    for gpu in (False, True)[: 1 + machine.wants_gpu(options)]:
+        measure_times(record, batch, gpu=gpu)
     record.end()
 
 
@@ -69,10 +66,12 @@ def decoded(files: list[str], size: int) -> np.ndarray:
     return np.concatenate(batches)[: len(files)]
 
 
-def measure_times(record: Record, batch: Any, library: str) -> None:
-    """Measure the milliseconds that each detector takes for a batch of an array library."""
+def measure_times(record: Record, batch: np.ndarray, *, gpu: bool) -> None:
+    """Measure the milliseconds that each detector takes for a batch, of NumPy or of CuPy."""
+    xp = array_library(gpu)
+    library, batch = xp.__name__, xp.asarray(batch)
     calls = {
-        name: Timed(functools.partial(find, batch), gpu=library == "cupy")
+        name: Timed(functools.partial(find, batch), gpu=gpu)
         for name, find in DETECTORS.items()
         if record.ask_for(f"{library} / {name}", "milliseconds_per_batch", library, name)
     }

@@ -26,7 +26,7 @@ import numpy as np
 import dali_saliencymix as ds
 from benchmarks import machine, opencv, peers, program
 from benchmarks.record import Record
-from benchmarks.timing import Graph, Timed, memory_bandwidth
+from benchmarks.timing import Graph, Timed, array_library
 from dali_saliencymix import _cuda as cuda
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.figures import figure, significant
@@ -59,7 +59,7 @@ def main() -> None:
     options.copy_megabytes = options.copy_megabytes or (2048 if gpu else 256)
 
     record = Record("ops", options)
-    rate_of_copy = memory_bandwidth(gpu=gpu, megabytes=options.copy_megabytes)
+    rate_of_copy = copy_rate(gpu=gpu, megabytes=options.copy_megabytes)
     record.add({"copy_gigabytes_per_second": {"gpu" if gpu else "cpu": rate_of_copy}})
     with contextlib.ExitStack() as stack:
         processes = None
@@ -124,6 +124,15 @@ def measure_group(
     record.measure(timed, result_of, where=f"{place} / ")
 
 
+def copy_rate(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str, float]:
+    """Return the gigabytes per second of copying a large array; reads and writes both count."""
+    xp = array_library(gpu)
+    source = xp.ones(megabytes * 2**20 // 8, xp.float64)
+    target = xp.zeros_like(source)
+    timed = Timed(lambda: xp.copyto(target, source), gpu=gpu, least_ms=20)
+    return figure([2 * source.nbytes / timed() / 1e6 for _ in range(rounds)])
+
+
 def with_share(times: list[float], variant: Variant, gpu: bool, rate_of_copy: float) -> dict[str, float]:
     """Return the figure of a variant with its bytes, and its rate relative to that of a copy."""
     found = {**figure(times), "bytes": variant.bytes_moved}
@@ -146,9 +155,7 @@ class Inputs:
 def package_variants(inputs: Inputs, library: str, detector: str, *, steps: bool) -> dict[str, Variant]:
     """Return this package's implementations for one array library, named ``step | implementation``."""
     gpu = library == "cupy"
-    xp: Any = np
-    if gpu:
-        import cupy as xp
+    xp = array_library(gpu)
     copies = min(16, math.ceil(_ROTATED_BYTES / inputs.images.nbytes)) if gpu else 1
     batches = itertools.cycle([xp.asarray(inputs.images).copy() for _ in range(copies)])
     size = inputs.images.shape[1:3]

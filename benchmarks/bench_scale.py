@@ -24,7 +24,7 @@ import numpy as np
 import dali_saliencymix as ds
 from benchmarks import data, loaders, machine, program
 from benchmarks.record import Record
-from benchmarks.timing import Timed
+from benchmarks.timing import Timed, array_library
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.figures import figure
 from dali_saliencymix.options import MixOptions
@@ -118,10 +118,7 @@ def linear(axis: str, points: dict[str, Any]) -> dict[str, float]:
 
 def array_variants(axis: str, options: argparse.Namespace, gpu: bool) -> Variants:
     """Return the mix at each point of an axis."""
-    xp: Any = np
-    if gpu:
-        import cupy as xp
-
+    xp = array_library(gpu)
     variants: Variants = {}
     largest = {"batch": options.batch_size, "size": options.crop_size}
     for point in options.every if axis == "detector_size" else getattr(options, axis):

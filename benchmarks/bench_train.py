@@ -6,24 +6,30 @@ The rate on a constant batch, which is on the device already, is the limit of th
 a loader to it says whether training is input-bound; the ratio with mixing to without mixing is the cost of mixing.
 
 The calls of the operator are timed during training. Then the loaders run alone, first for their rate. Then a probe
-measures how long each batch holds the GIL (benchmarks/gil.py); the difference to the loader that does not mix is due to
-the operator. On a GPU the last groups vary the number of threads and the share of images for the JPEG engine.
+measures how long each batch holds the GIL; the difference to the loader that does not mix is due to the operator. On a
+GPU the last groups vary the number of threads and the share of images for the JPEG engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
-from typing import Any
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torchvision
 from torch.nn.functional import cross_entropy
 
-from benchmarks import data, gil, loaders, machine, program
+from benchmarks import data, loaders, machine, program
 from benchmarks.record import Record, figures_of
+from dali_saliencymix._dali import python_operator
 from dali_saliencymix.measure.figures import figure, ratios
 
 _CONSTANT, _UNMIXED = "constant batch", "none"
@@ -73,11 +79,11 @@ def measure_group(
     record: Record, names: list[str], step: Callable[..., None], setting: loaders.Setting, steps: int
 ) -> None:
     """Measure training behind each loader, then the rate of each loader alone and how long it holds the GIL."""
-    calls: dict[str, list[gil.Call]] = {}
+    calls: dict[str, list[Call]] = {}
     makers = loaders.makers()
 
     def make(name: str) -> loaders.Stream:
-        with gil.recorded_calls() as calls[name]:
+        with recorded_calls() as calls[name]:
             return makers[name](setting, channels_last=True)
 
     streams = record.made(names, make)
@@ -98,7 +104,7 @@ def measure_group(
 def measure_training(
     record: Record,
     streams: dict[str, loaders.Stream],
-    calls: dict[str, list[gil.Call]],
+    calls: dict[str, list[Call]],
     step: Callable[..., None],
     setting: loaders.Setting,
     steps: int,
@@ -106,7 +112,7 @@ def measure_training(
     """Train behind the streams, interleaved; record the rates, their ratios and the operator's calls."""
     batch = next(streams[_UNMIXED].batches)
     constant = loaders.Stream(itertools.repeat(tuple(part.clone() for part in batch)), 2)
-    of_turns: dict[str, list[gil.Call]] = {name: [] for name in streams if name.startswith("saliencymix")}
+    of_turns: dict[str, list[Call]] = {name: [] for name in streams if name.startswith("saliencymix")}
 
     def rate_of_turn(name: str, stream: loaders.Stream) -> float:
         """Train for one turn; record the median of the operator's calls in it."""
@@ -114,10 +120,10 @@ def measure_training(
         made.clear()
         rate = loaders.images_per_second(stream, setting, steps, use=step)
         if made and name in of_turns:
-            of_turns[name].append(gil.Call(*map(statistics.median, zip(*made, strict=True))))
+            of_turns[name].append(Call(*map(statistics.median, zip(*made, strict=True))))
         return rate
 
-    def call_ms(turns: list[gil.Call], kind: str) -> dict[str, float]:
+    def call_ms(turns: list[Call], kind: str) -> dict[str, float]:
         return figure([1000 * getattr(call, f"{kind}_seconds") for call in turns[1:]])  # the first turn is the warm-up
 
     def result_of(rates: dict[str, list[float]]) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
 
 def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
     """Return the milliseconds for which each batch of a stream holds the GIL."""
-    probe = gil.Probe()
+    probe = Probe()
     loaders.images_per_second(stream, setting, batches, watch=probe)
     return 1000 * probe.held_seconds / batches
 
@@ -179,6 +185,81 @@ def lock_held(held: dict[str, list[float]]) -> dict[str, Any]:
         if unmixed and name != _UNMIXED
     }
     return {"lock_held_ms_per_batch": figures_of(held), "lock_held_ms_per_batch_more_than_none": figures_of(more)}
+
+
+# ---- the GIL: while one thread holds it, no other can run Python code, such as the step that feeds a GPU -------------
+
+
+class Call(NamedTuple):
+    """The wall-clock time of a call and the processor time of its thread; they differ if the call waited."""
+
+    wall_seconds: float
+    cpu_seconds: float
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[Call]]:
+    """Record the calls of the Python functions in pipelines that are defined inside this context.
+
+    The list grows also after the context has ended. The work of DALI around a call, such as making an array of each
+    sample, is not included.
+    """
+    calls: list[Call] = []
+    original = python_operator._limited
+
+    def timed(*arguments: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        made = original(*arguments)
+        calls.append(Call(time.perf_counter() - wall, time.thread_time() - cpu))
+        return made
+
+    # Every operator of the package is called through this function.
+    with mock.patch.object(python_operator, "_limited", timed):
+        yield calls
+
+
+class Probe(threading.Thread):
+    """Measure for how long other threads hold the GIL; used as a context manager.
+
+    The probe sleeps for about a tenth of a millisecond again and again. A thread that wakes needs the GIL, so its delay
+    is the time for which another thread still held it. Half of a usual sleep is added to each delay, for the part of
+    the hold that the probe slept through.
+
+    Limits: the probe may miss a hold that is shorter than a sleep, and counts between half and all of it otherwise.
+    While the probe runs, the interpreter does not force a thread to release the GIL. If cores are scarce, waiting for a
+    core counts as waiting for the GIL: compare with the same loader without the function in question, on an idle
+    machine.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.held_seconds = 0.0
+        self._over = threading.Event()
+
+    def __enter__(self) -> Probe:
+        self._usual = statistics.median(self._slept() for _ in range(200))
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(10)
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+        sys.setswitchinterval(self._interval)
+
+    def run(self) -> None:
+        """Sleep and wake until the context ends."""
+        while not self._over.is_set():
+            late = self._slept() - self._usual
+            if late > self._usual:
+                self.held_seconds += late + self._usual / 2
+
+    @staticmethod
+    def _slept() -> float:
+        start = time.perf_counter()
+        time.sleep(50e-6)
+        return time.perf_counter() - start
 
 
 if __name__ == "__main__":

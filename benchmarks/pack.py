@@ -9,13 +9,11 @@ compressed, because photographs would not get smaller.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import program
 
 _FORMAT = tarfile.GNU_FORMAT
-_BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE  # a file takes whole blocks, an archive whole records
 
 
 def pack(folder: Path, out: Path, limit: int) -> list[Path]:
@@ -35,36 +33,28 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
     if earlier := sorted(out.glob(f"{folder.name}-*.tar")):
         msg = f"OUT must have no archives of {folder.name}, got {earlier[0]}"
         raise ValueError(msg)
-    paths = []
-    for number, part in enumerate(_parts(files, folder, limit), 1):
-        paths.append(out / f"{folder.name}-{number}.tar")
-        with tarfile.open(paths[-1], "w", format=_FORMAT) as archive:
-            for path in part:
-                archive.add(path, _inside(path, folder))
-    return paths
-
-
-def _parts(files: list[Path], folder: Path, limit: int) -> Iterator[list[Path]]:
-    """Yield the files of each archive, as many as fit."""
-    part: list[Path] = []
-    left = room = limit // _RECORD * _RECORD - 2 * _BLOCK  # which end an archive
+    # An archive is a whole number of records, and two blocks end it.
+    room = limit // tarfile.RECORDSIZE * tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE
+    parts: list[dict[Path, str]] = []  # for each archive, the files and their names in it
+    left = 0
     for path in files:
-        header = len(tarfile.TarInfo(str(_inside(path, folder))).tobuf(_FORMAT))
-        taken = header + -(-path.stat().st_size // _BLOCK) * _BLOCK
+        name = str(Path(folder.name, path.relative_to(folder)))
+        blocks = -(-path.stat().st_size // tarfile.BLOCKSIZE)
+        taken = len(tarfile.TarInfo(name).tobuf(_FORMAT)) + blocks * tarfile.BLOCKSIZE
         if taken > room:
             msg = f"--megabytes must be enough for each file, got {limit / 1e6:g} with {path}"
             raise ValueError(msg)
         if taken > left:
-            yield part
-            part, left = [], room
-        part.append(path)
+            parts.append({})
+            left = room
+        parts[-1][path] = name
         left -= taken
-    yield part
-
-
-def _inside(path: Path, folder: Path) -> Path:
-    """Return the name that a file has in an archive."""
-    return Path(folder.name, path.relative_to(folder))
+    paths = [out / f"{folder.name}-{number}.tar" for number in range(1, len(parts) + 1)]
+    for archive_path, part in zip(paths, parts, strict=True):
+        with tarfile.open(archive_path, "w", format=_FORMAT) as archive:
+            for path, name in part.items():
+                archive.add(path, name)
+    return paths
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ import torch
 import torchvision.transforms.v2 as transforms
 from torch.nn.functional import one_hot
 from torch.utils import data
+from torchvision.transforms import RandomResizedCrop
 
 from benchmarks import loaders
 from dali_saliencymix.measure.results import one_line
@@ -175,7 +176,9 @@ def _spdl(setting: loaders.Setting) -> loaders.Stream:
     def decoded(sample: tuple[str, int]) -> tuple[Any, int]:
         file, label = sample
         packets = spdl.demux_image(file)
-        crop = "crop={}:{}:{}:{}".format(*_random_crop(packets.width, packets.height))
+        whole = torch.empty(1, packets.height, packets.width, device="meta")
+        top, left, height, width = RandomResizedCrop.get_params(whole, [0.08, 1], [3 / 4, 4 / 3])
+        crop = f"crop={width}:{height}:{left}:{top}"
         resize = f"scale={setting.crop_size}:{setting.crop_size}:flags=bilinear"
         mirror = random.choice(["null", "hflip"])
         graph = f"{crop},{resize},{mirror},format=pix_fmts=rgb24"
@@ -196,18 +199,6 @@ def _spdl(setting: loaders.Setting) -> loaders.Stream:
     # Before the last queue, each stage has a queue of 2 and holds one more while that is full: 7 more batches or lists
     # of images, then 2 images and one in each thread. Counting at run time gave the same number.
     return loaders.Stream(batches, loaders.PREFETCH + 7 + math.ceil((setting.workers + 2) / setting.batch_size))
-
-
-def _random_crop(width: int, height: int) -> tuple[int, int, int, int]:
-    """Draw width, height, left and top of a crop as torchvision's RandomResizedCrop does."""
-    for _ in range(10):
-        area = width * height * random.uniform(0.08, 1)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return w, h, random.randint(0, width - w), random.randint(0, height - h)
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return w, h, (width - w) // 2, (height - h) // 2
 
 
 # ---- mixes after DALI ------------------------------------------------------------------------------------------------

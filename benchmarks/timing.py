@@ -1,15 +1,17 @@
-"""Time calls on arrays, on a CPU and on a GPU, and measure the copy rate of memory."""
+"""Time calls on arrays, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 
-from dali_saliencymix.measure.figures import figure
+def array_library(gpu: bool) -> Any:
+    """Return CuPy or NumPy."""
+    return importlib.import_module("cupy" if gpu else "numpy")
 
 
 class Timed:
@@ -85,15 +87,3 @@ class Graph:
             finally:
                 graph = stream.end_capture()
         self._graph = graph
-
-
-def memory_bandwidth(*, gpu: bool, megabytes: int, rounds: int = 5) -> dict[str, float]:
-    """Return the gigabytes per second of copying a large array; reads and writes both count."""
-    if gpu:
-        import cupy as xp
-    else:
-        xp = np
-    source = xp.ones(megabytes * 2**20 // 8, xp.float64)
-    target = xp.zeros_like(source)
-    timed = Timed(lambda: xp.copyto(target, source), gpu=gpu, least_ms=20)
-    return figure([2 * source.nbytes / timed() / 1e6 for _ in range(rounds)])

@@ -168,17 +168,6 @@ def test_a_package_that_does_not_fit_is_named(monkeypatch, tmp_path, setting, te
         del sys.modules[module]
 
 
-def test_crops_lie_in_the_image_and_cover_what_they_should():
-    for width, height in ((500, 375), (400, 16), (3, 90)):
-        for _ in range(50):
-            w, h, left, top = peers._random_crop(width, height)
-            assert 0 <= left <= left + w <= width
-            assert 0 <= top <= top + h <= height
-            if width == 500:
-                assert 0.07 < w * h / (width * height) <= 1
-                assert 0.74 < w / h < 1.35
-
-
 def test_operations_mix_a_batch():
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8)
     try:
