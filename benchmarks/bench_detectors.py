@@ -28,7 +28,6 @@ REFERENCE = "fine_grained"  # the paper's choice
 
 
 def main() -> None:
-    """Measure and write the result."""
     parser = program.parser(__doc__, *program.ROUNDS, "data", "batch_size", batch_size=128)
     parser.add_argument("--size", type=program.positive, default=224, help="height and width of the images")
     most = "maximum number of images to find peaks in, picked evenly"

@@ -46,7 +46,6 @@ class Variant(NamedTuple):
 
 
 def main() -> None:
-    """Measure and write the result."""
     parser = program.parser(__doc__, *program.ROUNDS, "detectors")
     parser.add_argument("--sizes", type=program.positive, nargs="+", default=[224, 32], help="height and width")
     batches = "default: 256 128 32 512 1, without a GPU 128 1 8 32 512"

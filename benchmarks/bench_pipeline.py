@@ -19,7 +19,6 @@ _REFERENCE = "none"
 
 
 def main() -> None:
-    """Measure and write the result."""
     makers = loaders.makers() | peers.makers()
     parser = program.parser(__doc__, *program.ROUNDS, *loaders.OPTIONS, batch_size=128, crop_size=224)
     least = "minimum number of batches of a variant in each round (default: %(default)s)"

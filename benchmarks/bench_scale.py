@@ -37,7 +37,6 @@ Variants = dict[str, Callable[[], float]]  # named ``curve @ point``
 
 
 def main() -> None:
-    """Measure and write the result."""
     common = ("data", "batch_size", "crop_size", "workers", "detectors")
     parser = program.parser(
         __doc__,

@@ -36,7 +36,6 @@ _CONSTANT, _UNMIXED = "constant batch", "none"
 
 
 def main() -> None:
-    """Measure and write the result."""
     parser = program.parser(
         __doc__, *program.ROUNDS, *loaders.OPTIONS, "detectors", detectors=["spectral_residual", "fine_grained"]
     )
@@ -249,7 +248,6 @@ class Probe(threading.Thread):
         sys.setswitchinterval(self._interval)
 
     def run(self) -> None:
-        """Sleep and wake until the context ends."""
         while not self._over.is_set():
             late = self._slept() - self._usual
             if late > self._usual:

@@ -93,7 +93,6 @@ def pause(images: Any, seconds: float, held: bool = False) -> Any:
 
 
 def slow_detector(images: np.ndarray, seconds: float) -> np.ndarray:
-    """Compute saliency after a delay."""
     time.sleep(seconds)
     return spectral_residual(images)
 
@@ -296,7 +295,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run all faults, interleaved, and write the table."""
     parser = program.parser(__doc__, "output")
     parser.add_argument("--runs", type=program.positive, default=10, help="runs of each fault")
     parser.add_argument("--seconds", type=program.positive_number, default=3.0, help="time for each run of the tool")

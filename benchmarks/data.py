@@ -112,7 +112,6 @@ def _mosaic(rng: np.random.Generator, number: int) -> Image.Image:
 
 
 def main() -> None:
-    """Make the images."""
     parser = program.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write class folders into")
     parser.add_argument("--images", type=program.positive, default=4000, help="number of files (default: %(default)s)")

@@ -127,7 +127,6 @@ def main() -> None:
 
 
 def earlier_parts(output: Path | None) -> list[Result]:
-    """Return the parts of an existing result."""
     if output is None or not output.exists():
         return []
     earlier = read_json(output)
@@ -150,7 +149,6 @@ def command(options: argparse.Namespace, output: Path, *more: object) -> list[st
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Return the device of the checks."""
     return torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
 
 
@@ -184,7 +182,6 @@ def said(text: str) -> list[str]:
 
 
 def wrong_with(name: str, found: Result, steps: int) -> list[str]:
-    """Return the errors of a training run."""
     wrong = []
     if found["exit_status"] != 0:
         wrong.append(f"{name}: exit status {found['exit_status']}: {' | '.join(found['said'][-3:])}")
@@ -331,7 +328,6 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def loader_of(options: argparse.Namespace, listed: ImageFolder, batch_size: int) -> Loader:
-    """Return the training loader."""
     size, device = options.crop_size, device_of(options)
     return training_loader(
         listed, batch_size=batch_size, num_threads=cores(), device=device, crop_size=size, mix=MixOptions()

@@ -37,6 +37,7 @@ import pytest
 from benchmarks import machine, outcomes, program, sanitize
 from dali_saliencymix.measure.environment import cores
 from dali_saliencymix.measure.results import read_json, write_json
+from dali_saliencymix.packages import is_installed
 
 _GRACE = 12  # extra seconds for a stage to finish its round and to write
 _PATIENCE = 4  # seconds after each signal that ends a stage
@@ -135,7 +136,7 @@ def test_command(out: Path) -> list[str]:
     """Return the command that runs the GPU tests that have not passed yet."""
     line = [*outcomes.PYTEST, "-m", "gpu", "--continue-on-collection-errors"]
     line += ["-p", "benchmarks.outcomes", "--outcomes", str(out / _OUTCOMES), *outcomes.timeout(90)]
-    if machine.installed("xdist"):  # many small tests, which wait for compilers more than for the GPU
+    if is_installed("xdist"):  # many small tests, which wait for compilers more than for the GPU
         line += ["-p", "xdist", "-n", str(min(12, cores()))]
     return [*line, *test_files()]
 
@@ -248,7 +249,6 @@ def summary(out: Path, runs: list[Run]) -> str:
 
 
 def main() -> None:
-    """Run all stages."""
     parser = program.parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write into")
     parser.add_argument("--data", type=Path, metavar="DATA", help="photographs in class folders to make images from")

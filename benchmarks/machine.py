@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
-import functools
 import os
 import shlex
 import signal
@@ -17,7 +16,6 @@ from typing import Any
 
 from benchmarks import program
 from dali_saliencymix.measure.environment import cores, environment, resident_mib
-from dali_saliencymix.packages import is_installed
 
 # Packages to record in addition to the package's own dependencies; the second line is for benchmarks/peers.py.
 _PACKAGES = ("numba", "scipy", "opencv-contrib-python-headless", "opencv-python-headless", "pillow")
@@ -66,16 +64,9 @@ def wants_gpu(options: argparse.Namespace) -> bool:
     return device != "cpu" and has_gpu()
 
 
-installed = functools.cache(is_installed)
-
-
 def resident_mb(pid: int | str = "self") -> float:
     """Return the resident memory of a process in MB, the unit of the results."""
-    found = resident_mib(pid)
-    if found is None:
-        msg = f"the resident memory of process {pid} cannot be read"
-        raise RuntimeError(msg)
-    return round(found * 2**20 / 1e6, 1)
+    return round(resident_mib(pid) * 2**20 / 1e6, 1)
 
 
 def cores_given(processes: int, seconds: float = 0.4) -> float:
@@ -114,7 +105,6 @@ def surroundings(*, gpu: bool) -> dict[str, Any]:
 
 
 def identity(found: dict[str, Any]) -> dict[str, Any]:
-    """Return date, device and commit."""
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     of_device = {name: found[name] for name in ("device", "cuda", "driver")}
     return {"date": date, **of_device, "commit": found["git_commit"]}

@@ -65,7 +65,6 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory()
 
     def close(self) -> None:
-        """End the processes."""
         self._pool.shutdown()
         self._folder.cleanup()
 

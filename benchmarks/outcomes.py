@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine
+from dali_saliencymix.packages import is_installed
 
 # A host may have other plugins than those that the tests know, so none is loaded automatically, and the options of
 # pyproject.toml that need one are overridden. Its versions are not ours: warnings are shown and do not fail a test.
@@ -27,7 +27,6 @@ _LEFT_TO_RUN = ("failed", "not run")
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Add the option that names the file."""
     parser.addoption("--outcomes", type=Path, required=True, help="file with a line of JSON for each outcome")
 
 
@@ -89,7 +88,7 @@ class _Recorder:
 
 def timeout(seconds: int) -> list[str]:
     """Return the pytest options that end a test that hangs, if the plugin is installed."""
-    return ["-p", "pytest_timeout", f"--timeout={seconds}"] if machine.installed("pytest_timeout") else []
+    return ["-p", "pytest_timeout", f"--timeout={seconds}"] if is_installed("pytest_timeout") else []
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -105,7 +104,7 @@ def counted(path: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
     """
     bad = {test: found["why"] for test, found in read(path).items() if found["outcome"] == "failed"}
     missing = {test: re.search(r"No module named '(\w+)", why) for test, why in bad.items()}
-    lacking = {test: found[1] for test, found in missing.items() if found and not machine.installed(found[1])}
+    lacking = {test: found[1] for test, found in missing.items() if found and not is_installed(found[1])}
     counts = collections.Counter(found["outcome"] for found in read(path).values())
     numbers = {"passed": counts["passed"], "failed": len(bad) - len(lacking), "skipped": counts["skipped"]}
     if counts["not run"]:

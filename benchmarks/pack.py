@@ -58,7 +58,6 @@ def pack(folder: Path, out: Path, limit: int) -> list[Path]:
 
 
 def main() -> None:
-    """Pack a folder."""
     parser = program.parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to pack, with its subfolders")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the archives")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -13,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from dali_saliencymix import DETECTORS
 from dali_saliencymix.measure.environment import cores
@@ -26,7 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def positive(text: str) -> int:
-    """Parse a positive integer."""
     if not text.isdigit() or int(text) == 0:
         msg = f"must be a positive integer, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
@@ -34,7 +36,6 @@ def positive(text: str) -> int:
 
 
 def at_least_two(text: str) -> int:
-    """Parse an integer of at least 2."""
     if (number := positive(text)) < 2:
         msg = f"must be at least 2, got {text!r}"
         raise argparse.ArgumentTypeError(msg)
@@ -42,12 +43,10 @@ def at_least_two(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Parse a number above 0."""
     return _number_in(text, "above 0", lambda number: number > 0)
 
 
 def share(text: str) -> float:
-    """Parse a number from 0 to 1."""
     return _number_in(text, "from 0 to 1", lambda number: 0 <= number <= 1)
 
 
@@ -142,17 +141,10 @@ def logged(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 def say(line: str) -> None:
-    """Write a line to stderr."""
     sys.stderr.write(line + "\n")
 
 
-def progress(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
-    """Show a progress bar on a terminal if tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return iterable
-    return tqdm(iterable, disable=None, **options)
+progress = functools.partial(tqdm, disable=None)  # a progress bar, on a terminal only
 
 
 def write(result: Mapping[str, Any], output: Path | None) -> None:
@@ -187,6 +179,5 @@ def lines_of(result: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table in Markdown."""
     head = list(head)
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])

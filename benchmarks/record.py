@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from benchmarks import machine, program
-from dali_saliencymix.measure.figures import LEAST_ROUNDS, figure, figures, is_figure
+from dali_saliencymix.measure.figures import LEAST_ROUNDS, differing, figure, figures, is_figure
 from dali_saliencymix.measure.results import one_line, read_json
 from dali_saliencymix.measure.rounds import in_turns
 
 # What may differ between two parts of a result.
-_OF_A_PART = {"date", "command", "commit", "machine", "versions", "cuda", "driver"}
-_OF_A_PART |= {"rounds", "variants", "not_measured"}
+_OF_A_PART = ("date", "command", "commit", "machine", "versions", "cuda", "driver", "rounds", "variants")
 
 Values = Mapping[str, Sequence[float]]
 _Made = TypeVar("_Made")
@@ -80,11 +79,9 @@ class Record:
             msg = f"--continue: {self._output} is a result of {was}, not {is_now}"
             raise ValueError(msg)
         now = json.loads(json.dumps(self._conditions))  # turns tuples into lists, as in the file
-        for name in {**earlier["conditions"], **now}:
-            was, is_now = (found.get(name) for found in (earlier["conditions"], now))
-            if name not in _OF_A_PART and was != is_now:
-                msg = f"--continue: {self._output} was measured with {name} {was!r}, this run has {is_now!r}"
-                raise ValueError(msg)
+        for name, (was, is_now) in differing(earlier["conditions"], now, _OF_A_PART).items():
+            msg = f"--continue: {self._output} was measured with {name} {was!r}, this run has {is_now!r}"
+            raise ValueError(msg)
         everything = [" / ".join(path) for path, _ in figures(earlier)]
         self._earlier = earlier.pop("parts", [{"conditions": earlier["conditions"], "measured": everything}])
         for name in ("not_measured", "complete"):

@@ -193,7 +193,6 @@ _ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
 
 
 def accuracy_table(result: dict[str, Any], table: str) -> str:
-    """Return one of the tables of the accuracy study."""
     return summary.TABLES[table](result["runs"])
 
 
@@ -267,7 +266,6 @@ def _runs(result: dict[str, Any]) -> str:
 
 
 def cell(figure: dict[str, float] | None) -> str:
-    """Return the text of a cell with a figure."""
     if figure is None:
         return ""
     low, high = bounds(figure)
@@ -283,7 +281,6 @@ def number(value: float) -> str:
 
 
 def pipeline_plot(result: dict[str, Any]) -> Any:
-    """Draw the rates of all loaders as bars."""
     from matplotlib.figure import Figure
 
     rates = result["images_per_second"]
@@ -396,7 +393,6 @@ def read(file: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Render or check the pages."""
     parser = program.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if something is out of date")
     parser.add_argument("pages", nargs="*", type=Path, default=PAGES, metavar="PAGE", help="default: all with results")

@@ -90,7 +90,6 @@ def run_tool(sanitizer: str, tool: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the tools and write the result."""
     parser = program.parser(__doc__, "output", "device")
     parser.add_argument("--kernels", action="store_true", help="only launch the kernels, on a GPU")
     options = parser.parse_args()
@@ -118,7 +117,6 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the findings as a Markdown table."""
     rows = []
     for tool, found in result["tools"].items():
         errors = "did not end" if found["errors"] is None else found["errors"]

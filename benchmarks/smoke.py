@@ -35,7 +35,6 @@ _BATCHES, _BATCH_SIZE, _CROP_SIZE = 20, 16, 64
 
 
 def main() -> None:
-    """Run the checks and stop at the first error."""
     parser = program.parser(__doc__)
     parser.add_argument("--dry", action="store_true", help="run on the CPU if there is no GPU")
     options = parser.parse_args()
@@ -49,7 +48,6 @@ def main() -> None:
 
 
 def step(text: str) -> None:
-    """Print the name of the next step."""
     sys.stdout.write(f"---- {text}\n")
     sys.stdout.flush()
 

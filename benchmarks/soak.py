@@ -35,7 +35,6 @@ TRAINING = (
 
 
 def main() -> None:
-    """Run and write the result."""
     parser = program.parser(__doc__, "output", "device")
     length, every = (f"{what} (default: %(default)s)" for what in ("length of the run", "seconds between readings"))
     parser.add_argument("--minutes", type=program.positive_number, default=60.0, help=length)

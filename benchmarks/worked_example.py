@@ -39,12 +39,10 @@ def fast() -> tuple[Any, ...]:
 
 
 def read() -> Any:
-    """Read files and labels."""
     return fn.readers.file(file_root=os.environ["IMAGES"], random_shuffle=True, name="reader")
 
 
 def mixed(images: Any, labels: Any) -> tuple[Any, ...]:
-    """Mix and normalise."""
     images, labels, source_labels, lam = saliencymix(images, labels)
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, mirror=fn.random.coin_flip())
     return images, labels, source_labels, lam
@@ -56,7 +54,6 @@ def step(batch: Any) -> None:
 
 
 def main() -> None:
-    """Enlarge photographs."""
     parser = program.parser("Enlarge the photographs in a folder of class folders.")
     parser.add_argument("folder", type=Path, help="folder to write into")
     parser.add_argument("--from", type=Path, required=True, dest="source", help="folder of class folders")

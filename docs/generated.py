@@ -7,11 +7,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import transfer_voc
+from benchmarks.program import markdown_table
 from benchmarks.render import opencv_table
 from dali_saliencymix import DETECTORS, PRESETS
 from dali_saliencymix.__main__ import main as package_main
@@ -46,7 +47,7 @@ def presets() -> str:
         [f"`{name}`", *(f"`{getattr(preset, option)}`" for option in PRESET_OPTIONS)]
         for name, preset in PRESETS.items()
     )
-    return table(["preset", *(f"`{option}`" for option in PRESET_OPTIONS)], rows)
+    return markdown_table(["preset", *(f"`{option}`" for option in PRESET_OPTIONS)], rows)
 
 
 def detector_costs() -> str:
@@ -57,7 +58,7 @@ def detector_costs() -> str:
         cost = MEASURED["milliseconds_per_batch"]["numpy"][name]
         spread = f"{cost['median']:.0f} ({cost['min']:.0f} to {cost['max']:.0f})"
         rows.append([f"`{name}`", spread, f"{cost['median'] / batch:.2f}"])
-    return table(["detector", f"ms for a batch of {batch}", "ms for an image"], rows)
+    return markdown_table(["detector", f"ms for a batch of {batch}", "ms for an image"], rows)
 
 
 def detector_peaks() -> str:
@@ -72,7 +73,7 @@ def detector_peaks() -> str:
     chance = [MEASURED["share_of_peaks"]["uniform"][kind] for kind in kinds]
     by_chance = percent(other["peaks_of_other_images"]["within_an_eighth"])
     rows.append(["*peaks anywhere, or of another image*", *map(percent, chance), by_chance])
-    return table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def detector_conditions() -> str:
@@ -89,11 +90,6 @@ def detector_conditions() -> str:
 def percent(share: float) -> str:
     """Return a fraction as a percentage."""
     return f"{100 * share:.1f} %"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def help_of(program: str, main: Callable[[list[str]], object], *command: str) -> str:

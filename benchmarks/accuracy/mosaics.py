@@ -45,7 +45,6 @@ def read_mosaics(folder: Path) -> tuple[CifarImages, CifarImages]:
 
 
 def write_mosaics(source: Path, folder: Path) -> None:
-    """Write the mosaics of a CIFAR-10 archive."""
     train, test = read_cifar(source, "cifar10")
     images, ids = (np.concatenate([getattr(part, name) for part in (train, test)]) for name in ("images", "labels"))
     size = _SIDE**2
@@ -73,7 +72,6 @@ def _tiles(path: Path) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    """Write the mosaics."""
     parser = program.parser(__doc__)
     parser.add_argument("cifar", type=Path, metavar="CIFAR", help="the unpacked archive, or the folder around it")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the mosaics")

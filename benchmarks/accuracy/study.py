@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import program
 from dali_saliencymix._json import finite
+from dali_saliencymix.measure.figures import differing
 
 Pair = tuple[str, int]
 _NAMES = {"arm", "seed", "settings", "device", "top1_last", "top1_best", "ece", "fgsm_top1", "seconds"}
@@ -96,11 +97,9 @@ class Study:
         self._path, self._settings = path, asdict(settings)
         self.runs = read_runs(path) if path.exists() else []
         for run in self.runs:
-            for name in {**self._settings, **run["settings"]}:
-                was, is_now = run["settings"].get(name), self._settings.get(name)
-                if was != is_now:
-                    msg = f"--output: the runs of {path} have {name} {was!r}, this call has {is_now!r}"
-                    raise ValueError(msg)
+            for name, (was, is_now) in differing(run["settings"], self._settings).items():
+                msg = f"--output: the runs of {path} have {name} {was!r}, this call has {is_now!r}"
+                raise ValueError(msg)
 
     def missing(self, arms: Sequence[str], seeds: int, part: tuple[int, int] = (1, 1)) -> list[Pair]:
         """Return the pairs of arm and seed without a run, seed by seed.
