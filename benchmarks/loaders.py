@@ -47,8 +47,8 @@ import torch
 import torchvision.transforms.v2 as transforms
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
-from PIL import Image
 from torch.utils import data
+from torchvision.datasets.folder import pil_loader
 
 from benchmarks import machine, opencv, program
 from benchmarks.data import repeated
@@ -277,7 +277,7 @@ def _eight_bit_pipeline(folder: ImageFolder, crop_size: int, device: str, hw_dec
 
 # ---- PyTorch's DataLoader --------------------------------------------------------------------------------------------
 
-TO_FLOAT = [
+_TO_FLOAT = [
     transforms.ToDtype(torch.float32, scale=True),
     transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
 ]
@@ -289,37 +289,32 @@ def crop_and_mirror(crop_size: int) -> list[Callable[[Any], Any]]:
 
 
 class Files(data.Dataset):
-    """A dataset of ``read(file)`` and the label for each file of a folder."""
+    """A dataset of ``transform(load(file))`` and the label for each file of a folder."""
 
-    def __init__(self, folder: ImageFolder, read: Callable[[str], torch.Tensor]) -> None:
-        self._folder, self._read = folder, read
+    def __init__(self, folder: ImageFolder, load: Callable[[str], Any], transform: Callable[[Any], Any]) -> None:
+        self._folder, self._load, self._transform = folder, load, transform
 
     def __len__(self) -> int:
         return len(self._folder)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._read(self._folder.files[index]), self._folder.labels[index]
-
-
-def _decoded_by_pil(file: str, transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
-    with Image.open(file) as image:
-        return transform(image.convert("RGB"))
+        return self._transform(self._load(self._folder.files[index])), self._folder.labels[index]
 
 
 def torch_loader(
     setting: Setting,
     collate: Callable[..., Any],
     *,
-    read: Callable[[str], torch.Tensor] | None = None,
+    load: Callable[[str], Any] = pil_loader,
     eight_bit: bool = False,
 ) -> Stream:
-    """Return the stream of a torch DataLoader; `read` turns a file into a tensor, by default PIL and torchvision."""
+    """Return the stream of a torch DataLoader; `load` decodes a file to a PIL image or a tensor (3, H, W)."""
     if collate is _opencv_collate and (why_not := opencv.why_not()):
         raise ImportError(why_not)
-    steps = [*crop_and_mirror(setting.crop_size), transforms.PILToTensor(), *([] if eight_bit else TO_FLOAT)]
-    read = read or functools.partial(_decoded_by_pil, transform=transforms.Compose(steps))
-    pinned = setting.device.type == "cuda"
-    batches = worker_batches(Files(setting.folder, read), setting, collate_fn=collate, pin_memory=pinned)
+    to_tensor = [transforms.PILToTensor()] if load is pil_loader else []
+    steps = [*crop_and_mirror(setting.crop_size), *to_tensor, *([] if eight_bit else _TO_FLOAT)]
+    dataset = Files(setting.folder, load, transforms.Compose(steps))
+    batches = worker_batches(dataset, setting, collate_fn=collate, pin_memory=setting.device.type == "cuda")
     batches_there = ([part.to(setting.device, non_blocking=True) for part in batch] for batch in batches)
     return Stream(batches_there, PREFETCH * setting.workers, at_a_time=setting.workers)
 

@@ -114,14 +114,6 @@ def _decoders(package: str) -> Any:
     return decoders
 
 
-def _decoded(file: str, package: str, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return transform(_decoders(package).decode_image(file, mode="RGB"))
-
-
-def _encoded(file: str) -> torch.Tensor:
-    return torch.from_numpy(np.fromfile(file, np.uint8))
-
-
 def _one_tensor(samples: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
     """Join files into one tensor, since each tensor that a worker sends takes a file handle."""
     files, labels = zip(*samples, strict=True)
@@ -129,10 +121,8 @@ def _one_tensor(samples: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tens
 
 
 def _decoded_in_workers(setting: loaders.Setting, package: str) -> loaders.Stream:
-    _decoders(package)
-    transform = transforms.Compose([*loaders.crop_and_mirror(setting.crop_size), *loaders.TO_FLOAT])
-    read = functools.partial(_decoded, package=package, transform=transform)
-    return loaders.torch_loader(setting, data.default_collate, read=read)
+    decode = functools.partial(_decoders(package).decode_image, mode="RGB")
+    return loaders.torch_loader(setting, data.default_collate, load=decode)
 
 
 def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
@@ -144,7 +134,8 @@ def _decoded_on_gpu(setting: loaders.Setting, package: str) -> loaders.Stream:
 
 
 def _decoded_in_this_process(setting: loaders.Setting, decode: Callable[..., Any]) -> loaders.Stream:
-    batches = loaders.worker_batches(loaders.Files(setting.folder, _encoded), setting, collate_fn=_one_tensor)
+    files = loaders.Files(setting.folder, functools.partial(np.fromfile, dtype=np.uint8), torch.from_numpy)
+    batches = loaders.worker_batches(files, setting, collate_fn=_one_tensor)
     cut = transforms.Compose(loaders.crop_and_mirror(setting.crop_size))
 
     def decoded() -> Iterator[tuple[torch.Tensor, ...]]:
