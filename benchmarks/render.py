@@ -49,14 +49,12 @@ _MARKED = re.compile(rf"({_MARK} (.*?) -->\n).*?({re.escape(_END)})", re.DOTALL)
 
 def variants_table(result: dict[str, Any], first: str, columns: dict[str, tuple[str, ...]]) -> str:
     """Return a row for each loader; `columns` maps the head of a column to the path of its figures in the result."""
-    rows = []
+    by_path = dict(figures(result))
     columns = {head: path for head, path in columns.items() if path[0] in result}
-    for name in result["images_per_second"]:
-        row = [f"`{name}`"]
-        for part, *within in columns.values():
-            found = result.get(part, {}).get(name)
-            row.append(cell(functools.reduce(dict.get, within, found) if found else None))
-        rows.append(row)
+    rows = [
+        [f"`{name}`", *(cell(by_path.get((path[0], name, *path[1:]))) for path in columns.values())]
+        for name in result["images_per_second"]
+    ]
     return figure_table(result, [first, *columns], rows)
 
 
@@ -124,7 +122,10 @@ def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
         ["errors found by compute-sanitizer", ", ".join(errors)],
     ]
     runs = {name: run for part in result["parts"] for name, run in part.get("runs", {}).items()}
-    rows += [_training_row(name, run) for name, run in runs.items()]
+    for name, run in runs.items():
+        ended = f"exit status {run['exit_status']}, " if run["exit_status"] else ""
+        losses = ", ".join(number(loss) for loss in run["losses"])
+        rows.append([f"training: {name}", f"{ended}{run['steps']} steps, mean loss of each epoch: {losses}"])
     last = {part["check"]: part for part in result["parts"]}
     for check, rows_of in _ROWS.items():
         if check in last:
@@ -132,17 +133,10 @@ def checks_table(result: dict[str, Any], tests: str, sanitized: str) -> str:
     return markdown_table(["check", "outcome"], rows)
 
 
-def _training_row(name: str, run: dict[str, Any]) -> list[str]:
-    ended = f"exit status {run['exit_status']}, " if run["exit_status"] else ""
-    losses = ", ".join(number(loss) for loss in run["losses"])
-    return [f"training: {name}", f"{ended}{run['steps']} steps, mean loss of each epoch: {losses}"]
-
-
 def _killed_rows(found: dict[str, Any]) -> list[list[str]]:
-    difference = found.get("largest_difference_of_weights")
-    weights = (
-        "not compared" if difference is None else f"differ by up to {number(difference)} from an uninterrupted run's"
-    )
+    weights = "not compared"
+    if "largest_difference_of_weights" in found:
+        weights = f"differ by up to {number(found['largest_difference_of_weights'])} from an uninterrupted run's"
     steps = f"{found['killed_after']} of {found['unbroken']['steps']} steps"
     return [[f"training killed after {steps} and resumed", f"weights {weights}"]]
 
@@ -192,12 +186,8 @@ _ROWS = {"killed": _killed_rows, "validation": _validation_rows, "memory": _memo
 _ROUTES = {"gpu kernel": "kernels", "cupy": "array operations"}
 
 
-def accuracy_table(result: dict[str, Any], table: str) -> str:
-    return summary.TABLES[table](result["runs"])
-
-
 TABLES = {
-    "accuracy": accuracy_table,
+    "accuracy": lambda result, table: summary.TABLES[table](result["runs"]),
     "checks": checks_table,
     "opencv": opencv_table,
     "pipeline": functools.partial(variants_table, first="loader", columns=_PIPELINE_COLUMNS),
@@ -231,12 +221,10 @@ def conditions_text(result: dict[str, Any]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, why in result.get("not_measured", {}).items():
         reasons.setdefault(why, []).append(name)
-    missing = "".join(f" Not measured: {_first_of(names)} ({why})." for why, names in reasons.items())
+    missing = ""
+    for why, (first, *others) in reasons.items():
+        missing += f" Not measured: {first}{f' and {len(others)} more' if others else ''} ({why})."
     return f"{', '.join(parts)}. {_versions(found)}. `{found['command']}`{_runs(result)}{missing}"
-
-
-def _first_of(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def _versions(conditions: dict[str, Any]) -> str:
@@ -320,12 +308,11 @@ def with_errors(found: Iterable[Mapping[str, float]]) -> tuple[list[float], list
     return list(medians), sides
 
 
-def accuracy_plot(result: dict[str, Any]) -> Any:
-    """Draw the differences to the reference of the accuracy study."""
-    return summary.plot(result["runs"])
-
-
-PLOT_KINDS = {"accuracy": accuracy_plot, "pipeline": pipeline_plot, "scale": scale_plot}
+PLOT_KINDS = {
+    "accuracy": lambda result: summary.plot(result["runs"]),
+    "pipeline": pipeline_plot,
+    "scale": scale_plot,
+}
 
 
 def plot_of(kind: str, file: str, *, draw: bool) -> tuple[Path, bool]:
