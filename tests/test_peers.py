@@ -61,6 +61,18 @@ def images_of(batch, setting):
     return images
 
 
+@pytest.mark.parametrize("name", ["torch", "torch: cutmix", "torch: opencv"])
+def test_a_loader_of_pytorch_gives_normalised_images_and_mixes(setting, name):
+    stream = made(loaders.makers()[name], setting)
+    images, labels, *of_sources = next(stream.batches)
+    images_of((images,), setting)
+    if name == "torch: cutmix":
+        torch.testing.assert_close(labels.sum(1), torch.ones(BATCH))
+        return
+    assert set(labels.tolist()) <= set(setting.folder.labels)
+    assert [part.shape for part in of_sources] == [(BATCH,)] * (2 if name == "torch: opencv" else 0)
+
+
 def test_every_way_is_described_and_belongs_to_a_package():
     assert peers.makers().keys() == PACKAGES.keys()
     for name in PACKAGES:
