@@ -455,35 +455,34 @@ def test_tables_say_what_was_not_run_and_the_plot_is_drawn():
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def test_the_program_goes_on_and_shows_what_it_has(tmp_path):
+def test_the_program_goes_on_and_shows_what_it_has(tmp_path, monkeypatch, capsys):
     folder = write_cifar(tmp_path, "cifar10", train=50, test=20)
     path = tmp_path / "x.jsonl"
     small = ("--width", 4, "--images", 40, "-b", 8, "--dry", "--device", "cpu", "--precision", "fp32")
-    words = ("-m", "benchmarks.accuracy", folder, "-o", path, "--arms", "none", "cutmix")
-    first = run_program(*map(str, (*words, *small, "--seeds", 1)))
-    assert first.returncode == 0, first.stderr
+    words = (folder, "-o", path, "--arms", "none", "cutmix", *small)
+
+    def run(*options):
+        main_of(accuracy_program, *options, monkeypatch=monkeypatch)
+        return capsys.readouterr()
+
+    first = run_program("-m", "benchmarks.accuracy", *map(str, words), "--seeds", "1")
     assert "[2/2] seed 0, cutmix: top-1 " in first.stderr
     before = path.read_text()
-    second = run_program(*map(str, (*words, *small, "--seeds", 2, "--part", "1/2")))
-    assert second.returncode == 0, second.stderr
+    second = run(*words, "--seeds", 2, "--part", "1/2")
     assert path.read_text().startswith(before)
     runs = read_runs(path)
     assert [(run["arm"], run["seed"]) for run in runs] == [("none", 0), ("cutmix", 0), ("none", 1)]
     for name in ("date", "device", "cuda", "driver", "commit", "versions", "cpu", "torch_threads"):
         assert name in runs[0]
     assert "python -m benchmarks.accuracy DATA --arms none cutmix " in runs[0]["command"]
-    shown = run_program("-m", "benchmarks.accuracy", "-o", str(path))
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == second.stdout
-    assert "| `cutmix` | CutMix, with a box and a weight for each sample | 1 |" in shown.stdout
+    shown = run("-o", path).out
+    assert shown == second.out
+    assert "| `cutmix` | CutMix, with a box and a weight for each sample | 1 |" in shown
     path.write_text("".join(json.dumps({**run, "seconds": 1e6}) + "\n" for run in runs))
-    late = run_program(*map(str, (*words, *small, "--seeds", 3, "--minutes", 5)))
-    assert "3 runs are left for a later call: --minutes 5" in late.stderr
+    assert "3 runs are left for a later call: --minutes 5" in run(*words, "--seeds", 3, "--minutes", 5).err
     assert len(read_runs(path)) == 3
-    other = run_program(*map(str, (*words, *small, "--lr", 1)), check=False)
-    assert other.returncode == 1
-    assert other.stderr.startswith("error: --output: the runs of ")
-    assert "have lr 0.00625, this call has 1.0" in other.stderr
+    with pytest.raises(SystemExit, match=r"^error: --output: the runs of .* have lr 0.00625, this call has 1.0$"):
+        run(*words, "--lr", 1)
 
 
 def test_options_that_contradict_each_other_are_refused(monkeypatch, capsys):
@@ -499,11 +498,11 @@ def test_options_that_contradict_each_other_are_refused(monkeypatch, capsys):
         assert text in capsys.readouterr().err
 
 
-def test_a_plan_trains_nothing():
-    ended = run_program("-m", "benchmarks.accuracy", "--plan", "100", "--epochs", "20")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("A run takes 2,")
-    assert "50 runs are" in ended.stdout
+def test_a_plan_trains_nothing(monkeypatch, capsys):
+    main_of(accuracy_program, "--plan", 100, "--epochs", 20, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    assert shown.startswith("A run takes 2,")
+    assert "50 runs are" in shown
 
 
 @pytest.mark.gpu
