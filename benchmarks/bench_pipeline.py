@@ -49,9 +49,7 @@ def measure_group(
     if streams.keys() <= {_REFERENCE} < set(names):
         return
     loaders.say_memory(setting.device)
-    variants = {
-        name: functools.partial(loaders.images_per_second, stream, setting, batches) for name, stream in streams.items()
-    }
+    variants = {name: functools.partial(loaders.images_per_second, stream, batches) for name, stream in streams.items()}
     record.measure(
         variants, lambda rates: {"images_per_second": figures_of(rates), "relative_to_none": ratios(rates, _REFERENCE)}
     )

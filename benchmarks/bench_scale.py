@@ -152,7 +152,7 @@ def loader_variants(axis: str, folder: Any, options: argparse.Namespace) -> Vari
         setting = loaders.setting_of(options, folder, **{"hw_decoder_load": 0.65, changed: point})
         for name, mix in mixes.items():
             stream = loaders.in_graph(setting, mix=mix)
-            variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, setting, batches=4)
+            variants[f"{name} @ {point:g}"] = functools.partial(loaders.images_per_second, stream, batches=4)
     return variants
 
 

@@ -89,14 +89,12 @@ def measure_group(
     if _UNMIXED not in streams:
         return
     loaders.say_memory(setting.device)
-    measure_training(record, streams, calls, step, setting, steps)
-    alone = {
-        name: functools.partial(loaders.images_per_second, stream, setting, steps) for name, stream in streams.items()
-    }
+    measure_training(record, streams, calls, step, steps)
+    alone = {name: functools.partial(loaders.images_per_second, stream, steps) for name, stream in streams.items()}
     record.measure(alone, lambda rates: {"loader_images_per_second": figures_of(rates)})
     probed = [name for name in streams if name not in loaders.decoder_settings()]
     if len(probed) > 1:
-        held = {name: functools.partial(milliseconds_held, streams[name], setting, steps) for name in probed}
+        held = {name: functools.partial(milliseconds_held, streams[name], steps) for name in probed}
         record.measure(held, lock_held)
 
 
@@ -105,7 +103,6 @@ def measure_training(
     streams: dict[str, loaders.Stream],
     calls: dict[str, list[Call]],
     step: Callable[..., None],
-    setting: loaders.Setting,
     steps: int,
 ) -> None:
     """Train behind the streams, interleaved; record the rates, their ratios and the operator's calls."""
@@ -117,7 +114,7 @@ def measure_training(
         """Train for one turn; record the median of the operator's calls in it."""
         made = calls.get(name, [])
         made.clear()
-        rate = loaders.images_per_second(stream, setting, steps, use=step)
+        rate = loaders.images_per_second(stream, steps, use=step)
         if made and name in of_turns:
             of_turns[name].append(Call(*map(statistics.median, zip(*made, strict=True))))
         return rate
@@ -168,10 +165,10 @@ def training_step(arch: str, setting: loaders.Setting) -> Callable[..., None]:
     return step
 
 
-def milliseconds_held(stream: loaders.Stream, setting: loaders.Setting, batches: int) -> float:
+def milliseconds_held(stream: loaders.Stream, batches: int) -> float:
     """Return the milliseconds for which each batch of a stream holds the GIL."""
     probe = Probe()
-    loaders.images_per_second(stream, setting, batches, watch=probe)
+    loaders.images_per_second(stream, batches, watch=probe)
     return 1000 * probe.held_seconds / batches
 
 

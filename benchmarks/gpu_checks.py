@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="folder for the output of the training runs")
     options = parser.parse_args()
     conditions = machine.conditions(options)
+    options.device = torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
     parts, bad = earlier_parts(options.output), []
     with tempfile.TemporaryDirectory() as folder:
         for name in options.checks:
@@ -141,15 +142,11 @@ def earlier_parts(output: Path | None) -> list[Result]:
 
 def command(options: argparse.Namespace, output: Path, *more: object) -> list[str]:
     """Return the arguments for Python to run train.py."""
-    size, device = options.crop_size, device_of(options).type
+    size, device = options.crop_size, options.device.type
     line = ("train.py", options.data, "-a", options.arch, "-b", options.batch_size, "-j", min(8, cores()))
     line += ("--device", device, "--data-backend", "dali-gpu" if device == "cuda" else "dali-cpu")
     line += ("--train-crop-size", size, "--val-resize-size", resize_size(options), "--val-crop-size", size)
     return [*map(str, (*line, "--output-dir", output, *more))]
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    return torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
 
 
 def resize_size(options: argparse.Namespace) -> int:
@@ -248,7 +245,7 @@ def check_validation(options: argparse.Namespace, folder: Path) -> Result:
     if wrong := wrong_with("training", training, options.steps):
         return {"training": training, "wrong": wrong}
     checkpoint = folder / "validated" / "checkpoint_last.pt"
-    device = device_of(options)
+    device = options.device
     backends = BACKENDS if device.type == "cuda" else BACKENDS[1:]
     with concurrent.futures.ThreadPoolExecutor(len(backends)) as pool:
         ended = pool.map(lambda backend: evaluated(options, checkpoint, backend), backends)
@@ -291,7 +288,6 @@ def evaluated(options: argparse.Namespace, checkpoint: Path, backend: str) -> Re
 @torch.no_grad()
 def answers(options: argparse.Namespace, model: torch.nn.Module, backend: str) -> tuple[torch.Tensor, ...]:
     """Return the pixels, logits and labels of all validation images, in host memory."""
-    device = device_of(options)
     wanted = DataOptions(
         data_backend=backend,
         train_dir=options.data / "train",
@@ -299,9 +295,9 @@ def answers(options: argparse.Namespace, model: torch.nn.Module, backend: str) -
         batch_size=32,
         val_resize_size=resize_size(options),
         val_crop_size=options.crop_size,
-        device=device.type,
+        device=options.device.type,
     )
-    loader = open_data(wanted).val_loader(wanted, Processes(0, 0, 1, device))
+    loader = open_data(wanted).val_loader(wanted, Processes(0, 0, 1, options.device))
     parts = [(images.cpu(), model(images).cpu(), labels.cpu()) for images, labels in loader if len(images)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
@@ -319,7 +315,7 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
     found["one_large_image"] = one_large_image(options, folder / "large")
     if not found["one_large_image"]["pixels_are_numbers"]:
         wrong.append("one large image: pixels are not finite")
-    if device_of(options).type == "cuda":
+    if options.device.type == "cuda":
         inputs, taken = bench_ops.Inputs(options.crop_size, options.batch_size), {}
         for detector in ("spectral_residual", "fine_grained"):
             taken |= bench_ops.peak_memory(bench_ops.package_variants(inputs, "cupy", detector, steps=False), inputs)
@@ -328,7 +324,7 @@ def check_memory(options: argparse.Namespace, folder: Path) -> Result:
 
 
 def loader_of(options: argparse.Namespace, listed: ImageFolder, batch_size: int) -> Loader:
-    size, device = options.crop_size, device_of(options)
+    size, device = options.crop_size, options.device
     return training_loader(
         listed, batch_size=batch_size, num_threads=cores(), device=device, crop_size=size, mix=MixOptions()
     )
@@ -384,7 +380,7 @@ def one_large_image(options: argparse.Namespace, folder: Path) -> Result:
 def check_ends(options: argparse.Namespace, folder: Path) -> Result:
     """Run programs that take a batch and exit without releasing anything."""
     make_sample_data(folder / "sample", train=8, val=1)
-    code = TAKES_A_BATCH if device_of(options).type == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
+    code = TAKES_A_BATCH if options.device.type == "cuda" else {"iterator": _on_a_cpu(TAKES_A_BATCH["iterator"])}
     names = [list(code)[number % len(code)] for number in range(options.programs)]
     with concurrent.futures.ThreadPoolExecutor(max(cores() // 2, 1)) as pool:
         found = list(pool.map(lambda name: took_a_batch(code[name], folder / "sample" / "train"), names))

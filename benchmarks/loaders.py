@@ -115,7 +115,6 @@ Maker = Callable[[Setting], Stream]
 
 def images_per_second(
     stream: Stream,
-    setting: Setting,
     batches: int,
     *,
     use: Callable[..., object] = lambda *batch: None,
@@ -130,21 +129,23 @@ def images_per_second(
     """
     batches = -(-batches // stream.at_a_time) * stream.at_a_time
     for _ in range(stream.ahead):
-        use(*next(stream.batches))
-    _wait(setting.device)
+        images, *targets = next(stream.batches)
+        use(images, *targets)
+    _wait(images)
     with watch or contextlib.nullcontext():
         start = time.perf_counter()
         for _ in range(batches):
-            use(*next(stream.batches))
-        _wait(setting.device)
+            images, *targets = next(stream.batches)
+            use(images, *targets)
+        _wait(images)
         seconds = time.perf_counter() - start
     time.sleep(seconds * stream.ahead / batches)
-    return batches * setting.batch_size / seconds
+    return batches * len(images) / seconds
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait(images: torch.Tensor) -> None:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
 
 
 def say_memory(device: torch.device) -> None:

@@ -339,9 +339,8 @@ def test_a_turn_discards_prefetched_batches_and_times_whole_sets_of_batches():
         def __exit__(self, *_):
             seen.append(len(used))
 
-    stream = loaders.Stream(((torch.tensor(number),) for number in itertools.count()), ahead=2, at_a_time=3)
-    setting = loaders.Setting(None, batch_size=4, workers=3, crop_size=8, device=torch.device("cpu"))
-    assert loaders.images_per_second(stream, setting, 4, use=used.append, watch=Watch()) > 0
+    stream = loaders.Stream(((torch.tensor([number]),) for number in itertools.count()), ahead=2, at_a_time=3)
+    assert loaders.images_per_second(stream, 4, use=used.append, watch=Watch()) > 0
     assert seen == [2, 8]
     assert used == [*range(8)]
 
