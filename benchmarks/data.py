@@ -33,20 +33,14 @@ _QUALITY = 96  # makes the files about as large as ImageNet's
 
 
 @contextlib.contextmanager
-def images_of(options: argparse.Namespace, *, least: int = 200) -> Iterator[ImageFolder]:
-    """Yield the images in ``options.data``; if that is None, make `least` images and delete them afterwards."""
+def images_of(options: argparse.Namespace) -> Iterator[ImageFolder]:
+    """Yield the images in ``options.data``; if that is None, make 200 images and delete them afterwards."""
     if options.data is not None:
         yield list_image_folder(options.data)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), least)
+        make_images(Path(folder), 200)
         yield list_image_folder(folder)
-
-
-def repeated(folder: ImageFolder, count: int) -> ImageFolder:
-    """Return the list of images, repeated until it has at least `count` entries."""
-    times = -(-count // len(folder))
-    return ImageFolder(folder.root, folder.classes, folder.files * times, folder.labels * times)
 
 
 def described(folder: ImageFolder) -> dict[str, Any]:

@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import math
 import multiprocessing
 import shutil
 import time
@@ -51,7 +52,6 @@ from torch.utils import data
 from torchvision.datasets.folder import pil_loader
 
 from benchmarks import machine, opencv, program
-from benchmarks.data import repeated
 from dali_saliencymix import DETECTORS, draw_params
 from dali_saliencymix._dali import python_operator
 from dali_saliencymix._dali.python_operator import to_device
@@ -98,7 +98,9 @@ def setting_of(options: argparse.Namespace, folder: ImageFolder, **changes: Any)
     """Return the setting of the command line, with `changes` and with images for at least 20 batches."""
     asked: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS[1:]}
     device = torch.device("cuda", 0) if machine.wants_gpu(options) else torch.device("cpu")
-    return Setting(**{"folder": repeated(folder, 20 * options.batch_size), "device": device, **asked, **changes})
+    times = math.ceil(20 * options.batch_size / len(folder))
+    repeated = folder.take([*range(len(folder))] * times)
+    return Setting(**{"folder": repeated, "device": device, **asked, **changes})
 
 
 @dataclass(frozen=True)

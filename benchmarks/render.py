@@ -224,23 +224,14 @@ def conditions_text(result: dict[str, Any]) -> str:
     missing = ""
     for why, (first, *others) in reasons.items():
         missing += f" Not measured: {first}{f' and {len(others)} more' if others else ''} ({why})."
-    return f"{', '.join(parts)}. {_versions(found)}. `{found['command']}`{_runs(result)}{missing}"
-
-
-def _versions(conditions: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
-
-
-def _commit(conditions: dict[str, Any]) -> str:
-    """Return a short commit hash, with the suffix for files that differ from it."""
-    return re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}", r"\1", str(conditions["commit"]))
+    return f"{', '.join(parts)}. {summary.versions_of(found)}. `{found['command']}`{_runs(result)}{missing}"
 
 
 def _checks_conditions(parts: list[dict[str, Any]]) -> str:
-    shown = [f"`{part['conditions']['command']}` at {_commit(part['conditions'])}" for part in parts]
+    shown = [f"`{part['conditions']['command']}` at {summary.short_commit(part['conditions'])}" for part in parts]
     found = parts[-1]["conditions"]
     machine = f"{found['device']}, driver {found['driver']}, CUDA {found['cuda']}, {found['machine']['cores']} cores"
-    return f"{machine}, {found['date']}. {_versions(found)}. {'; '.join(dict.fromkeys(shown))}."
+    return f"{machine}, {found['date']}. {summary.versions_of(found)}. {'; '.join(dict.fromkeys(shown))}."
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -248,7 +239,7 @@ def _runs(result: dict[str, Any]) -> str:
     shown = []
     for part in result.get("parts", []):
         conditions = part["conditions"]
-        on = f"{conditions['device']} on {conditions['date']}, commit {_commit(conditions)}"
+        on = f"{conditions['device']} on {conditions['date']}, commit {summary.short_commit(conditions)}"
         shown.append(f"{counted(len(part['measured']), 'figures')} on {on}")
     return f" Measured in {len(shown)} runs: {'; '.join(shown)}." if shown else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -166,8 +167,7 @@ def conditions(runs: Runs) -> str:
     commands = dict.fromkeys(f"`{run['command']}`" for run in runs)
     seconds = sorted(run["seconds"] for run in runs)
     spread = f" ({seconds[0]:.0f} to {seconds[-1]:.0f})" if len(runs) > 1 else ""
-    versions = ", ".join(f"{name} {version}" for name, version in runs[-1]["versions"].items())
-    commits = ", ".join(dict.fromkeys(str(run["commit"])[:7] + str(run["commit"])[40:] for run in runs))
+    commits = ", ".join(dict.fromkeys(short_commit(run) for run in runs))
     augmented = "cropped and flipped" if settings["augment"] else "not augmented"
     return (
         f"{counted(len(runs), 'runs')} of a {settings['network']}{width} on {all_of('device')} ({all_of('cpu')}), "
@@ -176,8 +176,17 @@ def conditions(runs: Runs) -> str:
         f"rate {settings['lr']:g}, weight decay {settings['weight_decay']:g}, mixing probability {settings['prob']:g}, "
         f"{augmented}, {settings['precision']}; evaluated every "
         f"{settings['evaluate_every']} epochs. A run took {statistics.median(seconds):.0f} s"
-        f"{spread}. {versions}; commit {commits}. {', '.join(commands)}"
+        f"{spread}. {versions_of(runs[-1])}; commit {commits}. {', '.join(commands)}"
     )
+
+
+def versions_of(conditions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+
+
+def short_commit(conditions: Mapping[str, Any]) -> str:
+    """Return the first digits of the commit, with the suffix for files that differ from it."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}", r"\1", str(conditions["commit"]))
 
 
 def plot(runs: Runs) -> Any:
