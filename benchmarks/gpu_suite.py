@@ -325,8 +325,7 @@ def earlier_runs(out: Path, earlier: str | None) -> list[Run]:
         raise ValueError(msg)
     out.mkdir(parents=True, exist_ok=True)
     if source != out:
-        for path in source.iterdir():
-            shutil.copyfile(path, out / path.name)
+        shutil.copytree(source, out, dirs_exist_ok=True)
     return read_json(out / "suite.json")["runs"] if there else []
 
 

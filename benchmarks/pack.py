@@ -17,13 +17,7 @@ _FORMAT = tarfile.GNU_FORMAT
 
 
 def pack(folder: Path, out: Path, limit: int) -> list[Path]:
-    """Write the files of a folder into archives of at most `limit` bytes; return their paths.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the folder has no files, a file is too large for an archive, or `out` has archives of this folder.
-    """
+    """Write the files of a folder into archives of at most `limit` bytes; return their paths."""
     folder = folder.resolve()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:

@@ -154,13 +154,7 @@ def write(result: Mapping[str, Any], output: Path | None) -> None:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Write the figures of a result to stdout.
-
-    Raises
-    ------
-    RuntimeError
-        If the result has no figure.
-    """
+    """Write the figures of a result to stdout; raise RuntimeError if there is none."""
     sys.stdout.write("\n".join([*lines_of(result), ""]))
     if not any(figures(result)):
         msg = "nothing could be measured"

@@ -52,11 +52,6 @@ class Record:
         The result so far.
     not_measured : dict
         The reason for each name that was not measured.
-
-    Raises
-    ------
-    ValueError
-        If the result to continue is of another benchmark or device or has other options.
     """
 
     def __init__(self, benchmark: str, options: argparse.Namespace, **conditions: Any) -> None:

@@ -18,13 +18,7 @@ PADDING = 4
 
 
 def read_images(folder: Path) -> tuple[CifarImages, CifarImages]:
-    """Return the training and the test images of CIFAR-10, from its archive or from mosaics.
-
-    Raises
-    ------
-    OSError, ValueError
-        If a file is missing or invalid.
-    """
+    """Return the training and the test images of CIFAR-10, from its archive or from mosaics."""
     if not (folder / "labels.json").is_file():
         return read_cifar(folder, "cifar10")
     from benchmarks.accuracy.mosaics import read_mosaics  # needs Pillow

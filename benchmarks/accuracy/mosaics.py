@@ -25,13 +25,7 @@ _NAMES = (*_TRAIN, "test_batch")
 
 
 def read_mosaics(folder: Path) -> tuple[CifarImages, CifarImages]:
-    """Return the training and the test images.
-
-    Raises
-    ------
-    OSError, ValueError
-        If a file is missing or invalid.
-    """
+    """Return the training and the test images."""
     labels = read_json(folder / "labels.json")
     parts = []
     for names in (_TRAIN, _NAMES[len(_TRAIN) :]):

@@ -56,13 +56,7 @@ class Trainer:
         self._algorithm = "kernel" if device.type == "cuda" else "auto"
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
-        """Train an arm with a seed; return accuracies and calibration error in percent, and the time in seconds.
-
-        Raises
-        ------
-        ValueError
-            If the training diverges.
-        """
+        """Train an arm with a seed; return accuracies and calibration error in percent, and the time in seconds."""
         settings, start = self._settings, time.monotonic()
         torch.manual_seed(seed)
         network = make_network(settings.network, settings.width, self._classes)

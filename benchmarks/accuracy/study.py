@@ -61,13 +61,7 @@ class Settings:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file; skip lines that are not JSON, which a killed process may leave behind.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the file cannot be read, or a line is not a run.
-    """
+    """Return the runs of a file; skip lines that are not JSON, which a killed process may leave behind."""
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line:
@@ -85,13 +79,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 class Study:
-    """The runs in a file, which is created with the first run.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the file cannot be read, is not the file of a study, or its runs have other settings.
-    """
+    """The runs in a file, which is created with the first run."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path, self._settings = path, asdict(settings)
