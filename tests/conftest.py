@@ -69,8 +69,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
-    if nextitem is None or next(_ended) % 25 == 0:
+    if nextitem is None:
         gc.collect()
+    elif next(_ended) % 25 == 0:
+        gc.collect(1)  # what has been created since the last time: scanning all objects takes half a second
 
 
 # Fixtures of hypothesis tests have session scope: all examples of a test use the same array library.
