@@ -153,7 +153,8 @@ def test_preview_and_scan_run(run, data, tmp_path):
 def test_bottleneck_measures_a_folder_and_its_reports_are_compared(run, data, tmp_path):
     report = str(tmp_path / "report.json")
     options = ["--device", "cpu", "-a", "resnet18", "-b", "2", "-j", "1", "--train-crop-size", "32", "--images", "16"]
-    options += ["--seconds", "1", "--rounds", "5", "--no-storage", "--no-what-ifs", "-o", report]
+    # Saliency takes long without compilation; the test of a pipeline below computes it.
+    options += ["--mix", "cutmix", "--seconds", "0.1", "--rounds", "5", "--no-storage", "--no-what-ifs", "-o", report]
     assert "step alone (G)" in run("-m", "dali_saliencymix", "bottleneck", data, *options)
     assert json.loads(Path(report).read_text())["conditions"]["options"]["arch"] == "resnet18"
     assert "measured under the same conditions" in run("-m", "dali_saliencymix", "compare", report, report)
