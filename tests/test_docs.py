@@ -78,8 +78,8 @@ def built(tmp_path_factory):
     for name in ("sphinx", "furo", "myst_parser", "sphinx_copybutton"):
         pytest.importorskip(name, reason=f"the documentation needs {name}, which is not installed")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    options = ("-W", "--keep-going", "-q", "-b", "html")
+    process = run_program("-m", "sphinx", *options, DOCS, folder, folder=folder, check=False)
     return SimpleNamespace(process=process, folder=folder)
 
 
