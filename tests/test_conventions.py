@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import doctest
 import functools
 import graphlib
 import inspect
@@ -54,7 +53,6 @@ ON_THE_GPU_PATH += sorted([*PACKAGE.glob("saliency/*.py"), *PACKAGE.glob("_cuda/
 functions = {
     name: value for name in dali_saliencymix.__all__ if inspect.isfunction(value := getattr(dali_saliencymix, name))
 }
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
 @functools.cache
@@ -129,22 +127,13 @@ def test_the_fft_functions_that_are_used_exist_in_all_libraries():
         assert [name for name in used if not has(module, name)] == []
 
 
-@each_module
-def test_annotations_are_not_evaluated(path):
-    only_a_docstring = len(tree(path).body) == 1
-    assert only_a_docstring or "__future__.annotations" in imported_modules(path)
+def test_modules_are_named_after_what_they_hold():
+    names = {part.strip("_") for path in MODULES for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert names & {"utils", "util", "helpers", "misc", "common"} == set()
 
 
-@each_module
-def test_modules_are_named_after_what_they_hold(path):
-    assert not {"utils", "util", "helpers", "misc", "common"} & {
-        part.strip("_") for part in path.relative_to(PACKAGE).with_suffix("").parts
-    }
-
-
-@each_module
-def test_modules_have_a_docstring(path):
-    assert ast.get_docstring(tree(path))
+def test_modules_have_a_docstring():
+    assert [path for path in MODULES if not ast.get_docstring(tree(path))] == []
 
 
 def name_of(path: Path) -> str:
@@ -203,12 +192,12 @@ def test_nothing_in_the_package_imports_what_is_not_installed():
         assert not outside & {part_of(imported) for imported in imported_modules(path)}, path
 
 
-@pytest.mark.parametrize("path", ON_THE_GPU_PATH, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_on_the_gpu_path_brings_values_to_the_host(path):
+def test_nothing_on_the_gpu_path_brings_values_to_the_host():
     # Each of these calls waits for the GPU while holding the GIL.
     waiting = {"item", "get", "asnumpy", "synchronize"}
-    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
-    assert not waiting & {function.attr for function in calls if isinstance(function, ast.Attribute)}
+    for path in ON_THE_GPU_PATH:
+        calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        assert not waiting & {function.attr for function in calls if isinstance(function, ast.Attribute)}, path
 
 
 def test_all_lists_the_public_names_once():
@@ -226,20 +215,17 @@ def test_an_unknown_name_is_an_attribute_error():
         dali_saliencymix.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", [name for name in dali_saliencymix.__all__ if name != "DETECTORS"])
-def test_public_names_have_a_docstring_of_their_own(name):
-    assert getattr(dali_saliencymix, name).__doc__
+def test_public_names_have_a_docstring_of_their_own():
+    names = set(dali_saliencymix.__all__) - {"DETECTORS"}
+    assert [name for name in names if not getattr(dali_saliencymix, name).__doc__] == []
 
 
 @pytest.mark.parametrize("name", functions)
-def test_public_functions_show_examples_that_run(name):
+def test_public_functions_describe_parameters_and_show_examples(name):
     docstring = inspect.getdoc(functions[name])
     for section in ("Parameters", "Examples"):
         assert f"\n{section}\n{'-' * len(section)}\n" in docstring
-    scope = dict(vars(inspect.getmodule(functions[name])))
-    examples = doctest.DocTestParser().get_doctest(docstring, scope, name, None, 0)
-    assert examples.examples
-    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(examples).failed == 0
+    assert "\n>>> " in docstring  # pytest runs the examples
 
 
 @pytest.mark.parametrize("name", functions)
