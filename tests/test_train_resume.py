@@ -61,6 +61,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(full_run, half_run, 
         assert line["best_top1"] == other["best_top1"]
 
 
+@pytest.mark.slow
 def test_another_network_and_optimiser_end_with_the_same_bits_and_resume_with_no_other_optimiser(
     data_folder, tmp_path, train_here
 ):
@@ -87,6 +88,7 @@ def test_another_network_and_optimiser_end_with_the_same_bits_and_resume_with_no
     assert "top-1" not in ended.out  # no validation ran
 
 
+@pytest.mark.slow
 def test_resuming_takes_more_threads_but_no_other_batches(full_run, half_run, data_folder, own_data, train_here):
     more = own_data / "train" / "red_square" / "more.jpg"
     shutil.copy(own_data / "train" / "red_square" / "00000.jpg", more)
