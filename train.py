@@ -142,34 +142,33 @@ class Trainer:
 
         self.network = as_trained(self.model, options.model, distributed=processes.world_size > 1 and not run.evaluate)
         # Every process monitors its own loader, but only the main process prints a warning.
-        self.monitor = Monitor(say=functools.partial(warn, enabled=processes.is_main))
+        self.monitor = Monitor(say=warn)
         self.start_up.end_of("model")
 
     def new_model(self, resume: Path | None) -> nn.Module:
         """Return the model, with the weights of --pretrained unless a checkpoint is resumed."""
-        options, classes, is_main = self.options, len(self.data.classes), self.processes.is_main
+        options, classes = self.options, len(self.data.classes)
         size, run = options.data.train_crop_size, options.run
         model = model_on(self.processes.device, options.model, classes, image_size=size)
         check_image_sizes(model, options)
         if run.pretrained and resume:
-            warn(f"resuming from {resume}: --pretrained is ignored", enabled=is_main)
+            warn(f"resuming from {resume}: --pretrained is ignored")
         elif run.pretrained:
             loaded, config = load_pretrained(model, run.pretrained, classes, with_head=run.evaluate)
-            warn(f"{run.pretrained}: {loaded}", enabled=is_main)
+            warn(f"{run.pretrained}: {loaded}")
             names = {*AS_TRAINED} - {"model_ema"} if run.evaluate else ("mean", "std")
             self.say_what_differs(run.pretrained, config, names)
         return model
 
     def say_what_differs(self, path: Path, config: dict[str, Any], names: Collection[str]) -> None:
         """Report which of the named options differ from those that the weights in a file were trained with."""
-        others = checkpoints.changed_options(config, self.config, names)
-        is_shown = self.processes.is_main and bool(others)
-        warn(f"{path}: options differ from its training: {'; '.join(others)}", enabled=is_shown)
+        if others := checkpoints.changed_options(config, self.config, names):
+            warn(f"{path}: options differ from its training: {'; '.join(others)}")
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Load the weights of a checkpoint, and also its training state unless it is only evaluated."""
         arch, classes = self.options.model.arch, self.data.classes
-        run, is_main = self.options.run, self.processes.is_main
+        run = self.options.run
         if run.evaluate:
             self.say_what_differs(path, saved["config"], AS_TRAINED)
         checkpoints.check_model(path, saved, arch=arch, classes=classes, root=self.data.root)
@@ -178,7 +177,7 @@ class Trainer:
             if run.evaluate:
                 msg = f"{path}: has no EMA of the weights, which --model-ema needs"
                 raise ValueError(msg)
-            warn(f"{path}: has no EMA of the weights; the EMA starts from its weights", enabled=is_main)
+            warn(f"{path}: has no EMA of the weights; the EMA starts from its weights")
         self.epoch, self.step, self.best_top1 = saved["epoch"], saved["step"], saved["best_top1"]
         if run.evaluate:
             self.updater.restore_average(saved)
@@ -188,17 +187,17 @@ class Trainer:
         changed = checkpoints.changed_data(path, saved, self.config, self.data.fingerprint, self.options)
         if others := checkpoints.changed_options(saved["config"], self.config):
             what = "options differ from the checkpoint, and the new values apply"
-            warn(f"warning: {path}: {what}: {'; '.join(others)}", enabled=is_main)
+            warn(f"warning: {path}: {what}: {'; '.join(others)}")
         self.restarts = saved.get("restarts", 0)
         if run.restart_epoch:
             self.step = 0
             self.restarts += 1
             why = f" with other data: {'; '.join(changed)}" if changed else ""
-            warn(f"epoch {self.epoch + 1} starts again{why}", enabled=is_main)
+            warn(f"epoch {self.epoch + 1} starts again{why}")
             return
-        say(f"resumed from {path} at epoch {self.epoch + 1}, step {self.step}", enabled=is_main)
+        say(f"resumed from {path} at epoch {self.epoch + 1}, step {self.step}")
         for change in checkpoints.differences(saved.get("versions", {}), versions()):
-            warn(f"warning: results may not be bit-identical to an uninterrupted run: {change}", enabled=is_main)
+            warn(f"warning: results may not be bit-identical to an uninterrupted run: {change}")
         self.totals.restore(saved["totals"][self.processes.rank])
         self.loader_state = saved["loaders"][self.processes.rank]
         checkpoints.restore_random_state(saved["random"][self.processes.rank], self.processes.device)
@@ -265,8 +264,7 @@ class Trainer:
         """Train to the end of the epoch, or to --max-steps; return its figures over all processes."""
         loader, monitor, begun, epochs = self.train_loader(), self.monitor, self.step, self.options.schedule.epochs
         self.network.train()
-        name, is_main = f"epoch {self.epoch + 1}/{epochs}", self.processes.is_main
-        with Progress(name, len(loader), done=begun, enabled=is_main) as progress:
+        with Progress(f"epoch {self.epoch + 1}/{epochs}", len(loader), done=begun) as progress:
             lr = self.train_steps(loader, progress)
         seconds = monitor.seconds
         sums = self.totals.over_processes()
@@ -291,7 +289,7 @@ class Trainer:
             if not self.steps_run:
                 self.start_up.end_of("making the batch")
                 if line := self.start_up.summary():
-                    say(line, enabled=self.processes.is_main)
+                    say(line)
             if loader is not self.sampled:
                 self.save_samples(*batch)
                 self.sampled = loader
@@ -426,7 +424,7 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
         profile_training(options, processes)
         return
     if crowded := report.oversubscribed(options, processes):
-        warn(f"warning: {crowded}", enabled=processes.is_main)
+        warn(f"warning: {crowded}")
     is_writer = processes.is_main and not options.run.evaluate
     with FolderLock(options.run.output_dir if is_writer else None) as lock:
         resume, *_ = gather(checkpoints.find_resume(options.run) if processes.is_main else None)  # of the main process
@@ -448,17 +446,17 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
     took = f"in {duration(time.monotonic() - started)}"
     best = trainer.best_top1
     result = "no whole epoch validated after" if best == -math.inf else f"best validation top-1 {best:.2f} % of"
-    say(f"{result} {counted(trainer.epoch, 'epochs')}, {took}: {options.run.output_dir}", enabled=processes.is_main)
+    say(f"{result} {counted(trainer.epoch, 'epochs')}, {took}: {options.run.output_dir}")
 
 
 def train(trainer: Trainer, val_loader: Batches | None) -> None:
     """Train and validate epoch by epoch, to the end of the run."""
-    epochs, processes = trainer.options.schedule.epochs, trainer.processes
+    epochs = trainer.options.schedule.epochs
     while not trainer.is_over:
         figures = trainer.train_epoch()
         if trainer.step < len(trainer.train_loader()) and val_loader:
             ended = f"--max-steps {trainer.options.run.max_steps}: stopped after step {trainer.step}"
-            warn(f"{ended} of epoch {trainer.epoch + 1}, validating", enabled=processes.is_main)
+            warn(f"{ended} of epoch {trainer.epoch + 1}, validating")
         validation_started = time.perf_counter()
         val = ema = None
         try:
@@ -476,7 +474,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         if judged and is_best:
             trainer.best_top1 = judged["top1"]
         trainer.divergence.check_weights(trainer.updater, trainer.epoch, trainer.step)
-        memory = report.gpu_memory(processes.device)
+        memory = report.gpu_memory(trainer.processes.device)
         trainer.log.write_epoch(
             trainer.epoch,
             trainer.step,
@@ -493,8 +491,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         # After the log: a run killed between the two writes the line twice rather than never.
         trainer.save(is_best=is_best)
         left = None if trainer.step else (epochs - trainer.epoch) * (figures["seconds"] + val_seconds)
-        line = report.epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left)
-        say(line, enabled=processes.is_main)
+        say(report.epoch_line(trainer.epoch, epochs, trainer.step, figures, val, ema, memory, left))
     if trainer.epoch < epochs:
         trainer.log.status = "stopped"
 

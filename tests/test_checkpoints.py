@@ -219,25 +219,24 @@ def test_last_is_a_copy_where_there_are_no_hard_links(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / LAST)["step"] == 10
 
 
-def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_path):
+def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_path, capsys):
     save_places(tmp_path, (0, 5), (0, 10), (1, 0))
     for age, name in enumerate(names(tmp_path)):
         os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
-    passed_over = []
-    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / LAST
-    assert passed_over == []
+    assert find_checkpoint("auto", tmp_path) == tmp_path / LAST
+    assert capsys.readouterr().err == ""
     newest = tmp_path / "checkpoint_e001_s000000.pt"
     (tmp_path / LAST).unlink()  # as if the run had been killed before it updated LAST
     (tmp_path / LAST).write_bytes((tmp_path / "checkpoint_e000_s000010.pt").read_bytes())
-    assert find_checkpoint("auto", tmp_path, passed_over.append) == newest
+    assert find_checkpoint("auto", tmp_path) == newest
     (tmp_path / LAST).unlink()
     os.link(newest, tmp_path / LAST)
     newest.write_bytes(newest.read_bytes()[:-10])  # also damages LAST, which is the same file
-    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
-    (line,) = passed_over
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint_e000_s000010.pt"
+    (line,) = capsys.readouterr().err.splitlines()
     assert f"damaged checkpoint: {tmp_path / LAST}: damaged" in line
     (tmp_path / LAST).unlink()
-    assert find_checkpoint("auto", tmp_path, passed_over.append) == tmp_path / "checkpoint_e000_s000010.pt"
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "checkpoint_e000_s000010.pt"
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="all of its 3 checkpoints are damaged"):

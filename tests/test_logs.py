@@ -11,7 +11,7 @@ import pytest
 
 from dali_saliencymix.measure import environment
 from dali_saliencymix.training import run_log
-from dali_saliencymix.training.run_log import Progress, StartUp, duration, say, write_event
+from dali_saliencymix.training.run_log import Progress, StartUp, duration, say, warn, write_event
 
 
 def test_each_line_of_the_log_is_one_object_and_lines_are_added(tmp_path):
@@ -35,7 +35,7 @@ def test_half_a_line_of_a_process_that_was_killed_spoils_no_other(tmp_path):
 
 
 def test_where_there_is_no_terminal_each_display_is_one_line(capsys):
-    progress = Progress("epoch 2/5", 8, enabled=True)
+    progress = Progress("epoch 2/5", 8)
     for step in range(8):
         progress.advance()
         if step in (3, 7):
@@ -75,7 +75,7 @@ def test_a_slow_start_is_taken_apart(monkeypatch):
 
 def test_on_a_terminal_there_is_a_bar_that_goes_away(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress("epoch 2/5", 8, enabled=True)
+    progress = Progress("epoch 2/5", 8)
     progress.show(loss="1.25")
     progress.advance()
     progress.close()
@@ -96,11 +96,13 @@ def test_a_bar_is_gone_before_anything_is_said_of_an_error(capsys, monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_other_processes_show_nothing(capsys, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    progress = Progress("epoch 2/5", 8, enabled=False)
+    monkeypatch.setenv("RANK", "1")
+    progress = Progress("epoch 2/5", 8)
     progress.advance()
     progress.show(loss="1.25")
     progress.close()
-    say("best 12 %", enabled=False)
+    say("best 12 %")
+    warn("slow")
     assert capsys.readouterr() == ("", "")
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
@@ -119,11 +117,10 @@ def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
 
 def _parse_as_trained(parser: _Parser, arguments: list[str] | None, args: argparse.Namespace) -> argparse.Namespace:
     """Parse the command line again, with the `AS_TRAINED` options of the checkpoint to validate as defaults."""
-    from dali_saliencymix.training import checkpoints, run_log  # they import PyTorch
+    from dali_saliencymix.training import checkpoints  # imports PyTorch
 
-    passed_over = functools.partial(run_log.warn, enabled=os.environ.get("RANK", "0") == "0")
     try:
-        path = checkpoints.find_checkpoint(args.resume, args.output_dir, passed_over)
+        path = checkpoints.find_checkpoint(args.resume, args.output_dir)
         if path is None:
             parser.error(f"--resume auto: {args.output_dir / checkpoints.LAST}: no such checkpoint")
         saved = checkpoints.load_checkpoint(path, ("model", "config"), verify=False)["config"]

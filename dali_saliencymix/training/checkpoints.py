@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +179,10 @@ def taken_from(path: str | Path | None) -> Iterator[None]:
         raise ValueError(msg) from error
 
 
-def find_checkpoint(
-    resume: str, output_dir: str | Path, passed_over: Callable[[str], None] = lambda _: None
-) -> Path | None:
+def find_checkpoint(resume: str, output_dir: str | Path) -> Path | None:
     """Return the checkpoint that `resume` means: a path, or with ``"auto"`` the most advanced one in `output_dir`.
 
-    None if there is no checkpoint yet. `passed_over` is called with one line for each damaged file that is skipped;
-    ValueError if all are damaged.
+    None if there is no checkpoint yet. Damaged files are skipped with a warning; ValueError if all are damaged.
     """
     if resume != "auto":
         return Path(resume)
@@ -199,7 +196,7 @@ def find_checkpoint(
         try:
             checkpoint = load_checkpoint(path, ("model", "epoch"))
         except (ValueError, OSError) as error:
-            passed_over(f"warning: skipped a damaged checkpoint: {error}")
+            warn(f"warning: skipped a damaged checkpoint: {error}")
             continue
         place = (checkpoint["epoch"], checkpoint.get("step", 0))
         if furthest is None or place > furthest[0]:
@@ -270,7 +267,7 @@ def changed_options(
 def find_resume(run: RunOptions) -> Path | None:
     """Return the checkpoint that --resume means, if there is one; ValueError if the run would overwrite another one."""
     last = run.output_dir / LAST
-    resume = find_checkpoint(run.resume, run.output_dir, warn) if run.resume else None
+    resume = find_checkpoint(run.resume, run.output_dir) if run.resume else None
     if run.evaluate:
         return resume
     takes_over = run.resume == "auto" or (resume is not None and last.exists() and last.samefile(resume))

@@ -86,6 +86,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def is_main_process() -> bool:
+    """Return whether this is the process that shows messages; ``torchrun`` sets the rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def stop_processes() -> None:
     """Leave the process group, if there is one."""
     global _board
@@ -97,7 +102,7 @@ def stop_processes() -> None:
 
 def end(line: str, status: int) -> int:
     """Write the main process's last line to stderr, and return the status."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         sys.stderr.write(f"train.py: {line}\n")
     return status
 

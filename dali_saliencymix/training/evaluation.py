@@ -43,7 +43,7 @@ def sums_over_images(
     distributed.copy_buffers_from_main(model)
     model.eval()
     totals = metrics.Totals(*names, "images", device=processes.device)
-    with Progress(description, len(loader), enabled=processes.is_main) as progress:
+    with Progress(description, len(loader)) as progress:
         for images, labels in loader:
             if len(images):  # a shard that ends early yields empty batches
                 totals.add(*count(images, labels), len(images))

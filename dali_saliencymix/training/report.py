@@ -223,20 +223,20 @@ def report_on_checkpoint(
     network = f"{options.model.arch}, {options.model.precision}, {len(classes)} classes"
     normalisation = "mean {} {} {}, std {} {} {}".format(*(f"{value:.3g}" for value in (*data.mean, *data.std)))
     after = f", after {place['epoch']} epochs and {place['step']} steps" if place else ""
-    say(f"{path}: {network}{after}", enabled=processes.is_main)
+    say(f"{path}: {network}{after}")
     count = len(validated(data.val_images, options.data, processes))
-    say(f"{images}: {count} images by {backend}, {sizes}, {normalisation}", enabled=processes.is_main)
+    say(f"{images}: {count} images by {backend}, {sizes}, {normalisation}")
     for name in models:
         val = report[name] = validate(loader, models[name], counts if name == judged else None)
         result = f"top-1 {val['top1']:.2f} %, top-5 {val['top5']:.2f} %, loss {val['loss']:.3f}"
         result += f" on {val['images']} validation images"
-        say(("EMA: " if name == "val_ema" else "") + result, enabled=processes.is_main)
+        say(("EMA: " if name == "val_ema" else "") + result)
     if asked.fgsm is not None:
         found = report["fgsm"] = attacked_accuracy(
             model, loader, processes, epsilon=asked.fgsm, mean=data.mean, std=data.std
         )
         result = f"top-1 {found['attacked_top1']:.2f} % attacked, {found['clean_top1']:.2f} % clean"
-        say(f"FGSM with epsilon {asked.fgsm:.4g}: {result}", enabled=processes.is_main)
+        say(f"FGSM with epsilon {asked.fgsm:.4g}: {result}")
     per_class = counts.over_processes() if counts else None
     if not processes.is_main:
         return

@@ -23,6 +23,7 @@ from dali_saliencymix._numba.stopwatch import compile_seconds
 from dali_saliencymix.measure.monitor import STARVING_SHARE
 from dali_saliencymix.measure.results import replace_file, write_json
 from dali_saliencymix.packages import require
+from dali_saliencymix.training.distributed import is_main_process
 from dali_saliencymix.training.lockstep import Preempted
 
 LOG, TABLE, TENSORBOARD, WANDB_ID, REPORT = (
@@ -44,16 +45,16 @@ COLUMNS = (
 )
 
 
-def say(line: str, *, enabled: bool = True) -> None:
-    """Write a line to stdout, above any progress bar."""
-    if enabled:
+def say(line: str) -> None:
+    """Write a line to stdout, above any progress bar, in the main process."""
+    if is_main_process():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
-def warn(line: str, *, enabled: bool = True) -> None:
-    """Write a line to stderr, above any progress bar."""
-    if enabled:
+def warn(line: str) -> None:
+    """Write a line to stderr, above any progress bar, in the main process."""
+    if is_main_process():
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
@@ -89,9 +90,13 @@ class StartUp:
 
 
 class Progress:
-    """A progress bar over `total` steps on a terminal; otherwise lines, at each `show` and at regular intervals."""
+    """A progress bar over `total` steps on a terminal; otherwise lines, at each `show` and at regular intervals.
 
-    def __init__(self, description: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
+    Only the main process shows it.
+    """
+
+    def __init__(self, description: str, total: int, *, done: int = 0) -> None:
+        enabled = is_main_process()
         self._description, self._total, self._step = description, total, done
         self._lines = enabled and not sys.stderr.isatty()
         self._shown_at = time.monotonic()
