@@ -115,16 +115,11 @@ class Trainer:
         self.model = self.new_model(resume)
         # All processes start with the same weights, but draw different random numbers in a step, such as dropout.
         torch.manual_seed(int(torch.randint(2**62, ())) + processes.rank)
-        self.updater = Updater(self.model, options.optimizer, scale_loss=options.model.scales_loss)
+        self.updater = Updater(self.model, options.optimizer, options.model)
         self.epoch = self.step = 0
         self.restarts = 0  # number of --restart-epoch resumes
-        self.lockstep = Lockstep(
-            processes,
-            checkpoint_every=run.checkpoint_every,
-            checkpoint_interval=run.checkpoint_interval or None,
-            stall_timeout=run.stall_timeout,
-            roots=[folder for folder in (data.data, data.train_dir, data.val_dir) if folder],
-        )
+        folders = [folder for folder in (data.data, data.train_dir, data.val_dir) if folder]
+        self.lockstep = Lockstep(processes, run, folders)
         self.best_top1 = -math.inf
         self.totals = self.new_totals()
         self.divergence = DivergenceWatch(run.max_nan_steps, processes.device, run.output_dir / checkpoints.LAST)
@@ -231,8 +226,7 @@ class Trainer:
         self.lock.check()
         saved = self.checkpoint()
         if self.processes.is_main:
-            place = {"epoch": self.epoch, "step": self.step}
-            checkpoints.save_progress(saved, run.output_dir, **place, keep=run.keep_checkpoints, best=is_best)
+            checkpoints.save_progress(saved, run.output_dir, keep=run.keep_checkpoints, best=is_best)
 
     def train_loader(self) -> Batches:
         """Return this process's loader, at the current position; each phase has a new one."""
@@ -300,8 +294,6 @@ class Trainer:
                 self.network,
                 self.updater,
                 batch,
-                options.model,
-                label_smoothing=options.optimizer.label_smoothing,
                 batches=group[-1] + 1 - max(group[0], begun),  # fewer where a run resumes with other groups
                 is_last=is_update,
             )

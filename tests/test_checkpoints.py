@@ -183,8 +183,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(saved):
 
 def save_places(folder, *places, keep=100):
     for epoch, step in places:
-        place = {"epoch": epoch, "step": step}
-        save_progress({**OLD, **place}, folder, **place, keep=keep)
+        save_progress({**OLD, "epoch": epoch, "step": step}, folder, keep=keep)
 
 
 def names(folder):
@@ -195,7 +194,7 @@ def test_the_newest_files_are_kept_and_last_is_the_newest(tmp_path):
     save_places(tmp_path, (0, 5), (0, 10), (1, 0), (1, 5), keep=2)
     assert names(tmp_path) == ["checkpoint_e001_s000000.pt", "checkpoint_e001_s000005.pt", LAST]
     assert load_checkpoint(tmp_path / LAST)["step"] == 5
-    save_progress({**OLD, "epoch": 2, "step": 0}, tmp_path, epoch=2, step=0, keep=1, best=True)
+    save_progress({**OLD, "epoch": 2, "step": 0}, tmp_path, keep=1, best=True)
     save_places(tmp_path, (1000, 2_000_000), keep=1)
     assert names(tmp_path) == [BEST, "checkpoint_e1000_s2000000.pt", LAST]
     assert load_checkpoint(tmp_path / BEST)["epoch"] == 2

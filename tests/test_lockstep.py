@@ -9,6 +9,7 @@ from shared.programs import torchrun
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training.lockstep import Lockstep, Preempted
+from dali_saliencymix.training.options import RunOptions
 
 pytest_plugins = ["shared.training_fixtures"]
 
@@ -17,6 +18,7 @@ import json, os, sys
 from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training.distributed import fail, start_processes, stop_processes
 from dali_saliencymix.training.lockstep import Lockstep
+from dali_saliencymix.training.options import RunOptions
 
 def batches(count, error=None):
     yield from range(count)
@@ -31,7 +33,7 @@ for case, loader in {
 }.items():
     got = []
     try:
-        for batch in Lockstep(processes).batches(loader):
+        for batch in Lockstep(processes, RunOptions()).batches(loader):
             got.append(batch)
     except Exception as error:
         got.append(f"{type(error).__name__}: {error}")
@@ -68,14 +70,14 @@ def test_a_checkpoint_is_due_by_steps_and_by_the_clock():
     import torch
 
     one = Processes(0, 0, 1, torch.device("cpu"))
-    lockstep = Lockstep(one, checkpoint_every=3)
+    lockstep = Lockstep(one, RunOptions(checkpoint_every=3))
     due = []
     for step in range(2, 13, 2):  # an update after every other step
         if lockstep.checkpoint_is_due(step):
             due.append(step)
             lockstep.writing(step)
     assert due == [4, 6, 10, 12]
-    by_clock = Lockstep(one, checkpoint_interval=1e-9)
+    by_clock = Lockstep(one, RunOptions(checkpoint_interval=1e-9))
     assert not by_clock.checkpoint_is_due(1)
     next(by_clock.batches([1, 2]))
     assert by_clock.checkpoint_is_due(1)
@@ -90,7 +92,7 @@ def test_a_signal_counts_from_the_next_batch_on_and_handlers_are_put_back():
     import torch
 
     before = signal.getsignal(signal.SIGUSR1)
-    with Lockstep(Processes(0, 0, 1, torch.device("cpu"))) as lockstep:
+    with Lockstep(Processes(0, 0, 1, torch.device("cpu")), RunOptions(stall_timeout=0.0)) as lockstep:
         batches = lockstep.batches(range(5))
         next(batches)
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -10,6 +10,7 @@ from torch import nn
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.models import WideResNet, check_image_sizes, make_model, model_names
 from dali_saliencymix.training.optimisation import parameter_groups
+from dali_saliencymix.training.options import OptimizerOptions
 
 
 def parameters(model):
@@ -151,7 +152,8 @@ def test_each_family_of_torchvision_gives_logits_in_training_and_has_each_parame
     assert model.training
     with torch.device("meta"):
         assert model(torch.zeros(2, 3, size, size)).shape == (2, 10)
-    groups = parameter_groups(model, weight_decay=1.0, norm_weight_decay=2.0, bias_weight_decay=3.0)
+    decays = OptimizerOptions(weight_decay=1.0, norm_weight_decay=2.0, bias_weight_decay=3.0)
+    groups = parameter_groups(model, decays)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [(names[id(parameter)], group["weight_decay"]) for group in groups for parameter in group["params"]]
     assert sorted(name for name, _ in found) == sorted(names.values())

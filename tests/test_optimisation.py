@@ -11,6 +11,7 @@ from torch import nn
 
 from dali_saliencymix.training.arguments import parse_arguments
 from dali_saliencymix.training.optimisation import Updater, parameter_groups
+from dali_saliencymix.training.options import OptimizerOptions
 
 
 def small_model() -> nn.Module:
@@ -20,7 +21,7 @@ def small_model() -> nn.Module:
 
 def updater_of(model: nn.Module, options: str = "") -> Updater:
     parsed = parse_arguments(["data", "--device", "cpu", *options.split()])
-    return Updater(model, parsed.optimizer, scale_loss=parsed.model.scales_loss)
+    return Updater(model, parsed.optimizer, parsed.model)
 
 
 def step(updater: Updater, model: nn.Module, images: torch.Tensor, batches: int = 1) -> None:
@@ -38,7 +39,7 @@ def decays(model: nn.Module, **options: float) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [
         (names[id(parameter)], group["weight_decay"])
-        for group in parameter_groups(model, **options)
+        for group in parameter_groups(model, OptimizerOptions(**options))
         for parameter in group["params"]
     ]
     assert len(found) == len(dict(found)) == len(names)

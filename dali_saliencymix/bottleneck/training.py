@@ -136,10 +136,9 @@ class TrainingStep:
         image_size: int = 224,
     ) -> None:
         self._options, self._device = options, processes.device
-        self._label_smoothing = optimizer.label_smoothing
         with in_one_line("arch", str):
             model = model_on(processes.device, options, num_classes, image_size=image_size)
-        self._updater = Updater(model, optimizer, scale_loss=options.scales_loss)
+        self._updater = Updater(model, optimizer, options)
         self._updater.set_learning_rate(0.0)
         self.batches_per_update = optimizer.accumulation_steps
         self._batches = 0
@@ -171,8 +170,6 @@ class TrainingStep:
             self.network,
             self._updater,
             (images, *targets),
-            self._options,
-            label_smoothing=self._label_smoothing,
             batches=self.batches_per_update,
             is_last=self._batches % self.batches_per_update == 0,
         )

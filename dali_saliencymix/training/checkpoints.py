@@ -50,16 +50,13 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         os.fsync(stream.fileno())
 
 
-def save_progress(
-    checkpoint: dict[str, Any], output_dir: str | Path, *, epoch: int, step: int, keep: int = 1, best: bool = False
-) -> Path:
-    """Write a checkpoint named after its position, link it as `LAST`, remove old files, and return its path.
+def save_progress(checkpoint: dict[str, Any], folder: Path, *, keep: int = 1, best: bool = False) -> None:
+    """Write a checkpoint named after its position, link it as `LAST`, and remove old files.
 
-    `epoch` is the number of complete epochs, `step` the number of steps in the next one. The newest `keep` files are
-    kept. With `best`, the file is also linked as `BEST`, a name under which it stays. An OSError names the file that
-    cannot be written; existing files stay.
+    The newest `keep` files are kept. With `best`, the file is also linked as `BEST`, a name under which it stays. An
+    OSError names the file that cannot be written; existing files stay.
     """
-    folder = Path(output_dir)
+    epoch, step = checkpoint["epoch"], checkpoint["step"]
     path = folder / f"checkpoint_e{epoch:03d}_s{step:06d}.pt"
     save_checkpoint(checkpoint, path)
     for name in (LAST, BEST) if best else (LAST,):
@@ -70,7 +67,6 @@ def save_progress(
     older = sorted(((place, file) for place, file in _numbered(folder) if place <= (epoch, step)), reverse=True)
     for _, file in older[keep:]:
         file.unlink(missing_ok=True)
-    return path
 
 
 def _name_too(path: Path, name: Path) -> None:

@@ -21,6 +21,7 @@ from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.monitor import Monitor
 from dali_saliencymix.measure.processes import sum_of_counts
 from dali_saliencymix.training.distributed import OtherProcessError
+from dali_saliencymix.training.options import RunOptions
 from dali_saliencymix.training.watchdog import WAITING_FOR_DATA, WAITING_FOR_OTHERS, Watchdog
 
 Batch = TypeVar("Batch")
@@ -39,26 +40,17 @@ class Lockstep:
     """Yields the batches of loaders, and decides after which step to write a checkpoint or to stop.
 
     As a context manager, it handles signals and runs a watchdog; without the context, it only yields batches.
-    Checkpoints are due every `checkpoint_every` steps of an epoch, and every `checkpoint_interval` minutes by the clock
-    of the main process. `Watchdog` ends the process after `stall_timeout` seconds without progress; `roots` are the
-    folders of the data.
+    Checkpoints are due every ``checkpoint_every`` steps of an epoch, and every ``checkpoint_interval`` minutes by the
+    clock of the main process. `Watchdog` ends the process after ``stall_timeout`` seconds without progress; `roots` are
+    the folders of the data.
     """
 
-    def __init__(
-        self,
-        processes: Processes,
-        *,
-        checkpoint_every: int | None = None,
-        checkpoint_interval: float | None = None,
-        stall_timeout: float = 0.0,
-        roots: Sequence[str | Path] = (),
-    ) -> None:
+    def __init__(self, processes: Processes, run: RunOptions, roots: Sequence[Path] = ()) -> None:
         self._processes = processes
-        self._checkpoint_every = checkpoint_every
-        self._checkpoint_interval = checkpoint_interval
+        self._run = run
         self._received = [0] * len(STOP_SIGNALS)  # 1 for each signal that this process has received
         self._handlers: list[Any] = []  # the previous handlers of these signals
-        self._watchdog = Watchdog(stall_timeout, processes.rank, roots)
+        self._watchdog = Watchdog(run.stall_timeout, processes.rank, roots)
         self._saved_at = time.monotonic()
         self._saved_step = 0
         self._interval_is_over = False
@@ -115,8 +107,7 @@ class Lockstep:
     def _agree(self, *, failed: bool, ended: bool) -> tuple[int, int]:
         """Return the numbers of failed and exhausted loaders; record signals, and whether a checkpoint is due."""
         minutes = (time.monotonic() - self._saved_at) / 60
-        interval = self._checkpoint_interval
-        is_over = self._processes.is_main and interval is not None and minutes >= interval
+        is_over = self._processes.is_main and 0 < self._run.checkpoint_interval <= minutes
         counts = sum_of_counts([failed, ended, is_over, *self._received])
         failures, ends, over, *received = counts
         self._interval_is_over = over > 0
@@ -129,7 +120,7 @@ class Lockstep:
         """Return whether to write a checkpoint after this step of the epoch, the same in all processes."""
         if self._stop_signal is not None or self._interval_is_over:
             return True
-        every = self._checkpoint_every
+        every = self._run.checkpoint_every
         return every is not None and step // every > self._saved_step // every
 
     def writing(self, step: int) -> None:

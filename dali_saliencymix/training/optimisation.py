@@ -18,28 +18,22 @@ from dali_saliencymix.training.options import ModelOptions, OptimizerOptions
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def parameter_groups(
-    model: nn.Module,
-    *,
-    weight_decay: float,
-    norm_weight_decay: float | None = None,
-    bias_weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
     """Return parameter groups with their own weight decays, for an optimiser of PyTorch.
 
-    `norm_weight_decay` applies to weights and biases of normalisation layers, and is `weight_decay` by default.
-    `bias_weight_decay` applies to all biases; by default they have the decay of the weights in their layer. The groups
-    do not depend on the values, so the state of an optimiser with other decays can be loaded.
+    ``norm_weight_decay`` applies to weights and biases of normalisation layers, and is ``weight_decay`` by default.
+    ``bias_weight_decay`` applies to all biases; by default they have the decay of the weights in their layer. The
+    groups do not depend on the values, so the state of an optimiser with other decays can be loaded.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = is_norm, is_bias = isinstance(module, NORMS), name.endswith("bias")
-            decay = weight_decay
-            if is_bias and bias_weight_decay is not None:
-                decay = bias_weight_decay
-            elif is_norm and norm_weight_decay is not None:
-                decay = norm_weight_decay
+            decay = options.weight_decay
+            if is_bias and options.bias_weight_decay is not None:
+                decay = options.bias_weight_decay
+            elif is_norm and options.norm_weight_decay is not None:
+                decay = options.norm_weight_decay
             groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append(parameter)
     return list(groups.values())
 
@@ -47,21 +41,16 @@ def parameter_groups(
 class Updater:
     """Updates an unwrapped model (without ``DistributedDataParallel``) from the gradients of one or more batches.
 
-    `scale_loss` scales the loss, which float16 needs, and skips updates whose gradients overflow. ``ema.module`` is the
-    EMA of the weights. It also averages floating-point buffers, that is, the running statistics of batch normalisation:
-    their average suits averaged weights better than the statistics of the last step. Integer counters are copied.
+    With float16, it scales the loss, and skips updates whose gradients overflow. ``ema.module`` is the EMA of the
+    weights. It also averages floating-point buffers, that is, the running statistics of batch normalisation: their
+    average suits averaged weights better than the statistics of the last step. Integer counters are copied.
     """
 
-    def __init__(self, model: nn.Module, options: OptimizerOptions, *, scale_loss: bool = False) -> None:
+    def __init__(self, model: nn.Module, options: OptimizerOptions, computation: ModelOptions) -> None:
         self._model = model
-        self._clip_norm = options.clip_grad_norm
+        self.options, self.computation = options, computation
         device = next(model.parameters()).device
-        groups = parameter_groups(
-            model,
-            weight_decay=options.weight_decay,
-            norm_weight_decay=options.norm_weight_decay,
-            bias_weight_decay=options.bias_weight_decay,
-        )
+        groups = parameter_groups(model, options)
         # Fused: one kernel, and the scaler skips a step without synchronising with the GPU.
         common: dict[str, Any] = {"lr": options.lr, "fused": True}
         self.optimizer: torch.optim.Optimizer
@@ -74,7 +63,7 @@ class Updater:
             # PyTorch 2.10 and 2.11 create these in the first step. If it is skipped, they stay uninitialised.
             for parameter in model.parameters():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        self.scaler = GradScaler(device.type, enabled=scale_loss)
+        self.scaler = GradScaler(device.type, enabled=computation.scales_loss)
         self.ema = _ema_of(model, options.model_ema_decay) if options.model_ema else None
 
     def set_learning_rate(self, lr: float) -> None:
@@ -91,9 +80,9 @@ class Updater:
 
     def update(self) -> None:
         """Update the weights and clear the gradients."""
-        if self._clip_norm is not None:
+        if self.options.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+            nn.utils.clip_grad_norm_(self._model.parameters(), self.options.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -139,9 +128,7 @@ def train_on(
     network: nn.Module,
     updater: Updater,
     batch: Sequence[torch.Tensor],
-    model: ModelOptions,
     *,
-    label_smoothing: float = 0.0,
     batches: int = 1,
     is_last: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,9 +138,9 @@ def train_on(
     """
     images, labels, source_labels, lam = batch
     with all_reduce(network, wanted=is_last):
-        with autocast(model, images.device):
+        with autocast(updater.computation, images.device):
             logits = network(images)
-            loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, label_smoothing)
+            loss = metrics.mixed_cross_entropy(logits, labels, source_labels, lam, updater.options.label_smoothing)
         updater.backward(loss, batches)
     if is_last:
         updater.update()
