@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import functools
 import json
 import os
 import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -277,7 +277,8 @@ class RunLog:
     def write_event(self, event: str, **values: Any) -> None:
         """Add a line to the log."""
         if self._folder is not None:
-            self._try(LOG, functools.partial(write_event, self._folder / LOG, event, **values))
+            with self._tolerant(LOG):
+                write_event(self._folder / LOG, event, **values)
 
     def write_step(self, total_steps: int, **figures: float) -> None:
         """Log training figures of a step, counted over all epochs, to TensorBoard and Weights & Biases."""
@@ -320,7 +321,8 @@ class RunLog:
         self.write_event("epoch", epoch=epoch, step=step, total_steps=total_steps, **groups, **values)
         if not step:
             self._rows.append(row)
-            self._try(TABLE, functools.partial(write_table, self._folder / TABLE, self._rows))
+            with self._tolerant(TABLE):
+                write_table(self._folder / TABLE, self._rows)
         self._to_loggers(total_steps, {"epoch": epoch, **{"/".join(key): flat[key] for key in flat}})
 
     def __enter__(self) -> RunLog:
@@ -339,9 +341,10 @@ class RunLog:
         elif error is not None:
             self.status, words = "failed", _words_of(error)
         for name, logger in self._loggers.items():
-            self._try(name, functools.partial(logger.close, failed=words is not None))
-        path = self._folder / REPORT
-        self._try(REPORT, lambda: write_json(path, self.report(words)))
+            with self._tolerant(name):
+                logger.close(failed=words is not None)
+        with self._tolerant(REPORT):
+            write_json(self._folder / REPORT, self.report(words))
 
     def report(self, error: str | None = None) -> dict[str, Any]:
         """Return the content of ``report.json``; docs/outputs.md documents its entries."""
@@ -375,19 +378,20 @@ class RunLog:
     def _to_loggers(self, step: int, scalars: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in finite(scalars).items() if value is not None}
         for name, logger in list(self._loggers.items()):
-            if not self._try(name, functools.partial(logger.write, step, numbers)):
+            with self._tolerant(name):
+                logger.write(step, numbers)
+            if self.lost[name]:
                 del self._loggers[name]
                 warn(f"warning: {name} is disabled for the rest of this run")
 
-    def _try(self, name: str, write: Callable[[], object]) -> bool:
-        """Write, and warn if that fails: a full disk or a lost connection should not end a training."""
+    @contextlib.contextmanager
+    def _tolerant(self, name: str) -> Iterator[None]:
+        """Turn an error of writing into a warning: a full disk or a lost connection should not end a training."""
         try:
-            write()
+            yield
         except Exception as error:
             self.lost[name] += 1
             warn(f"warning: {name}: cannot be written, training continues without it: {_words_of(error)}")
-            return False
-        return True
 
 
 def _words_of(error: BaseException) -> str:
