@@ -36,30 +36,14 @@ class FolderInUseError(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The process that created a lock.
+    """The process that created a lock, as the lock file holds it."""
 
-    Attributes
-    ----------
-    host : str
-        Name of the machine.
-    pid : int
-        Process ID.
-    since : float
-        Creation time of the lock, in seconds since 1970.
-    place : str
-        Scope in which `pid` is valid: the boot ID of the machine, and the PID namespace.
-    started : str
-        Start time of the process, in clock ticks since that boot.
-    token : str
-        A random token.
-    """
-
-    host: str
+    host: str  # name of the machine
     pid: int
-    since: float
-    place: str
-    started: str
-    token: str
+    since: float  # creation time of the lock, in seconds since 1970
+    place: str  # scope in which `pid` is valid: boot ID of the machine, and PID namespace
+    started: str  # start time of the process, in clock ticks since that boot
+    token: str  # random
 
     @classmethod
     def this_process(cls) -> Owner:
