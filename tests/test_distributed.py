@@ -30,9 +30,9 @@ import train
 from shared import tiny_model
 from dali_saliencymix.training import checkpoints
 save = checkpoints.save_progress
-def save_and_copy(checkpoint, output_dir, *, epoch, step, **options):
-    save(checkpoint, output_dir, epoch=epoch, step=step, **options)
-    if (epoch, step) == (1, 0):
+def save_and_copy(checkpoint, output_dir, **options):
+    save(checkpoint, output_dir, **options)
+    if (checkpoint["epoch"], checkpoint["step"]) == (1, 0):
         shutil.copytree(output_dir, output_dir.with_name("killed"))
 checkpoints.save_progress = save_and_copy
 sys.exit(train.main())
@@ -60,7 +60,7 @@ def full_run(odd_data, tmp_path_factory):
     """The output folder and the completed process of two epochs in two processes."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "copied.py").write_text(COPIED)
-    return folder / "run", real_torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
+    return folder / "run", torchrun(folder / "copied.py", odd_data, *TWO, "--output-dir", folder / "run")
 
 
 def flat(batches: list[list[int]]) -> list[int]:
@@ -188,6 +188,7 @@ def test_a_process_without_a_gpu_beside_one_with_a_gpu_is_refused(monkeypatch, d
 KILLED_ONCE = """
 import os, signal, sys
 import train
+print("restarts at most:", os.environ["TORCHELASTIC_MAX_RESTARTS"], flush=True)
 from shared import tiny_model
 real, steps = train.train_on, []
 def killed_once(*args, **options):
@@ -201,17 +202,21 @@ sys.exit(train.main())
 
 
 def test_torchrun_starts_a_run_again_or_is_told_what_it_needs_for_that(odd_data, tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    (tmp_path / "killed.py").write_text(KILLED_ONCE)
     options = ("--epochs", "1", "--training-only", "--checkpoint-every", "2", "--resume", "auto")
-    options = (*options, "--output-dir", tmp_path / "run")
-    line = ("--max-restarts=1", tmp_path / "killed.py", odd_data, *TWO, *options)
-    ended = real_torchrun(*line, check=False)
+    options = (odd_data, *TWO, *options, "--output-dir", tmp_path / "run")
+    with monkeypatch.context() as environment:
+        environment.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+        environment.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+        ended = torchrun("train.py", *options, check=False)
     needed = "torchrun --max-restarts 1 needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     assert ended.returncode == 1
     assert ended.stderr.count(f"train.py: error: {needed}") == 1
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    real_torchrun(*line)
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
+    ended = real_torchrun("--max-restarts=1", tmp_path / "killed.py", *options)
+    assert ended.stdout.count("restarts at most: 1\n") == 4  # two processes, twice
+    killed = "train.py: error: another process of the run exited without an error message (killed?)"
+    assert [line for line in ended.stderr.splitlines() if line.startswith("train.py: ")] == [killed]
     *begun, epoch = read_log(tmp_path / "run")
     assert [(entry["event"], entry["total_steps"]) for entry in begun] == [("start", 0), ("resume", 2)]
     assert epoch["train"]["images"] == 2 * STEPS * BATCH

@@ -152,7 +152,7 @@ def test_two_processes_stop_together_whatever_befalls_one_and_end_with_the_same_
     unbroken_of_two, data_folder, tmp_path
 ):
     options = (data_folder, *TWO, "--resume", "auto")
-    ended = launch(real_torchrun, tmp_path, f"SIGKILL@1:{DRAW.randint(3, STEPS)}", *options)
+    ended = launch(torchrun, tmp_path, f"SIGKILL@1:{DRAW.randint(3, STEPS)}", *options)
     assert ended.returncode == 1
     assert errors_in(ended.stderr) == [
         "train.py: error: another process of the run exited without an error message (killed?)"
@@ -258,7 +258,7 @@ def test_a_file_that_vanishes_while_the_run_goes_on_is_named(own_data, tmp_path)
 
 def test_a_stalled_disk_under_one_of_two_processes_ends_both_and_names_the_file(own_data, tmp_path):
     file = own_data / "train" / "red_square" / "00003.jpg"
-    ended = launch(torchrun, tmp_path, f"stall {file}@0:3", own_data, *TWO, "--stall-timeout", "5")
+    ended = launch(torchrun, tmp_path, f"stall {file}@0:3", own_data, *TWO, "--stall-timeout", "3")
     assert ended.returncode == 1
     (error,) = errors_in(ended.stderr)
     assert "no progress for " in error

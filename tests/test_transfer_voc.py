@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -22,6 +23,10 @@ from dali_saliencymix.training.voc import CLASSES, VocImages, training_target
 pytest_plugins = ["shared.voc_fixtures"]
 
 SMALL = {"trainable_layers": 5, "min_size": 64, "max_size": 80}
+# Fewer regions: all of them pass through fully connected layers of 14 million weights.
+FEW = {"box_batch_size_per_image": 16, "rpn_post_nms_top_n_train": 40, "rpn_pre_nms_top_n_train": 80}
+FEW_TESTED = {"rpn_post_nms_top_n_test": 40, "rpn_pre_nms_top_n_test": 80}
+few_regions = functools.partial(transfer_voc.build_detector, **FEW, **FEW_TESTED)
 TINY = (
     *("--device", "cpu", "-j", "0", "-b", "2", "--iterations", "4", "--lr-milestones", "3", "-p", "1"),
     *("--min-size", "64", "--max-size", "80"),
@@ -51,17 +56,28 @@ def checkpoint(resnet18, tmp_path_factory):
     return path
 
 
+# Runs transfer_voc.py with `few_regions`.
+SCRIPT = """
+import sys
+import transfer_voc
+from test_transfer_voc import few_regions
+transfer_voc.build_detector = few_regions
+sys.exit(transfer_voc.main())
+"""
+
+
 @pytest.fixture(scope="module")
 def whole_run(voc, checkpoint, tmp_path_factory):
     """The output folder and the result of an uninterrupted run. Tests must not change it."""
     output_dir = tmp_path_factory.mktemp("whole") / "made" / "by the run"
     options = ("--checkpoint", checkpoint, *TINY, "--output-dir", output_dir)
-    return output_dir, run_program("transfer_voc.py", voc, *options)
+    return output_dir, run_program("-c", SCRIPT, voc, *options)
 
 
 @pytest.fixture
 def transfer_here(monkeypatch, capfd):
-    """Return a function that runs the script in this process, on one thread like the program."""
+    """Return a function that runs the script with `few_regions` in this process, on one thread like the program."""
+    monkeypatch.setattr(transfer_voc, "build_detector", few_regions)
     yield from script_here(transfer_voc, monkeypatch, capfd)
 
 
@@ -131,8 +147,7 @@ def test_weights_of_another_network_are_refused(resnet18, tmp_path):
 
 def test_steps_on_a_batch_lower_its_loss(resnet18, voc, tmp_path):
     torch.manual_seed(1)
-    few = {"rpn_post_nms_top_n_train": 40, "rpn_pre_nms_top_n_train": 80, "box_batch_size_per_image": 16}
-    model, _ = transfer_voc.build_detector(resnet18, tmp_path, **SMALL, **few)
+    model, _ = transfer_voc.build_detector(resnet18, tmp_path, **SMALL, **FEW)
     images = VocImages(voc, ["2007:trainval"])
     shown = [images[number, False] for number in (0, 1)]
     targets = [training_target(objects, torch.device("cpu")) for _, objects in shown]
@@ -241,5 +256,5 @@ def test_options_out_of_range_are_refused(transfer_here, tmp_path):
         ended = transfer_here(tmp_path, "--checkpoint", tmp_path / "x.pt", option, value)
         assert ended.status == 2
         assert f"{option}: {rule}" in ended.error or f"{option} {rule}" in ended.error
-    ended = transfer_here(tmp_path, "--checkpoint", tmp_path / "x.pt", "--output-dir", tmp_path / "run")
-    assert ended.status == 1
+    missing = ("--checkpoint", tmp_path / "x.pt", "--output-dir", tmp_path / "run")
+    assert run_program("transfer_voc.py", tmp_path, *missing, check=False).returncode == 1

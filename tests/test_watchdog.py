@@ -15,14 +15,16 @@ pytest_plugins = ["shared.training_fixtures"]
 
 LOAD = """
 import sys, torch
+from dali_saliencymix.training import watchdog as module
 from shared.pipes import stall
 from dali_saliencymix.datasets.image_folder import list_image_folder
 from dali_saliencymix.training.watchdog import Watchdog
 from dali_saliencymix.loaders.imagenet import training_loader
 folder = list_image_folder(sys.argv[1])
 stall(sys.argv[2])
+module._PROBE_SECONDS = 1.0
 loader = training_loader(folder, batch_size=8, num_threads=1, device=torch.device("cpu"), crop_size=32)
-with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
+with Watchdog(1, rank=3, roots=[sys.argv[1]]) as watchdog:
     while True:
         for number, batch in enumerate(loader):
             watchdog.beat("in a step")
@@ -32,7 +34,7 @@ with Watchdog(2, rank=3, roots=[sys.argv[1]]) as watchdog:
 HANG = """
 import ctypes, os, signal, subprocess, sys, time
 from dali_saliencymix.training.watchdog import Watchdog
-with Watchdog(1, roots=[os.path.dirname(__file__)]) as watchdog:
+with Watchdog(0.5, roots=[os.path.dirname(__file__)]) as watchdog:
     for _ in range(20):
         watchdog.beat("in a step")
     if sys.argv[1] == "sleep":
@@ -40,9 +42,9 @@ with Watchdog(1, roots=[os.path.dirname(__file__)]) as watchdog:
     if sys.argv[1] == "holding the GIL":
         ctypes.PyDLL(None).sleep(1000)
     if sys.argv[1] == "suspended":
-        subprocess.Popen(["sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+        subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
-    for _ in range(40):
+    for _ in range(20):
         time.sleep(0.1)
         watchdog.beat("waiting for data")
 print("done")
@@ -56,7 +58,7 @@ def test_a_file_that_gives_nothing_is_named(own_data, tmp_path):
     assert ended.returncode == 1
     (line,) = (line for line in ended.stderr.splitlines() if "error:" in line)
     assert "process 3: no progress for " in line
-    assert line.endswith(f"(--stall-timeout 2) while waiting for data; no answer from {file}")
+    assert line.endswith(f"(--stall-timeout 1) while waiting for data; no answer from {file}")
     assert "in share_outputs" in ended.stderr  # the stack of the waiting thread
 
 
@@ -71,7 +73,7 @@ def test_a_process_that_hangs_elsewhere_is_ended_with_its_stack(tmp_path, how, s
     assert ended.stdout == ""
     assert 'hang.py", line' in ended.stderr
     (line,) = (line for line in ended.stderr.splitlines() if "error:" in line and "Fatal" not in line)
-    assert line.endswith(f"(--stall-timeout 1) while {doing}")
+    assert line.endswith(f"(--stall-timeout 0.5) while {doing}")
 
 
 # Suspended for longer than all limits of the watchdog; the longest is six times its option.
