@@ -21,7 +21,6 @@ A step is one batch in each process. An update changes the weights, every --accu
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import math
 import sys
@@ -55,7 +54,7 @@ from dali_saliencymix.measure.processes import gather
 from dali_saliencymix.training import checkpoints, distributed, evaluation, metrics, report
 from dali_saliencymix.training.folder_lock import FolderLock
 from dali_saliencymix.training.lockstep import EXIT_PREEMPTED, Interruptible, Lockstep, Preempted
-from dali_saliencymix.training.models import as_trained, autocast, check_image_sizes, choose_kernels, model_on
+from dali_saliencymix.training.models import as_trained, check_image_sizes, choose_kernels, model_on
 from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, train_on
 from dali_saliencymix.training.options import AS_TRAINED, TrainingOptions
 from dali_saliencymix.training.pretrained import load_pretrained
@@ -250,10 +249,6 @@ class Trainer:
         self.loader_phase, self.loader_state = phase, None
         return self.loader
 
-    def val_loader(self) -> Batches:
-        """Return this process's validation batches."""
-        return self.data.val_loader(self.options.data, self.processes)
-
     def train_epoch(self) -> Figures:
         """Train to the end of the epoch, or to --max-steps; return its figures over all processes."""
         loader, monitor, begun, epochs = self.train_loader(), self.monitor, self.step, self.options.schedule.epochs
@@ -373,17 +368,10 @@ class Trainer:
         self.updater.set_learning_rate(lr)
         return lr
 
-    def validate(
-        self, loader: Batches, model: nn.Module | None = None, per_class: evaluation.PerClass | None = None
-    ) -> Figures:
-        """Return loss, top-1 and top-5 in percent over all validation images, each counted once.
-
-        By default, evaluate the model in training; `model` may be another one, such as the EMA of the weights.
-        """
-        model = self.model if model is None else model
+    def validate(self, loader: Batches, model: nn.Module, per_class: evaluation.PerClass | None = None) -> Figures:
+        """Return loss, top-1 and top-5 in percent of a model over all validation images, each counted once."""
         batches = Interruptible(loader, self.lockstep)
-        context = functools.partial(autocast, self.options.model, self.processes.device)
-        return evaluation.evaluate(model, batches, self.processes, autocast=context, per_class=per_class)
+        return evaluation.evaluate(model, batches, self.processes, self.options.model, per_class)
 
 
 def open_log(trainer: Trainer, *, resumed: bool) -> RunLog:
@@ -431,7 +419,7 @@ def run(options: TrainingOptions, processes: Processes, start_up: StartUp | None
             report.report_on_checkpoint(path, place, models, trainer.data, options, processes, trainer.validate)
             return
         trainer.lock = lock
-        val_loader = None if options.run.training_only else trainer.val_loader()
+        val_loader = None if options.run.training_only else trainer.data.val_loader(options.data, processes)
         with trainer.lockstep, open_log(trainer, resumed=resume is not None) as trainer.log:
             trainer.start_up.end_of("loaders")
             train(trainer, val_loader)
@@ -453,7 +441,7 @@ def train(trainer: Trainer, val_loader: Batches | None) -> None:
         val = ema = None
         try:
             if val_loader:
-                val = trainer.validate(val_loader)
+                val = trainer.validate(val_loader, trainer.model)
                 ema = trainer.validate(val_loader, trainer.updater.ema.module) if trainer.updater.ema else None
         except Preempted:
             trainer.save()  # the trained epoch; the resumed run validates it

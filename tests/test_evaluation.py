@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import math
@@ -13,15 +12,11 @@ from torch import nn
 
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.results import write_json
-from dali_saliencymix.training.evaluation import (
-    COLUMNS,
-    PerClass,
-    evaluate,
-    unused_path,
-    write_per_class,
-)
+from dali_saliencymix.training.evaluation import COLUMNS, PerClass, evaluate, unused_path, write_per_class
+from dali_saliencymix.training.options import ModelOptions
 
 ALONE = Processes(0, 0, 1, torch.device("cpu"))
+PLAIN = ModelOptions()
 
 
 def network(classes: int) -> nn.Module:
@@ -56,7 +51,7 @@ def test_the_figures_are_those_of_counting_one_by_one(classes):
     loader = batches(classes, [8, 8, 0, 5])  # an empty batch, as in a shard that ends early
     model = network(classes)
     per_class = PerClass(classes, ALONE.device)
-    figures = evaluate(model, loader, ALONE, per_class=per_class)
+    figures = evaluate(model, loader, ALONE, PLAIN, per_class)
     found = answers_one_by_one(model, loader)
     right = [ranked[0] == label for label, ranked, _ in found]
     assert 0 < sum(right) < 21
@@ -82,14 +77,14 @@ def test_equal_logits_count_alike_in_the_whole_and_in_the_classes():
         model[1].weight[4:] = model[1].weight[:4]
         model[1].bias[4:] = model[1].bias[:4]
     per_class = PerClass(8, ALONE.device)
-    figures = evaluate(model, loader, ALONE, per_class=per_class)
+    figures = evaluate(model, loader, ALONE, PLAIN, per_class)
     confusion, top5 = per_class.over_processes()
     assert int(confusion.sum()) == figures["images"] == 64
     assert 100 * int(confusion.diagonal().sum()) / 64 == figures["top1"] > 0
     assert 100 * int(top5.sum()) / 64 == figures["top5"]
 
 
-def test_the_forward_passes_run_in_the_given_context_and_take_no_gradients():
+def test_the_forward_passes_run_in_the_given_precision_and_take_no_gradients():
     seen = []
 
     class Watched(nn.Module):
@@ -98,8 +93,8 @@ def test_the_forward_passes_run_in_the_given_context_and_take_no_gradients():
             return images.flatten(1)[:, :4]
 
     loader = batches(4, [3, 0])  # an empty batch is not passed through the network
-    evaluate(Watched(), loader, ALONE, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-    evaluate(Watched(), loader, ALONE, autocast=contextlib.nullcontext)
+    evaluate(Watched(), loader, ALONE, ModelOptions(amp=True))
+    evaluate(Watched(), loader, ALONE, PLAIN)
     assert seen == [(True, False, False), (False, False, False)]
 
 

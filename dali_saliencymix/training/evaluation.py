@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,6 +13,8 @@ from torch import nn
 from dali_saliencymix._errors import naming
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.training import distributed, metrics
+from dali_saliencymix.training.models import autocast
+from dali_saliencymix.training.options import ModelOptions
 from dali_saliencymix.training.run_log import Progress
 
 
@@ -56,20 +57,19 @@ def evaluate(
     model: nn.Module,
     loader: ValidationLoader,
     processes: Processes,
-    *,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    computation: ModelOptions,
     per_class: PerClass | None = None,
 ) -> dict[str, float]:
     """Return loss, top-1 and top-5 accuracy over all validation images; call it in all processes.
 
-    Over all processes, `loader` must yield each image once. `autocast` creates the context of forward passes, and
+    Over all processes, `loader` must yield each image once. `computation` has the precision of forward passes, and
     `per_class` also counts the predictions per class. ``"loss"`` is the mean cross-entropy, ``"top1"`` and ``"top5"``
     are in percent, and ``"images"`` is the number of images. With fewer than five classes, top-5 is 100. The result is
     the same in all processes.
     """
 
     def count(images: torch.Tensor, labels: torch.Tensor) -> Sequence[torch.Tensor]:
-        with autocast():
+        with autocast(computation, images.device):
             logits = model(images)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         answers = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -69,7 +69,7 @@ def one_epoch(arguments: list[str], processes) -> dict:
     begin = sum(parameter.double().sum().item() for parameter in trainer.model.parameters())
     dropped = torch.nn.functional.dropout(torch.ones(100, device=processes.device), 0.3).eq(0).nonzero().flatten()
     trained = trainer.train_epoch()
-    val = trainer.validate(trainer.val_loader())
+    val = trainer.validate(trainer.data.val_loader(trainer.options.data, processes), trainer.model)
     state = [part.double().sum().item() for part in trainer.model.state_dict().values()]
     sums = {name: trained[name] for name in ("loss", "mixed_top1", "images")}
     return {"begin": gather(begin), "dropped": gather(dropped.tolist()), "both": gather([state, sums, val])}
