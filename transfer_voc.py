@@ -122,7 +122,7 @@ ENTRIES = ("model", "optimizer", "iteration", "config", "random")
 # Options that affect the training: a resumed run has to keep them.
 TRAINING_OPTIONS = (
     *("train_sets", "batch_size", "lr", "lr_milestones", "lr_gamma", "momentum", "weight_decay"),
-    *("trainable_layers", "min_size", "max_size", "seed"),
+    *("trainable_layers", "min_size", "max_size", "seed", "arch"),
 )
 
 
@@ -217,11 +217,10 @@ class Transfer:
     def restore(self, path: Path) -> None:
         """Restore the state from a checkpoint of this script."""
         saved = checkpoints.load_checkpoint(path, ENTRIES)
-        for option in (*TRAINING_OPTIONS, "arch"):
-            was, now = saved["config"].get(option), self.config[option]
-            if was != now:
-                msg = f"{path}: cannot resume with other options: {option} was {was}, is now {now}"
-                raise ValueError(msg)
+        was, now = ({name: each.get(name) for name in TRAINING_OPTIONS} for each in (saved["config"], self.config))
+        if changed := checkpoints.differences(was, now):
+            msg = f"{path}: cannot resume with other options: {'; '.join(changed)}"
+            raise ValueError(msg)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.iteration = saved["iteration"]

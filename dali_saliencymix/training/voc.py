@@ -9,6 +9,7 @@ differs: it uses 101 recall points, another matching, and no difficult objects.
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -125,18 +126,18 @@ def training_order(
     Each image appears once per epoch, flipped with probability 1/2. All random numbers depend on the seed alone, so
     batch i is the same wherever the training starts.
     """
-    drawn_for, order, mirrored = -1, [0], [0]
-    for batch in range(start, stop):
-        indices = []
-        for place in range(batch * batch_size, (batch + 1) * batch_size):
-            epoch, number = divmod(place, images)
-            if epoch != drawn_for:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                order = torch.randperm(images, generator=generator).tolist()
-                mirrored = torch.randint(2, (images,), generator=generator).tolist()
-                drawn_for = epoch
-            indices.append((order[number], bool(mirrored[number])))
-        yield indices
+
+    def drawn(epoch: int) -> Iterator[tuple[int, bool]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(images, generator=generator).tolist()
+        mirrored = torch.randint(2, (images,), generator=generator).tolist()
+        return zip(order, map(bool, mirrored), strict=True)
+
+    epoch, begun = divmod(start * batch_size, images)
+    passes = itertools.chain.from_iterable(map(drawn, itertools.count(epoch)))
+    indices = itertools.islice(passes, begun, None)
+    for _ in range(start, stop):
+        yield list(itertools.islice(indices, batch_size))
 
 
 def as_lists(batch: list[tuple[torch.Tensor, Objects]]) -> tuple[list[torch.Tensor], list[Objects]]:
