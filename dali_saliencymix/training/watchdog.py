@@ -18,8 +18,7 @@ from dali_saliencymix.training.distributed import announce_failure
 # Factors of the time limit. If one process waits for data and others wait for that process, it must be the first to
 # report. At the start, the first steps may compile.
 WAITING_FOR_DATA, WAITING_FOR_OTHERS = "waiting for data", "waiting for the other processes"
-_PATIENCE = {WAITING_FOR_DATA: 1.0}
-_PATIENCE_ELSEWHERE = 1.5
+_PATIENCE_FOR_DATA, _PATIENCE_ELSEWHERE = 1.0, 1.5
 _PATIENCE_AT_THE_START = 3.0
 _FIRST_BEATS = 10
 
@@ -92,7 +91,7 @@ class Watchdog:
             beats, doing = self._beats, self._doing
             stalled = stalled + self._pause if beats == seen else 0.0
             seen = beats
-            patience = _PATIENCE.get(doing, _PATIENCE_ELSEWHERE)
+            patience = _PATIENCE_FOR_DATA if doing == WAITING_FOR_DATA else _PATIENCE_ELSEWHERE
             if beats < _FIRST_BEATS:
                 patience *= _PATIENCE_AT_THE_START
             if stalled > patience * self._seconds:
