@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 from shared.callback_worker import ACCUMULATED, EPOCHS, STEPS
-from shared.programs import REPOSITORY, environment_of_program, torchrun
+from shared.programs import REPOSITORY, run_program, torchrun
 
 from dali_saliencymix.callbacks import lightning_callback, transformers_callback
 
@@ -19,15 +17,7 @@ def trained(package: str, *scenarios: dict) -> list[dict]:
     """Return the results of training runs with these seconds per loader batch and per step."""
     pytest.importorskip("transformers" if package == "transformers" else "lightning")
     worker = REPOSITORY / "tests" / "shared" / "callback_worker.py"
-    ended = subprocess.run(
-        [sys.executable, str(worker), package, json.dumps(scenarios)],
-        env=environment_of_program(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
+    return json.loads(run_program(worker, package, json.dumps(scenarios)).stdout.splitlines()[-1])
 
 
 def check_what_is_said(starved: dict, fed: dict) -> None:
