@@ -30,6 +30,7 @@ from dali_saliencymix.loaders import torch as torch_loaders
 from dali_saliencymix.loaders.base import LoaderError, chosen_backend
 from dali_saliencymix.loaders.cifar import CifarData
 from dali_saliencymix.loaders.data import open_data
+from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.loaders.torch import PaddedImages, TrainingBatches
 from dali_saliencymix.options import MixOptions
@@ -481,7 +482,8 @@ def test_erased_rectangles_are_like_those_of_torchvision(root):
     white = torch.ones(3, size, size)
     expected = [RandomErasing.get_params(white, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
     of_pytorch = torch.ones(count, 3, size, size)
-    batches = TrainingBatches(PaddedImages(read_cifar(root, "cifar10")[0]), 8, random_erase=0.5)
+    cifar = PaddedImages(read_cifar(root, "cifar10")[0])
+    batches = TrainingBatches(cifar, DataOptions(random_erase=0.5), process())
     batches.erase(of_pytorch, 0, 0)
     for place in ((0, 1), (1, 0)):
         batches.erase(others := torch.ones(count, 3, size, size), *place)
@@ -524,8 +526,10 @@ def test_what_goes_wrong_while_a_pipeline_is_defined_is_said_in_one_line(root, m
 def test_a_batch_of_pytorch_is_mixed_as_the_array_functions_do_it(root, mode):
     cifar, _ = read_cifar(root, "cifar10")
     mix = MixOptions(modes={mode: 1.0})
-    batches = TrainingBatches(PaddedImages(cifar), 8, mix, hflip_prob=0.0, seed=3)
-    pixels, labels, source_labels, lam = (tensor.numpy() for tensor in batches[2, 1])
+    batches = TrainingBatches(
+        PaddedImages(cifar), DataOptions(batch_size=8, mix=mix, hflip_prob=0.0, seed=3), process()
+    )
+    pixels, labels, source_labels, lam = (tensor.numpy() for tensor in batches.load(2, 1, {}, {}))
     originals = cifar.images[batches.indices(2, 1)]
     assert labels.tolist() == cifar.labels[batches.indices(2, 1)].tolist()
     own = (pixels == originals).all(axis=3)
@@ -576,8 +580,8 @@ def test_no_peak_of_cifar_lies_in_the_padding(root, monkeypatch, backend, salien
 def test_peaks_of_padded_images_move_with_the_crop(root):
     cifar, _ = read_cifar(root, "cifar10")
     indices = np.arange(30)
-    before = PaddedImages(cifar, 0, "fine_grained").read(indices, 0, 0)[1]
-    images, after = PaddedImages(cifar, 4, "fine_grained").read(indices, 0, 0)
+    before = PaddedImages(cifar, 0, "fine_grained").read(indices, 0, 0)[2]
+    images, _, after = PaddedImages(cifar, 4, "fine_grained").read(indices, 0, 0)
     corners = set()
     for original, image, own, moved in zip(cifar.images, images, before, after, strict=True):
         padded = np.pad(original, [(4, 4), (4, 4), (0, 0)])

@@ -87,16 +87,11 @@ class BadFiles:
 
     def in_place(self) -> tuple[list[str], list[int]]:
         """Return files and labels with the bad files replaced; images to leave out have label -1."""
-        return in_place(self.folder, self.replaced, replace=self._replace)
-
-
-def in_place(folder: ImageFolder, replaced: dict[int, int], *, replace: bool) -> tuple[list[str], list[int]]:
-    """Return files and labels with the bad files replaced; without `replace` their labels are -1."""
-    files, labels = list(folder.files), list(folder.labels)
-    for index, other in replaced.items():
-        files[index] = folder.files[other]
-        labels[index] = folder.labels[other] if replace else -1
-    return files, labels
+        files, labels = list(self.folder.files), list(self.folder.labels)
+        for index, other in self.replaced.items():
+            files[index] = self.folder.files[other]
+            labels[index] = self.folder.labels[other] if self._replace else -1
+        return files, labels
 
 
 def replace_file(folder: ImageFolder, index: int, replaced: dict[int, int]) -> None:

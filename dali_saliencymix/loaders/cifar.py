@@ -33,11 +33,11 @@ from dali_saliencymix.loaders.base import (
     fingerprint_of,
     validated,
 )
-from dali_saliencymix.loaders.dali import OUTPUTS, LoaderState, as_documented, define, device_arguments, process_on
+from dali_saliencymix.loaders.dali import OUTPUTS, as_documented, define, device_arguments, process_on
 from dali_saliencymix.loaders.imagenet import decode_window, mixed, read_files
 from dali_saliencymix.loaders.options import DataOptions, defaults_of
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import PaddedImages, policy_of, torch_training_loader, torch_validation_loader
+from dali_saliencymix.loaders.torch import PaddedImages, TorchLoader, TrainingBatches, ValidationBatches, policy_of
 from dali_saliencymix.options import MixOptions, check_with_peaks
 from dali_saliencymix.pixels import in_grey_levels
 
@@ -152,7 +152,7 @@ class _CifarLoader(Batches):
     """Training batches of images in memory, processed by DALI; an incomplete last batch is dropped."""
 
     def __init__(
-        self, cifar: CifarImages, options: DataOptions, processes: Processes, state: LoaderState | None
+        self, cifar: CifarImages, options: DataOptions, processes: Processes, state: dict[str, Any] | None
     ) -> None:
         batch_size, rank, world_size = options.batch_size, processes.rank, processes.world_size
         self._length = steps = len(cifar) // world_size // batch_size
@@ -189,7 +189,7 @@ class _CifarLoader(Batches):
             raise LoaderError(" ".join(str(error).split())) from error
         return as_documented(batch, self._channels_last)
 
-    def state(self) -> LoaderState:
+    def state(self) -> dict[str, Any]:
         (pipeline,) = self._dali.checkpoints()
         return {"pipeline": pipeline, "step": self._step}
 
@@ -244,7 +244,8 @@ class CifarData(Data):
         if chosen_backend(options) == "pytorch":
             saliency = mix.saliency if mix is not None and before else None
             images = PaddedImages(self.train, padding, saliency, policy_of(options))
-            return torch_training_loader(self, images, options, processes, state)
+            batches = TrainingBatches(images, options, processes)
+            return TorchLoader(batches, workers=options.workers, state=state)
         return _CifarLoader(self.train, options, processes, state)
 
     def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
@@ -252,4 +253,4 @@ class CifarData(Data):
         chosen = validated(len(self.val), options, processes)
         val = replace(self.val, images=self.val.images[chosen], labels=self.val.labels[chosen])
         # Normalisation is the only work: worker processes would only add overhead.
-        return torch_validation_loader(self, PaddedImages(val), options, processes, workers=0)
+        return TorchLoader(ValidationBatches(PaddedImages(val), options, processes), workers=0)

@@ -27,15 +27,12 @@ OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline
 Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
 
 
-class _Place(TypedDict):
-    pipeline: bytes
-    step: int
-
-
-class LoaderState(_Place, total=False):
+class LoaderState(TypedDict):
     """State of a loader: DALI's checkpoint, the batches yielded in the epoch, and the replacements of bad files."""
 
-    replaced: dict[int, int]
+    pipeline: bytes
+    step: int
+    replaced: dict[int, int]  # absent in old checkpoints
 
 
 class Loader(Batches):

@@ -30,7 +30,7 @@ from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_bac
 from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
 from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
 from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import FolderImages, policy_of, torch_training_loader, torch_validation_loader
+from dali_saliencymix.loaders.torch import FolderImages, TorchLoader, TrainingBatches, ValidationBatches, policy_of
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
@@ -492,7 +492,8 @@ class FolderData(Data):
         if chosen_backend(options) == "pytorch":
             sizes = options.train_crop_size, options.min_crop_area
             images = FolderImages(self.train, *sizes, options.color_jitter, policy=policy_of(options))
-            return torch_training_loader(self, images, options, processes, state)
+            batches = TrainingBatches(images, options, processes)
+            return TorchLoader(batches, workers=options.workers, state=state)
         arguments = training_arguments(options, processes)
         return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)
 
@@ -502,7 +503,7 @@ class FolderData(Data):
         sizes = {"resize_size": options.val_resize_size, "crop_size": options.val_crop_size}
         if chosen_backend(options) == "pytorch":
             images = FolderImages(val, **sizes)
-            return torch_validation_loader(self, images, options, processes, workers=options.workers)
+            return TorchLoader(ValidationBatches(images, options, processes), workers=options.workers)
         arguments = {**_common_arguments(options, processes), **sizes}
         return validation_loader(val, max_bad_batches=options.max_bad_batches, **arguments)
 

@@ -15,7 +15,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -33,34 +33,22 @@ from dali_saliencymix.datasets.damage import why_unusable
 from dali_saliencymix.datasets.formats import open_image, to_rgb
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.draw import draw
-from dali_saliencymix.loaders.bad_files import BadFiles, in_place, replace_file
-from dali_saliencymix.loaders.base import Batches, Data, LoaderError
+from dali_saliencymix.loaders.bad_files import BadFiles, replace_file
+from dali_saliencymix.loaders.base import Batches, LoaderError
 from dali_saliencymix.loaders.options import ERASED_AREA, ERASED_ASPECT_RATIO, DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.mix import apply
-from dali_saliencymix.options import MixOptions
 from dali_saliencymix.saliency import Detector
 
 Images = NDArray[np.uint8]  # (N, H, W, 3)
 
 
-class _Place(TypedDict):
-    epoch: int
-    step: int
-
-
-class TorchLoaderState(_Place, total=False):
+class TorchLoaderState(TypedDict):
     """State of a loader: complete epochs, batches yielded in the current one, and the replacements of bad files."""
 
-    replaced: dict[int, int]
-
-
-class BadFileError(LoaderError):
-    """A file of a folder cannot be read: `index` identifies it, and `why` is the reason."""
-
-    def __init__(self, file: str, index: int, why: str) -> None:
-        super().__init__(f"{file}: {why}")
-        self.index, self.why = index, why
+    epoch: int
+    step: int
+    replaced: dict[int, int]  # absent in old checkpoints
 
 
 # Purposes of random generators. They come first in a seed: NumPy treats seeds that differ in trailing zeros as equal.
@@ -87,41 +75,56 @@ class FolderImages:
     resize_size: int | None = None
     policy: v2.Transform | None = None
 
-    @property
-    def labels(self) -> list[int]:
-        """The label of each file."""
-        return self.folder.labels
+    def __len__(self) -> int:
+        return len(self.folder)
 
-    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, None]:
-        """Decode, crop and resize images; raise `BadFileError` for the first file that cannot be read."""
-        steps: list[Any]
-        if self.resize_size is not None:
-            steps = [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
-        else:
-            steps = [v2.RandomResizedCrop(self.crop_size, scale=(self.min_crop_area, 1.0), ratio=(3 / 4, 4 / 3))]
-            if self.policy is not None:
-                steps.append(self.policy)
-            if self.color_jitter:
-                steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
-        cut = v2.Compose(steps)
-        images = np.empty((len(indices), self.crop_size, self.crop_size, 3), np.uint8)
+    def read(
+        self, indices: NDArray[np.int64], epoch: int, seed: int, replaced: dict[int, int], found: dict[int, str]
+    ) -> tuple[Images, NDArray[np.int64], None]:
+        """Decode, crop and resize images; return them and their labels.
+
+        In training, the files in `replaced` are replaced; in validation, they are left out. Files that cannot be read
+        are entered into `replaced`, and with the reasons into `found`.
+        """
+        cut = v2.Compose(self._steps())
+        images, labels = [], []
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd metadata and many pixels
-            for place, index in enumerate(indices):
+            for index in indices.tolist():
                 _seed_torchvision(seed, epoch, index)
-                file = self.folder.files[index]
-                try:
-                    image = _decoded(file)
-                except Exception as error:  # Pillow raises errors of many types for damaged files
-                    why = why_unusable(file) or " ".join(str(error).split()) or type(error).__name__
-                    raise BadFileError(file, int(index), why) from error
-                images[place] = np.asarray(cut(image))
-        return images, None
+                decoded = self._decoded(index, replaced, found)
+                if decoded is not None:
+                    images.append(np.asarray(cut(decoded)))
+                    labels.append(self.folder.labels[replaced.get(index, index)])
+        shape = -1, self.crop_size, self.crop_size, 3  # also if there are no images
+        return np.array(images, np.uint8).reshape(shape), np.array(labels, np.int64), None
+
+    def _steps(self) -> list[v2.Transform]:
+        if self.resize_size is not None:
+            return [v2.Resize(self.resize_size), v2.CenterCrop(self.crop_size)]
+        steps = [v2.RandomResizedCrop(self.crop_size, scale=(self.min_crop_area, 1.0), ratio=(3 / 4, 4 / 3))]
+        if self.policy is not None:
+            steps.append(self.policy)
+        if self.color_jitter:
+            steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
+        return steps
+
+    def _decoded(self, index: int, replaced: dict[int, int], found: dict[int, str]) -> Image.Image | None:
+        """Decode a file or its replacement; return None for an image that is left out."""
+        while self.resize_size is None or index not in replaced:
+            place = replaced.get(index, index)
+            file = Path(self.folder.files[place])
+            try:
+                return to_rgb(open_image(io.BytesIO(file.read_bytes()), file.suffix.lower()))
+            except Exception as error:  # Pillow raises errors of many types for damaged files
+                found[place] = why_unusable(file) or " ".join(str(error).split()) or type(error).__name__
+                replace_file(self.folder, place, replaced)
+        return None
 
 
 def _seed_torchvision(seed: int, epoch: int, index: int) -> None:
     """Seed PyTorch's default generator, which torchvision uses, for an image; the caller restores its state."""
-    torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, int(index)).integers(2**63)))
+    torch.default_generator.manual_seed(int(_generator(_IMAGE, seed, epoch, index).integers(2**63)))
 
 
 def policy_of(options: DataOptions) -> v2.Transform | None:
@@ -130,11 +133,6 @@ def policy_of(options: DataOptions) -> v2.Transform | None:
     if options.auto_augment == "ra":
         return v2.RandAugment(num_ops=2, magnitude=options.ra_magnitude, **common)
     return v2.TrivialAugmentWide(**common) if options.auto_augment == "ta_wide" else None
-
-
-def _decoded(file: str) -> Image.Image:
-    data = io.BytesIO(Path(file).read_bytes())
-    return to_rgb(open_image(data, Path(file).suffix.lower()))
 
 
 @dataclass(frozen=True)
@@ -149,17 +147,20 @@ class PaddedImages:
     saliency: str | Detector | None = None
     policy: v2.Transform | None = None
 
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        """The label of each image."""
-        return self.cifar.labels
+    def __len__(self) -> int:
+        return len(self.cifar)
 
-    def read(self, indices: NDArray[np.int64], epoch: int, seed: int) -> tuple[Images, NDArray[np.int64] | None]:
-        """Apply the policy, pad and crop images; return them and their peaks, which are None without `saliency`."""
-        images = self.cifar.images[indices]
+    def read(
+        self, indices: NDArray[np.int64], epoch: int, seed: int, *_: dict[int, Any]
+    ) -> tuple[Images, NDArray[np.int64], NDArray[np.int64] | None]:
+        """Apply the policy, pad and crop images; return images, labels and peaks, which are None without `saliency`.
+
+        Further arguments are those of `FolderImages.read` about bad files, which cannot occur here.
+        """
+        images, labels = self.cifar.images[indices], self.cifar.labels[indices].astype(np.int64)
         if self.policy is not None:
             with torch.random.fork_rng(devices=[]):
-                for place, index in enumerate(indices):
+                for place, index in enumerate(indices.tolist()):
                     _seed_torchvision(seed, epoch, index)
                     images[place] = np.asarray(self.policy(Image.fromarray(images[place])))
         size = images.shape[1]
@@ -167,7 +168,7 @@ class PaddedImages:
         if self.saliency is not None:
             peaks = saliency_peaks(get_detector(self.saliency)(images), size, size).astype(np.int64)
         if not self.padding:
-            return images, peaks
+            return images, labels, peaks
         draws = (_generator(_IMAGE, seed, epoch, index) for index in indices)
         corners = np.array([rng.integers(0, 2 * self.padding, 2, endpoint=True) for rng in draws]).reshape(-1, 2)
         border = (self.padding, self.padding)
@@ -176,7 +177,7 @@ class PaddedImages:
             images[place] = padded[place, y : y + size, x : x + size]
         if peaks is not None:
             peaks = (peaks + self.padding - corners).clip(0, size - 1)
-        return images, peaks
+        return images, labels, peaks
 
 
 Source = FolderImages | PaddedImages
@@ -187,35 +188,33 @@ class TrainingBatches:
     """Batches by epoch and step: each image of the shard once per epoch, without an incomplete last batch."""
 
     source: Source
-    batch_size: int
-    mix: MixOptions | None = None
-    hflip_prob: float = 0.5
-    random_erase: float = 0.0
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
+    options: DataOptions
+    processes: Processes
 
     def __len__(self) -> int:
-        return len(self.source.labels) // self.world_size // self.batch_size
+        return len(self.source) // self.processes.world_size // self.options.batch_size
 
     def indices(self, epoch: int, step: int) -> NDArray[np.int64]:
         """Return the indices of the images in a batch."""
-        order = _order(len(self.source.labels), self.seed, epoch)
-        first = step * self.batch_size
-        return order[self.rank :: self.world_size][first : first + self.batch_size]
+        order = _order(len(self.source), self.options.seed, epoch)
+        return _of_step(order, step, self.options, self.processes)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return images (N, H, W, 3) uint8, labels, source labels, and `lam`, the weights of the labels."""
-        epoch, step = place
-        images, labels, peaks = _read(self.source, self.indices(epoch, step), epoch, self.seed)
-        rng = _generator(_BATCH, self.seed, epoch, step, self.rank)
+    def load(self, epoch: int, step: int, replaced: dict[int, int], found: dict[int, str]) -> tuple[torch.Tensor, ...]:
+        """Return images (N, H, W, 3) uint8, labels, source labels, and `lam`, the weights of the labels.
+
+        `replaced` and `found` are those of `FolderImages.read`.
+        """
+        options = self.options
+        indices = self.indices(epoch, step)
+        images, labels, peaks = self.source.read(indices, epoch, options.seed, replaced, found)
+        rng = _generator(_BATCH, options.seed, epoch, step, self.processes.rank)
         source_labels, lam = labels, np.ones(len(labels), np.float32)
-        if self.mix is not None:
-            drawn = draw(rng, len(images), self.mix)
-            mode = None if self.mix.mode else drawn.mode
-            mixed = apply(self.mix, images, drawn.source_index, drawn.lam, mode, drawn.point, peaks=peaks)
+        if options.mix is not None:
+            drawn = draw(rng, len(images), options.mix)
+            mode = None if options.mix.mode else drawn.mode
+            mixed = apply(options.mix, images, drawn.source_index, drawn.lam, mode, drawn.point, peaks=peaks)
             images, source_labels, lam = mixed.images, labels[drawn.source_index], mixed.lam
-        mirrored = rng.random(len(images)) < self.hflip_prob
+        mirrored = rng.random(len(images)) < options.hflip_prob
         images[mirrored] = images[mirrored, :, ::-1]
         return tuple(torch.from_numpy(array) for array in (images, labels, source_labels, lam))
 
@@ -224,11 +223,11 @@ class TrainingBatches:
 
         Sides longer than the image are clipped.
         """
-        if not self.random_erase:
+        if not self.options.random_erase:
             return
         count, size = len(images), images.shape[-1]
-        rng = _generator(_ERASED, self.seed, epoch, step, self.rank)
-        chosen = rng.random(count) < self.random_erase
+        rng = _generator(_ERASED, self.options.seed, epoch, step, self.processes.rank)
+        chosen = rng.random(count) < self.options.random_erase
         area = rng.uniform(*ERASED_AREA, count)
         shortest, longest = np.log(ERASED_ASPECT_RATIO)
         ratio = np.exp(rng.uniform(shortest, longest, count))
@@ -245,27 +244,30 @@ class ValidationBatches:
     """Batches by epoch and step: each image once over all shards; the last batch of a shard may be short or empty."""
 
     source: Source
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
+    options: DataOptions
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        images, world_size = len(self.source), self.processes.world_size
+        if images < world_size:
+            msg = f"{images} validation images are too few for {world_size} processes"
+            raise ValueError(msg)
 
     def __len__(self) -> int:
-        largest_shard = -(-len(self.source.labels) // self.world_size)
-        return -(-largest_shard // self.batch_size)
+        largest_shard = -(-len(self.source) // self.processes.world_size)
+        return -(-largest_shard // self.options.batch_size)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return images (N, H, W, 3) uint8 and labels."""
-        _, step = place
-        shard = np.arange(self.rank, len(self.source.labels), self.world_size)
-        images, labels, _ = _read(self.source, shard[step * self.batch_size : (step + 1) * self.batch_size], 0, 0)
+    def load(self, epoch: int, step: int, replaced: dict[int, int], found: dict[int, str]) -> tuple[torch.Tensor, ...]:
+        """Return images (N, H, W, 3) uint8 and labels; the arguments are those of `TrainingBatches.load`."""
+        indices = _of_step(np.arange(len(self.source)), step, self.options, self.processes)
+        images, labels, _ = self.source.read(indices, 0, 0, replaced, found)
         return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def _read(
-    source: Source, indices: NDArray[np.int64], epoch: int, seed: int
-) -> tuple[Images, NDArray[np.int64], NDArray[np.int64] | None]:
-    images, peaks = source.read(indices, epoch, seed)
-    return images, np.array([source.labels[index] for index in indices], np.int64), peaks
+def _of_step(order: NDArray[np.int64], step: int, options: DataOptions, processes: Processes) -> NDArray[np.int64]:
+    """Return the part of `order` that is the batch of this process at a step."""
+    shard = order[processes.rank :: processes.world_size]
+    return shard[step * options.batch_size : (step + 1) * options.batch_size]
 
 
 class TorchLoader(Batches):
@@ -277,27 +279,24 @@ class TorchLoader(Batches):
     """
 
     def __init__(
-        self,
-        batches: TrainingBatches | ValidationBatches,
-        data_set: Data,
-        options: DataOptions,
-        device: torch.device,
-        *,
-        workers: int,
-        state: TorchLoaderState | None = None,
+        self, batches: TrainingBatches | ValidationBatches, *, workers: int, state: TorchLoaderState | None = None
     ) -> None:
+        options, device, source = batches.options, batches.processes.device, batches.source
         self._length = len(batches)
         self._epoch, self._step = (state["epoch"], state["step"]) if state else (0, 0)
-        self._bad: BadFiles | None = None
-        trains = isinstance(batches, TrainingBatches)
-        if isinstance(batches.source, FolderImages):
-            replaced = state.get("replaced") if state else None
-            at_most, report = options.max_bad_batches, batches.rank == 0
-            self._bad = BadFiles(batches.source.folder, at_most, replace=trains, replaced=replaced, report=report)
+        # Images in memory have no files, so none of these is bad.
+        folder = source.folder if isinstance(source, FolderImages) else ImageFolder(Path(), [], [], [])
+        self._bad = BadFiles(
+            folder,
+            options.max_bad_batches,
+            replace=isinstance(batches, TrainingBatches),
+            replaced=state.get("replaced") if state else None,
+            report=batches.processes.is_main,
+        )
         self._places: list[_Wanted] = []
         self._batches = batches
         self._loader: data.DataLoader[Any] = data.DataLoader(
-            _Attempts(batches, replace_bad=trains, one_thread=workers > 0),
+            _Attempts(batches, one_thread=workers > 0),
             batch_size=None,
             sampler=self._places,
             num_workers=workers,
@@ -311,16 +310,15 @@ class TorchLoader(Batches):
         )
         self._device = device
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        scaling = data_set.mean, data_set.std
+        scaling = options.mean, options.std
         self._mean, self._std = (255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in scaling)
 
     def _remaining(self) -> Iterator[tuple[torch.Tensor, ...]]:
         # An image appears once per epoch, so replacements found in this epoch matter from the next one on.
-        replaced = dict(self._bad.replaced) if self._bad else {}
+        replaced = dict(self._bad.replaced)
         self._places[:] = [_Wanted(self._epoch, step, replaced) for step in range(self._step, self._length)]
         for batch, found in self._loader:
             for index, why in found.items():
-                assert self._bad is not None
                 if index not in self._bad.replaced:  # two batches can meet the same bad replacement
                     self._bad.leave_out(index, why)
             if isinstance(batch, LoaderError):
@@ -335,33 +333,12 @@ class TorchLoader(Batches):
 
     def state(self) -> TorchLoaderState:
         """Return the state, from which a new loader resumes with the next batch."""
-        replaced = dict(self._bad.replaced) if self._bad else {}
-        return {"epoch": self._epoch, "step": self._step, "replaced": replaced}
+        return {"epoch": self._epoch, "step": self._step, "replaced": dict(self._bad.replaced)}
 
     @property
     def bad_files(self) -> list[str]:
         """The files that were left out, in the order in which they were found."""
-        return self._bad.names if self._bad else []
-
-
-def torch_training_loader(
-    data_set: Data, source: Source, options: DataOptions, processes: Processes, state: TorchLoaderState | None = None
-) -> TorchLoader:
-    """Return the training batches of this process, resumed from `state` if it is given."""
-    shard = options.seed, processes.rank, processes.world_size
-    batches = TrainingBatches(source, options.batch_size, options.mix, options.hflip_prob, options.random_erase, *shard)
-    return TorchLoader(batches, data_set, options, processes.device, workers=options.workers, state=state)
-
-
-def torch_validation_loader(
-    data_set: Data, source: Source, options: DataOptions, processes: Processes, *, workers: int
-) -> TorchLoader:
-    """Return the validation batches of this process, loaded by `workers` worker processes."""
-    if len(source.labels) < processes.world_size:
-        msg = f"{len(source.labels)} validation images are too few for {processes.world_size} processes"
-        raise ValueError(msg)
-    batches = ValidationBatches(source, options.batch_size, processes.rank, processes.world_size)
-    return TorchLoader(batches, data_set, options, processes.device, workers=workers)
+        return self._bad.names
 
 
 def _leave_signals_to_parent(_: int) -> None:
@@ -391,43 +368,16 @@ class _Wanted(NamedTuple):
 
 
 class _Attempts(data.Dataset[Any]):
-    """Loads each batch without unreadable files, and returns it with the reasons for these by index.
+    """Loads each batch, and returns it with the indices of the files that could not be read, and the reasons."""
 
-    A `LoaderError` is returned in place of the batch. Raised in a worker, it would arrive wrapped in a stack trace.
-    """
-
-    def __init__(self, batches: TrainingBatches | ValidationBatches, *, replace_bad: bool, one_thread: bool) -> None:
-        self._batches, self._replace_bad = batches, replace_bad
+    def __init__(self, batches: TrainingBatches | ValidationBatches, *, one_thread: bool) -> None:
+        self._batches = batches
         self._threads = 1 if one_thread else 0  # each worker has about one core
-        self._in_place: tuple[dict[int, int], TrainingBatches | ValidationBatches] = ({}, batches)
 
     def __getitem__(self, wanted: _Wanted) -> tuple[tuple[torch.Tensor, ...] | LoaderError, dict[int, str]]:
         found: dict[int, str] = {}
-        replaced = dict(wanted.replaced)
-        while True:
-            try:
-                with limited_to(self._threads):
-                    return self._made(wanted, replaced), found
-            except BadFileError as error:
-                index, source = replaced.get(error.index, error.index), self._batches.source
-                assert isinstance(source, FolderImages)
-                found[index] = error.why
-                try:
-                    replace_file(source.folder, index, replaced)
-                except LoaderError as none_left:
-                    return none_left, found
-            except LoaderError as error:
-                return error, found
-
-    def _made(self, wanted: _Wanted, replaced: dict[int, int]) -> tuple[torch.Tensor, ...]:
-        if self._in_place[0] != replaced:
-            source = self._batches.source
-            assert isinstance(source, FolderImages)
-            files, labels = in_place(source.folder, replaced, replace=self._replace_bad)
-            source = replace(source, folder=replace(source.folder, files=files, labels=labels))
-            self._in_place = replaced.copy(), replace(self._batches, source=source)
-        batch = self._in_place[1][wanted.epoch, wanted.step]
-        if self._replace_bad or not replaced:
-            return batch
-        of_good_files = batch[1] >= 0
-        return tuple(tensor[of_good_files] for tensor in batch)
+        try:
+            with limited_to(self._threads):
+                return self._batches.load(wanted.epoch, wanted.step, dict(wanted.replaced), found), found
+        except LoaderError as error:  # raised in a worker, it would arrive wrapped in a stack trace
+            return error, found

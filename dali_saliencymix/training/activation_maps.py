@@ -122,5 +122,5 @@ def _centre_crop(file: str | Path, resize_size: int, crop_size: int) -> np.ndarr
         msg = f"{file}: {why}"
         raise ValueError(msg)
     folder = ImageFolder(Path(file).parent, [""], [str(file)], [0])
-    images, _ = FolderImages(folder, crop_size, resize_size=resize_size).read(np.zeros(1, np.int64), 0, 0)
+    images, *_ = FolderImages(folder, crop_size, resize_size=resize_size).read(np.zeros(1, np.int64), 0, 0, {}, {})
     return images[0]
