@@ -13,7 +13,7 @@ from dali_saliencymix.bottleneck.training import training_source
 from dali_saliencymix.datasets.sample_data import make_sample_data
 from dali_saliencymix.loaders.cifar import CifarData
 from dali_saliencymix.loaders.data import open_data
-from dali_saliencymix.loaders.imagenet import FolderData
+from dali_saliencymix.loaders.folder import FolderData
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure import windows
 from dali_saliencymix.training.arguments import parse_arguments

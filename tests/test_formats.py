@@ -17,7 +17,7 @@ from dali_saliencymix.datasets.damage import EXCLUDED, examine, why_unusable
 from dali_saliencymix.datasets.formats import LOOKED_AT, find_refused
 from dali_saliencymix.datasets.image_folder import EXTENSIONS, ImageFolder
 from dali_saliencymix.loaders.base import LoaderError
-from dali_saliencymix.loaders.imagenet import FolderData
+from dali_saliencymix.loaders.folder import FolderData
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.pixels import IMAGENET_IN_GREY_LEVELS

@@ -12,7 +12,8 @@ from dali_saliencymix.bottleneck.sources import OF_PIPELINES, Settings, Source, 
 from dali_saliencymix.loaders.base import chosen_backend
 from dali_saliencymix.loaders.dali import process_on
 from dali_saliencymix.loaders.data import open_data
-from dali_saliencymix.loaders.imagenet import FolderData, training_arguments, training_builder
+from dali_saliencymix.loaders.folder import FolderData, training_arguments
+from dali_saliencymix.loaders.imagenet import training_builder
 from dali_saliencymix.loaders.options import DataOptions
 from dali_saliencymix.loaders.processes import Processes
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
@@ -72,7 +73,7 @@ def training_source(training: TrainingOptions, processes: Processes, *, images: 
     def defined(changed: Settings) -> Any:
         assert isinstance(data, FolderData)
         arguments = training_arguments(with_changes(changed), processes)
-        return training_builder(**arguments)(data.train.files, data.train.labels, None)
+        return training_builder(**arguments)(data.train.files, data.train.labels)
 
     is_split = isinstance(data, FolderData) and backend in ("dali-gpu", "dali-cpu")
     what = "pipeline" if is_split else f"loader, {options.dataset} by {backend}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -22,9 +22,9 @@ from dali_saliencymix.loaders.processes import Processes
 
 OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; validation has the first two
 
-# Builds the pipeline that reads these files and labels, from the start or from a checkpoint. Its reader is named
-# "reader" and pads its last batch.
-Build = Callable[[Sequence[str], Sequence[int], bytes | None], Pipeline]
+# Builds the pipeline that reads these files and labels, from the start or from the keyword `checkpoint`. Its reader is
+# named "reader" and pads its last batch.
+Build = Callable[..., Pipeline]
 
 
 class LoaderState(TypedDict):
@@ -83,7 +83,7 @@ class Loader(Batches):
 
     def _start(self, checkpoint: bytes | None) -> None:
         files, labels = self._bad.in_place()
-        pipeline = self._build(files, labels, checkpoint)
+        pipeline = self._build(files, labels, checkpoint=checkpoint)
         # Not `_iterator`: Lightning sets an attribute of this name to None at the end of a training.
         self._dali = _iterate(pipeline, self._drop_last)
         meta = pipeline.reader_meta("reader")
@@ -160,9 +160,10 @@ class Loader(Batches):
         # The same pipeline, with one readable image for all files and indices as labels, does not fail at that batch.
         count = len(self._folder)
         readable = self._folder.files[stand_in(self._folder, -1, self._bad.replaced)]
-        iterator = _iterate(self._build([readable] * count, range(count), checkpoint), self._drop_last)
+        pipeline = self._build([readable] * count, range(count), checkpoint=checkpoint)
+        iterator = _iterate(pipeline, self._drop_last)
         labels = next(iterator)[0]["labels"].flatten().tolist()
-        del iterator
+        del iterator, pipeline
         gc.collect()
         return sorted(set(labels))
 

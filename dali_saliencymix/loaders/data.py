@@ -32,7 +32,7 @@ def open_data(options: DataOptions, classes: list[str] | None = None) -> Data:
 
         return open_synthetic(options, classes)
     if options.dataset == "folder":
-        from dali_saliencymix.loaders.imagenet import open_folder
+        from dali_saliencymix.loaders.folder import open_folder
 
         return open_folder(options, classes)
     from dali_saliencymix.loaders.cifar import open_cifar

@@ -8,10 +8,8 @@ Both pipelines apply the EXIF orientation of images. torchvision's ``ImageFolder
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +22,11 @@ from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import Stage, marked, to_device
 from dali_saliencymix._routes import route_of
 from dali_saliencymix.datasets.formats import is_looked_at
-from dali_saliencymix.datasets.image_folder import ImageFolder, list_image_folder
+from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders.augmentation import auto_augmented, erased
-from dali_saliencymix.loaders.base import Batches, Data, check_share, chosen_backend, fingerprint_of, validated
-from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments, process_on
-from dali_saliencymix.loaders.options import AUTO_AUGMENT, DataOptions
-from dali_saliencymix.loaders.processes import Processes
-from dali_saliencymix.loaders.torch import FolderImages, TorchLoader, TrainingBatches, ValidationBatches, policy_of
+from dali_saliencymix.loaders.base import check_share
+from dali_saliencymix.loaders.dali import Build, Loader, LoaderState, define, device_arguments
+from dali_saliencymix.loaders.options import AUTO_AUGMENT
 from dali_saliencymix.options import MixOptions
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD, check_channels, check_scaling, in_grey_levels
 
@@ -40,8 +36,6 @@ _WIDTH_HINT, _HEIGHT_HINT = 5980, 6430
 # The first two bytes of JPEG, PNG and WebP files, as integers.
 _BEGINNINGS = [int.from_bytes(two, "little") for two in (b"\xff\xd8", b"\x89P", b"RI")]
 _BEYOND = 3  # one past the end of a shape: slicing from there is an error
-
-_FILES_LOOKED_AT = 1000  # the sizes of all of ImageNet's files would take minutes on a file server
 
 
 @pipeline_def(enable_checkpointing=True)
@@ -401,34 +395,7 @@ def _builder(
     **options: Any,
 ) -> Build:
     options |= {"shard_id": rank, "num_shards": world_size, "prefetch_queue_depth": prefetch}
-    options |= device_arguments(torch.device(device))
-    return lambda files, labels, checkpoint: define(pipeline, files, labels, checkpoint=checkpoint, **options)
-
-
-def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
-    """Return the arguments of `training_loader` for the options of a run."""
-    return {
-        **_common_arguments(options, processes),
-        "crop_size": options.train_crop_size,
-        **{name: getattr(options, name) for name in ("auto_augment", "ra_magnitude", "color_jitter", "random_erase")},
-        **{name: getattr(options, name) for name in ("min_crop_area", "hflip_prob", "mix", "seed")},
-    }
-
-
-def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
-    return {
-        "batch_size": options.batch_size,
-        "num_threads": options.workers,
-        "prefetch": options.prefetch,
-        "hw_decoder_load": options.hw_decoder_load,
-        "device": processes.device,
-        "process_on": process_on(options, processes),
-        "channels_last": options.channels_last,
-        "mean": options.mean,
-        "std": options.std,
-        "rank": processes.rank,
-        "world_size": processes.world_size,
-    }
+    return functools.partial(define, pipeline, **options, **device_arguments(torch.device(device)))
 
 
 def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batches: int = 0, **options: Any) -> Loader:
@@ -453,98 +420,3 @@ def validation_loader(folder: ImageFolder, *, world_size: int = 1, max_bad_batch
     build = _builder(validation_pipeline, world_size=world_size, **options)
     common = {"channels_last": options.get("channels_last", False), "max_bad_batches": max_bad_batches}
     return Loader(build, folder, drop_last=False, rank=options.get("rank", 0), **common)
-
-
-def open_folder(options: DataOptions, classes: list[str] | None = None) -> FolderData:
-    """List the images in `options.train_dir` and `options.val_dir`; if `classes` is given, only the latter."""
-    if options.train_dir is None or options.val_dir is None:
-        msg = (
-            f"train_dir and val_dir must be given with dataset 'folder', got {options.train_dir} and {options.val_dir}"
-        )
-        raise ValueError(msg)
-    if classes is not None:
-        train = ImageFolder(options.train_dir, classes, [], [])
-    else:
-        train = list_image_folder(options.train_dir)
-        if len(train.classes) < 2:
-            msg = f"{options.train_dir}: only one class, {train.classes[0]!r}; there must be at least two"
-            raise ValueError(msg)
-        if options.train_list is not None:
-            train = _those_of_list(train, options.train_list, "--train-list")
-    val = list_image_folder(options.val_dir, classes=train.classes)
-    if options.val_list is not None:
-        val = _those_of_list(val, options.val_list, "--val-list")
-    counts = len(train), len(val)
-    fingerprint = fingerprint_of(options, *counts, *_names_and_sizes(train))
-    return FolderData(train.classes, *counts, train.root, fingerprint, options.mean, options.std, train, val)
-
-
-@dataclass(frozen=True)
-class FolderData(Data):
-    """Two folders of images, with one folder for each class."""
-
-    train: ImageFolder
-    val: ImageFolder
-
-    def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
-        """Return the training batches of this process, resumed from `state` if it is given."""
-        check_share(len(self.train), processes.world_size, options.batch_size, self.root)
-        if chosen_backend(options) == "pytorch":
-            sizes = options.train_crop_size, options.min_crop_area
-            images = FolderImages(self.train, *sizes, options.color_jitter, policy=policy_of(options))
-            batches = TrainingBatches(images, options, processes)
-            return TorchLoader(batches, workers=options.workers, state=state)
-        arguments = training_arguments(options, processes)
-        return training_loader(self.train, max_bad_batches=options.max_bad_batches, state=state, **arguments)
-
-    def val_loader(self, options: DataOptions, processes: Processes) -> Batches:
-        """Return the validation batches of this process; over all processes, each image of `validated` appears once."""
-        val = self.val.take(validated(len(self.val), options, processes))
-        sizes = {"resize_size": options.val_resize_size, "crop_size": options.val_crop_size}
-        if chosen_backend(options) == "pytorch":
-            images = FolderImages(val, **sizes)
-            return TorchLoader(ValidationBatches(images, options, processes), workers=options.workers)
-        arguments = {**_common_arguments(options, processes), **sizes}
-        return validation_loader(val, max_bad_batches=options.max_bad_batches, **arguments)
-
-
-def _those_of_list(folder: ImageFolder, path: Path, option: str) -> ImageFolder:
-    """Select the images whose relative paths are the lines of a text file; the order of the folder is kept."""
-    wanted: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        msg = f"{option} {path}: not UTF-8 text: {error.reason} at byte {error.start}"
-        raise ValueError(msg) from error
-    for number, line in enumerate(lines, start=1):
-        if line and wanted.setdefault(line, number) != number:
-            msg = f"{option} {path}, line {number}: the same image as in line {wanted[line]}: {line}"
-            raise ValueError(msg)
-    kept = [number for number, name in enumerate(_relative_names(folder)) if wanted.pop(name, 0)]
-    if wanted:
-        line, number = next(iter(wanted.items()))
-        msg = f"{option} {path}, line {number}: no such image in {folder.root}: {line}"
-        raise ValueError(msg)
-    if not kept:
-        msg = f"{option} {path}: lists no images"
-        raise ValueError(msg)
-    return folder.take(kept)
-
-
-def _relative_names(folder: ImageFolder) -> list[str]:
-    start = len(str(folder.root / "x")) - 1
-    return [file[start:] for file in folder.files]
-
-
-def _names_and_sizes(folder: ImageFolder) -> tuple[bytes, bytes]:
-    """Return the names of all files, and the sizes of an evenly spaced subset."""
-    step = max(len(folder) // _FILES_LOOKED_AT, 1)
-    sizes = [_size(file) for file in folder.files[::step]]
-    return "\n".join(_relative_names(folder)).encode(), "\n".join(sizes).encode()
-
-
-def _size(file: str) -> str:
-    try:
-        return str(os.stat(file).st_size)
-    except OSError:  # a broken link or another bad file: the loader reports it when it reads the file
-        return "none"
