@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from shared.batches import assert_equal_batches, epoch, epochs_with_states, ids
 
 from dali_saliencymix.datasets.image_folder import list_image_folder
@@ -24,9 +25,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of 32 images whose labels are their numbers."""
+    """A folder of 32 images whose labels are their numbers; one is a BMP file, whose header is checked in advance."""
     root = tmp_path_factory.mktemp("data")
     make_sample_data(root, train=4, val=1)
+    rare = root / "train" / "red_square" / "00003.jpg"
+    Image.open(rare).convert("RGB").save(rare.with_suffix(".bmp"))
+    rare.unlink()
     listed = list_image_folder(root / "train")
     return replace(listed, labels=list(range(len(listed))))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from dali_saliencymix.datasets.damage import why_unusable
-from dali_saliencymix.datasets.formats import find_refused
+from dali_saliencymix.datasets.formats import find_refused, is_looked_at
 from dali_saliencymix.datasets.image_folder import ImageFolder
 from dali_saliencymix.loaders.base import LoaderError
 
@@ -34,6 +34,9 @@ class BadFiles:
     ----------
     replaced : dict from int to int
         Index of the replacement for each bad file, in the order in which the bad files were found.
+    rare_formats : bool
+        Whether the folder has files, other than refused ones, with an extension in
+        `dali_saliencymix.datasets.formats.LOOKED_AT`.
 
     Raises
     ------
@@ -52,7 +55,9 @@ class BadFiles:
     ) -> None:
         self.folder, self.replaced = folder, dict(replaced or {})
         self._at_most, self._replace = at_most, replace
-        for index, why in find_refused(folder.files).items():
+        refused = find_refused(folder.files)
+        self.rare_formats = sum(map(is_looked_at, folder.files)) > len(refused)
+        for index, why in refused.items():
             if index not in self.replaced:
                 self._leave_out(
                     index, why, "a file is refused", f"files are refused, at most {at_most} are allowed", report=report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -22,8 +22,8 @@ from dali_saliencymix.loaders.processes import Processes
 
 OUTPUTS = ("images", "labels", "source_labels", "lam")  # of a training pipeline; validation has the first two
 
-# Builds the pipeline that reads these files and labels, from the start or from the keyword `checkpoint`. Its reader is
-# named "reader" and pads its last batch.
+# Builds the pipeline that reads these files and labels, from the start or from the keyword `checkpoint`; `rare_formats`
+# is a keyword too. Its reader is named "reader" and pads its last batch.
 Build = Callable[..., Pipeline]
 
 
@@ -82,8 +82,7 @@ class Loader(Batches):
             raise LoaderError(msg) from error
 
     def _start(self, checkpoint: bytes | None) -> None:
-        files, labels = self._bad.in_place()
-        pipeline = self._build(files, labels, checkpoint=checkpoint)
+        pipeline = self._pipeline(*self._bad.in_place(), checkpoint)
         # Not `_iterator`: Lightning sets an attribute of this name to None at the end of a training.
         self._dali = _iterate(pipeline, self._drop_last)
         meta = pipeline.reader_meta("reader")
@@ -91,6 +90,10 @@ class Loader(Batches):
         self._length = smallest_shard // pipeline.max_batch_size if self._drop_last else len(self._dali)
         self._started_from: bytes | None = checkpoint
         self._gave_none = True
+
+    def _pipeline(self, files: Sequence[str], labels: Sequence[int], checkpoint: bytes | None) -> Pipeline:
+        # A checkpoint does not fit a graph with other operators, so these must not depend on `files`.
+        return self._build(files, labels, checkpoint=checkpoint, rare_formats=self._bad.rare_formats)
 
     def _remaining(self) -> Iterator[tuple[torch.Tensor, ...]]:
         while True:
@@ -160,7 +163,7 @@ class Loader(Batches):
         # The same pipeline, with one readable image for all files and indices as labels, does not fail at that batch.
         count = len(self._folder)
         readable = self._folder.files[stand_in(self._folder, -1, self._bad.replaced)]
-        pipeline = self._build([readable] * count, range(count), checkpoint=checkpoint)
+        pipeline = self._pipeline([readable] * count, range(count), checkpoint)
         iterator = _iterate(pipeline, self._drop_last)
         labels = next(iterator)[0]["labels"].flatten().tolist()
         del iterator, pipeline

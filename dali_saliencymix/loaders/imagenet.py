@@ -61,6 +61,7 @@ def training_pipeline(
     num_shards: int = 1,
     shuffle_seed: int = 0,
     hw_decoder_load: float = 0.65,
+    rare_formats: bool | None = None,
 ) -> tuple[DataNode, DataNode, DataNode, DataNode]:
     """Decode a random crop, resize, augment, jitter colours, mix, flip at random, normalise, erase.
 
@@ -103,6 +104,10 @@ def training_pipeline(
         Seed of the file order. It must be the same for all shards, or they overlap.
     hw_decoder_load : float
         Fraction of the images that the GPU's hardware JPEG decoder decodes, if there is one.
+    rare_formats : bool, optional
+        Whether to accept other contents than JPEG, PNG and WebP in files with an extension in
+        `dali_saliencymix.datasets.formats.LOOKED_AT`; by default, whether `files` has such a file. A checkpoint fits
+        only a pipeline with the same value.
 
     Returns
     -------
@@ -132,7 +137,7 @@ def training_pipeline(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
     )
     start, shape = fn.random_crop_generator(
-        image_shape(encoded, files),
+        image_shape(encoded, files, rare_formats),
         random_area=[min_crop_area, 1.0],
         random_aspect_ratio=[3 / 4, 4 / 3],
         num_attempts=10,
@@ -174,6 +179,7 @@ def validation_pipeline(
     shard_id: int = 0,
     num_shards: int = 1,
     hw_decoder_load: float = 0.65,
+    rare_formats: bool | None = None,
 ) -> tuple[DataNode, DataNode]:
     """Decode, resize the short side, crop the centre, normalise.
 
@@ -183,8 +189,10 @@ def validation_pipeline(
         Length of the short side before the crop, in pixels.
     crop_size : int
         Height and width of the crop, at most `resize_size`.
-    files, labels, mean, std, process_on, device, fp16, channels_last, shard_id, num_shards, hw_decoder_load
+    files, labels, mean, std, process_on, device, fp16, channels_last, shard_id, num_shards
         As for `training_pipeline`. The last batch is padded with its last image; the iterator drops the padding.
+    hw_decoder_load, rare_formats
+        As for `training_pipeline`.
 
     Returns
     -------
@@ -196,7 +204,7 @@ def validation_pipeline(
         raise ValueError(msg)
     scaling = _scaling(mean, std)
     encoded, label = read_files(files, labels, shard_id, num_shards)
-    shape = image_shape(encoded, files)[:2]
+    shape = image_shape(encoded, files, rare_formats)[:2]
     images = decode_window(encoded, shape * 0, shape, process_on or device, hw_decoder_load)
     # Size and centre as in torchvision: the long side is rounded down, half a pixel to even. DALI's own rounding
     # differs by one pixel for half of the ImageNet images.
@@ -228,11 +236,11 @@ def read_files(
 
 
 @do_not_convert
-def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
+def image_shape(encoded: DataNode, files: Sequence[str], rare_formats: bool | None = None) -> DataNode:
     """Return the shape (rows, columns, channels) of images, from their headers.
 
-    The pipeline fails at contents that are not JPEG, PNG or WebP, unless the file name ends in one of
-    `dali_saliencymix.datasets.formats.LOOKED_AT`: only the headers of these files were checked before.
+    The pipeline fails at contents that are not JPEG, PNG or WebP, unless `rare_formats` accepts them, as described at
+    `training_pipeline`: only the headers of these files were checked before.
     """
     # DALI runs CPU operators one after the other. Even on a batch of single numbers, each takes as long as decoding
     # some images. So there should be few of them, and none should copy the files.
@@ -240,7 +248,7 @@ def image_shape(encoded: DataNode, files: Sequence[str]) -> DataNode:
     first = fn.lookup_table(
         beginning, keys=_BEGINNINGS, values=[0] * len(_BEGINNINGS), default_value=_BEYOND, dtype=types.INT32
     )
-    if any(map(is_looked_at, files)):
+    if rare_formats or (rare_formats is None and any(map(is_looked_at, files))):
         # .jpg, .jpeg and .png end in g, .webp has a b before its last letter; 0xDF maps to upper case.
         name = fn.get_property(encoded, key="source_info")
         unseen = ((name[-1] & 0xDF) == ord("G")) | ((name[-2] & 0xDF) == ord("B"))
