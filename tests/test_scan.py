@@ -150,7 +150,7 @@ def test_too_small_depends_on_the_option(data):
 def test_a_file_that_kills_or_holds_its_process_is_named_and_all_others_are_examined(task, kind):
     files = [f"file{number}" for number in range(36)]
     files[33] = "bad"
-    results = dict(examined_in_processes(files, task, workers=2, timeout=3))
+    results = dict(examined_in_processes(files, task, workers=2, timeout=1))
     assert sorted(results) == list(range(36))
     assert list(results.pop(33).findings) == [kind]
     assert all(found.findings == {"words": files[number]} for number, found in results.items())
@@ -162,10 +162,10 @@ def test_a_file_that_never_ends_is_given_up(tmp_path, monkeypatch):
     pipe.touch()
     monkeypatch.setattr(scan_module, "list_image_folder", list_image_folder)  # so that monkeypatch restores it
     stall_once_listed(scan_module, pipe)
-    result = scan(tmp_path / "data", timeout=3)
+    result = scan(tmp_path / "data", timeout=1)
     (finding,) = result.report["parts"]["val"]["findings"]
     assert (finding["file"], finding["kind"]) == ("red_square/pipe.jpg", "timed_out")
-    assert finding["words"] == "not done after 3 seconds"
+    assert finding["words"] == "not done after 1 seconds"
     assert len(result.lists["val"]) == 8
 
 
