@@ -141,6 +141,23 @@ def _detects_before_padding(mix: MixOptions, padding: int) -> bool:
     return "saliencymix" in mix.modes and padding > 0
 
 
+def _check_with_padding(mix: MixOptions, padding: int) -> None:
+    """Refuse the options that need a saliency map of the padded image."""
+    for name, value in (("source", mix.source), ("destination", mix.destination)):
+        if value == "non_salient":
+            msg = (
+                f"--{name} must not be non_salient with --crop-padding {padding}: the least salient pixel could "
+                "lie in the padding; use --crop-padding 0"
+            )
+            raise ValueError(msg)
+    if mix.label_weight != "area":
+        msg = (
+            f"--label-weight must be area with --crop-padding {padding}, got {mix.label_weight}: the saliency maps "
+            "would be those of padded images; use --crop-padding 0"
+        )
+        raise ValueError(msg)
+
+
 @do_not_convert
 def _moved(peaks: DataNode, corner: DataNode, size: int) -> DataNode:
     """Return the peaks in coordinates of the crop; peaks outside it move to its edge, never into the padding."""
@@ -226,24 +243,12 @@ class CifarData(Data):
     def train_loader(self, options: DataOptions, processes: Processes, *, state: Any = None) -> Batches:
         """Return the training batches of this process, resumed from `state` if it is given."""
         check_share(len(self.train), processes.world_size, options.batch_size, self.root)
-        mix, padding = options.mix, options.crop_padding
-        before = mix is not None and _detects_before_padding(mix, padding)
-        for name in ("source", "destination") if before else ():
-            if getattr(mix, name) == "non_salient":
-                msg = (
-                    f"--{name} must not be non_salient with --crop-padding {padding}: the least salient pixel could "
-                    "lie in the padding; use --crop-padding 0"
-                )
-                raise ValueError(msg)
-        if before and mix is not None and mix.label_weight != "area":
-            msg = (
-                f"--label-weight must be area with --crop-padding {padding}, got {mix.label_weight}: the saliency maps "
-                "would be those of padded images; use --crop-padding 0"
-            )
-            raise ValueError(msg)
+        mix, saliency = options.mix, None
+        if mix is not None and _detects_before_padding(mix, options.crop_padding):
+            _check_with_padding(mix, options.crop_padding)
+            saliency = mix.saliency
         if chosen_backend(options) == "pytorch":
-            saliency = mix.saliency if mix is not None and before else None
-            images = PaddedImages(self.train, padding, saliency, policy_of(options))
+            images = PaddedImages(self.train, options.crop_padding, saliency, policy_of(options))
             batches = TrainingBatches(images, options, processes)
             return TorchLoader(batches, workers=options.workers, state=state)
         return _CifarLoader(self.train, options, processes, state)
