@@ -73,25 +73,23 @@ class FolderData(Data):
 
 def training_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
     """Return the arguments of `training_loader` for the options of a run."""
+    names = ("min_crop_area", "hflip_prob", "auto_augment", "ra_magnitude", "color_jitter", "random_erase")
     return {
         **_common_arguments(options, processes),
+        **{name: getattr(options, name) for name in names},
         "crop_size": options.train_crop_size,
-        **{name: getattr(options, name) for name in ("auto_augment", "ra_magnitude", "color_jitter", "random_erase")},
-        **{name: getattr(options, name) for name in ("min_crop_area", "hflip_prob", "mix", "seed")},
+        "mix": options.mix,
+        "seed": options.seed,
     }
 
 
 def _common_arguments(options: DataOptions, processes: Processes) -> dict[str, Any]:
+    names = ("batch_size", "prefetch", "hw_decoder_load", "channels_last", "mean", "std")
     return {
-        "batch_size": options.batch_size,
+        **{name: getattr(options, name) for name in names},
         "num_threads": options.workers,
-        "prefetch": options.prefetch,
-        "hw_decoder_load": options.hw_decoder_load,
         "device": processes.device,
         "process_on": process_on(options, processes),
-        "channels_last": options.channels_last,
-        "mean": options.mean,
-        "std": options.std,
         "rank": processes.rank,
         "world_size": processes.world_size,
     }

@@ -296,7 +296,7 @@ class TorchLoader(Batches):
         self._places: list[_Wanted] = []
         self._batches = batches
         self._loader: data.DataLoader[Any] = data.DataLoader(
-            _Attempts(batches, one_thread=workers > 0),
+            _Attempts(batches, threads=1 if workers else 0),  # each worker has about one core
             batch_size=None,
             sampler=self._places,
             num_workers=workers,
@@ -370,9 +370,8 @@ class _Wanted(NamedTuple):
 class _Attempts(data.Dataset[Any]):
     """Loads each batch, and returns it with the indices of the files that could not be read, and the reasons."""
 
-    def __init__(self, batches: TrainingBatches | ValidationBatches, *, one_thread: bool) -> None:
-        self._batches = batches
-        self._threads = 1 if one_thread else 0  # each worker has about one core
+    def __init__(self, batches: TrainingBatches | ValidationBatches, *, threads: int) -> None:
+        self._batches, self._threads = batches, threads
 
     def __getitem__(self, wanted: _Wanted) -> tuple[tuple[torch.Tensor, ...] | LoaderError, dict[int, str]]:
         found: dict[int, str] = {}
