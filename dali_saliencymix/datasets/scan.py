@@ -308,14 +308,12 @@ def scan_table(result: Scan) -> str:
     for name, part in report["parts"].items():
         usable = part["files"] - part["excluded"]
         lines.append(f"{name}: {part['files']} files in {part['classes']} classes, {usable} usable")
-        firsts: dict[str, dict[str, Any]] = {}
-        for finding in part["findings"]:
-            firsts.setdefault(finding["kind"], finding)
-        for kind in (kind for kind in (*EXCLUDED, *NOTED) if kind in firsts):
-            first = firsts[kind]
-            fate = "excluded" if first["excluded"] else "kept"
-            file = ascii(first["file"]) if kind == "unlistable" else first["file"]
-            lines.append(f"  {kind:14} {part['counts'][kind]:8}  {fate:8}  {file}: {first['words']}")
+        firsts = {finding["kind"]: finding for finding in reversed(part["findings"])}
+        for kind in (*EXCLUDED, *NOTED):
+            if first := firsts.get(kind):
+                fate = "excluded" if first["excluded"] else "kept"
+                file = ascii(first["file"]) if kind == "unlistable" else first["file"]
+                lines.append(f"  {kind:14} {part['counts'][kind]:8}  {fate:8}  {file}: {first['words']}")
         sizes = part["short_side"]
         if sizes:
             lines.append(f"  short side {sizes['min']:g} to {sizes['max']:g} pixels, median {sizes['median']:g}")

@@ -17,7 +17,7 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import DataNode, Pipeline, do_not_convert
 
-from dali_saliencymix._checks import check_choice
+from dali_saliencymix._checks import check_choice, check_fraction
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import Stage, marked, to_device
 from dali_saliencymix._routes import route_of
@@ -126,12 +126,8 @@ def training_pipeline(
     if not 0 <= ra_magnitude <= 30:
         msg = f"ra_magnitude must be in [0, 30], got {ra_magnitude}"
         raise ValueError(msg)
-    if not 0 <= color_jitter <= 1:
-        msg = f"color_jitter must be in [0, 1], got {color_jitter}"
-        raise ValueError(msg)
-    if not 0 <= random_erase <= 1:
-        msg = f"random_erase must be in [0, 1], got {random_erase}"
-        raise ValueError(msg)
+    check_fraction(color_jitter, "color_jitter")
+    check_fraction(random_erase, "random_erase")
     mean, std = _scaling(mean, std)
     encoded, label = read_files(
         files, labels, shard_id, num_shards, shuffle_after_epoch=True, shuffle_after_epoch_seed=shuffle_seed
