@@ -31,7 +31,7 @@ from dali_saliencymix.bottleneck.display import comparison_text, report_text
 from dali_saliencymix.bottleneck.report import build_report, compare, load_report, save_report
 from dali_saliencymix.bottleneck.sources import PipelineBatches, Source, load_function, loader_source, pipeline_source
 from dali_saliencymix.bottleneck.storage import PASSES, StorageRates, measure_storage
-from dali_saliencymix.bottleneck.verdict import Figures, Stage, decide
+from dali_saliencymix.bottleneck.verdict import Figures, RankFigures, Stage, decide
 from dali_saliencymix.bottleneck.whatifs import measured_rows, predicted_rows
 from dali_saliencymix.measure import page_cache, windows
 from dali_saliencymix.measure.figures import Interval
@@ -284,8 +284,8 @@ def figures_of(**rates):
 def test_predictions_for_a_training_that_reads_from_storage_start_from_what_storage_allows():
     rates = {"step": 400, "loader": 500, "end": 380}
 
-    def rows_of(cold, reads_cold):
-        figures = dataclasses.replace(figures_of(**rates, cold=cold), reads_cold=reads_cold)
+    def rows_of(cold, reads_cold, ranks=()):
+        figures = dataclasses.replace(figures_of(**rates, cold=cold), reads_cold=reads_cold, ranks=ranks)
         rows = predicted_rows(figures, images=100, epoch_images=10_000, threads=2)
         return {row["what"]: row for row in rows}
 
@@ -310,6 +310,9 @@ def test_predictions_for_a_training_that_reads_from_storage_start_from_what_stor
     assert warm["epoch as it is"]["value"] == pytest.approx(10_000 / 380)
     assert warm["a step twice as fast"]["text"] == "a step twice as fast: 475 images/s, 1.25 times the present rate"
     assert warm == rows_of(cold=None, reads_cold=False)
+    of_four = rows_of(cold=100, reads_cold=False, ranks=(RankFigures(None, None),) * 4)  # rates are those of one
+    for row in ("epoch as it is", "epoch without a stall"):
+        assert of_four[row]["value"] == pytest.approx(warm[row]["value"] / 4)
     rates |= {"loader": 300}  # less than was measured together with a step
     assert "a step twice as fast" not in rows_of(cold=None, reads_cold=False)
     rates |= {"loader": 500, "step": None, "end": None}  # the loader alone
@@ -770,6 +773,12 @@ def test_what_a_loader_needs_to_begin_is_not_taken_for_storage(tmp_path, monkeyp
     assert stored.from_storage(10.0) == pytest.approx([30.0] * PASSES)
 
 
+def test_storage_makes_no_loader_faster():
+    stored = StorageRates(cold_ms=[40.0, 8.0], warm_ms=[20.0, 9.0], read_cold_ms=[3.0, 1.0])
+    assert stored.from_storage(10.0) == (30.0, 10.0)
+    assert stored.reading(2.0) == (3.0, 2.0)
+
+
 # Windows.
 
 
@@ -790,13 +799,22 @@ def test_windows_do_not_count_prefetched_batches(monkeypatch):
 
     gather = windows.gather
     monkeypatch.setattr(windows, "gather", lambda value: (value is None and log.append("all wait"), gather(value))[1])
-    found = Meter().in_turns({"a": Logged(name="a"), "b": Logged(name="b")}, seconds=0.01, rounds=5)
+    subjects = {"a": Logged(name="a"), "b": Logged(name="b")}
+    found = Meter(lambda: log.append("device")).in_turns(subjects, seconds=0.01, rounds=5)
     assert {name: len(ms) for name, ms in found.ms.items()} == {"a": 5, "b": 5}
-    counted = [log[-30:][start : start + 3] for start in range(0, 30, 3)]
-    assert sorted(name for _, (name, _), _ in counted) == ["a"] * 5 + ["b"] * 5
-    for waits, (name, settles), (also, count) in counted:
+    counted = [log[-50:][start : start + 5] for start in range(0, 50, 5)]
+    assert sorted(name for _, (name, _), *_ in counted) == ["a"] * 5 + ["b"] * 5
+    for waits, (name, settles), begins, (also, count), ends in counted:
         assert (waits, settles, also) == ("all wait", "settle", name)
+        assert begins == ends == "device"
         assert count == found.steps[name]
+
+
+def test_a_subject_settles_by_discarding_what_was_prefetched():
+    """Three batches wait in the queue, and one more may have been begun."""
+    batches = Batches([[np.full((1, 1), number)] for number in range(9)], ahead=3)
+    Subject(batches).settle()
+    assert batches.next()[0].item() == 5  # the first was taken to look at
 
 
 def test_steps_alone_and_steps_with_the_loader_have_windows_of_one_length(clock):

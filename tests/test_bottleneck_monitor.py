@@ -55,6 +55,22 @@ def test_only_the_last_steps_count():
     assert monitor.steps == 30
 
 
+def test_the_share_of_an_epoch_counts_all_its_steps_and_no_other():
+    clock = Clock()
+    monitor = Monitor(clock=clock)
+    for wait in (3.0, 1.0):
+        for _ in range(2):
+            clock.now += 50.0  # between epochs
+            monitor.start()
+            for _ in range(4):
+                monitor.ask()
+                clock.now += wait
+                monitor.arrived()
+                clock.now += 1.0
+            assert (monitor.waited, monitor.seconds) == (4 * wait, 4 * (wait + 1))
+            assert monitor.epoch_wait_share == wait / (wait + 1)
+
+
 def test_before_the_second_step_nothing_is_known():
     monitor, _ = watched([1.0], [1.0], batch_size=4)
     assert set(monitor.summary().values()) == {None}

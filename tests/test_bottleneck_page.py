@@ -233,3 +233,9 @@ def test_the_page_is_a_file_in_a_folder_that_is_made(tmp_path):
     path = tmp_path / "made" / "report.html"
     save_page(REPORTS["loader"], path)
     assert path.read_text() == page_html(REPORTS["loader"])
+
+
+def test_a_stage_whose_range_reaches_0_is_below_the_noise():
+    stages = tuple(Stage(f"decode {low}", "decode", (low, 1.0, 2.0, 3.0, 4.0)) for low in (-1.0, 0.0, 0.5))
+    found = report_of(Figures(loader_ms=(10.0,) * 5, stages=stages))
+    assert [row["below_noise"] for row in found["stages"]] == [True, True, False]

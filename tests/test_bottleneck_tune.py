@@ -114,6 +114,14 @@ def test_noise_changes_nothing(clock):
     assert found["confirmed"] is None
 
 
+def test_a_faster_median_within_the_noise_is_not_kept(clock, monkeypatch):
+    now, then = (10.0,) * 5, (8.0, 8.0, 8.0, 8.0, 12.0)
+    monkeypatch.setattr(tune, "measure_settings", lambda source, variants, *_: [now, *[then] * (len(variants) - 1)])
+    found = tuned(source_of(None, num_threads=4)[0])
+    assert [row["kept"] for row in found["trials"]] == [False, False]
+    assert found["best"] == found["present"]
+
+
 class Noisy(Paced):
     def __init__(self, random):
         self.random = random

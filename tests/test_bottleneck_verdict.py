@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks import bottleneck_faults as faults
 from dali_saliencymix.bottleneck.verdict import CATEGORIES, VERDICTS, Figures, RankFigures, Stage, decide
-from dali_saliencymix.measure.figures import COVERAGE, Interval, interval, rate
+from dali_saliencymix.measure.figures import COVERAGE, Interval, apart, interval, rate
+from dali_saliencymix.measure.rounds import order_of_round
 
 STEADY = (1.0, 1.01, 0.99, 1.02, 0.98)
 NOISY = (1.0, 3.0, 0.4, 2.0, 0.5)
@@ -270,6 +271,11 @@ def test_straggling_step_is_seen_although_the_loader_keeps_up():
     assert decide(figures(30, 5, 31, ranks=ranks)).name == "STRAGGLER"
 
 
+def test_a_straggler_is_compared_with_the_process_in_the_middle():
+    ranks = tuple(RankFigures(series(10), series(ms)) for ms in (12, 40, 39, 12))  # the second slowest is as slow
+    assert decide(figures(10, 40, 41, ranks=ranks)).name == "STRAGGLER"
+
+
 def test_processes_that_are_alike_are_no_stragglers():
     ranks = tuple(RankFigures(series(10), series(ms)) for ms in (40, 42))
     assert decide(figures(10, 42, 43, ranks=ranks)).name == "LOADER-BOUND"
@@ -477,3 +483,16 @@ def test_an_interval_needs_numbers(values):
 def test_a_rate_turns_the_interval_round():
     assert rate(Interval(100.0, 50.0, 200.0, 5), 10) == Interval(100.0, 50.0, 200.0, 5)
     assert rate(Interval(10.0, 5.0, 40.0, 5), 8) == Interval(800.0, 200.0, 1600.0, 5)
+
+
+@pytest.mark.parametrize(("low", "differ"), [(2.0, False), (3.0, False), (3.01, True)])
+def test_figures_differ_where_their_ranges_have_no_value_in_common(low, differ):
+    before, after = {"low": 1.0, "high": 3.0, "rounds": 5}, {"low": low, "high": 4.0, "rounds": 5}
+    assert apart(before, after) is apart(after, before) is differ
+
+
+def test_no_variant_precedes_another_more_often_than_it_follows():
+    orders = [order_of_round("abc", number) for number in range(6)]
+    for one, other in itertools.combinations("abc", 2):
+        assert sum(order.index(one) < order.index(other) for order in orders) == 3
+    assert {order[0] for order in orders} == {*"abc"}
