@@ -228,6 +228,11 @@ def test_auto_takes_the_furthest_whole_checkpoint_whatever_the_clock_says(tmp_pa
     (tmp_path / LAST).unlink()  # as if the run had been killed before it updated LAST
     (tmp_path / LAST).write_bytes((tmp_path / "checkpoint_e000_s000010.pt").read_bytes())
     assert find_checkpoint("auto", tmp_path) == newest
+    later = tmp_path / "checkpoint_e001_s000004.pt"
+    save_checkpoint({**OLD, "epoch": 1, "step": 4}, later)
+    (tmp_path / LAST).write_bytes(newest.read_bytes())
+    assert find_checkpoint("auto", tmp_path) == later
+    later.unlink()
     (tmp_path / LAST).unlink()
     os.link(newest, tmp_path / LAST)
     newest.write_bytes(newest.read_bytes()[:-10])  # also damages LAST, which is the same file

@@ -66,7 +66,9 @@ def test_a_loader_that_fails_on_one_process_stops_the_other_before_its_step(seen
     assert seen["one fails"] == [[0, 1, "OtherProcessError: "], [0, 1, "ValueError: no bread"]]
 
 
-def test_a_checkpoint_is_due_by_steps_and_by_the_clock():
+def test_a_checkpoint_is_due_by_steps_and_by_the_clock(monkeypatch):
+    import time
+
     import torch
 
     one = Processes(0, 0, 1, torch.device("cpu"))
@@ -77,10 +79,13 @@ def test_a_checkpoint_is_due_by_steps_and_by_the_clock():
             due.append(step)
             lockstep.writing(step)
     assert due == [4, 6, 10, 12]
-    by_clock = Lockstep(one, RunOptions(checkpoint_interval=1e-9))
-    assert not by_clock.checkpoint_is_due(1)
-    next(by_clock.batches([1, 2]))
-    assert by_clock.checkpoint_is_due(1)
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    by_clock = Lockstep(one, RunOptions(checkpoint_interval=2))  # minutes
+    batches = by_clock.batches([1, 2, 3])
+    for now[0], is_due in ((219.0, False), (220.0, True)):
+        next(batches)
+        assert by_clock.checkpoint_is_due(1) is is_due
     by_clock.writing(1)
     assert not by_clock.checkpoint_is_due(2)
 

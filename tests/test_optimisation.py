@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from dali_saliencymix.training.arguments import parse_arguments
-from dali_saliencymix.training.optimisation import Updater, parameter_groups
+from dali_saliencymix.training.optimisation import DivergenceWatch, Updater, parameter_groups
 from dali_saliencymix.training.options import OptimizerOptions
 
 
@@ -172,6 +172,16 @@ def test_weights_and_statistics_that_are_no_numbers_are_found(name):
     assert updater.is_finite()
     model.state_dict()[name][3] = float("inf")
     assert not updater.is_finite()
+
+
+def test_a_training_diverges_after_so_many_losses_in_a_row_that_are_no_numbers(tmp_path):
+    watch = DivergenceWatch(2, torch.device("cpu"), tmp_path / "checkpoint_last.pt")
+    for step, loss in enumerate([float("nan"), 1.0, float("inf")], start=1):
+        watch.count(torch.tensor(loss))
+        watch.check_loss(loss, 1, step)
+    watch.count(torch.tensor(float("nan")))
+    with pytest.raises(ValueError, match="the loss became nan in epoch 1, step 3; a smaller --lr may help"):
+        watch.check_loss(float("nan"), 1, 4)
 
 
 def test_statistics_that_an_overflow_has_spoilt_are_found_though_its_update_is_left_out():

@@ -156,12 +156,13 @@ def test_evaluating_keeps_the_labels_of_training_where_validation_lacks_classes(
     assert labels.tolist() == [CLASS_COUNT - 2] * VAL_PER_CLASS + [CLASS_COUNT - 1] * VAL_PER_CLASS
 
 
-def test_there_is_a_best_checkpoint_even_where_nothing_was_right(data_folder, tmp_path, train_here, monkeypatch):
-    evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **options: {**evaluate(*args, **options), "top1": 0.0})
-    assert train_here(data_folder, *TINY, "--epochs", "1", "--output-dir", tmp_path / "run").status == 0
-    assert read_log(tmp_path / "run")[-1]["val"]["top1"] == 0
-    assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 1
+def test_the_best_checkpoint_has_the_highest_top1_even_if_it_is_0(data_folder, tmp_path, train_here, monkeypatch):
+    evaluate, top1 = evaluation.evaluate, iter([0.0, 40.0, 20.0])
+    with_top1 = lambda *args, **options: {**evaluate(*args, **options), "top1": next(top1)}  # noqa: E731
+    monkeypatch.setattr(evaluation, "evaluate", with_top1)
+    assert train_here(data_folder, *TINY, "--epochs", "3", "--output-dir", tmp_path / "run").status == 0
+    assert [line["best_top1"] for line in read_log(tmp_path / "run") if line["event"] == "epoch"] == [0, 40, 40]
+    assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 2
 
 
 def test_a_log_of_an_earlier_attempt_does_not_hide_the_configuration(data_folder, tmp_path, train_here):

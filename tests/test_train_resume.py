@@ -10,6 +10,7 @@ import torchvision
 from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
+from dali_saliencymix.loaders import imagenet
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
 
@@ -147,7 +148,11 @@ def test_an_update_is_the_mean_over_its_batches_where_other_groups_are_resumed(
     assert batches == [1, 2, 2, 2, 2]
 
 
-def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_here):
+def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_here, monkeypatch):
+    make, seeds = imagenet.training_loader, []
+    monkeypatch.setattr(
+        imagenet, "training_loader", lambda *args, **options: (seeds.append(options["seed"]), make(*args, **options))[1]
+    )
     options = (data_folder, *TINY, "--output-dir", half_run, "-b", "6", "--mix", "none", "--resume", "auto")
     ended = train_here(*options, "--restart-epoch", "--max-steps", "3")
     assert ended.status == 0
@@ -160,6 +165,7 @@ def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_he
     assert train_here(*options).status == 0  # from then on it resumes like any other run
     (*_, line) = (line for line in read_log(half_run) if line["event"] == "epoch")
     assert (line["epoch"], line["train"]["images"]) == (2, 48)
+    assert seeds == [1_000_003] * 2  # not 0, whose order the interrupted epoch had
 
 
 def test_a_part_of_an_epoch_is_validated_and_never_the_best(data_folder, tmp_path, train_here):
