@@ -99,6 +99,12 @@ def test_the_kernel_of_spectral_residual_differs_from_array_operations_by_roundi
     np.testing.assert_array_equal(spectral_residual(images[:1], algorithm="kernel"), ours[:1])
 
 
+def test_only_the_map_of_one_grey_level_is_zero_in_the_kernel():
+    stripes = np.zeros((2, 64, 64, 1), np.uint8)
+    stripes[0, 20:24], stripes[1, :, 20:24] = 200, 200  # each row, or each column, has one level
+    np.testing.assert_array_equal(spectral_residual(stripes, algorithm="kernel").max(axis=(1, 2)), 1)
+
+
 def test_the_kernel_of_spectral_residual_finds_the_peaks_of_array_operations_in_photos(jpeg_images):
     for image in jpeg_images:
         by_kernel, by_array = (spectral_residual(image[None], algorithm=name) for name in ("kernel", "array"))
