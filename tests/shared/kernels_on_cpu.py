@@ -7,6 +7,8 @@ import happens before pytest can rewrite the assertions of this file, so rewriti
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,38 +31,48 @@ KERNELS = {
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory):
+def libraries(pytestconfig):
     """Return a C++ library for each .cu file, with its kernels and a function that launches them by name."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++ to run the kernels on a CPU")
-    folder = tmp_path_factory.mktemp("kernels")
-    running = []
-    for file, names in KERNELS.items():
-        cases = "".join(
-            f'if (!strcmp(name, "{name}"))'
-            f" wrong = on_cpu::launch({name}, arguments, size, blocks, threads, reversed);\n"
-            for name in names
-        )
-        (folder / f"{file}.cpp").write_text(
-            f'#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n{cuda_launch.source(file)}\n'
-            'extern "C" const char* run(const char* name, void** arguments, const size_t* sizes, int count,'
-            " unsigned blocks, unsigned threads, int reversed) {\n"
-            'static std::string wrong; wrong = "no such kernel";\n'
-            f"const std::vector<size_t> size(sizes, sizes + count);\n{cases}return wrong.c_str(); }}\n"
-        )
-        # Multiply-adds are not fused, as _launch.py asks of NVRTC. A fortified longjmp would check the stack, but each
-        # fibre has its own.
-        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w"]
-        command = [compiler, *flags, str(folder / f"{file}.cpp"), "-o", str(folder / f"{file}.so")]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        _, errors = process.communicate()
+    # Multiply-adds are not fused, as launch.py asks of NVRTC. A fortified longjmp would check the stack, but each fibre
+    # has its own.
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w"]
+    # Compiling takes 4 seconds, so the libraries stay in pytest's cache, under names that depend on what is compiled.
+    folder = pytestconfig.cache.mkdir("kernels_on_cpu")
+    compiled, running = {}, []
+    for file in KERNELS:
+        text = _as_cpp(file)
+        digest = hashlib.sha256(f"{flags}{text}".encode()).hexdigest()[:16]
+        compiled[file] = library = folder / f"{file}-{digest}.so"
+        if not library.exists():
+            made = library.with_suffix(f".{os.getpid()}")  # another test process may compile it at the same time
+            command = [compiler, *flags, "-x", "c++", "-", "-o", str(made)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            running.append((process, text, made, library))
+    for process, text, made, library in running:
+        _, errors = process.communicate(text)
         assert process.returncode == 0, errors
-    loaded = {file: ctypes.CDLL(str(folder / f"{file}.so")) for file in KERNELS}
+        made.replace(library)
+    loaded = {file: ctypes.CDLL(str(library)) for file, library in compiled.items()}
     for library in loaded.values():
         library.run.restype = ctypes.c_char_p
     return loaded
+
+
+def _as_cpp(file):
+    cases = "".join(
+        f'if (!strcmp(name, "{name}")) wrong = on_cpu::launch({name}, arguments, size, blocks, threads, reversed);\n'
+        for name in KERNELS[file]
+    )
+    return (
+        f"{Path(__file__).with_name('cuda_on_cpu.h').read_text()}\n{cuda_launch.source(file)}\n"
+        'extern "C" const char* run(const char* name, void** arguments, const size_t* sizes, int count,'
+        " unsigned blocks, unsigned threads, int reversed) {\n"
+        'static std::string wrong; wrong = "no such kernel";\n'
+        f"const std::vector<size_t> size(sizes, sizes + count);\n{cases}return wrong.c_str(); }}\n"
+    )
 
 
 def launch(libraries, file, name, grid, block, arguments, *, backwards=False):
