@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.auto_aug import trivial_augment
+from nvidia.dali.auto_aug import augmentations, trivial_augment
 
 import dali_saliencymix.fn as dsfn
 from dali_saliencymix import (
@@ -45,12 +45,14 @@ def files(tmp_path_factory):
     return paths
 
 
-@pytest.fixture(params=["whole batches", "samples"], autouse=True)
+@pytest.fixture(params=["whole batches", "samples"])
 def operator(request, monkeypatch):
-    """Run the tests with both of DALI's operators for Python functions."""
+    """Run a test with both of DALI's operators for Python functions."""
     if request.param == "samples":
         monkeypatch.setattr(dali_operator, "whole_batches_work", lambda: False)
-    return request.param
+
+
+both_operators = pytest.mark.usefixtures("operator")  # for what depends on how batches come to Python and back
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -87,6 +89,7 @@ each_op = pytest.mark.parametrize(
 )
 
 
+@both_operators
 @each_op
 def test_fused_normalisation_is_bit_identical_to_normalising_mixed_images(files, op, device):
     scaling = {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}
@@ -108,6 +111,7 @@ def test_fused_normalisation_is_bit_identical_to_normalising_mixed_images(files,
             np.testing.assert_array_equal(other, as_it_was)
 
 
+@both_operators
 @pytest.mark.parametrize("mirrored", [False, True], ids=["as it lies", "flipped"])
 @pytest.mark.parametrize("op", [dsfn.saliencymix, dsfn.cutmix, MIXED], ids=["saliencymix", "cutmix", "mix"])
 @pytest.mark.parametrize("place", ["corresponding", "random"])
@@ -165,6 +169,7 @@ def test_boxes_come_out_only_where_they_are_asked_for(files):
         build(before_and_after, files, {"return_boxes": True}, "cpu", dsfn.mixup)
 
 
+@both_operators
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
 @each_op
 def test_fused_normalisation_equals_dali_s_normaliser(files, op, layout, device):
@@ -189,6 +194,7 @@ def test_fused_normalisation_equals_dali_s_normaliser(files, op, layout, device)
         assert [output.layout() for output in ours.run()] == [layout, "", "", ""]
 
 
+@both_operators
 @pytest.mark.parametrize("dtype", ["float16", np.float16, types.FLOAT16], ids=str)
 def test_fused_normalisation_to_half_precision(files, dtype):
     @pipeline_def
@@ -222,6 +228,7 @@ def test_an_invalid_normalise_is_refused_by_name(files, op):
         build(before_and_after, files, {"normalise": {"mean": 0}}, "cpu", op)
 
 
+@both_operators
 def test_mirror_may_be_of_shape_1_and_of_any_dtype(files):
     @pipeline_def
     def normalised(shape, dtype):
@@ -247,6 +254,7 @@ def test_a_mirror_that_is_neither_0_nor_1_is_an_error(files, value):
         run(build(normalised))
 
 
+@both_operators
 def test_batches_that_somebody_holds_are_not_written_to_again(files):
     @pipeline_def
     def mixed():
@@ -309,21 +317,24 @@ def check_against_the_array_function(calls, function, pipeline, device, batches=
         assert sorted(source_index) == list(range(len(labels)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 8])
+@both_operators
 @pytest.mark.parametrize(
-    "options",
+    ("options", "batch_size"),
     [
-        {},
-        {"prob": 0.5, "alpha": 0.3},
-        {"saliency": "fine_grained", "box": "clip"},
-        {"per_batch": True, "box": "clip"},
-        {"saliency": spectral_residual, "source": "non_salient"},
-        {"destination": "random"},
-        {"destination": "salient", "preset": "paper"},
-        {"preset": "released-code"},
-        {"label_weight": "saliency", "prob": 0.5},
+        ({}, 1),
+        ({}, 5),
+        ({}, 8),
+        ({"prob": 0.5, "alpha": 0.3}, 8),
+        ({"saliency": "fine_grained", "box": "clip"}, 5),
+        ({"per_batch": True, "box": "clip"}, 1),
+        ({"per_batch": True, "box": "clip"}, 5),
+        ({"saliency": spectral_residual, "source": "non_salient"}, 5),
+        ({"destination": "random"}, 1),
+        ({"destination": "salient", "preset": "paper"}, 8),
+        ({"preset": "released-code"}, 5),
+        ({"label_weight": "saliency", "prob": 0.5}, 8),
     ],
-    ids=lambda options: str({name: getattr(value, "__name__", value) for name, value in options.items()}),
+    ids=lambda value: re.sub("<function (.*?) at .*?>", r"\1", str(value)),
 )
 def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options, batch_size):
     calls = draws_of(monkeypatch)
@@ -333,6 +344,7 @@ def test_saliencymix_in_a_pipeline_equals_the_array_function(monkeypatch, files,
         assert getattr(calls[0]["options"], name) == options[name]
 
 
+@both_operators
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5, "per_batch": True}, {"box": "fit"}], ids=str)
 def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
     calls = draws_of(monkeypatch)
@@ -342,6 +354,7 @@ def test_cutmix_in_a_pipeline_equals_the_array_function(monkeypatch, files, devi
     assert len(np.unique(point)) == point.size  # drawn for each sample and each axis
 
 
+@both_operators
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5, "alpha": 0.2}, {"per_batch": True}], ids=str)
 def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, device, options):
     calls = draws_of(monkeypatch)
@@ -349,6 +362,7 @@ def test_mixup_in_a_pipeline_equals_the_array_function(monkeypatch, files, devic
     check_against_the_array_function(calls, mixup, pipeline, device, batches=2)
 
 
+@both_operators
 @pytest.mark.parametrize(
     "options",
     [
@@ -394,6 +408,7 @@ def test_one_mode_for_a_batch_differs_between_batches(monkeypatch, files):
     assert len({call["mode"][0] for call in calls}) == 2
 
 
+@both_operators
 def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files, device):
     @pipeline_def
     def with_peaks():
@@ -414,6 +429,7 @@ def test_peaks_of_the_operator_are_those_of_the_map_and_serve_in_its_place(files
         np.testing.assert_array_equal(ours, theirs)
 
 
+@both_operators
 @pytest.mark.parametrize(
     ("mirror", "got"),
     [
@@ -432,6 +448,7 @@ def test_a_mirror_of_several_numbers_is_an_error(files, mirror, got):
         run(build(mixed))
 
 
+@both_operators
 @pytest.mark.parametrize("shape", [[], [1], [3]], ids=str)
 def test_peaks_of_a_wrong_shape_are_an_error_that_names_it(files, shape):
     @pipeline_def
@@ -445,6 +462,7 @@ def test_peaks_of_a_wrong_shape_are_an_error_that_names_it(files, shape):
         run(build(with_peaks))
 
 
+@both_operators
 def test_the_pipelines_seed_decides_everything(files):
     first, second, other = (build(before_and_after, files, {"prob": 0.5}, seed=seed) for seed in (3, 3, 4))
     differs = False
@@ -456,6 +474,7 @@ def test_the_pipelines_seed_decides_everything(files):
     assert differs
 
 
+@both_operators
 def test_a_restored_checkpoint_resumes_bit_identically(files):
     def make(checkpoint=None):
         options = {"prob": 0.7, "alpha": 0.5}
@@ -472,13 +491,14 @@ def test_a_restored_checkpoint_resumes_bit_identically(files):
             np.testing.assert_array_equal(ours, theirs)
 
 
+@both_operators
 def test_it_works_behind_conditionals_and_auto_augment(files):
     @pipeline_def(enable_conditionals=True)
     def augmented():
         images, labels = read(files)
         if fn.random.coin_flip(dtype=types.BOOL):
             images = fn.flip(images)
-        images = trivial_augment.trivial_augment_wide(images, shape=(HEIGHT, WIDTH))
+        images = trivial_augment.apply_trivial_augment([augmentations.identity, augmentations.solarize], images)
         return images, *dsfn.saliencymix(images, labels)
 
     pipeline = build(augmented)
@@ -491,6 +511,7 @@ def test_it_works_behind_conditionals_and_auto_augment(files):
         assert (own.mean((1, 2)) >= lam - 1e-6).all()
 
 
+@both_operators
 def test_it_works_inside_a_conditional_on_the_samples_that_take_it(files):
     @pipeline_def(enable_conditionals=True)
     def sometimes():
@@ -513,6 +534,7 @@ def test_it_works_inside_a_conditional_on_the_samples_that_take_it(files):
     assert set(source_labels[taken == 1].ravel()) == set(labels[taken == 1].ravel())
 
 
+@both_operators
 @pytest.mark.parametrize("executor", [{}, {"exec_dynamic": False}], ids=["default executor", "static executor"])
 def test_the_layout_survives_for_the_operators_behind_it(files, executor):
     @pipeline_def
@@ -528,6 +550,7 @@ def test_the_layout_survives_for_the_operators_behind_it(files, executor):
     np.testing.assert_array_equal(chw, images.transpose(0, 3, 1, 2).astype(np.float32))
 
 
+@both_operators
 def test_labels_of_any_shape_and_dtype_are_passed_through_and_permuted(files):
     @pipeline_def
     def multi_label():
@@ -570,6 +593,7 @@ def test_one_batch_has_one_box_with_per_batch(files):
     assert area == round((1 - lam[0]) * HEIGHT * WIDTH)
 
 
+@both_operators
 def test_soft_labels_in_a_pipeline_equal_the_array_function(files, device):
     @pipeline_def
     def softened():
@@ -583,6 +607,7 @@ def test_soft_labels_in_a_pipeline_equal_the_array_function(files, device):
     assert targets.dtype == np.float32
 
 
+@both_operators
 def test_soft_labels_of_vectors_are_weighted_in_the_graph(files, device):
     @pipeline_def
     def softened():
@@ -672,6 +697,7 @@ def test_an_invalid_class_id_is_an_error_and_not_truncated(name, wrong):
         run(build(softened))
 
 
+@both_operators
 def test_labels_and_weights_of_soft_labels_may_be_integers_of_any_kind(files):
     @pipeline_def
     def softened():
@@ -706,6 +732,7 @@ def wrong_images(kind, files):
     return dsfn.saliencymix(images, labels)
 
 
+@both_operators
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -761,6 +788,7 @@ def ragged(labels):
     return fn.pad(labels, axes=[0], shape=fn.cast(labels % 3 + 2, dtype=types.INT32))
 
 
+@both_operators
 @pytest.mark.parametrize("options", [{"num_classes": FILES}, {}], ids=["ids", "vectors"])
 def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, options):
     @pipeline_def
@@ -774,6 +802,7 @@ def test_labels_of_different_shapes_are_an_error_that_speaks_of_labels(files, op
         run(build(softened))
 
 
+@both_operators
 def test_labels_of_sources_are_refused_in_words_of_their_own(files):
     @pipeline_def
     def softened():
@@ -786,6 +815,7 @@ def test_labels_of_sources_are_refused_in_words_of_their_own(files):
         run(build(softened))
 
 
+@both_operators
 def test_peaks_of_different_lengths_are_refused(files):
     @pipeline_def
     def mixed():
@@ -799,6 +829,7 @@ def test_peaks_of_different_lengths_are_refused(files):
         run(build(mixed))
 
 
+@both_operators
 def test_peaks_of_images_of_different_shapes_are_refused(files):
     @pipeline_def
     def ragged():
@@ -809,6 +840,7 @@ def test_peaks_of_images_of_different_shapes_are_refused(files):
         run(build(ragged))
 
 
+@both_operators
 @pytest.mark.parametrize(
     ("shape", "dtype"), [([], types.INT32), ([1], types.INT64), ([1], types.UINT8), ([], types.FLOAT)]
 )
@@ -861,6 +893,7 @@ def test_labels_that_are_no_nodes_are_refused_by_name(files):
             build(softened, name)
 
 
+@both_operators
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16, types.BOOL])
 def test_one_weight_is_a_vector(files, dtype):
     @pipeline_def
@@ -874,6 +907,7 @@ def test_one_weight_is_a_vector(files, dtype):
     np.testing.assert_array_equal(targets, soft_labels(*vectors, lam))
 
 
+@both_operators
 @pytest.mark.parametrize("lam", [1.0, 0.25, types.Constant(1.0), types.Constant(np.float32(0.75)), 1])
 @pytest.mark.parametrize("form", ["ids", "vectors"])
 def test_lam_may_be_one_number_for_all(files, lam, form, device):
@@ -893,6 +927,7 @@ def test_lam_may_be_one_number_for_all(files, lam, form, device):
     np.testing.assert_array_equal(targets, soft_labels(labels, others, weight, **options))
 
 
+@both_operators
 def test_a_constant_lam_serves_inside_of_a_conditional(files):
     @pipeline_def(enable_conditionals=True)
     def sometimes():
