@@ -574,12 +574,14 @@ def test_a_header_stands_once_in_the_text_of_a_kernel():
 
 
 def nvrtc_architectures():
+    """Return the oldest and the newest: no kernel has code for one architecture alone."""
     try:
         from cupy.cuda import nvrtc
 
-        return sorted({80, 90, 100} & set(nvrtc.getSupportedArchs()))
+        known = sorted({80, 90, 100} & set(nvrtc.getSupportedArchs()))
     except (ImportError, RuntimeError):
         return []
+    return known[:1] + known[1:][-1:]
 
 
 @pytest.mark.parametrize("file", sorted(KERNELS))

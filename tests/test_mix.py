@@ -53,11 +53,15 @@ def check(mixed, expected, fetch):
         np.testing.assert_array_equal(found, wanted)
 
 
+@functools.cache
+def fine_grained_maps(shape: tuple[int, ...]) -> list[np.ndarray]:
+    return [reference.fine_grained(image.repeat(3 // shape[3], axis=2)) for image in random_batch(shape)[0]]
+
+
 @all_options
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saliencymix_with_fine_grained_equals_the_oracle(shape, options, put, fetch):
-    batch = random_batch(shape)
-    maps = [reference.fine_grained(image.repeat(3 // shape[3], axis=2)) for image in batch[0]]
+    batch, maps = random_batch(shape), fine_grained_maps(shape)
     mixed = saliencymix(*map(put, batch), saliency="fine_grained", **options)
     check(mixed, reference.saliencymix(*batch, maps, **options), fetch)
 
