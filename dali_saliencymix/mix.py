@@ -374,23 +374,24 @@ def apply(
         check_points(peaks, "peaks", xp, count, *images.shape[1:3])
     route = route_of(options.algorithm, xp)
     batch = _Batch(images, source_index, lam, mode, point, peaks)
-    if mode is not None:
-        return _finished(_mix(options, batch, route=route), source_index, paste)
-    if options.mode == "mixup":
-        return _finished(_mixup(options, batch), source_index, paste)
+    if options.per_batch:
+        first = functools.partial(_first_for_all, count=count)
+        batch = batch._replace(lam=first(lam), mode=first(mode), point=first(point))
+    if mode is not None or options.mode == "mixup":
+        mixed = _mixup(batch) if mode is None else _mix(options, batch, route=route)
+        if paste is None:
+            return mixed
+        no_boxes = xp.zeros((count, 4), xp.int32)
+        return mixed._replace(images=paste(mixed.images, source_index, no_boxes, source_boxes=None))
     if options.mode == "cutmix":
-        boxes = _boxes_around_points(batch, options.box)
-        boxes = _first_for_all(boxes, count) if options.per_batch else boxes
-        return _pasted(batch, _Boxes(boxes), paste, route=route)
+        return _pasted(batch, _Boxes(_boxes_around_points(batch, options.box)), paste, route=route)
     if route == "cuda" and not options.per_batch and options.label_weight == "area":
         return _saliencymix_in_kernels(options, batch, paste)
-    if options.per_batch:
-        batch = batch._replace(lam=_first_for_all(lam, count))
     return _pasted(batch, _salient_boxes(options, batch, route=route), paste, route=route)
 
 
 class _Batch(NamedTuple):
-    """The checked arrays of a call."""
+    """The checked arrays of a call; with `per_batch`, the numbers of image 0 stand for all images."""
 
     images: Array
     source_index: Array
@@ -409,20 +410,17 @@ class _Boxes(NamedTuple):
     lam: Array | None = None  # None: by area
 
 
-def _mixup(options: MixOptions, batch: _Batch) -> Mixed:
+def _mixup(batch: _Batch) -> Mixed:
     images, source_index, lam, *_ = batch
     xp = array_namespace(images)
-    lam = (_first_for_all(lam, len(lam)) if options.per_batch else lam).astype(xp.float32)
+    lam = lam.astype(xp.float32)
     no_boxes = xp.zeros((len(images), 4), xp.int32)
     return Mixed(blend(images.copy(order="K"), images, source_index, lam), lam, no_boxes, no_boxes)
 
 
 def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
-    xp = array_namespace(batch.images)
-    if options.per_batch:
-        first = {name: _first_for_all(getattr(batch, name), len(batch.images)) for name in ("lam", "mode", "point")}
-        batch = batch._replace(**first)
     images, source_index, lam, mode, _, _ = batch
+    xp = array_namespace(images)
     by_saliency, by_point, blended = ((mode == index)[:, None] for index in range(len(MODES)))
     boxes, source_boxes, by_map = _salient_boxes(options, batch, route=route)
     around_point = xp.where(by_point, _boxes_around_points(batch, "clip"), 0)
@@ -435,14 +433,6 @@ def _mix(options: MixOptions, batch: _Batch, *, route: str) -> Mixed:
     weight = xp.where(blended[:, 0], lam, 1).astype(xp.float32)
     pixels = blend(mixed.images, images, source_index, weight)
     return mixed._replace(images=pixels, lam=xp.where(blended[:, 0], weight, mixed.lam))
-
-
-def _finished(mixed: Mixed, source_index: Array, paste_them: Paste | None) -> Mixed:
-    """Apply `paste_them`, with empty boxes, to images that are already mixed."""
-    if paste_them is None:
-        return mixed
-    no_boxes = array_namespace(mixed.images).zeros(mixed.boxes.shape, "int32")
-    return mixed._replace(images=paste_them(mixed.images, source_index, no_boxes, source_boxes=None))
 
 
 def _pasted(batch: _Batch, placed: _Boxes, paste_them: Paste | None = None, *, route: str) -> Mixed:
@@ -584,5 +574,5 @@ def _boxes_around_points(batch: _Batch, box: str) -> Array:
     return place_boxes(scale_points(batch.point, *size), batch.lam, *size, box=box)
 
 
-def _first_for_all(array: Array, count: int) -> Array:
-    return array_namespace(array).repeat(array[:1], count, axis=0)
+def _first_for_all(array: Array | None, count: int) -> Array | None:
+    return None if array is None else array_namespace(array).repeat(array[:1], count, axis=0)
