@@ -13,9 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from dali_saliencymix.packages import require
 
@@ -28,13 +26,12 @@ except ModuleNotFoundError:
 
 from dali_saliencymix import labels as array_labels
 from dali_saliencymix._array import array_namespace, is_host
-from dali_saliencymix._checks import check_at_least, check_choice, check_flag, check_fraction, check_images
+from dali_saliencymix._checks import check_at_least, check_choice, check_fraction, check_images
 from dali_saliencymix._dali.mix_nodes import Normalise, mix_nodes
 from dali_saliencymix._dali.python_operator import Stage, python_operator, to_device
 from dali_saliencymix._routes import ALGORITHMS, route_of
 from dali_saliencymix.boxes import find_peaks
 from dali_saliencymix.options import MixOptions, check_with_peaks
-from dali_saliencymix.pixels import check_scaling
 from dali_saliencymix.saliency import get_detector, saliency_maps
 
 if TYPE_CHECKING:
@@ -195,7 +192,7 @@ def saliencymix(
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
-    return _mixed(images, labels, options, normalise, peaks=peaks, return_boxes=return_boxes)
+    return mix_nodes(images, labels, options, normalise=normalise, peaks=peaks, return_boxes=return_boxes)
 
 
 @_operator
@@ -236,7 +233,7 @@ def cutmix(
     operator.
     """
     options = MixOptions(modes={"cutmix": 1.0}, alpha=alpha, prob=prob, box=box, per_batch=bool(per_batch))
-    return _mixed(images, labels, options, normalise, return_boxes=return_boxes)
+    return mix_nodes(images, labels, options, normalise=normalise, return_boxes=return_boxes)
 
 
 @_operator
@@ -273,7 +270,7 @@ def mixup(
     operator.
     """
     options = MixOptions(modes={"mixup": 1.0}, alpha=alpha, prob=prob, per_batch=bool(per_batch))
-    return _mixed(images, labels, options, normalise)
+    return mix_nodes(images, labels, options, normalise=normalise)
 
 
 @_operator
@@ -355,7 +352,7 @@ def mix(
         algorithm=algorithm,
     )
     check_with_peaks(options, peaks, saliency)
-    return _mixed(images, labels, options, normalise, peaks=peaks, return_boxes=return_boxes, policy=True)
+    return mix_nodes(images, labels, options, normalise=normalise, peaks=peaks, return_boxes=return_boxes, policy=True)
 
 
 @_operator
@@ -485,39 +482,11 @@ def soft_labels(
     if num_classes is not None:
         check_at_least(num_classes, "num_classes", 1)
         make = functools.partial(_soft_labels, num_classes=num_classes, smoothing=smoothing)
-    elif smoothing:
-        msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
-        raise ValueError(msg)
+    else:
+        array_labels.check_no_smoothing(smoothing)
     rules = [f"all {name} of a batch must have one shape, got {{}}" for name in ("labels", "source_labels", "lam")]
     inputs = [to_device(device, node) for node in nodes]
     return python_operator(make, *inputs, name="soft_labels", stage=Stage("soft labels"), rules=rules)
-
-
-def _mixed(
-    images: DataNode,
-    labels: DataNode,
-    options: MixOptions,
-    normalise: Normalise | None,
-    *,
-    return_boxes: bool = False,
-    **given: Any,
-) -> tuple[DataNode, ...]:
-    check_flag(return_boxes, "return_boxes")
-    return mix_nodes(images, labels, options, normalise=_checked(normalise), return_boxes=return_boxes, **given)
-
-
-def _checked(normalise: Normalise | None) -> Normalise | None:
-    """Require a valid `Normalise` or None; return it with a NumPy dtype name."""
-    if normalise is None:
-        return None
-    if not isinstance(normalise, Normalise):
-        msg = f"normalise must be a dali_saliencymix.fn.Normalise, got {normalise!r}"
-        raise TypeError(msg)
-    dtype = normalise.dtype
-    if isinstance(dtype, types.DALIDataType):
-        dtype = np.dtype(types.to_numpy_type(dtype)).name
-    check_scaling(normalise.mean, normalise.std, dtype, normalise.layout)
-    return normalise._replace(dtype=dtype)
 
 
 def _peaks_of_images(images: Array, *, saliency: str | Detector, least: bool, algorithm: str) -> tuple[Array]:

@@ -91,11 +91,16 @@ def check_vectors(labels: Array) -> None:
         raise ValueError(msg)
 
 
-def _mixed_vectors(labels: Array, source_labels: Array, lam: Array, smoothing: float, xp: Namespace) -> Array:
-    check_vectors(labels)
+def check_no_smoothing(smoothing: float) -> None:
+    """Require 0, for labels that are vectors."""
     if smoothing:
         msg = f"smoothing must be 0 where labels are vectors, which can be smoothed beforehand; got {smoothing}"
         raise ValueError(msg)
+
+
+def _mixed_vectors(labels: Array, source_labels: Array, lam: Array, smoothing: float, xp: Namespace) -> Array:
+    check_vectors(labels)
+    check_no_smoothing(smoothing)
     for name, array in (("labels", labels), ("source_labels", source_labels)):
         check_per_image(array, name, xp, len(labels), "biuf", trailing=labels.shape[1:])
     check_lam(lam, xp, len(labels))

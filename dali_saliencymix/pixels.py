@@ -297,9 +297,8 @@ def paste_normalised(
     if out is not None:
         check_out(out, xp, normalised_shape(images.shape, layout), dtype)
     _check_pasting(images, source_index, boxes, source_boxes)
-    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     patches = images, source_index, boxes, source_boxes, mirror
-    return paste_and_normalise(*patches, shift_and_scale, dtype, layout, route_of(algorithm, xp), out)
+    return paste_and_normalise(*patches, mean, std, dtype, layout, route_of(algorithm, xp), out)
 
 
 def paste_and_normalise(
@@ -308,17 +307,16 @@ def paste_and_normalise(
     boxes: Array,
     source_boxes: Array | None,
     mirror: Array | None,
-    shift_and_scale: Array,
+    mean: Sequence[float],
+    std: Sequence[float],
     dtype: np.dtype[Any],
     layout: str,
     route: str,
     out: Array | None,
 ) -> Array:
-    """Return what `paste_normalised` returns, without checks; use the kernel of `route` if it supports `dtype`.
-
-    `shift_and_scale` is the array ``scaling(mean, std)``, in the array library of the images.
-    """
+    """Return what `paste_normalised` returns, without checks; use the kernel of `route` if it supports `dtype`."""
     xp = array_namespace(images)
+    shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
     if route == "cuda":
         from dali_saliencymix import _cuda
 

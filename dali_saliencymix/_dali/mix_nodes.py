@@ -15,10 +15,10 @@ from nvidia.dali import fn, types
 
 from dali_saliencymix import pixels
 from dali_saliencymix._array import array_namespace, constant, is_host
+from dali_saliencymix._checks import check_flag
 from dali_saliencymix._dali.bridge import OF_IMAGES
 from dali_saliencymix._dali.python_operator import Buffers, Stage, python_operator, to_device
 from dali_saliencymix._routes import route_of
-from dali_saliencymix._tables import scaling
 from dali_saliencymix.mix import apply
 from dali_saliencymix.options import MODES, MixOptions
 
@@ -81,6 +81,8 @@ def mix_nodes(
     See `dali_saliencymix.fn.saliencymix`. If `policy` is true, or `options` have several modes, a mode is drawn for
     each sample or batch.
     """
+    check_flag(return_boxes, "return_boxes")
+    normalise = None if normalise is None else _checked(normalise)
     policy = policy or options.mode is None
     source_index = fn.batch_permutation()
     given = {"source_index": source_index}
@@ -110,6 +112,18 @@ def mix_nodes(
     return images, labels, fn.permute_batch(labels, indices=source_index), lam, *boxes
 
 
+def _checked(normalise: Normalise) -> Normalise:
+    """Require a valid `Normalise`; return it with a NumPy dtype name."""
+    if not isinstance(normalise, Normalise):
+        msg = f"normalise must be a dali_saliencymix.fn.Normalise, got {normalise!r}"
+        raise TypeError(msg)
+    dtype = normalise.dtype
+    if isinstance(dtype, types.DALIDataType):
+        dtype = np.dtype(types.to_numpy_type(dtype)).name
+    pixels.check_scaling(normalise.mean, normalise.std, dtype, normalise.layout)
+    return normalise._replace(dtype=dtype)
+
+
 class _Mixing:
     """Callback for each batch: mix images according to `options`, with further input arrays called `names`."""
 
@@ -128,12 +142,11 @@ class _Mixing:
         arrays = dict(zip(self._names, given, strict=True))
         xp = array_namespace(arrays["source_index"])
         lams = [arrays.pop(name) for name in self._names if name.startswith("lam of ")]
-        mixed = arrays.pop("mixed", None)
-        if mixed is not None:
-            lams = [xp.where(mixed != 0, lam, xp.float32(1)) for lam in lams]
         arrays["lam"] = lams[0]
         if "mode" in arrays:
             arrays |= _chosen(arrays["mode"], xp.stack(lams, axis=1), options)
+        if (is_mixed := arrays.pop("mixed", None)) is not None:
+            arrays["lam"] = xp.where(is_mixed != 0, arrays["lam"], xp.float32(1))
         if "peaks" in arrays:
             # Accept any shape here; a check with a better message follows.
             arrays["peaks"] = arrays["peaks"].reshape(count, -1).astype("int64")
@@ -162,9 +175,8 @@ class _Mixing:
         mean, std, _, dtype, layout = self._normalise
         pixels.check_channels(images.shape[3], mean, std)
         out = self._buffers.take(pixels.normalised_shape(images.shape, layout), dtype) if on_host else None
-        shift_and_scale = constant(xp, scaling, tuple(mean), tuple(std))
         patches = images, source_index, boxes, source_boxes, mirror
-        return pixels.paste_and_normalise(*patches, shift_and_scale, np.dtype(dtype), layout, route, out)
+        return pixels.paste_and_normalise(*patches, mean, std, np.dtype(dtype), layout, route, out)
 
     def stage(self) -> Stage:
         """Return the description of this operator in a graph."""
