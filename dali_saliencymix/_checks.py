@@ -28,9 +28,7 @@ def check_array(array: Array, name: str) -> Namespace:
 
 def check_images(images: Array) -> Namespace:
     """Require a non-empty batch (N, H, W, C) uint8 with C = 1 or 3; return its array library."""
-    xp = array_namespace(images)
-    if xp is None:
-        return check_array(images, "images")
+    xp = check_array(images, "images")
     if images.dtype != np.uint8:
         msg = (
             f"images must be uint8 with pixel values 0..255, got {images.dtype}: saliency is defined on 8-bit pixels, "

@@ -24,7 +24,7 @@ from dali_saliencymix._checks import (
 )
 from dali_saliencymix._routes import route_of
 from dali_saliencymix._tables import closeness_to_centre
-from dali_saliencymix._threads import for_each_chunk, in_chunks
+from dali_saliencymix._threads import in_chunks
 from dali_saliencymix.options import BOXES
 
 _CHUNK = 16  # number of maps that fit into a core's cache
@@ -307,21 +307,13 @@ def _shares_of_saliency(maps: Array, index: Array, boxes: Array, height: int, wi
     rows = _covered(boxes[:, ::2], height, map_height)
     columns = _covered(boxes[:, 1::2], width, map_width)
 
-    def parts(chunk: slice) -> Array:
+    def parts(chunk: Array | slice) -> Array:
         values = _not_negative(maps[index[chunk]])
         of_rows = xp.stack([rows[chunk], 1 - rows[chunk]], axis=1)
         of_columns = xp.stack([columns[chunk], 1 - columns[chunk]], axis=2)
         return of_rows @ values @ of_columns
 
-    if is_host(xp):
-        found = np.empty((len(index), 2, 2))
-
-        def work(chunk: slice) -> None:
-            found[chunk] = parts(chunk)
-
-        for_each_chunk(work, len(index), _CHUNK)
-    else:
-        found = parts(slice(None))
+    found = in_chunks(parts, np.arange(len(index)), _CHUNK) if is_host(xp) else parts(slice(None))
     # Only sums of values >= 0: a difference could leave a rounding error in place of 0.
     inside = found[:, 0, 0]
     outside = found[:, 0, 1] + found[:, 1, 0] + found[:, 1, 1]

@@ -529,7 +529,7 @@ def test_arguments_are_checked_once():
     finally:
         sys.setprofile(None)
     assert "check_images" in calls
-    assert len(calls) <= 12, calls
+    assert len(calls) <= 14, calls
 
 
 def test_several_modes_need_to_be_told_apart():
