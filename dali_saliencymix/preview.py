@@ -87,27 +87,23 @@ def draw_mixed(
         own, other = mixed.boxes[column], mixed.source_boxes[column]
         # With `per_batch`, the box comes from the maps of the first sample and its source.
         receiver, giver = (0, params.source_index[0]) if options.per_batch else (column, partner)
-        pictures = {
-            "receiver": (images[column], names[column], own, "white"),
-            "source": (images[partner], names[partner], other, "cyan"),
-            "mixed": (mixed.images[column], f"{modes[column]}, lam = {mixed.lam[column]:.2f}", own, "cyan"),
-        }
-        of_maps = {
-            "saliency of receiver": (receiver, options.destination, own, "white"),
-            "saliency of source": (giver, options.source, other, "cyan"),
-        }
-        for name, axis in zip(rows, axes[:, column], strict=True):
-            if name in pictures:
-                pixels, title, box_drawn, colour = pictures[name]
-                _show_image(axis, pixels)
-                axis.set_title(title, fontsize=8)
-            elif modes[column] == "saliencymix":
-                index, which, box_drawn, colour = of_maps[name]
-                _show_map(axis, maps[index], images.shape[1:3], least=which == "non_salient")
-            else:
-                axis.axis("off")
-                continue
-            _show_box(axis, box_drawn, colour)
+        panels = dict(zip(rows, axes[:, column], strict=True))
+        for row, pixels, title, edges, colour in (
+            ("receiver", images[column], names[column], own, "white"),
+            ("source", images[partner], names[partner], other, "cyan"),
+            ("mixed", mixed.images[column], f"{modes[column]}, lam = {mixed.lam[column]:.2f}", own, "cyan"),
+        ):
+            _show_image(panels[row], pixels, title)
+            _show_box(panels[row], edges, colour)
+        for row, index, which, edges, colour in (
+            ("saliency of receiver", receiver, options.destination, own, "white"),
+            ("saliency of source", giver, options.source, other, "cyan"),
+        ):
+            if row in panels and modes[column] == "saliencymix":
+                _show_map(panels[row], maps[index], images.shape[1:3], least=which == "non_salient")
+                _show_box(panels[row], edges, colour)
+            elif row in panels:
+                panels[row].axis("off")
     return figure
 
 
@@ -147,8 +143,7 @@ def draw_detectors(
     share = np.full(len(images), check_fraction(lam, "lam"))
     figure, axes = _panels(["image", *detectors], len(images))
     for axis, pixels, name in zip(axes[0], images, names, strict=True):
-        _show_image(axis, pixels)
-        axis.set_title(name, fontsize=8)
+        _show_image(axis, pixels, name)
     for row, detector in zip(axes[1:], detectors.values(), strict=True):
         maps = saliency_maps(images, detector)
         boxes = boxes_at(saliency_peaks(maps, *size), share, *size, box=box)
@@ -263,8 +258,9 @@ def _panels(rows: Sequence[str], columns: int) -> tuple[Figure, NDArray[Any]]:
     return figure, axes
 
 
-def _show_image(axis: Axes, pixels: NDArray[np.uint8]) -> None:
+def _show_image(axis: Axes, pixels: NDArray[np.uint8], title: str) -> None:
     axis.imshow(pixels.squeeze(axis=2) if pixels.shape[2] == 1 else pixels, cmap="grey", vmin=0, vmax=255)
+    axis.set_title(title, fontsize=8)
 
 
 def _show_map(axis: Axes, saliency_map: NDArray[Any], size: tuple[int, ...], *, least: bool) -> None:
