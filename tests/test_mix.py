@@ -417,18 +417,9 @@ def test_wrong_points_are_refused(point, error, message):
         cutmix(*random_batch((5, 8, 8, 3)), point)
 
 
-def test_an_unknown_detector_is_refused_before_anything_is_computed():
-    with pytest.raises(ValueError, match=r"saliency must be one of fine_grained, .*, spectral_residual, .* got 'vgg'"):
-        saliencymix(*random_batch((5, 8, 8, 3)), saliency="vgg")
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"source": "random"}, ValueError, "source must be one of salient, non_salient, got 'random'"),
-        ({"destination": "here"}, ValueError, "destination must be one of corresponding, .*, random, got 'here'"),
-        ({"preset": "timm"}, ValueError, "preset must be one of default, paper, released-code, got 'timm'"),
-        ({"per_batch": 1}, TypeError, "per_batch must be True or False, got 1"),
         ({"destination": "random"}, ValueError, "point must be given with destination='random'"),
         (
             {"point": np.full((5, 2), 0.5)},

@@ -6,12 +6,15 @@ import argparse
 import copy
 import dataclasses
 import inspect
+import math
 import pickle
 
+import numpy as np
 import pytest
+from nvidia.dali import Pipeline
 
 import dali_saliencymix
-from dali_saliencymix import DETECTORS, PRESETS, MixOptions, fn, preview, pytorch
+from dali_saliencymix import DETECTORS, PRESETS, MixOptions, MixParams, fn, preview, pytorch
 from dali_saliencymix.options import add_option, unused_options
 
 DECLARED = {field.name: field for field in dataclasses.fields(MixOptions)}
@@ -59,6 +62,33 @@ def test_signatures_have_the_options_that_are_declared(name):
         assert parameter.default in (wanted, parameter.empty), option
 
 
+IMAGES, INDEX, SHARES = np.zeros((2, 8, 8, 3), np.uint8), np.array([1, 0]), np.full(2, 0.5)
+POINTS = np.full((2, 2), 0.5)
+ARGUMENTS = {
+    dali_saliencymix.saliencymix: (IMAGES, INDEX, SHARES),
+    dali_saliencymix.mix: (IMAGES, INDEX, SHARES, INDEX, POINTS),
+    dali_saliencymix.cutmix: (IMAGES, INDEX, SHARES, POINTS),
+    dali_saliencymix.mixup: (IMAGES, INDEX, SHARES),
+    dali_saliencymix.draw_params: (np.random.default_rng(0), 2),
+    dali_saliencymix.draw_mix_params: (np.random.default_rng(0), 2),
+    pytorch.SaliencyMix: (10,),
+    preview.draw_mixed: (IMAGES, MixParams(INDEX, SHARES, INDEX, POINTS)),
+}
+
+
+TAKES_ANY_TRUTH = {("dali_saliencymix.fn.cutmix", "per_batch"), ("dali_saliencymix.fn.mixup", "per_batch")}
+CHECKED = {(name, option) for name, (_, options) in SIGNATURES.items() for option in options} - TAKES_ANY_TRUTH
+
+
+@pytest.mark.parametrize(("name", "option"), sorted(CHECKED))
+def test_a_wrong_option_is_refused_at_once_by_every_function(name, option):
+    function, options = SIGNATURES[name]
+    given = {"modes": {"mixup": 1.0}} if "modes" in options else {}
+    given |= {"names": "ab"} if function is preview.draw_mixed else {}
+    with pytest.raises((TypeError, ValueError), match=f"^{option} must "), Pipeline(2, 1, None):
+        function(*ARGUMENTS.get(function, (None, None)), **given | {option: -17.5})
+
+
 def test_what_is_spelled_out_is_what_the_options_become():
     assert (MixOptions(modes={"cutmix": 1.0}).box, MixOptions(modes={"cutmix": 1.0}).per_batch) == ("clip", False)
     assert MixOptions(modes={"mixup": 1.0}).per_batch is False
@@ -96,10 +126,14 @@ def test_options_are_values():
     ("wrong", "error", "message"),
     [
         ({"modes": {}}, ValueError, r"modes must map mode names \(saliencymix, cutmix, mixup\) to weights, got \{\}"),
+        ({"modes": ["mixup"]}, ValueError, r"modes must map mode names .* got \['mixup'\]"),
         ({"modes": {"mix": 1}}, ValueError, "modes must be one of saliencymix, cutmix, mixup, got 'mix'"),
         ({"modes": {"mixup": 0}}, ValueError, r"modes\['mixup'\] must be a positive number, got 0"),
+        ({"modes": {"mixup": math.nan}}, ValueError, r"modes\['mixup'\] must be a positive number, got nan"),
         ({"alpha": 0}, ValueError, "alpha must be a positive number, got 0"),
         ({"alpha": {"mixup": 1}}, ValueError, "alpha must be one number, or one for each of saliencymix, got"),
+        ({"alpha": {"saliencymix": -1}}, ValueError, r"alpha\['saliencymix'\] must be a positive number, got -1"),
+        ({"prob": -0.1}, ValueError, r"prob must be in \[0, 1\], got -0.1"),
         ({"prob": 1.5}, ValueError, r"prob must be in \[0, 1\], got 1.5"),
         ({"choose": "all"}, ValueError, "choose must be one of sample, batch, got 'all'"),
         ({"preset": "theirs"}, ValueError, "preset must be one of default, paper, released-code, got 'theirs'"),
