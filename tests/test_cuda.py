@@ -661,7 +661,7 @@ def test_an_error_on_a_gpu_leaves_dali_its_stream(lent, monkeypatch):
     with pytest.raises(ValueError, match="must have one shape") as caught:
         call_as_dali_does(monkeypatch, print, 7, samples)
     del caught
-    gc.collect()
+    gc.collect(0)
     assert lent == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,8 +113,10 @@ def test_pipelines_may_end_while_they_work(operator):
         pipeline = calling(lambda batch: (batch + 1,), np.zeros((4, 50, 50)), 1)
         for _ in range(runs):
             outputs = pipeline.run()
+        ended = weakref.ref(pipeline)
         del pipeline
-        gc.collect()
+        gc.collect(0)  # of the new objects only: a collection of all takes longer than the test
+        assert ended() is None
         if runs:
             np.testing.assert_array_equal(outputs[0].as_array(), 1)
 

@@ -868,7 +868,7 @@ def test_objects_end_although_graphs_know_them(compiled):
     handle, ended = mix._handle, weakref.ref(mix)
     compiled("eager")(lambda mix: mix(**GOOD))(mix)
     del mix
-    gc.collect()
+    gc.collect(0)
     assert ended() is None
     with pytest.raises(RuntimeError, match="the SaliencyMix of this compiled graph must exist in this process"):
         pytorch._mix_in_graph(*GOOD.values(), handle, K)
