@@ -13,6 +13,8 @@ from dali_saliencymix._array import LentStream
 from dali_saliencymix.packages import require
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from dali_saliencymix._array import Array
 
 
@@ -36,15 +38,16 @@ def on_the_device_of(images: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
     return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor.to(images.device)
 
 
-def on_torch_s_stream(images: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def on_torch_s_stream(images: torch.Tensor) -> Iterator[None]:
     """Use PyTorch's current stream as that of CuPy, so that the libraries need no synchronisation."""
     if not images.is_cuda:
-        return contextlib.nullcontext()
-    cupy, contexts = _cupy(), contextlib.ExitStack()
-    contexts.enter_context(cupy.cuda.Device(images.device.index))
+        yield
+        return
+    cuda = _cupy().cuda
     lent = LentStream(torch.cuda.current_stream(images.device).cuda_stream)
-    contexts.enter_context(cupy.cuda.Stream.from_external(lent))
-    return contexts
+    with cuda.Device(images.device.index), cuda.Stream.from_external(lent):
+        yield
 
 
 def torch_on_the_stream_of(images: Array) -> contextlib.AbstractContextManager[Any]:
