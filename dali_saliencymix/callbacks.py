@@ -11,7 +11,7 @@ Importing this module imports neither package.
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 import sys
 from typing import Any
 
@@ -61,7 +61,7 @@ def lightning_callback(**options: Any) -> Any:
     found = found or [name for package, name in _LIGHTNING.items() if is_installed(package)][:1]
     if not found:
         require("lightning", by="lightning_callback")
-    return _class_of(_LightningHooks, *(f"{name}.Callback" for name in found))(options)
+    return _class_of(_LightningHooks, *(f"{name}:Callback" for name in found))(options)
 
 
 def transformers_callback(**options: Any) -> Any:
@@ -99,15 +99,13 @@ def transformers_callback(**options: Any) -> Any:
     """
     Monitor(**options)
     require("transformers", by="transformers_callback")
-    return _class_of(_TransformersHooks, "transformers.TrainerCallback")(options)
+    return _class_of(_TransformersHooks, "transformers:TrainerCallback")(options)
 
 
 @functools.cache
 def _class_of(hooks: type[_Hooks], *bases: str) -> Any:
-    """Return a class with these hooks and these base classes, whose packages are imported."""
-    found = (name.rpartition(".") for name in bases)
-    classes = [getattr(importlib.import_module(module), name) for module, _, name in found]
-    return type("DataWaitMonitor", (hooks, *classes), {"__module__": __name__})
+    """Return a class with these hooks and these base classes, ``"module:name"``, whose packages are imported."""
+    return type("DataWaitMonitor", (hooks, *map(pkgutil.resolve_name, bases)), {"__module__": __name__})
 
 
 class _Hooks:
