@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def kind_of(value: object) -> str:
+    """Return the full name of the type of a value."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def check_array(array: Array, name: str) -> Namespace:
     """Require a NumPy or CuPy array; return its array library."""
     xp = array_namespace(array)
     if xp is None:
-        msg = f"{name} must be a NumPy or CuPy array, got {type(array).__module__}.{type(array).__qualname__}"
+        msg = f"{name} must be a NumPy or CuPy array, got {kind_of(array)}"
         raise TypeError(msg)
     return xp
 
@@ -139,8 +144,7 @@ def check_out(out: Array, xp: Namespace, shape: tuple[int, ...], dtype: np.dtype
     if array_namespace(out) is not xp or out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
         msg = (
             f"out must be a C-contiguous {xp.__name__} array of {dtype} and shape {shape}, "
-            f"got {type(out).__module__}.{type(out).__qualname__} of {getattr(out, 'dtype', None)} "
-            f"and shape {getattr(out, 'shape', None)}"
+            f"got {kind_of(out)} of {getattr(out, 'dtype', None)} and shape {getattr(out, 'shape', None)}"
         )
         raise ValueError(msg)
 

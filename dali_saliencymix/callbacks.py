@@ -119,13 +119,18 @@ class _Hooks:
         quiet = {} if is_main else {"say": lambda line: None}
         self.monitor = Monitor(**{**defaults, **self._options, **quiet})
 
+    @property
+    def _running(self) -> Monitor:
+        assert self.monitor is not None
+        return self.monitor
+
     def _end(self, rank: int, *, together: bool) -> None:
         """Print the verdict on the loaders; `together` if all processes call this."""
-        assert self.monitor is not None
-        line, distributed = self.monitor.verdict(), getattr(sys.modules.get("torch"), "distributed", None)
+        monitor = self._running
+        line, distributed = monitor.verdict(), getattr(sys.modules.get("torch"), "distributed", None)
         if together and distributed is not None and distributed.is_available() and distributed.is_initialized():
             found: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(found, (self.monitor.share_of_all, line))
+            distributed.all_gather_object(found, (monitor.share_of_all, line))
             number = max(range(len(found)), key=lambda each: found[each][0])
             line = f"process {number} of {len(found)}: {found[number][1]}" if len(found) > 1 else line
         if rank == 0:
@@ -133,8 +138,8 @@ class _Hooks:
 
     def _figures(self) -> dict[str, float]:
         """Return the figures to log, by name; empty before the second step."""
-        assert self.monitor is not None
-        figures = {"wait_share": self.monitor.data_wait_share, "images_per_second": self.monitor.images_per_second}
+        monitor = self._running
+        figures = {"wait_share": monitor.data_wait_share, "images_per_second": monitor.images_per_second}
         return {_PREFIX + name: value for name, value in figures.items() if value is not None}
 
 
@@ -153,8 +158,7 @@ class _LightningHooks(_Hooks):
             self._listen(trainer.profiler)
 
     def _listen(self, profiler: Any) -> None:
-        assert self.monitor is not None
-        start, stop, monitor = profiler.start, profiler.stop, self.monitor
+        start, stop, monitor = profiler.start, profiler.stop, self._running
 
         def started(action: str) -> None:
             start(action)
@@ -175,12 +179,10 @@ class _LightningHooks(_Hooks):
             self._profiler = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        assert self.monitor is not None
-        self.monitor.start()
+        self._running.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self.monitor is not None
-        self.monitor.ended()
+        self._running.ended()
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0:  # Lightning discards what is logged at other steps
             pl_module.log_dict(self._figures(), on_step=True, on_epoch=False)
@@ -203,13 +205,11 @@ class _TransformersHooks(_Hooks):
         self._begin(is_main=state.is_world_process_zero, batch_size=images)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        assert self.monitor is not None
-        self.monitor.start()
-        self.monitor.ask()
+        self._running.start()
+        self._running.ask()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        assert self.monitor is not None
-        self.monitor.arrived()
+        self._running.arrived()
 
     def _ask(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if self.monitor is not None:  # None if evaluate is called before train

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dali_saliencymix._checks import check_at_least
+from dali_saliencymix._checks import check_at_least, kind_of
 from dali_saliencymix._tensors import to_array, to_tensor, torch_on_the_stream_of
 from dali_saliencymix.pixels import IMAGENET_MEAN, IMAGENET_STD
 
@@ -81,7 +81,6 @@ class NetworkSaliency:
             channels = zip(pixels.expand(-1, 3, -1, -1).unbind(1), self._mean, self._std, strict=True)
             maps = self._network(torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1))
             if not isinstance(maps, torch.Tensor):
-                kind = f"{type(maps).__module__}.{type(maps).__qualname__}"
-                msg = f"network must return a tensor of shape (N, h, w) or (N, 1, h, w), got {kind}"
+                msg = f"network must return a tensor of shape (N, h, w) or (N, 1, h, w), got {kind_of(maps)}"
                 raise TypeError(msg)
             return to_array((maps.squeeze(1) if maps.ndim == 4 else maps).float())

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
     require("torch", by=__name__)
     raise
 
-from dali_saliencymix._checks import check_at_least, check_flag, check_fraction
+from dali_saliencymix._checks import check_at_least, check_flag, check_fraction, kind_of
 from dali_saliencymix._tensors import on_the_device_of, on_torch_s_stream, to_array, to_tensor
 from dali_saliencymix._threads import limited_to
 from dali_saliencymix.draw import draw
@@ -221,7 +221,7 @@ class SaliencyMix:
                 members = f" with {len(sample)} members" if isinstance(sample, Sequence) else ""
                 msg = (
                     "samples must be pairs (image, label), or dicts, which may have more entries; "
-                    f"got {_kind(sample)}{members}"
+                    f"got {kind_of(sample)}{members}"
                 )
                 raise TypeError(msg)
         images, labels = data.default_collate(samples)
@@ -230,7 +230,7 @@ class SaliencyMix:
     def _collate_dicts(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
         for sample in samples:
             if not isinstance(sample, Mapping):
-                msg = f"samples must all be dicts where the first one is, got {_kind(sample)}"
+                msg = f"samples must all be dicts where the first one is, got {kind_of(sample)}"
                 raise TypeError(msg)
             for name, key in (("image_key", self._image_key), ("label_key", self._label_key)):
                 if key not in sample:
@@ -354,7 +354,7 @@ def _generator(seed: int | None, generator: torch.Generator | None) -> torch.Gen
             msg = f"seed must be left out where a generator is given, got {seed}"
             raise ValueError(msg)
         if not isinstance(generator, torch.Generator):
-            msg = f"generator must be a torch.Generator, got {_kind(generator)}"
+            msg = f"generator must be a torch.Generator, got {kind_of(generator)}"
             raise TypeError(msg)
         if generator.device.type != "cpu":
             msg = f"generator must be a CPU generator, got one on {generator.device}"
@@ -381,7 +381,7 @@ def _check_keys(image_key: str, label_key: str) -> None:
 
 def _check_tensor(tensor: Any, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
-        msg = f"{name} must be a torch.Tensor, got {_kind(tensor)}"
+        msg = f"{name} must be a torch.Tensor, got {kind_of(tensor)}"
         raise TypeError(msg)
 
 
@@ -425,10 +425,6 @@ def _are_vectors(labels: torch.Tensor) -> bool:
 
 def _is_integer(tensor: torch.Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _memory_format(images: torch.Tensor) -> torch.memory_format:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dali_saliencymix._array import array_namespace
-from dali_saliencymix._checks import check_choice
+from dali_saliencymix._checks import check_choice, kind_of
 from dali_saliencymix._routes import ALGORITHMS
 from dali_saliencymix.saliency.contrast import fine_grained, frequency_tuned
 from dali_saliencymix.saliency.spectral import image_signature, phase_spectrum, spectral_residual
@@ -89,10 +89,9 @@ def saliency_maps(images: Array, saliency: str | Detector, *, algorithm: str = "
     saliency_map = get_detector(saliency, algorithm=algorithm)(images)
     shape: tuple[int, ...] = getattr(saliency_map, "shape", ())
     if array_namespace(saliency_map) is not array_namespace(images) or len(shape) != 3 or shape[0] != len(images):
-        kind = type(saliency_map)
         msg = (
             f"saliency must return maps of shape ({len(images)}, h, w), in the array library of the images, "
-            f"got {kind.__module__}.{kind.__qualname__} of shape {shape}"
+            f"got {kind_of(saliency_map)} of shape {shape}"
         )
         raise ValueError(msg)
     return saliency_map
