@@ -43,7 +43,7 @@ _GRACE = 12  # extra seconds for a stage to finish its round and to write
 _PATIENCE = 4  # seconds after each signal that ends a stage
 
 # First the tests that everything else depends on, last the tests that train.
-_FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders_dali")
+_FIRST_TESTS = ("cuda", "dali_python_operator", "fn", "gpu", "pytorch", "loaders")
 _LAST_TESTS = ("accelerate", "gpu_training")
 
 _OUTCOMES = "tests.jsonl"

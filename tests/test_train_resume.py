@@ -10,7 +10,7 @@ import torchvision
 from shared.training_fixtures import CLASS_COUNT, TINY, TRAIN_PER_CLASS, VAL_PER_CLASS, read_log
 
 import train
-from dali_saliencymix.loaders import imagenet
+from dali_saliencymix.loaders import folder
 from dali_saliencymix.training import metrics
 from dali_saliencymix.training.checkpoints import BEST, LAST, load_checkpoint, save_checkpoint
 
@@ -149,9 +149,9 @@ def test_an_update_is_the_mean_over_its_batches_where_other_groups_are_resumed(
 
 
 def test_an_epoch_can_begin_anew_with_other_data(half_run, data_folder, train_here, monkeypatch):
-    make, seeds = imagenet.training_loader, []
+    make, seeds = folder.training_loader, []
     monkeypatch.setattr(
-        imagenet, "training_loader", lambda *args, **options: (seeds.append(options["seed"]), make(*args, **options))[1]
+        folder, "training_loader", lambda *args, **options: (seeds.append(options["seed"]), make(*args, **options))[1]
     )
     options = (data_folder, *TINY, "--output-dir", half_run, "-b", "6", "--mix", "none", "--resume", "auto")
     ended = train_here(*options, "--restart-epoch", "--max-steps", "3")

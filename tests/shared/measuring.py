@@ -1,6 +1,7 @@
 """Fixtures for tests that measure: a clock that only sleeping advances, and short windows.
 
-A test module gets them with ``pytest_plugins = ["shared.measuring"]``.
+A test module gets them with ``pytest_plugins = ["shared.measuring"]``. pytest imports this file earlier, to look for
+examples, and cannot rewrite its assertions then, so rewriting is disabled: PYTEST_DONT_REWRITE
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Server:
         """Fork a program that writes to these files; return the number of its process."""
         request = {"arguments": arguments, "environment": environment, "folder": str(folder)}
         socket.send_fds(self._connection, [json.dumps(request).encode()], [out, err])
-        while not (started := self._receive(60.0).get("started")):
+        while not (started := self._receive(PATIENCE).get("started")):
             pass
         return started
 
