@@ -1,6 +1,6 @@
 # make demo       train on generated data, and draw mixed samples
 # make test       lint, type check and all tests
-# make check      the same without the slow tests, in about two minutes
+# make check      the same without the slow tests, in about a minute
 # make docs       build the documentation, docs/_build/html/index.html
 # make dist       build and check the sdist and the wheel, in dist/
 # make bench      run all measurements of this machine, into benchmarks/results/*-$(NAME).json
