@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from dali_saliencymix.measure.figures import LEAST_ROUNDS
 from dali_saliencymix.measure.processes import agree, are_several, gather, is_lost_connection, longest
@@ -298,10 +298,12 @@ class Meter:
 
 def on_all(action: Callable[[], T]) -> T:
     """Return the result of an action; if it raises a `MeasurementError` on one process, raise it on all of them."""
+    failure = None
     try:
-        result, why = action(), None
+        result = action()
     except MeasurementError as error:
-        result, why = None, str(error)
-    for reason in filter(None, gather(why)):
-        raise MeasurementError(reason)
-    return cast("T", result)
+        failure = error
+    reasons = [why for why in gather(failure and str(failure)) if why is not None]
+    if reasons:
+        raise MeasurementError(reasons[0]) from failure
+    return result
