@@ -66,7 +66,11 @@ def wants_gpu(options: argparse.Namespace) -> bool:
 
 def resident_mb(pid: int | str = "self") -> float:
     """Return the resident memory of a process in MB, the unit of the results."""
-    return round(resident_mib(pid) * 2**20 / 1e6, 1)
+    found = resident_mib(pid)
+    if found is None:
+        msg = f"the resident memory of process {pid} cannot be read"
+        raise RuntimeError(msg)
+    return round(found * 2**20 / 1e6, 1)
 
 
 def cores_given(processes: int, seconds: float = 0.4) -> float:

@@ -198,11 +198,8 @@ def run_compare(before: Path, after: Path) -> int:
 
 
 def _measured(own: argparse.Namespace, training: TrainingOptions, given: Settings, processes: Processes) -> Report:
-    def notify(line: str) -> None:
-        if processes.is_main:
-            sys.stderr.write(f"{line}\n")
-
     from dali_saliencymix.bottleneck import training as of_train_py
+    from dali_saliencymix.training.run_log import warn
 
     files = _listed(own.files)
     if own.pipeline:
@@ -225,7 +222,7 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, given: Setting
             image_size=training.data.train_crop_size,
         )
     for line in source.conditions.get("notes", ()):
-        notify(line)
+        warn(line)
     source.conditions["step"] = "not measured" if step is None else own.step or training.model.arch
     try:
         return measure_source(
@@ -238,7 +235,7 @@ def _measured(own: argparse.Namespace, training: TrainingOptions, given: Setting
             with_storage=not own.no_storage,
             with_what_ifs=not own.no_what_ifs,
             with_tuning=own.tune is not None,
-            notify=notify,
+            notify=warn,
         )
     except MeasurementError as error:
         if not (text := _named_bad_file(source)):
