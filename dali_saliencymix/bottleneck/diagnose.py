@@ -155,7 +155,7 @@ def measure_source(
             **({"notes": notes} if notes else {}),
             "settings": source.settings,
             "images_per_batch": images,
-            "processes": max(len(figures.ranks), 1),
+            "processes": figures.world_size,
             "device": device,
             "cache": cache,
             "data_set_bytes": source.dataset_bytes,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dali_saliencymix._checks import kind_of
 from dali_saliencymix.loaders.options import DataOptions, flags_of
 from dali_saliencymix.measure.results import one_line
 from dali_saliencymix.measure.windows import MeasurementError, in_one_line
@@ -107,7 +108,7 @@ def loader_source(loader: Any, *, batch_size: int | None = None, files: list[str
     workers = getattr(made, "num_workers", 0)
     ahead = workers * (getattr(made, "prefetch_factor", None) or 2) if isinstance(workers, int) and workers else 2
     name = getattr(loader, "__qualname__", type(made).__name__)
-    conditions: dict[str, Any] = {"type": f"{type(made).__module__}.{type(made).__qualname__}"}
+    conditions: dict[str, Any] = {"type": kind_of(made)}
     if workers:
         conditions["num_workers"] = workers
     if batch_size:

@@ -121,6 +121,11 @@ class Figures:
     ranks: tuple[RankFigures, ...] = ()
     waits: Series | None = None
 
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return max(len(self.ranks), 1)
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -163,7 +163,7 @@ def predicted_rows(
         1000 * images / median(ms) if ms else None
         for ms in (figures.step_ms, figures.loader_ms, figures.end_ms, figures.cold_ms)
     )
-    reads_cold, world = figures.reads_cold, max(len(figures.ranks), 1)
+    reads_cold, world = figures.reads_cold, figures.world_size
     bound = cold if reads_cold else None
     fed = min(loader, bound or loader) if loader else None  # of the loader in the training
     rows: list[dict[str, Any]] = []
